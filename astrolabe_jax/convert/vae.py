@@ -1,0 +1,87 @@
+"""Wan VAE: original names and layouts <-> the parameter tree of models/wan/vae.py (spec/checkpoints.md section 3)."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from astrolabe_jax.convert import engine
+from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Transform
+from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+
+
+def load_vae(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict:
+    """Tensors in the original naming -> params of `Vae(config)`; raises engine.ConversionError on any misfit."""
+    return engine.load(table(config), tensors, _expected(config))
+
+
+def save_vae(params: dict, config: VaeConfig) -> dict[str, np.ndarray]:
+    """The exact inverse of `load_vae`."""
+    return engine.save(table(config), params)
+
+
+def table(config: VaeConfig) -> list[Rule]:
+    """The rules of one VAE; `downsamples` and `upsamples` number blocks and resamplings of all stages in one row."""
+    widths = [config.dim * m for m in (1, *config.dim_mult)]
+    rules = [*_conv("conv1", "conv1", CONV3D), *_conv("conv2", "conv2", CONV3D)]
+    for net in ("encoder", "decoder"):
+        rules += _conv(f"{net}.conv1", f"{net}.conv_in", CONV3D)
+        rules += _residual(f"{net}.middle.0", f"{net}.middle.layers.0", shortcut=False)
+        rules += _attention(f"{net}.middle.1", f"{net}.middle.layers.1")
+        rules += _residual(f"{net}.middle.2", f"{net}.middle.layers.2", shortcut=False)
+        rules.append(Rule(f"{net}.head.0.gamma", f"{net}.norm_out.gamma", GAMMA3D))
+        rules += _conv(f"{net}.head.2", f"{net}.conv_out", CONV3D)
+    temporal = config.temporal_downsample
+    pairs = list(zip(widths[:-1], widths[1:], strict=True))
+    rules += _stages("encoder.downsamples", "encoder.stages", pairs, config.num_res_blocks, temporal)
+    # The decoder mirrors the encoder; every upsampling halves the width before the next stage.
+    widths = widths[1:][::-1]
+    pairs = [(width if j == 0 else widths[j - 1] // 2, width) for j, width in enumerate(widths)]
+    return rules + _stages("decoder.upsamples", "decoder.stages", pairs, config.num_res_blocks + 1, temporal[::-1])
+
+
+def _stages(
+    source: str, target: str, widths: list[tuple[int, int]], blocks: int, temporal: tuple[bool, ...]
+) -> list[Rule]:
+    """`blocks` residual blocks per stage, and between two stages a resampling, with time where `temporal` says so."""
+    rules: list[Rule] = []
+    index = 0
+    for stage, (features_in, features_out) in enumerate(widths):
+        for block in range(blocks):
+            shortcut = block == 0 and features_in != features_out
+            rules += _residual(f"{source}.{index}", f"{target}.{index}", shortcut)
+            index += 1
+        if stage < len(temporal):
+            rules += _conv(f"{source}.{index}.resample.1", f"{target}.{index}.conv", CONV2D)
+            if temporal[stage]:
+                rules += _conv(f"{source}.{index}.time_conv", f"{target}.{index}.time_conv", CONV3D)
+            index += 1
+    return rules
+
+
+def _residual(source: str, target: str, shortcut: bool) -> list[Rule]:
+    return [
+        Rule(f"{source}.residual.0.gamma", f"{target}.norm1.gamma", GAMMA3D),
+        *_conv(f"{source}.residual.2", f"{target}.conv1", CONV3D),
+        Rule(f"{source}.residual.3.gamma", f"{target}.norm2.gamma", GAMMA3D),
+        *_conv(f"{source}.residual.6", f"{target}.conv2", CONV3D),
+        *(_conv(f"{source}.shortcut", f"{target}.shortcut", CONV3D) if shortcut else []),
+    ]
+
+
+def _attention(source: str, target: str) -> list[Rule]:
+    return [
+        Rule(f"{source}.norm.gamma", f"{target}.norm.gamma", GAMMA2D),
+        *_conv(f"{source}.to_qkv", f"{target}.to_qkv", CONV2D),
+        *_conv(f"{source}.proj", f"{target}.proj", CONV2D),
+    ]
+
+
+def _conv(source: str, target: str, transform: Transform) -> list[Rule]:
+    return [Rule(f"{source}.weight", f"{target}.kernel", transform), Rule(f"{source}.bias", f"{target}.bias")]
+
+
+def _expected(config: VaeConfig) -> dict:
+    """Shapes and dtypes of the params, without allocating them."""
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Vae(config, nnx.Rngs(0)), nnx.Param)))

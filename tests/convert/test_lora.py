@@ -1,0 +1,86 @@
+"""PEFT adapters: exact round trips, the pinned config fields, and strict names."""
+
+import json
+
+import numpy as np
+import pytest
+
+from astrolabe_jax.convert import engine, lora
+
+LAYERS, DIM, FFN, RANK = 2, 6, 10, 3
+PINNED_FIELDS = (
+    "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights "
+    "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config "
+    "megatron_core modules_to_save peft_type r rank_pattern revision target_modules task_type use_dora use_rslora"
+).split()
+
+
+@pytest.fixture
+def adapter():
+    rng = np.random.default_rng(0)
+    widths = {"ffn.0": (DIM, FFN), "ffn.2": (FFN, DIM)}
+    tree = {}
+    for module in lora.MODULES:
+        inputs, outputs = widths.get(module, (DIM, DIM))
+        shapes = {"a": (LAYERS, inputs, RANK), "b": (LAYERS, RANK, outputs)}
+        tree[module] = {half: rng.normal(size=shape).astype(np.float32) for half, shape in shapes.items()}
+    return tree
+
+
+def assert_same_bytes(left, right):
+    left, right = engine.flatten(left), engine.flatten(right)
+    assert left.keys() == right.keys()
+    for path in left:
+        assert left[path].tobytes() == right[path].tobytes(), path
+
+
+def test_names_and_orientation(adapter):
+    tensors = lora.to_peft(adapter)
+    assert len(tensors) == LAYERS * 20
+    product = tensors["base_model.model.blocks.1.ffn.0.lora_B.weight"] @ tensors[
+        "base_model.model.blocks.1.ffn.0.lora_A.weight"
+    ]  # [out, in], as PEFT adds it to a torch weight
+    np.testing.assert_allclose(product.T, adapter["ffn.0"]["a"][1] @ adapter["ffn.0"]["b"][1], rtol=1e-5)
+
+
+def test_directory_round_trip_is_byte_exact(adapter, tmp_path):
+    lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)
+    lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)  # replaces an existing export
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    back, scale = lora.load_peft(tmp_path / "lora", adapter)
+    assert scale == 2.0
+    assert_same_bytes(back, adapter)
+
+
+def test_config_holds_exactly_the_pinned_fields_in_order(adapter, tmp_path):
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert list(config) == PINNED_FIELDS
+    assert config["r"] == config["lora_alpha"] == RANK
+    assert len(set(config["target_modules"])) == LAYERS * 10
+    assert "blocks.1.cross_attn.o" in config["target_modules"]
+
+
+def test_a_misspelt_name_is_refused(adapter):
+    tensors = lora.to_peft(adapter)
+    tensors["base_model.model.blocks.0.ffn.3.lora_A.weight"] = tensors.pop(
+        "base_model.model.blocks.0.ffn.2.lora_A.weight"
+    )
+    with pytest.raises(engine.ConversionError) as error:
+        lora.from_peft(tensors, adapter)
+    assert "unused tensor: base_model.model.blocks.0.ffn.3.lora_A.weight" in str(error.value)
+    assert "missing tensor: base_model.model.blocks.0.ffn.2.lora_A.weight" in str(error.value)
+
+
+def test_another_rank_is_refused(adapter):
+    tensors = {name: tensor[:2] if "lora_A" in name else tensor[:, :2] for name, tensor in lora.to_peft(adapter).items()}
+    with pytest.raises(engine.ConversionError, match="changed shape"):
+        lora.from_peft(tensors, adapter)
+
+
+def test_variants_of_lora_are_refused(adapter, tmp_path):
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora"):
+        lora.load_peft(tmp_path, adapter)
