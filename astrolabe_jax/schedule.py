@@ -115,15 +115,17 @@ def x0_to_velocity(x_t, x0, sigma) -> jax.Array:
     return ((_f32(x_t) - _f32(x0)) / _leading(sigma, x_t)).astype(x0.dtype)
 
 
-def euler_step(x_t, velocity, t, schedule: Schedule) -> jax.Array:
+def euler_step(x_t, velocity, t, schedule: Schedule, to_final: bool = False) -> jax.Array:
     """One Euler step from t to the next table entry: x + v (sigma_next - sigma); after the last entry sigma is final.
 
     t: [] or [B] or [B, F], looked up in the table. The final sigma is 0, or 1 for a table that runs towards noise.
+    `to_final` steps straight to it; the published code does so for a whole batch as soon as one t is the last entry.
     """
     final = 1.0 if schedule.inverse_timesteps or schedule.reverse_sigmas else 0.0
     table = jnp.asarray(np.append(sigmas(schedule), np.float32(final)))
     index = _nearest(jnp.asarray(t, jnp.float32), schedule)
-    return x_t + velocity * _leading(table[index + 1] - table[index], x_t)
+    target = final if to_final else table[index + 1]
+    return x_t + velocity * _leading(target - table[index], x_t)
 
 
 def _nearest(t, schedule):

@@ -72,6 +72,7 @@ def test_euler_walk_over_the_whole_table_removes_the_noise():
     for t in S.timesteps(schedule):
         x = S.euler_step(x, noise - x0, t, schedule)
     np.testing.assert_allclose(x, x0, atol=1e-6)
+    np.testing.assert_allclose(S.euler_step(noise, noise - x0, 1000.0, schedule, to_final=True), x0, atol=1e-6)
 
 
 def test_general_form():
