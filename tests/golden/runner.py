@@ -1,0 +1,94 @@
+"""Walk a golden folder: pick a handler per file, compare every entry, and let nothing pass unseen.
+
+A handler is a function GoldenFile -> iterator of Entry. An exception while an entry is computed fails that entry; one
+in the handler itself fails the file; an array that no handler read or compared fails as 'not covered'.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.golden.entry import Entry, difference
+from tests.golden.files import GoldenFile
+
+# Prefix of the file name (MANIFEST) -> module of its handler. Modules are imported when needed, so that one that
+# cannot be imported fails its own files only.
+HANDLERS = {
+    "a": "scheduler",
+    "b": "train_forward",
+    "c": "rollouts",
+    "d": "vae",
+    "e": "umt5",
+    "f": "rl",
+    "fh": "nft_step",
+    "g": "scenes",
+    "h": "lora",
+}
+
+
+class Line(NamedTuple):
+    """One printed result."""
+
+    file: str
+    entry: str
+    error: float
+    tolerance: str
+    ok: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else f"FAIL {self.reason}"
+        return f"{self.file}  {self.entry}  {self.error:.2e}  {self.tolerance}  {verdict}"
+
+
+def run(directory: Path) -> Iterator[Line]:
+    """Results of every .npz in `directory`; a folder without any is itself a failure."""
+    paths = sorted(directory.glob("*.npz"))
+    if not paths:
+        yield Line(str(directory), "-", np.inf, "-", False, "no .npz file here")
+    for path in paths:
+        yield from run_file(path)
+
+
+def run_file(path: Path) -> Iterator[Line]:
+    """Results of one file. Bare DiT weights are an input of other files and give no line."""
+    try:
+        file = GoldenFile(path)
+        if "patch_embedding.weight" in file:
+            return
+        handler = find_handler(path)
+    except Exception as error:  # an unreadable or unknown file is a result, not a crash
+        yield _failure(path.name, "-", error)
+        return
+    try:
+        for entry in handler(file):
+            yield _check(file, entry)
+    except Exception as error:
+        yield _failure(path.name, "-", error)
+    for key in file.unused():
+        yield Line(path.name, key, np.inf, "-", False, "not covered")
+
+
+def find_handler(path: Path) -> Callable[[GoldenFile], Iterator[Entry]]:
+    """The handler for the kind of file that the name's prefix announces."""
+    prefix = path.stem.split("_")[0]
+    if prefix not in HANDLERS:
+        raise ValueError(f"unknown file kind '{prefix}_*'; known: {', '.join(HANDLERS)}")
+    return importlib.import_module(f"tests.golden.{HANDLERS[prefix]}").entries
+
+
+def _check(file: GoldenFile, entry: Entry) -> Line:
+    try:
+        want = file[entry.key]
+        error, ok, reason = difference(entry.compute(), want, entry.tolerance)
+    except Exception as failure:
+        return _failure(file.path.name, entry.key, failure)
+    return Line(file.path.name, entry.key, error, str(entry.tolerance), ok, reason)
+
+
+def _failure(file: str, entry: str, error: Exception) -> Line:
+    reason = " ".join(str(error).split())[:300]
+    return Line(file, entry, np.inf, "-", False, f"{type(error).__name__}: {reason}")
