@@ -1,0 +1,66 @@
+"""Renders moving shapes: one shape on a plain background, moving steadily, with antialiased edges."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from astrolabe_jax.worlds.moving_shapes import vocabulary
+from astrolabe_jax.worlds.moving_shapes.vocabulary import Attributes
+
+SIZE = 48  # pixels, height and width
+FRAMES = 33  # pixel frames of a short video: 9 latent frames
+FPS = 16
+RADIUS = 9.0  # a circle's radius and half a square's side plus one; a triangle is inscribed in 1.3 times this circle
+MARGIN = 1.0  # pixels that always remain between a shape's extent and the border
+JITTER = 6.0  # the middle of a path lies at most this far from the centre, per axis, in pixels
+
+
+class Path(NamedTuple):
+    """Where a shape is: centre (x, y) in pixels at frame 0 and step (x, y) in pixels per frame."""
+
+    start: np.ndarray
+    step: np.ndarray
+
+    def centres(self, frames: int) -> np.ndarray:
+        """Centres `[T, 2]` as (x, y)."""
+        return self.start + np.arange(frames)[:, None] * self.step
+
+
+def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES) -> Path:
+    """A straight path at the asked speed whose middle is uniform around the centre, as far as the border allows."""
+    step = np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
+    travel = np.abs(step) * (frames - 1)
+    room = SIZE / 2 - RADIUS - MARGIN - travel / 2
+    if (room < 0).any():
+        raise ValueError(f"{frames} frames of {attributes.speed or 'medium'} motion leave a {SIZE}-pixel frame")
+    middle = SIZE / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, JITTER)
+    return Path(middle - step * (frames - 1) / 2, step)
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y grows downwards."""
+    if shape == "circle":
+        return np.hypot(x, y) - RADIUS
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - (RADIUS - 1)
+    # equilateral, one corner up: three half planes at the inscribed circle's radius
+    inner = 0.65 * RADIUS
+    slope = np.abs(x) * np.sqrt(3) / 2 - y / 2
+    return np.maximum(y, slope) - inner
+
+
+def render(attributes: Attributes, path: Path, frames: int = FRAMES) -> np.ndarray:
+    """Video uint8 `[T, SIZE, SIZE, 3]` of the shape on the path."""
+    pixel = np.arange(SIZE) + 0.5
+    centres = path.centres(frames)[:, :, None, None]
+    distance = _distance(attributes.shape, pixel[None, None, :] - centres[:, 0], pixel[None, :, None] - centres[:, 1])
+    coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+    colour = np.array(vocabulary.COLOURS[attributes.colour], float)
+    background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)
+    return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
+
+
+def sample(prompt: str, rng: np.random.Generator, frames: int = FRAMES) -> np.ndarray:
+    """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
+    attributes = vocabulary.parse(prompt)
+    return render(attributes, sample_path(attributes, rng, frames), frames)
