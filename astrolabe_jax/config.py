@@ -81,19 +81,19 @@ def get_config() -> ConfigDict:
     config.lora.dtype = "float32"  # master weights of the adapters: float32 or bfloat16
     config.lora.init = ""  # a PEFT directory to start from; empty: fresh
 
-    config.update = ConfigDict()
-    config.update.learning_rate = 1e-3
-    config.update.b1 = 0.9
-    config.update.b2 = 0.999
-    config.update.eps = 1e-8
-    config.update.weight_decay = 1e-4
-    config.update.clip_norm = 1.0  # global gradient norm
-    config.update.microbatch = 12  # videos per forward and backward pass, over all devices
-    config.update.inner_epochs = 1  # passes over an epoch's samples, each with fresh noise and levels
-    config.update.steps_per_pass = 1  # optimiser steps per pass; gradients accumulate in between
-    config.update.old_decay = "type1"  # behaviour policy <- d old + (1-d) current: type0, type1, type2 or constant
-    config.update.old_decay_constant = 0.9  # d for constant
-    config.update.ema_cap = 0.9  # largest decay of the evaluation average
+    config.optimiser = ConfigDict()
+    config.optimiser.learning_rate = 1e-3
+    config.optimiser.b1 = 0.9
+    config.optimiser.b2 = 0.999
+    config.optimiser.eps = 1e-8
+    config.optimiser.weight_decay = 1e-4
+    config.optimiser.clip_norm = 1.0  # global gradient norm
+    config.optimiser.microbatch = 12  # videos per forward and backward pass, over all devices
+    config.optimiser.inner_epochs = 1  # passes over an epoch's samples, each with fresh noise and levels
+    config.optimiser.steps_per_pass = 1  # optimiser steps per pass; gradients accumulate in between
+    config.optimiser.old_decay = "type1"  # behaviour policy <- d old + (1-d) current: type0, type1, type2 or constant
+    config.optimiser.old_decay_constant = 0.9  # d for constant
+    config.optimiser.ema_cap = 0.9  # largest decay of the evaluation average
 
     config.train = ConfigDict()
     config.train.epochs = 40
