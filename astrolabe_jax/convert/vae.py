@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Transform
+from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 
 
 def load_vae(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict:
     """Tensors in the original naming -> params of `Vae(config)`; raises engine.ConversionError on any misfit."""
-    return engine.load(table(config), tensors, _expected(config))
+    return engine.load(table(config), tensors, expected_params(config))
 
 
 def save_vae(params: dict, config: VaeConfig) -> dict[str, np.ndarray]:
@@ -82,6 +82,6 @@ def _conv(source: str, target: str, transform: Transform) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.kernel", transform), Rule(f"{source}.bias", f"{target}.bias")]
 
 
-def _expected(config: VaeConfig) -> dict:
+def expected_params(config: VaeConfig) -> dict:
     """Shapes and dtypes of the params, without allocating them."""
-    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Vae(config, nnx.Rngs(0)), nnx.Param)))
+    return layers.graphdef_of(lambda: Vae(config, nnx.Rngs(0)))[1]

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+class Unsupported(Exception):
+    """The stored case is one that this code does not run; the runner reports it as a FAIL."""
+
+
 class Tolerance(NamedTuple):
     """Largest accepted |got - want|, times |want| of the element ('element') or of the array's largest ('array')."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tests.golden.entry import EXACT, Entry
+from tests.golden.entry import EXACT, Entry, Unsupported
 from tests.golden.files import GoldenFile
 
 
@@ -15,4 +15,4 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
 
 
 def _unsupported():
-    raise NotImplementedError("scene strings are not supported yet")
+    raise Unsupported("scene strings are not supported yet")
