@@ -1,0 +1,169 @@
+"""The key-value cache of a rollout: a pytree of static shape, written in place, never shifted (streaming.md 4).
+
+The first `sink` frames keep slots 0 .. sink - 1; every later frame f has slot sink + (f - sink) mod (frames - sink), a
+ring. Until the ring is full the slot of a frame is its number, so a growing window is read as an exact-length slice;
+once it is full every slot holds a visible frame. The order of keys does not matter to attention, so neither phase
+needs a mask. Keys are stored rotated, except those of a moving sink (Layout.sink_moves).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from astrolabe_jax.models.wan.config import Layout, WanConfig
+from astrolabe_jax.models.wan.rope import inverse, rope_table, rotate
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [layers, B, slots * L, A, K]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class View(NamedTuple):
+    """What one call writes and reads: block [start, start + frames) in a cache of `slots` frames."""
+
+    layout: Layout
+    frame_tokens: int  # L
+    slots: int
+    start: int | jax.Array  # traced only once the cache is full
+    frames: int  # of the block
+
+    @property
+    def static(self) -> bool:
+        """Whether the block's place is known at compile time."""
+        return isinstance(self.start, int)
+
+    @property
+    def growing(self) -> bool:
+        """Whether every frame up to the block's end still has its own slot."""
+        return self.static and self.start + self.frames <= self.slots
+
+    @property
+    def raw_frames(self) -> int:
+        """Leading frames of the block whose keys are stored un-rotated: those of a moving sink."""
+        if not (self.layout.sink_moves and self.static):
+            return 0
+        return min(max(self.layout.sink - self.start, 0), self.frames)
+
+
+def init_cache(config: WanConfig, layout: Layout, batch: int, frames: int, latent_hw: tuple[int, int], dtype=None,
+               slots: int | None = None) -> Cache:
+    """An empty cache for a video of `frames` frames. dtype: config.dtype unless given.
+
+    It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also those evicted.
+    """
+    layout.check_frames(frames)
+    if slots is None:
+        slots = min(layout.capacity, frames)
+    elif slots < min(layout.capacity, frames) or layout.capacity < slots < frames:
+        raise ValueError(f"a cache of {slots} slots fits neither the window of {layout.capacity} frames nor all "
+                         f"{frames} frames; give one of these")
+    h, w = config.grid(latent_hw)
+    shape = (config.num_layers, batch, slots * h * w, config.num_heads, config.head_dim)
+    dtype = config.dtype if dtype is None else dtype
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def frames_of(cache: Cache, frame_tokens: int) -> int:
+    """Slots of the cache."""
+    return cache.k.shape[2] // frame_tokens
+
+
+def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
+    """Put a block's keys and values [B, P L, A, K] into its slots of one layer.
+
+    With layout.faithful_sinks a later pass of a later block leaves sink slots as they are (spec/model.md 12.6).
+    """
+    layout, length = view.layout, view.frame_tokens
+    frozen = 0
+    if layout.faithful_sinks and view.static and view.start > 0:
+        frozen = min(max(layout.sink - view.start, 0), view.frames)
+    unit = view.frames if view.growing else _unit(view)
+
+    def put(buffer, new):
+        new = new.astype(buffer.dtype)
+        if frozen:
+            old = jax.lax.dynamic_slice(buffer, (layer, 0, view.start * length, 0, 0), (1, *new.shape))[0]
+            kept = jnp.where(first_pass, new[:, : frozen * length], old[:, : frozen * length])
+            new = jnp.concatenate([kept, new[:, frozen * length:]], axis=1)
+        for i in range(0, view.frames, unit):
+            piece = new[None, :, i * length: (i + unit) * length]
+            buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, 0, _slot(view, i) * length, 0, 0))
+        return buffer
+
+    return Cache(put(cache.k, k), put(cache.v, v))
+
+
+def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, jax.Array]:
+    """Keys (rotated) and values [B, M, A, K] of all frames the block sees, in slot order.
+
+    sink_table: rotary table of the sink frames at their present positions, where the sink moves.
+    """
+    length = view.frame_tokens
+    k, v = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in cache)
+    ranges = _visible_slots(view)
+    keys = [k[:, lo * length: hi * length] for lo, hi in ranges]
+    values = [v[:, lo * length: hi * length] for lo, hi in ranges]
+    if sink_table is not None:
+        raw = min(view.layout.sink, ranges[0][1]) * length
+        sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
+        keys = [sink, keys[0][:, raw:], *keys[1:]]
+    return _join(keys), _join(values)
+
+
+def reference_order(cache: Cache, layer: int, layout: Layout, end: int, config: WanConfig, latent_hw: tuple[int, int],
+                    rotated: bool = True) -> tuple[jax.Array, jax.Array]:
+    """One layer's keys and values [B, n L, A, K] after a rollout to frame `end`, in the published code's slot order.
+
+    That order is the sink, then the frames of the window, oldest first. rotated: keys rotated at absolute frames (the
+    published training class), or un-rotated (its inference class).
+    """
+    h, w = config.grid(latent_hw)
+    length, slots = h * w, frames_of(cache, h * w)
+    if end <= slots:
+        held = range(end)
+    else:
+        held = [*range(layout.sink), *range(end - (slots - layout.sink), end)]
+    view = View(layout, length, slots, 0, 1)
+    tokens = jnp.concatenate([jnp.arange(length) + _slot(view, f) * length for f in held])
+    k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
+    raw = min(layout.sink, len(held)) * length if layout.sink_moves else 0
+    table = rope_table(jnp.asarray(list(held)), (h, w), config.head_dim)
+    if rotated and raw:
+        k = k.at[:, :raw].set(rotate(k[:, :raw], tuple(part[:raw] for part in table)))
+    if not rotated:
+        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse(tuple(part[raw:] for part in table))))
+    return k, v
+
+
+def _slot(view, offset):
+    """Slot of frame start + offset."""
+    frame = view.start + offset
+    if view.growing or (view.static and frame < view.layout.sink):
+        return frame
+    return view.layout.sink + (frame - view.layout.sink) % (view.slots - view.layout.sink)
+
+
+def _unit(view):
+    """Frames written in one piece: the whole block where blocks never straddle the ring's end."""
+    if view.slots != view.layout.capacity:
+        raise ValueError(f"the cache of {view.slots} frames is full and smaller than the window of "
+                         f"{view.layout.capacity}; allocate it for the whole length with init_cache")
+    return view.frames if view.frames == 1 else view.layout.write_unit()
+
+
+def _visible_slots(view):
+    """Slot ranges that hold the frames the block sees."""
+    if not view.growing:
+        return ((0, view.slots),)
+    end = view.start + view.frames
+    if view.layout.faithful_sinks:
+        end = min(max(end, view.layout.sink), view.slots)
+    return view.layout.visible(end)
+
+
+def _join(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

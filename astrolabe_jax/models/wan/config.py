@@ -1,0 +1,166 @@
+"""Sizes of the causal Wan DiT (WanConfig) and the frame layout of a video: blocks, window, sink (Layout)."""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal, NamedTuple
+
+ABSOLUTE_LIMIT = 1024  # absolute frame positions the models know (spec/model.md 5)
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes and numerics of one causal Wan DiT (spec/model.md 1 and 4)."""
+
+    dim: int  # D, model width
+    ffn_dim: int
+    num_layers: int
+    num_heads: int  # A
+    freq_dim: int = 256  # width of the timestep sinusoid
+    text_dim: int = 4096  # E, width of the text encoder
+    text_len: int = 512  # S, tokens of a padded prompt; all of them are attended to
+    in_channels: int = 16  # C, latent channels
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of one token
+    eps: float = 1e-6  # of every norm
+    dtype: str = "bfloat16"  # compute and cache dtype; norms and softmax stay float32 inside
+    param_dtype: str = "bfloat16"  # storage dtype of the base weights
+    remat: bool = True  # recompute each layer in the backward pass
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+
+    def __post_init__(self):
+        for name in ("dim", "ffn_dim", "num_layers", "num_heads", "freq_dim", "text_dim", "text_len", "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"WanConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(f"WanConfig.dim {self.dim} over num_heads {self.num_heads} must give an even head width")
+        if self.head_dim < 6:
+            raise ValueError(f"head width is {self.head_dim}; rotary positions of three axes need at least 6")
+        if self.freq_dim % 2:
+            raise ValueError(f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"WanConfig.patch_size is {self.patch_size}; a patch must cover one latent frame")
+        if self.attention not in ("auto", "xla", "cudnn"):
+            raise ValueError(f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'")
+
+    @property
+    def head_dim(self) -> int:
+        """K, width of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: channels x rows x columns."""
+        return self.in_channels * self.patch_size[1] * self.patch_size[2]
+
+    def grid(self, latent_hw: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid (h, w) of latents of (H, W); their product is L, the tokens of a frame."""
+        (rows, cols), (_, ph, pw) = latent_hw, self.patch_size
+        if rows % ph or cols % pw:
+            raise ValueError(f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; "
+                             "change the video size")
+        return rows // ph, cols // pw
+
+
+WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
+WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40)
+
+
+class Block(NamedTuple):
+    """One block of frames and what its queries see; frames count from the first frame of the video."""
+
+    start: int
+    stop: int  # one past the last frame present
+    ranges: tuple[tuple[int, int], ...]  # frames seen, ascending and disjoint, [first, last + 1)
+    shift: int  # frames by which the sink keys are moved forward (relative positions)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a video is cut into blocks and how far a block sees (spec/model.md 7 and 8, streaming.md 4). Units: frames.
+
+    A block [c, e) sees itself and the past inside its window: everything if e <= window, else the first `sink` frames
+    and the last window - sink frames up to e. `window` -1 is global: a window of `max_global` frames, the length the
+    models were made for; raise it to see further.
+
+    positions: 'absolute' keeps every frame at its own index, at most 1024. 'relative' moves the sink along with the
+    window, so distances never exceed the window and length is unlimited; with a global window nothing moves.
+    independent_first_frame: frame 0 is a block of its own.
+    faithful_sinks: reproduce the published code where a block is smaller than the sink (spec/model.md 12.5 and 12.6):
+    sink slots not yet generated are read as zero keys, and only the first pass of a later block writes sink slots.
+    """
+
+    block: int = 3
+    window: int = -1
+    sink: int = 0
+    positions: Literal["absolute", "relative"] = "absolute"
+    independent_first_frame: bool = False
+    max_global: int = 21
+    faithful_sinks: bool = False
+
+    def __post_init__(self):
+        if self.block < 1:
+            raise ValueError(f"Layout.block is {self.block}; a block has at least 1 frame")
+        if self.window != -1 and self.window < 1:
+            raise ValueError(f"Layout.window is {self.window}; use -1 (global) or at least 1 frame")
+        if self.sink < 0:
+            raise ValueError(f"Layout.sink is {self.sink}; it must not be negative")
+        if self.sink and self.capacity < self.sink + self.block:
+            raise ValueError(f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a block of "
+                             f"{self.block}; raise the window to at least {self.sink + self.block}")
+        if self.positions not in ("absolute", "relative"):
+            raise ValueError(f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'")
+        if self.faithful_sinks and self.sink_moves:
+            raise ValueError("Layout.faithful_sinks reproduces the class with absolute positions; "
+                             "use positions='absolute' with it")
+
+    @property
+    def capacity(self) -> int:
+        """Most frames a block sees, itself included."""
+        return self.max_global if self.window == -1 else self.window
+
+    @property
+    def sink_moves(self) -> bool:
+        """Whether sink keys are kept un-rotated and rotated anew for each block."""
+        return self.positions == "relative" and self.window != -1 and self.sink > 0
+
+    def shift(self, end):
+        """Frames by which the sink of the block ending at `end` (int, or traced) is moved forward."""
+        evicted = end - self.capacity
+        return evicted * (evicted > 0)
+
+    def visible(self, end: int) -> tuple[tuple[int, int], ...]:
+        """Frame ranges that the block ending at `end` sees: V(c) of streaming.md 4."""
+        if end <= self.capacity:
+            return ((0, end),)
+        recent = (end - (self.capacity - self.sink), end)
+        if self.sink == 0:
+            return (recent,)
+        return ((0, self.sink), recent)
+
+    def blocks(self, frames: int) -> tuple[Block, ...]:
+        """The blocks of a video of `frames` frames; the last may be cut short, its window counts from its full end."""
+        blocks, start = [], 0
+        while start < frames:
+            end = start + (1 if start == 0 and self.independent_first_frame else self.block)
+            ranges = tuple((lo, min(hi, frames)) for lo, hi in self.visible(end) if lo < frames)
+            blocks.append(Block(start, min(end, frames), ranges, self.shift(end)))
+            start = end
+        return tuple(blocks)
+
+    def check_frames(self, frames: int) -> None:
+        """Raise ValueError unless `frames` is a whole number of blocks the window and the position table can hold."""
+        first = 1 if self.independent_first_frame else 0
+        if frames < 1 or (frames - first) % self.block:
+            fits = first + -(-max(frames - first, 1) // self.block) * self.block
+            raise ValueError(f"{frames} frames are not a whole number of blocks of {self.block}"
+                             f"{' after the independent first frame' if first else ''}; the next that fits is {fits}")
+        if self.capacity < self.block:
+            raise ValueError(f"a window of {self.capacity} frames cannot hold a block of {self.block}; "
+                             "raise the window")
+        if self.positions == "absolute" and frames > ABSOLUTE_LIMIT:
+            raise ValueError(f"{frames} frames exceed the {ABSOLUTE_LIMIT} absolute positions; "
+                             "use positions='relative' for longer videos")
+
+    def write_unit(self) -> int:
+        """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its end or the sink."""
+        first = 1 if self.independent_first_frame else 0
+        return gcd(self.block, self.capacity - self.sink, abs(self.sink - first))

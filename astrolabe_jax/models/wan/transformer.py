@@ -1,0 +1,291 @@
+"""The causal Wan video DiT: one network for every family, sizes from WanConfig (spec/model.md 3).
+
+Three ways to run it: `__call__`, the uncached block-causal forward over all frames; `context`, the same over a clean
+video, returning the keys and values that a noisy forward reads; `step`, one block against the cache of a rollout.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm
+from astrolabe_jax.models.lora import scaled
+from astrolabe_jax.models.wan import cache as kv
+from astrolabe_jax.models.wan.attention import attention, block_causal_attention
+from astrolabe_jax.models.wan.config import Layout, WanConfig
+from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of every layer, [layers, B, tokens, A, K]: of a prompt, or of a clean video."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """The four projections and two norms of an attention layer; the softmax itself is in attention.py."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        def linear():
+            return Linear(config.dim, config.dim, param_dtype=config.param_dtype, rngs=rngs)
+
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
+        self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
+        self.num_heads = config.num_heads
+
+    def queries(self, x, lora):
+        """x [B, N, D] -> [B, N, A, K]; the norm runs over the whole width, before the split into heads."""
+        return self._heads(self.norm_q(self.q(x, lora.get("q"))))
+
+    def keys_values(self, x, lora):
+        """x [B, N, D] -> two of [B, N, A, K]; values are not normalised."""
+        return self._heads(self.norm_k(self.k(x, lora.get("k")))), self._heads(self.v(x, lora.get("v")))
+
+    def output(self, y, lora):
+        """y [B, N, A, K] -> [B, N, D]."""
+        return self.o(y.reshape(*y.shape[:2], -1), lora.get("o"))
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """Linear, tanh GELU, Linear."""
+
+    def __init__(self, config: WanConfig, n_in: int, n_hidden: int, kernel_init=XAVIER, *, rngs: nnx.Rngs):
+        options = {"param_dtype": config.param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+        self.fc1 = Linear(n_in, n_hidden, **options)
+        self.fc2 = Linear(n_hidden, config.dim, **options)
+
+    def __call__(self, x, lora, activation=nnx.gelu):
+        return self.fc2(activation(self.fc1(x, lora.get("0"))), lora.get("2"))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, modulated per frame (spec/model.md 3.4)."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.modulation = nnx.Param(_modulation(config, 6, rngs))
+        self.self_attn = Attention(config, rngs=rngs)
+        self.norm3 = LayerNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
+        self.cross_attn = Attention(config, rngs=rngs)
+        self.ffn = FeedForward(config, config.dim, config.ffn_dim, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x, e0, text, adapter, attend):
+        """One layer. x [B, N, D], e0 [B, F, 6, D], text (k, v) [B, S, A, K], adapter: this layer's tree, or None.
+
+        attend(q, k, v) -> (y [B, N, A, K], kept): the self-attention of this way of running; kept is passed through.
+        """
+        lora = _lora_by_part(adapter)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulate_by(self.modulation, e0)
+        a = _per_frame(layer_norm(x, self.config.eps), shift1, scale1)
+        q, (k, v) = self.self_attn.queries(a, lora["self_attn"]), self.self_attn.keys_values(a, lora["self_attn"])
+        y, kept = attend(q, k, v)
+        x = x + _gate(self.self_attn.output(y, lora["self_attn"]), gate1)
+        q = self.cross_attn.queries(self.norm3(x), lora["cross_attn"])
+        y = attention(q, *text, backend=self.config.attention)
+        x = x + self.cross_attn.output(y, lora["cross_attn"])
+        b = _per_frame(layer_norm(x, self.config.eps), shift2, scale2)
+        return x + _gate(self.ffn(b, lora["ffn"]), gate2), kept
+
+
+class Head(nnx.Module):
+    """Modulated LayerNorm and the linear map from tokens to patches (spec/model.md 3.7)."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        self.modulation = nnx.Param(_modulation(config, 2, rngs))
+        self.linear = Linear(config.dim, config.patch_dim, param_dtype=config.param_dtype,
+                             kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(self, x, e):
+        """x [B, N, D], e [B, F, D] -> [B, N, patch]."""
+        shift, scale = _modulate_by(self.modulation, e[:, :, None, :])
+        return self.linear(_per_frame(layer_norm(x, self.eps), shift, scale))
+
+
+class WanTransformer(nnx.Module):
+    """The network. Build it through graphdef_of for shapes only, or directly with rngs for random weights."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs):
+            return TransformerBlock(config, rngs=rngs)
+
+        self.patch_embedding = Linear(config.patch_dim, config.dim, param_dtype=config.param_dtype, rngs=rngs)
+        self.text_embedding = FeedForward(config, config.text_dim, config.dim, small, rngs=rngs)
+        self.time_embedding = FeedForward(config, config.freq_dim, config.dim, small, rngs=rngs)
+        self.time_projection = Linear(config.dim, 6 * config.dim, param_dtype=config.param_dtype, rngs=rngs)
+        self.blocks = stacked(rngs)
+        self.head = Head(config, rngs=rngs)
+        self.config = config
+
+    def encode_text(self, text, adapter=None, lora_scale=1.0) -> KeyValues:
+        """Cross-attention keys and values of the prompts, made once per prompt and passed to every call.
+
+        text [B, S, E], zero beyond the prompt; fewer than config.text_len rows are padded with zeros. All rows are
+        attended to, as in the published models (spec/model.md 3.3).
+        """
+        rows, limit = text.shape[1], self.config.text_len
+        if rows > limit or text.shape[2] != self.config.text_dim:
+            raise ValueError(f"text embeddings are {text.shape}, expected [B, at most {limit}, {self.config.text_dim}]")
+        text = jnp.pad(text, ((0, 0), (0, limit - rows), (0, 0))).astype(self.config.dtype)
+        tokens = self.text_embedding(text, {})
+        graphdef, layers = nnx.split(self.blocks.cross_attn)
+
+        def body(_, xs):
+            layer, adapter = xs
+            return None, nnx.merge(graphdef, layer).keys_values(tokens, _lora_by_part(adapter)["cross_attn"])
+
+        _, (k, v) = jax.lax.scan(body, None, (layers, scaled(adapter, lora_scale)))
+        return KeyValues(k, v)
+
+    def __call__(self, x, t, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout,
+                 context: KeyValues | None = None, start=0):
+        """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be short.
+
+        x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same adapter.
+        layout: blocks, window and sink counted from the call's first frame; the published training mask has no sink
+        and no `max_global` (spec/model.md 7.1). context: from `context`; earlier blocks are then read clean (teacher
+        forcing) and each block sees only itself noisy. start: position of the first frame (int or traced).
+        """
+        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, start, keep=False)
+        return velocity
+
+    def context(self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0, start=0):
+        """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run block-causally at timestep t.
+
+        They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as they are, or under
+        stop_gradient. t: the rollout's context noise, a scalar.
+        """
+        t = jnp.full(clean.shape[:2], t, jnp.float32)
+        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, start, keep=True)
+        return KeyValues(*kept)
+
+    def step(self, x, t, text: KeyValues, cache: kv.Cache, start, adapter=None, lora_scale=1.0, *, layout: Layout,
+             first_pass=True):
+        """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the block's keys written).
+
+        start: first frame of the block. A Python int reads exactly the frames that exist; a traced start is allowed
+        once the cache is full (start + P >= its frames). first_pass matters to layout.faithful_sinks only.
+        """
+        tokens, grid = self._embed(x)
+        frames, length = x.shape[1], grid[0] * grid[1]
+        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames)
+        table = rope_table(start + jnp.arange(frames), grid, self.config.head_dim)
+        sink_table = None
+        if layout.sink_moves:
+            sink_table = rope_table(layout.shift(start + frames) + jnp.arange(layout.sink), grid, self.config.head_dim)
+
+        def attend(q, k, v, cache, layer, _):
+            k = self._stored_keys(k, table, view.raw_frames, length)
+            cache = kv.write(cache, layer, k, v, view, first_pass)
+            keys, values = kv.read(cache, layer, view, sink_table)
+            return attention(rotate(q, table), keys, values, backend=self.config.attention), cache, None
+
+        tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
+        return self._unembed(self.head(tokens, e), x, grid), cache
+
+    def _forward(self, x, t, text, adapter, lora_scale, layout, context, start, keep):
+        tokens, grid = self._embed(x)
+        frames, length = x.shape[1], grid[0] * grid[1]
+        blocks = layout.blocks(frames)
+        head_dim = self.config.head_dim
+        table = rope_table(start + jnp.arange(frames), grid, head_dim)
+        sink = min(layout.sink, frames) if layout.sink_moves else 0
+        sink_tables = None
+        if sink:
+            sink_tables = [rope_table(start + block.shift + jnp.arange(sink), grid, head_dim) for block in blocks]
+
+        def attend(q, k, v, cache, layer, context):
+            k = self._stored_keys(k, table, sink, length)
+            y = block_causal_attention(rotate(q, table), k, v, blocks, length, context=context, sink=sink,
+                                       sink_tables=sink_tables, backend=self.config.attention)
+            return y, cache, (k, v) if keep else None
+
+        tokens, e, _, kept = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, context=context)
+        return self._unembed(self.head(tokens, e), x, grid), kept
+
+    def _layers(self, tokens, t, text, adapter, attend, *, cache=None, context=None):
+        """Scan over the layers. The cache, if any, is carried, so that it is updated in place."""
+        e = self.time_embedding(sinusoid(t, self.config.freq_dim).astype(tokens.dtype), {}, nnx.silu)  # [B, F, D]
+        e0 = self.time_projection(nnx.silu(e)).reshape(*e.shape[:2], 6, -1)
+        graphdef, layers = nnx.split(self.blocks)
+
+        def body(carry, xs):
+            x, cache = carry
+            params, layer, text, adapter, context = xs
+
+            def attend_here(q, k, v):
+                y, new_cache, kept = attend(q, k, v, cache, layer, context)
+                return y, (new_cache, kept)
+
+            x, (cache, kept) = nnx.merge(graphdef, params)(x, e0, text, adapter, attend_here)
+            return (x, cache), kept
+
+        if self.config.remat and cache is None:
+            body = jax.checkpoint(body, prevent_cse=False)
+        index = jnp.arange(self.config.num_layers)
+        (tokens, cache), kept = jax.lax.scan(body, (tokens, cache), (layers, index, text, adapter, context))
+        return tokens, e, cache, kept
+
+    def _embed(self, x):
+        """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype, and the patch grid (h, w)."""
+        batch, frames, channels, *latent_hw = x.shape
+        if channels != self.config.in_channels:
+            raise ValueError(f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, W]")
+        (h, w), (_, p, q) = self.config.grid(tuple(latent_hw)), self.config.patch_size
+        patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)  # channel slowest
+        return self.patch_embedding(patches.reshape(batch, frames * h * w, -1).astype(self.config.dtype)), (h, w)
+
+    def _unembed(self, patches, like, grid):
+        """Patches [B, F h w, p q C], channel fastest, -> latents with the shape and dtype of `like`."""
+        batch, frames, channels, *_ = like.shape
+        (h, w), (_, p, q) = grid, self.config.patch_size
+        patches = patches.reshape(batch, frames, h, w, p, q, channels).transpose(0, 1, 6, 2, 4, 3, 5)
+        return patches.reshape(like.shape).astype(like.dtype)
+
+    def _stored_keys(self, k, table, raw_frames, frame_tokens):
+        """Keys as they are cached: rotated, but for the leading frames that belong to a moving sink."""
+        raw = raw_frames * frame_tokens
+        if raw == 0:
+            return rotate(k, table)
+        rotated = rotate(k[:, raw:], tuple(part[raw:] for part in table))
+        return jnp.concatenate([k[:, :raw], rotated], axis=1)
+
+
+def _modulation(config, rows, rngs):
+    return (jax.random.normal(rngs.params(), (1, rows, config.dim)) * config.dim**-0.5).astype(config.param_dtype)
+
+
+def _modulate_by(modulation, e):
+    """modulation [1, n, D] + e [B, F, n or 1, D], split into n of [B, F, 1, D]."""
+    total = modulation[...].astype(e.dtype)[:, None] + e
+    return jnp.split(total, total.shape[2], axis=2)
+
+
+def _per_frame(x, shift, scale):
+    """x (1 + scale) + shift with one shift and scale for each frame. x [B, F L, D], shift and scale [B, F, 1, D]."""
+    framed = x.reshape(*shift.shape[:2], -1, x.shape[-1])
+    return (framed * (1 + scale) + shift).reshape(x.shape)
+
+
+def _gate(y, gate):
+    return (y.reshape(*gate.shape[:2], -1, y.shape[-1]) * gate).reshape(y.shape)
+
+
+def _lora_by_part(adapter):
+    """{'self_attn.q': pair, ...} of one layer -> {'self_attn': {'q': pair}, ...}; empty parts for no adapter."""
+    parts = {"self_attn": {}, "cross_attn": {}, "ffn": {}}
+    for name, pair in (adapter or {}).items():
+        part, linear = name.split(".")
+        parts[part][linear] = pair
+    return parts
