@@ -122,6 +122,11 @@ def save(table: Sequence[Rule], params: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
+def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
+    """Name and shape of every tensor that a checkpoint of this model must hold."""
+    return {name: step.shape for step in _resolve(table, expected) for name in step.names}
+
+
 def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
     """Nested dict -> {key path: leaf}, in the order of the tree."""
     flat = {}

@@ -14,17 +14,13 @@ import safetensors.numpy
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import LINEAR, Rule
 from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.models.lora import TARGETS
 
-MODULES = (
-    *(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo"),
-    "ffn.0",
-    "ffn.2",
-)
 PREFIX = "base_model.model.blocks.{i}"
 
 TABLE = [
     Rule(f"{PREFIX}.{module}.lora_{half.upper()}.weight", f"{module}.{half}", LINEAR)
-    for module in MODULES
+    for module in TARGETS
     for half in "ab"
 ]
 
@@ -46,8 +42,8 @@ def save_peft(adapter: dict, directory: Path | str, rank: int, alpha: float) -> 
     """Write adapter_model.safetensors and adapter_config.json, each replaced atomically, the config last."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    layers = adapter[MODULES[0]]["a"].shape[0]
-    targets = [f"blocks.{i}.{module}" for i in range(layers) for module in MODULES]
+    layers = next(iter(adapter.values()))["a"].shape[0]
+    targets = [f"blocks.{i}.{module}" for i in range(layers) for module in TARGETS]
     # PEFT's own files carry {'format': 'pt'}, and its loader asks for it.
     payload = safetensors.numpy.save(to_peft(adapter), metadata={"format": "pt"})
     write_atomic(directory / "adapter_model.safetensors", payload)

@@ -3,21 +3,34 @@
 Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block) and section 6 (layouts).
 """
 
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.wan.config import WanConfig
+from astrolabe_jax.models.wan.transformer import WanTransformer
 
 
-def _linear(source: str, target: str) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
-        Rule(f"{source}.bias", f"{target}.bias", IDENTITY),
-    ]
+def load_transformer(tensors: Mapping[str, np.ndarray], config: WanConfig) -> dict:
+    """Tensors in the original naming -> params of `WanTransformer(config)`, in config.param_dtype.
+
+    Raises engine.ConversionError, listing every missing, unused and misshapen tensor.
+    """
+    return engine.load(table(config.patch_size), tensors, expected_params(config))
 
 
-def _attention(name: str) -> list[Rule]:
-    source, target = f"blocks.{{i}}.{name}", f"blocks.{name}"
-    rules = [rule for part in "qkvo" for rule in _linear(f"{source}.{part}", f"{target}.{part}")]
-    return rules + [Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k")]
+def save_transformer(params: dict, config: WanConfig) -> dict[str, np.ndarray]:
+    """The exact inverse of `load_transformer`, in the dtype of the params."""
+    return engine.save(table(config.patch_size), params)
+
+
+def expected_params(config: WanConfig) -> dict:
+    """Shapes and dtypes of the params, without allocating them."""
+    return layers.graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))[1]
 
 
 def table(patch: tuple[int, int, int]) -> list[Rule]:
@@ -40,3 +53,16 @@ def table(patch: tuple[int, int, int]) -> list[Rule]:
         *_linear("blocks.{i}.ffn.0", "blocks.ffn.fc1"),
         *_linear("blocks.{i}.ffn.2", "blocks.ffn.fc2"),
     ]
+
+
+def _linear(source: str, target: str) -> list[Rule]:
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
+        Rule(f"{source}.bias", f"{target}.bias", IDENTITY),
+    ]
+
+
+def _attention(name: str) -> list[Rule]:
+    source, target = f"blocks.{{i}}.{name}", f"blocks.{name}"
+    rules = [rule for part in "qkvo" for rule in _linear(f"{source}.{part}", f"{target}.{part}")]
+    return rules + [Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k")]

@@ -1,0 +1,146 @@
+"""A base model as a directory: transformer, VAE and text encoder in the original Wan naming, tokenizer, sizes.
+
+    config.json                 sizes of the three nets; nothing that a run may choose (dtypes, window, remat)
+    transformer.safetensors     spec/checkpoints.md section 2
+    vae.safetensors             section 3
+    text_encoder.safetensors    section 4
+    tokenizer.json              or spiece.model
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.convert.umt5 import load_umt5, save_umt5
+from astrolabe_jax.convert.vae import load_vae, save_vae
+from astrolabe_jax.convert.wan import load_transformer, save_transformer
+from astrolabe_jax.encode import load_tokenizer
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.umt5 import UMT5, UMT5Config
+from astrolabe_jax.models.wan.config import WanConfig
+from astrolabe_jax.models.wan.transformer import WanTransformer
+from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+
+SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
+
+
+class Net(NamedTuple):
+    """A frozen net: graph definition (static), parameters (nested dict of arrays), and its sizes and numerics."""
+
+    graphdef: nnx.GraphDef
+    params: dict
+    config: Any
+
+
+class Base(NamedTuple):
+    """What every policy of a run shares, and the hash of the files it came from."""
+
+    transformer: Net
+    vae: Net
+    text: Net
+    tokenizer: Any
+    identity: str
+
+
+class _Part(NamedTuple):
+    module: Any
+    config: Any
+    load: Any
+    save: Any
+
+
+_PARTS = {
+    "transformer": _Part(WanTransformer, WanConfig, load_transformer, lambda net: save_transformer(net.params, net.config)),
+    "vae": _Part(Vae, VaeConfig, load_vae, lambda net: save_vae(net.params, net.config)),
+    "text_encoder": _Part(UMT5, UMT5Config, load_umt5, lambda net: save_umt5(net.params)),
+}
+# A run chooses these; the others are the sizes that config.json must give.
+_NUMERICS = ("dtype", "param_dtype", "remat", "attention")
+
+
+def directory_of(base: str) -> Path:
+    """Directory of a shipped base by its name, or the given directory; FileNotFoundError says what was expected."""
+    directory = SHIPPED.get(base, Path(base))
+    if not (directory / "config.json").is_file():
+        names = ", ".join(SHIPPED)
+        raise FileNotFoundError(f"base {base!r}: no {directory / 'config.json'}; expected a shipped base ({names}) or a "
+                                "directory with config.json")  # fmt: skip
+    return directory
+
+
+def sizes(base: str) -> dict[str, dict]:
+    """The content of a base's config.json, checked for its parts; cheap, nothing else is read."""
+    path = directory_of(base) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict) or set(content) != set(_PARTS):
+        raise ValueError(f"{path}: expected an object with the keys {', '.join(_PARTS)}")
+    return content
+
+
+def configs(base: str, **numerics) -> dict[str, Any]:
+    """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run."""
+    parts = {}
+    for name, values in sizes(base).items():
+        part = _PARTS[name]
+        fields = {field.name for field in dataclasses.fields(part.config)}
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        if unknown := set(values) - fields:
+            raise ValueError(f"{directory_of(base) / 'config.json'}: unknown fields of {name}: {sorted(unknown)}")
+        parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
+    return parts
+
+
+def load_base(base: str, **numerics) -> Base:
+    """Reads a base. Raises FileNotFoundError, ValueError or ConversionError naming the file, tensor or field at fault."""
+    directory, digest, nets = directory_of(base), hashlib.sha256(), {}
+    digest.update((directory / "config.json").read_bytes())
+    for name, config in configs(base, **numerics).items():
+        path = directory / f"{name}.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"base {base!r} has no {path}")
+        content = path.read_bytes()
+        digest.update(content)
+        part = _PARTS[name]
+        graphdef, _ = layers.graphdef_of(lambda part=part, config=config: part.module(config, rngs=nnx.Rngs(0)))
+        try:
+            params = part.load(safetensors.numpy.load(content), config)
+        except ValueError as error:
+            raise type(error)(f"{path}: {error}") from None
+        nets[name] = Net(graphdef, params, config)
+    tokenizer = load_tokenizer(directory)
+    return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
+
+
+def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_json: str, dtype=np.float32) -> None:
+    """Writes a base that `load_base` reads; floating-point tensors are stored as `dtype`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    described = {}
+    for name, net in (("transformer", transformer), ("vae", vae), ("text_encoder", text)):
+        tensors = {key: np.asarray(value, dtype) for key, value in _PARTS[name].save(net).items()}
+        write_atomic(directory / f"{name}.safetensors", safetensors.numpy.save(tensors))
+        values = dataclasses.asdict(net.config)
+        described[name] = {key: value for key, value in values.items() if key not in _NUMERICS}
+    write_atomic(directory / "tokenizer.json", tokenizer_json.encode())
+    write_atomic(directory / "config.json", json.dumps(described, indent=2).encode())
+
+
+def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
+    """Random weights for each part's config: real classes at any size, for tests and for training a base."""
+    nets = {}
+    for i, (name, config) in enumerate(parts.items()):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        graphdef, params = layers.split(_PARTS[name].module(config, rngs=nnx.Rngs(key)))
+        nets[name] = Net(graphdef, params, config)
+    return nets
