@@ -1,10 +1,10 @@
 """A base model as a directory: transformer, VAE and text encoder in the original Wan naming, tokenizer, sizes.
 
-    config.json                 sizes of the three nets; nothing that a run may choose (dtypes, window, remat)
-    transformer.safetensors     spec/checkpoints.md section 2
-    vae.safetensors             section 3
-    text_encoder.safetensors    section 4
-    tokenizer.json              or spiece.model
+config.json                 sizes of the three nets; nothing that a run may choose (dtypes, window, remat)
+transformer.safetensors     spec/checkpoints.md section 2
+vae.safetensors             section 3
+text_encoder.safetensors    section 4
+tokenizer.json              or spiece.model
 """
 
 import dataclasses
@@ -59,7 +59,9 @@ class _Part(NamedTuple):
 
 
 _PARTS = {
-    "transformer": _Part(WanTransformer, WanConfig, load_transformer, lambda net: save_transformer(net.params, net.config)),
+    "transformer": _Part(
+        WanTransformer, WanConfig, load_transformer, lambda net: save_transformer(net.params, net.config)
+    ),
     "vae": _Part(Vae, VaeConfig, load_vae, lambda net: save_vae(net.params, net.config)),
     "text_encoder": _Part(UMT5, UMT5Config, load_umt5, lambda net: save_umt5(net.params)),
 }
@@ -71,9 +73,10 @@ def directory_of(base: str) -> Path:
     """Directory of a shipped base by its name, or the given directory; FileNotFoundError says what was expected."""
     directory = SHIPPED.get(base, Path(base))
     if not (directory / "config.json").is_file():
-        names = ", ".join(SHIPPED)
-        raise FileNotFoundError(f"base {base!r}: no {directory / 'config.json'}; expected a shipped base ({names}) or a "
-                                "directory with config.json")  # fmt: skip
+        raise FileNotFoundError(
+            f"base {base!r}: no {directory / 'config.json'}; "
+            f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with config.json"
+        )
     return directory
 
 
@@ -103,7 +106,7 @@ def configs(base: str, **numerics) -> dict[str, Any]:
 
 
 def load_base(base: str, **numerics) -> Base:
-    """Reads a base. Raises FileNotFoundError, ValueError or ConversionError naming the file, tensor or field at fault."""
+    """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault."""
     directory, digest, nets = directory_of(base), hashlib.sha256(), {}
     digest.update((directory / "config.json").read_bytes())
     for name, config in configs(base, **numerics).items():

@@ -37,7 +37,8 @@ def train(path: Path, state, step: Callable, steps: int, save_every: int = 100, 
         if (i + 1) % log_every == 0 or i + 1 == steps:
             rate = (time.monotonic() - began) / (i + 1 - first)
             values = " ".join(f"{k} {float(v):.4f}" for k, v in metrics.items())
-            logging.info("%s %d/%d %s %.2f s/step, %.1f min left", path.name, i + 1, steps, values, rate, rate * (steps - i - 1) / 60)
+            left = rate * (steps - i - 1) / 60
+            logging.info("%s %d/%d %s %.2f s/step, %.1f min left", path.name, i + 1, steps, values, rate, left)
         if (i + 1) % save_every == 0 or i + 1 == steps:
             host = serialization.to_state_dict(jax.device_get(state))
             write_atomically(path, serialization.msgpack_serialize({"step": i + 1, "state": host}))

@@ -331,4 +331,6 @@ class Vae(nnx.Module):
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:
         shape = (1, 1, 1, 1, self.config.z_dim)
-        return tuple(jnp.asarray(v, jnp.float32).reshape(shape) for v in (self.config.latent_mean, self.config.latent_std))
+        return tuple(
+            jnp.asarray(v, jnp.float32).reshape(shape) for v in (self.config.latent_mean, self.config.latent_std)
+        )
