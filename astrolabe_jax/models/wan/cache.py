@@ -90,8 +90,9 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
             kept = jnp.where(first_pass, new[:, : frozen * length], old[:, : frozen * length])
             new = jnp.concatenate([kept, new[:, frozen * length:]], axis=1)
         for i in range(0, view.frames, unit):
+            slot = _slot(view.start + i, layout, view.slots)
             piece = new[None, :, i * length: (i + unit) * length]
-            buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, 0, _slot(view, i) * length, 0, 0))
+            buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, 0, slot * length, 0, 0))
         return buffer
 
     return Cache(put(cache.k, k), put(cache.v, v))
@@ -127,8 +128,7 @@ def reference_order(cache: Cache, layer: int, layout: Layout, end: int, config: 
         held = range(end)
     else:
         held = [*range(layout.sink), *range(end - (slots - layout.sink), end)]
-    view = View(layout, length, slots, 0, 1)
-    tokens = jnp.concatenate([jnp.arange(length) + _slot(view, f) * length for f in held])
+    tokens = jnp.concatenate([jnp.arange(length) + _slot(f, layout, slots) * length for f in held])
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
     raw = min(layout.sink, len(held)) * length if layout.sink_moves else 0
     table = rope_table(jnp.asarray(list(held)), (h, w), config.head_dim)
@@ -139,12 +139,11 @@ def reference_order(cache: Cache, layer: int, layout: Layout, end: int, config: 
     return k, v
 
 
-def _slot(view, offset):
-    """Slot of frame start + offset."""
-    frame = view.start + offset
-    if view.growing or (view.static and frame < view.layout.sink):
+def _slot(frame, layout, slots):
+    """Slot of a frame (int, or traced once the cache is full)."""
+    if isinstance(frame, int) and frame < layout.sink:
         return frame
-    return view.layout.sink + (frame - view.layout.sink) % (view.slots - view.layout.sink)
+    return layout.sink + (frame - layout.sink) % (slots - layout.sink)
 
 
 def _unit(view):
