@@ -4,6 +4,10 @@
 spec objective.md; where the published code differs from the corrected default, `reference(config)` sets it.
 """
 
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -33,20 +37,23 @@ def get_config() -> ConfigDict:
     config.sampler.warp = True  # map the steps through the shifted schedule
     config.sampler.context_noise = 0.0  # timestep of the pass that caches a finished block
     config.sampler.sigma_source = "exact"  # sigma of a timestep: exact (t/1000), or lookup (nearest table entry)
-    config.sampler.batch = 32  # videos sampled, decoded and scored at once, over all devices
+    config.sampler.batch = 24  # videos sampled, decoded and scored at once, over all devices
 
     config.video = ConfigDict()
     config.video.frames = 33  # pixel frames; 1 modulo 4
     config.video.height = 48  # pixels
     config.video.width = 48
-    config.video.fps = 16
+    config.video.fps = 16  # of the files in samples/
+    config.video.decode_chunk = 3  # latent frames decoded at once
 
     config.prompts = ConfigDict()
     config.prompts.train = "world:moving_shapes/train"  # a text file with one prompt a line, or world:NAME/SPLIT
     config.prompts.test = "world:moving_shapes/test"  # prompts of the evaluation
     config.prompts.groups = 6  # G, prompts per epoch
     config.prompts.candidates = 8  # K, videos per prompt
-    config.prompts.repeated = 1  # batches of an epoch that draw the same prompts (1: all groups are distinct)
+    # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with `repeated` times K
+    # videos each. 1: all groups are distinct; -1: every batch of the epoch.
+    config.prompts.repeated = 1
 
     # Reward name -> weight; the total of a video is the weighted sum (rewards/__init__.py lists the names).
     config.rewards = ConfigDict()
@@ -137,3 +144,167 @@ def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
             raise ValueError(f"unknown reference switch {switch!r}; expected one of {', '.join(REFERENCE_SWITCHES)}")
         config.update_from_flattened_dict(REFERENCE_SWITCHES[switch])
     return config
+
+
+def samples(config: ConfigDict) -> int:
+    """Videos per epoch, N = G K."""
+    return config.prompts.groups * config.prompts.candidates
+
+
+def repeats(config: ConfigDict) -> int:
+    """Sampling batches that share their prompts: `prompts.repeated`, or all batches of the epoch for -1."""
+    repeated = config.prompts.repeated
+    return samples(config) // config.sampler.batch if repeated == -1 else repeated
+
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.positions": ("absolute", "relative"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "sampler.sigma_source": ("exact", "lookup"),
+    "advantages.std": ("global", "prompt"),
+    "loss.kind": ("astrolabe", "diffusion_nft"),
+    "loss.context": ("clean", "noisy"),
+    "loss.timesteps": ("warped", "raw"),
+    "loss.timestep_draw": ("stratified", "batch"),
+    "kl.kind": ("uniform", "selective"),
+    "kl.rank_direction": ("paper", "published"),
+    "kl.reduction": ("epoch", "microbatch"),
+    "kl.reset_bounds": ("corrected", "published"),
+    "lora.dtype": ("float32", "bfloat16"),
+    "optimiser.old_decay": ("type0", "type1", "type2", "constant"),
+    "eval.policy": ("ema", "current"),
+}
+# field -> least and largest value
+_BOUNDS = {
+    "seed": (0, 2**31 - 1),
+    "model.block": (1, math.inf),
+    "model.max_global": (1, math.inf),
+    "model.sink": (0, math.inf),
+    "sampler.context_noise": (0, 1000),
+    "sampler.batch": (1, math.inf),
+    "video.frames": (1, math.inf),
+    "video.height": (1, math.inf),
+    "video.width": (1, math.inf),
+    "video.fps": (1, math.inf),
+    "video.decode_chunk": (1, math.inf),
+    "prompts.groups": (1, math.inf),
+    "prompts.candidates": (1, math.inf),
+    "loss.kl_weight": (0, math.inf),
+    "kl.reset_epochs": (1, math.inf),
+    "lora.rank": (1, math.inf),
+    "optimiser.learning_rate": (0, math.inf),
+    "optimiser.weight_decay": (0, math.inf),
+    "optimiser.microbatch": (1, math.inf),
+    "optimiser.inner_epochs": (1, math.inf),
+    "optimiser.steps_per_pass": (1, math.inf),
+    "optimiser.old_decay_constant": (0, 1),
+    "optimiser.ema_cap": (0, 1),
+    "train.epochs": (1, math.inf),
+    "train.eval_every": (0, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.checkpoints_kept": (1, math.inf),
+    "eval.videos": (2, math.inf),
+    "eval.shown": (1, math.inf),
+    "mesh.fsdp": (1, math.inf),
+}
+_POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_threshold", "lora.alpha", "optimiser.eps",
+             "optimiser.clip_norm")  # fmt: skip
+_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data")  # -1, or at least 1
+
+
+def validate(config: ConfigDict, reward_names: Collection[str], devices: int) -> None:
+    """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
+
+    `reward_names` are those that the program knows. What depends on the base model or the prompts: prepare.py.
+    """
+    faults = [*_field_faults(config), *_reward_faults(config, reward_names)]
+    if not faults:  # the sums below need sensible numbers
+        faults = [*_batch_faults(config, devices), *_kl_faults(config)]
+    if faults:
+        raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{'optimiser.b1': 0.9, ...}, every field once, tuples as lists, so that it survives JSON."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _field_faults(config: ConfigDict) -> Iterator[str]:
+    flat = flatten(config)
+    for field, choices in _CHOICES.items():
+        if flat[field] not in choices:
+            yield f"config.{field} is {flat[field]!r}; expected one of {', '.join(choices)}"
+    for field, (least, most) in _BOUNDS.items():
+        if not least <= flat[field] <= most:
+            upper = "" if most == math.inf else f" and at most {most}"
+            yield f"config.{field} is {flat[field]}; expected at least {least}{upper}"
+    for field in _POSITIVE:
+        if not 0 < flat[field] < math.inf:
+            yield f"config.{field} is {flat[field]}; expected a positive number"
+    for field in _OR_MINUS_ONE:
+        if flat[field] != -1 and flat[field] < 1:
+            yield f"config.{field} is {flat[field]}; expected at least 1, or -1 (see its comment in config.py)"
+    for field in ("optimiser.b1", "optimiser.b2"):
+        if not 0 <= flat[field] < 1:
+            yield f"config.{field} is {flat[field]}; expected a number in [0, 1)"
+    steps = list(config.sampler.steps)
+    if not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[-1] and steps[0] <= 1000):
+        yield f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing"
+    if config.eval.shown > config.eval.videos:
+        yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"
+
+
+def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
+    known = ", ".join(sorted(reward_names))
+    if not config.rewards:
+        yield f"config.rewards is empty; give at least one reward a weight, for example config.rewards.NAME = 1.0 ({known})"
+    for name, weight in config.rewards.items():
+        if name not in reward_names:
+            yield f"config.rewards.{name}: unknown reward; expected one of {known}"
+        if not math.isfinite(weight):
+            yield f"config.rewards.{name} is {weight}; expected a finite weight"
+    if config.rewards and sum(config.rewards.values()) == 0:
+        weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.items())
+        yield f"config.rewards has a total weight of 0 ({weights}); raise a weight"
+
+
+def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
+    prompts, optimiser = config.prompts, config.optimiser
+    count = samples(config)
+    epoch = f"the {count} videos of an epoch (prompts.groups {prompts.groups} x prompts.candidates {prompts.candidates})"
+    if count % config.sampler.batch:
+        yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
+    elif prompts.groups % (repeated := repeats(config)):
+        yield f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected a divisor of " \
+            f"prompts.groups, {prompts.groups}; change it or sampler.batch"
+    elif config.advantages.std == "prompt" and prompts.candidates * repeated == 1:
+        yield "config.prompts.candidates is 1 with advantages.std 'prompt': one video has no deviation from its mean; " \
+            "expected at least 2, or advantages.std='global'"
+    if count % (optimiser.microbatch * optimiser.steps_per_pass):
+        yield f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a whole number of them in " \
+            f"each of the {optimiser.steps_per_pass} steps of a pass"
+    mesh = config.mesh
+    data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
+    if data * mesh.fsdp != devices:
+        yield f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be the {devices} devices"
+    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", optimiser.microbatch)):
+        if size % devices:
+            yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
+
+
+def _kl_faults(config: ConfigDict) -> Iterator[str]:
+    if config.kl.kind != "selective":
+        return
+    if len(config.rewards) < 2:
+        yield f"config.kl.kind 'selective' compares rewards; expected at least 2, got {', '.join(config.rewards)}"
+    elif config.kl.main_reward not in config.rewards:
+        names = ", ".join(config.rewards)
+        yield f"config.kl.main_reward is {config.kl.main_reward!r}; expected one of the rewards of this run, {names}"
