@@ -126,8 +126,8 @@ def _run(file: GoldenFile) -> Result:
 def _noise(file: GoldenFile) -> np.ndarray:
     """[steps, B, F, C, H, W]: the initial noise, then what is added before each later step."""
     noise, renoise = file["noise"], file["renoise"]
-    blocks, steps = renoise.shape[:2]
-    split = renoise.reshape(blocks, steps, noise.shape[0], -1, *noise.shape[2:])  # [blocks, steps, B, P, ...]
+    blocks, steps = renoise.shape[:2]  # the batch and the frames of a block are one axis, batch first
+    split = renoise.reshape(blocks, steps, noise.shape[0], noise.shape[1] // blocks, *noise.shape[2:])
     return np.concatenate([noise[None], np.moveaxis(split, 0, 2).reshape(steps, *noise.shape)])
 
 
