@@ -1,0 +1,112 @@
+"""One mesh, one table of rules: where every array of a run lives. Computation follows the data (spec/platform.md 4).
+
+The batch is split over all devices, so that each runs its own samples; what is large and frozen is split over the
+`fsdp` axis besides, and gathered layer by layer where it is used. All placing functions take host arrays that are
+equal on every process, and each process uploads only the parts of its own devices.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+AXES = ("data", "fsdp")
+FSDP = "fsdp"
+
+# Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all others, which are
+# vectors, and the adapters, which are trained, are replicated.
+SPLIT_PARAMS = re.compile(r"\['(kernel|embedding)'\]$")
+
+
+def make_mesh(config: ConfigDict, devices=None) -> Mesh:
+    """The mesh of `config` (config.mesh: data, fsdp) over `devices`, by default all devices of all processes.
+
+    `data` -1 takes what `fsdp` leaves. ValueError unless data x fsdp is the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    data, fsdp = config.data, config.fsdp
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices")
+    data = len(devices) // fsdp if data == -1 else data
+    if data * fsdp != len(devices):
+        raise ValueError(f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {len(devices)}; "
+                         "set mesh.data to -1 to use what fsdp leaves")
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Samples along `axis`, split over all devices."""
+    return NamedSharding(mesh, P(*[None] * axis, AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """The rule for one parameter. path: as of jax.tree_util.keystr.
+
+    An axis of layers, which comes first, is never split: the scan over layers takes one slice of it at a time. Of
+    equal axes the last is split; where none divides, the parameter is replicated.
+    """
+    size = mesh.shape[FSDP]
+    axes = range(len(shape) - 2, len(shape))  # in and out of a linear or a convolution
+    fitting = [axis for axis in axes if axis >= 0 and shape[axis] % size == 0]
+    if size == 1 or not SPLIT_PARAMS.search(path) or not fitting:
+        return replicated(mesh)
+    longest = max(fitting, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, P(*[FSDP if axis == longest else None for axis in range(len(shape))]))
+
+
+def shard_params(mesh: Mesh, params: Any) -> Any:
+    """Frozen parameters placed by `param_sharding`."""
+    def place(path, leaf):
+        return _place(leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
+    """Arrays with samples along `axis`, split over all devices. ValueError unless the devices divide the samples."""
+    def place(path, leaf):
+        check_batch(mesh, leaf.shape[axis], f"batch{jax.tree_util.keystr(path)}")
+        return _place(leaf, batch_sharding(mesh, axis))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def check_batch(mesh: Mesh, samples: int, name: str) -> None:
+    """ValueError unless `samples`, the size of what `name` says, can be split over all devices of the mesh."""
+    if samples % mesh.size:
+        raise ValueError(f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) do not "
+                         f"divide; use a multiple of {mesh.size}")
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """A full copy of every array on every device, in buffers of its own (safe to donate)."""
+    return jax.tree.map(lambda leaf: _place(leaf, replicated(mesh)), tree)
+
+
+def to_host(tree: Any) -> Any:
+    """The whole arrays as numpy on every process, wherever their parts live."""
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def _place(leaf, sharding):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    # Copied: on a CPU a device array can share memory with a host array, which donation would then overwrite.
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

@@ -1,0 +1,76 @@
+"""sharding.py on eight CPU devices: the rules, what they refuse, and that placing changes no value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from astrolabe_jax import sharding
+from astrolabe_jax.config import get_config
+
+
+def mesh_of(data=-1, fsdp=1):
+    config = get_config().mesh
+    config.data, config.fsdp = data, fsdp
+    return sharding.make_mesh(config)
+
+
+@pytest.mark.parametrize("data, fsdp, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, 8, (1, 8)), (4, 2, (4, 2))])
+def test_mesh_shapes(data, fsdp, shape):
+    mesh = mesh_of(data, fsdp)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == sharding.AXES
+
+
+@pytest.mark.parametrize("data, fsdp, culprit", [(-1, 3, "mesh.fsdp is 3"), (-1, 0, "mesh.fsdp is 0"),
+                                                 (2, 2, "mesh.data 2 x mesh.fsdp 2")])
+def test_mesh_must_use_every_device(data, fsdp, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        mesh_of(data, fsdp)
+
+
+@pytest.mark.parametrize("path, shape, spec", [
+    ("['blocks']['ffn']['fc1']['kernel']", (4, 16, 64), P(None, None, "fsdp")),  # longest
+    ("['blocks']['ffn']['fc2']['kernel']", (4, 64, 16), P(None, "fsdp", None)),
+    ("['blocks']['self_attn']['q']['kernel']", (4, 16, 16), P(None, None, "fsdp")),  # equal: the last
+    ("['head']['linear']['kernel']", (16, 18), P("fsdp", None)),  # longest that divides
+    ("['odd']['kernel']", (4, 6, 9), P()),  # layers are never split
+    ("['conv']['kernel']", (4, 4, 4, 8, 8), P(None, None, None, None, "fsdp")),
+    ("['tokens']['embedding']", (256, 16), P("fsdp", None)),
+    ("['blocks']['ffn']['fc1']['bias']", (4, 64), P()),
+])
+def test_param_rule(path, shape, spec):
+    assert sharding.param_sharding(mesh_of(fsdp=4), path, shape).spec == spec
+    assert sharding.param_sharding(mesh_of(fsdp=1), path, shape).spec == P()
+
+
+def test_params_are_split_and_unchanged():
+    params = {"layer": {"kernel": np.arange(64.0).reshape(8, 8), "bias": np.arange(8.0)}}
+    placed = sharding.shard_params(mesh_of(fsdp=4), params)
+    assert placed["layer"]["kernel"].addressable_shards[0].data.shape == (8, 2)
+    assert placed["layer"]["bias"].is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(placed), params)
+
+
+def test_batch_is_split_over_both_axes():
+    batch = {"x": np.arange(32.0).reshape(16, 2), "key": jax.random.split(jax.random.key(0), 16)}
+    placed = sharding.shard_batch(mesh_of(fsdp=4), batch)
+    assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(sharding.to_host(placed["x"]), batch["x"])
+    np.testing.assert_array_equal(jax.random.key_data(placed["key"]), jax.random.key_data(batch["key"]))
+    second = sharding.shard_batch(mesh_of(), np.zeros((3, 8)), axis=1)
+    assert second.sharding.spec == P(None, sharding.AXES)
+
+
+def test_batch_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"batch\['r'\] holds 12 samples.*8 devices.*multiple of 8"):
+        sharding.shard_batch(mesh_of(), {"r": np.zeros(12)})
+
+
+def test_replicas_may_be_donated():
+    """Two replicas of one array are separate: donating one leaves the other and the source as they were."""
+    for source in (np.zeros((256, 256), np.float32), jnp.zeros((256, 256))):
+        first, second = (sharding.replicate(mesh_of(), source) for _ in range(2))
+        jax.jit(lambda x: x + 1, donate_argnums=0)(first).block_until_ready()
+        np.testing.assert_array_equal(second, 0)
+        np.testing.assert_array_equal(source, 0)
