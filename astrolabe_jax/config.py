@@ -265,7 +265,7 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
 def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
-        yield f"config.rewards is empty; give at least one reward a weight, for example config.rewards.NAME = 1.0 ({known})"
+        yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
     for name, weight in config.rewards.items():
         if name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
@@ -279,18 +279,24 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
 def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     prompts, optimiser = config.prompts, config.optimiser
     count = samples(config)
-    epoch = f"the {count} videos of an epoch (prompts.groups {prompts.groups} x prompts.candidates {prompts.candidates})"
+    epoch = f"the {count} videos of an epoch (prompts.groups x candidates, {prompts.groups} x {prompts.candidates})"
     if count % config.sampler.batch:
         yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
     elif prompts.groups % (repeated := repeats(config)):
-        yield f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected a divisor of " \
+        yield (
+            f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected a divisor of "
             f"prompts.groups, {prompts.groups}; change it or sampler.batch"
+        )
     elif config.advantages.std == "prompt" and prompts.candidates * repeated == 1:
-        yield "config.prompts.candidates is 1 with advantages.std 'prompt': one video has no deviation from its mean; " \
+        yield (
+            "config.prompts.candidates is 1 with advantages.std 'prompt': one video does not deviate from its mean; "
             "expected at least 2, or advantages.std='global'"
+        )
     if count % (optimiser.microbatch * optimiser.steps_per_pass):
-        yield f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a whole number of them in " \
-            f"each of the {optimiser.steps_per_pass} steps of a pass"
+        yield (
+            f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a whole number of them "
+            f"in each of the {optimiser.steps_per_pass} steps of a pass"
+        )
     mesh = config.mesh
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
     if data * mesh.fsdp != devices:

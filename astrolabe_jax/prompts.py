@@ -57,7 +57,8 @@ def draw(prompts: Sequence[str], seed: int, epoch: int, groups: int, candidates:
     if start + distinct > size:
         order = np.concatenate([order, _order(size, seed, cycle + 1, distinct)])
     chosen = order[start : start + distinct]
-    return _batch(prompts, np.repeat(chosen, repeated * candidates), np.tile(np.arange(repeated * candidates), distinct))
+    videos = repeated * candidates
+    return _batch(prompts, np.repeat(chosen, videos), np.tile(np.arange(videos), distinct))
 
 
 def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:
@@ -79,7 +80,9 @@ def sample_keys(batch: PromptBatch, seed: int, purpose: Purpose, epoch: int) -> 
 def _world(source: str) -> list[str]:
     name, _, split = source.removeprefix(WORLD_PREFIX).partition("/")
     if name not in WORLDS:
-        raise ValueError(f"unknown world in {source!r}; expected {WORLD_PREFIX}NAME/SPLIT with NAME {', '.join(WORLDS)}")
+        raise ValueError(
+            f"unknown world in {source!r}; expected {WORLD_PREFIX}NAME/SPLIT, NAME one of {', '.join(WORLDS)}"
+        )
     return WORLDS[name](split)
 
 

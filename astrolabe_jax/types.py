@@ -36,7 +36,7 @@ class Purpose(enum.IntEnum):
 
 
 class PromptBatch(NamedTuple):
-    """Stage `prompts` -> `encode`, `rollout`, `rewards`, `advantages`: one entry per video, videos of a prompt adjacent.
+    """Stage `prompts` -> `encode`, `rollout`, `rewards`, `advantages`: one entry per video, a prompt's adjacent.
 
     Videos belong to one group exactly if their `index` is equal; equal texts on two lines are two groups. The noise of
     a video depends on its index and its candidate number only, wherever in the batch it stands.

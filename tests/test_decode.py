@@ -10,7 +10,8 @@ from astrolabe_jax.decode import decode, to_uint8
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 
-CONFIG = VaeConfig(dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latent_mean=(0.1,) * 4, latent_std=(2.0,) * 4)
+SIZES = {"dim": 4, "z_dim": 4, "dim_mult": (1, 1, 2, 2), "num_res_blocks": 1}
+CONFIG = VaeConfig(**SIZES, latent_mean=(0.1,) * 4, latent_std=(2.0,) * 4)
 
 
 @pytest.fixture(scope="module")

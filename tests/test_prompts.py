@@ -71,7 +71,9 @@ def test_epochs_take_prompts_without_replacement(size, distinct, seed):
 
 def test_draw_depends_on_seed_and_epoch():
     names = [f"p{i}" for i in range(50)]
-    draws = {(seed, epoch): tuple(prompts.draw(names, seed, epoch, 8, 2, 1).index) for seed in (0, 1) for epoch in (0, 7)}
+    draws = {
+        (seed, epoch): tuple(prompts.draw(names, seed, epoch, 8, 2, 1).index) for seed in (0, 1) for epoch in (0, 7)
+    }
     assert len(set(draws.values())) == 4
     assert draws[1, 7] == tuple(prompts.draw(names, 1, 7, 8, 2, 1).index)
 

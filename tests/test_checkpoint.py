@@ -1,0 +1,147 @@
+"""A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it belongs to."""
+
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from astrolabe_jax import checkpoint
+
+IDENTITY = {"base": "abc", "config.seed": 0, "config.train.epochs": 4, "config.sampler.steps": [1000, 500]}
+PROGRESS = {"step": 7, "risk": {"ratio": 0.1, "history": [1.5, 2.0]}, "evals": {"0": {"total": 1.25}}}
+
+
+def make_state(seed):
+    adapter = {"q": {"a": jax.random.normal(jax.random.key(seed), (2, 8, 4)), "b": jnp.full((2, 4), 0.1, jnp.bfloat16)}}
+    return {"current": adapter, "optimiser": optax.adamw(1e-3).init(adapter), "step": jnp.int32(seed)}
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
+    assert checkpoint.restore(tmp_path, make_state(0), IDENTITY) is None
+    for epoch in (0, 2, 4):
+        checkpoint.save(tmp_path, epoch, make_state(epoch), PROGRESS | {"step": epoch}, IDENTITY, keep=2)
+    found = checkpoint.restore(tmp_path, make_state(0), IDENTITY)
+    assert found.epoch == 4 and found.progress == PROGRESS | {"step": 4}
+    assert_same(found.state, make_state(4))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_an_epoch_can_be_saved_again(tmp_path):
+    for seed in (1, 2):
+        checkpoint.save(tmp_path, 3, make_state(seed), PROGRESS, IDENTITY, keep=2)
+    assert_same(checkpoint.restore(tmp_path, make_state(0), IDENTITY).state, make_state(2))
+
+
+def test_restores_onto_other_devices(tmp_path):
+    def placed(state, count):
+        devices = jax.devices()[:count]
+        mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        state = jax.device_put(state, everywhere)
+        a = state["current"]["q"]["a"]
+        state["current"]["q"]["a"] = jax.device_put(a, NamedSharding(mesh, PartitionSpec(None, "data")))
+        return state
+
+    checkpoint.save(tmp_path, 1, placed(make_state(1), 8), PROGRESS, IDENTITY, keep=1)
+    template = placed(make_state(0), 2)
+    state = checkpoint.restore(tmp_path, template, IDENTITY).state
+    assert_same(state, make_state(1))
+    assert state["current"]["q"]["a"].sharding == template["current"]["q"]["a"].sharding
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    for epoch in (1, 2):
+        checkpoint.save(workdir, epoch, make_state(epoch), PROGRESS, IDENTITY, keep=2)
+    return workdir
+
+
+def damages(workdir):
+    """Every single file of the newest checkpoint: missing, cut in half, or with one byte changed."""
+    newest = workdir / "checkpoints" / "2"
+    for path in sorted(newest.rglob("*")):
+        if path.is_file():
+            name, content = path.relative_to(newest), path.read_bytes()
+            yield name, None
+            if content:
+                middle = len(content) // 2
+                yield name, content[:middle]
+                yield name, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's unawaited futures
+def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(two_checkpoints, tmp_path, caplog):
+    fallbacks = 0
+    for i, (name, content) in enumerate(damages(two_checkpoints)):
+        workdir = tmp_path / str(i)
+        shutil.copytree(two_checkpoints, workdir)
+        path = workdir / "checkpoints" / "2" / name
+        path.unlink() if content is None else path.write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = checkpoint.restore(workdir, make_state(0), IDENTITY)
+        assert_same(found.state, make_state(found.epoch))
+        assert found.progress == PROGRESS
+        if found.epoch == 1:
+            fallbacks += 1
+            assert "is damaged" in caplog.text and not (workdir / "checkpoints" / "2").exists()
+    assert fallbacks >= 6
+
+
+def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp-17"
+    unfinished.mkdir()
+    (unfinished / "state").write_text("half")
+    assert checkpoint.restore(tmp_path / "run", make_state(0), IDENTITY).epoch == 2
+
+
+def test_nothing_whole_is_refused(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").rglob("metadata"):
+        path.write_text("{")
+    with pytest.raises(ValueError, match="no checkpoint .* is whole"):
+        checkpoint.restore(tmp_path / "run", make_state(0), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"base": "other"}, "base: 'abc' there, 'other' now"),
+        ({"config.seed": 1}, "config.seed: 0 there, 1 now"),
+        ({"config.new": 1}, "config.new: '\\(none\\)' there, 1 now"),
+    ],
+)
+def test_checkpoints_and_workdirs_of_another_run_are_refused(two_checkpoints, tmp_path, change, expected):
+    with pytest.raises(ValueError, match=f"(?s)is of another run.*{expected}"):
+        checkpoint.restore(two_checkpoints, make_state(0), IDENTITY | change)
+    checkpoint.claim(tmp_path / "run", IDENTITY)
+    with pytest.raises(ValueError, match=f"(?s)belongs to another run.*{expected}"):
+        checkpoint.claim(tmp_path / "run", IDENTITY | change)
+
+
+def test_a_run_may_go_further(two_checkpoints, tmp_path):
+    longer = IDENTITY | {"config.train.epochs": 8}
+    assert checkpoint.restore(two_checkpoints, make_state(0), longer).epoch == 2
+    checkpoint.claim(tmp_path / "run", IDENTITY)
+    checkpoint.claim(tmp_path / "run", longer)
+
+
+def test_foreign_and_unwritable_workdirs_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds 'thesis.tex' but no run"):
+        checkpoint.claim(tmp_path, IDENTITY)
+    with pytest.raises(OSError, match="cannot be written"):
+        checkpoint.claim(tmp_path / "thesis.tex" / "run", IDENTITY)
