@@ -1,0 +1,148 @@
+"""Prompts to embeddings: cleaning, tokenizers on disk, padding, the cache."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+from flax import nnx
+
+from astrolabe_jax import encode
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.umt5 import UMT5, UMT5Config
+
+WORDS = ["a", "red", "blue", "circle", "moving", "left"]
+PROMPTS = ["a red circle", "a blue circle moving left", "", "red"]
+CONFIG = UMT5Config(
+    vocab_size=3 + len(WORDS), dim=8, dim_attn=8, dim_ffn=12, num_heads=2, num_layers=2, text_len=7,
+    dtype="float32", param_dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "tokenizer.json").write_text(encode.word_tokenizer(WORDS))
+    return encode.load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return layers.split(UMT5(CONFIG, nnx.Rngs(0)))
+
+
+def test_words_keep_their_order_after_the_special_tokens(tokenizer):
+    ids, mask = encode.tokenize(tokenizer, ["left red", "a purple circle"], 6)
+    np.testing.assert_array_equal(ids, [[8, 4, 1, 0, 0, 0], [3, 2, 6, 1, 0, 0]])  # end 1, unknown 2, padding 0
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+
+
+def test_an_empty_prompt_is_one_end_token(tokenizer):
+    ids, mask = encode.tokenize(tokenizer, ["  \n"], 4)
+    np.testing.assert_array_equal((ids[0], mask[0]), ([1, 0, 0, 0], [1, 0, 0, 0]))
+
+
+def test_an_over_long_prompt_is_refused_with_its_index(tokenizer):
+    prompts = ["a red circle", "a red circle moving left"]
+    encode.tokenize(tokenizer, prompts, 6)
+    with pytest.raises(ValueError, match=r"prompt 1 has 6.*a red circle moving left"):
+        encode.tokenize(tokenizer, prompts, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a\t red\n\n circle ", "a red circle"),
+        ("A Red Circle.", "A Red Circle."),
+        ("salt &amp;amp; pepper &lt;b&gt;", "salt & pepper <b>"),
+        ("a\u3000b\u00a0c", "a b c"),
+    ],
+)
+def test_cleaning(text, cleaned):
+    assert encode.clean(text) == cleaned
+
+
+def test_curly_quotes_are_straightened_only_with_ftfy(monkeypatch):
+    with_ftfy = encode.clean("a \u201cred\u201d one")
+    assert with_ftfy == ('a "red" one' if encode.ftfy else "a \u201cred\u201d one")
+    monkeypatch.setattr(encode, "ftfy", None)
+    assert encode.clean("a \u201cred\u201d one") == "a \u201cred\u201d one"
+
+
+def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
+    got = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG)
+    assert got.shape == (4, CONFIG.text_len, CONFIG.dim) and got.dtype == np.float32
+    lengths = [int(np.flatnonzero(np.any(row != 0, axis=-1))[-1]) + 1 for row in got]
+    assert lengths == [4, 6, 1, 2]
+
+
+def test_an_embedding_depends_on_its_prompt_alone(tokenizer, model):
+    many = [PROMPTS[i % 4] for i in range(11)]  # more than one batch, the last one filled up
+    got = encode.encode_prompts(*model, tokenizer, many, CONFIG)
+    alone = [encode.encode_prompts(*model, tokenizer, [prompt], CONFIG)[0] for prompt in PROMPTS]
+    for i, row in enumerate(got):
+        np.testing.assert_array_equal(row, alone[i % 4])
+
+
+def test_no_prompts_give_an_empty_batch(tokenizer, model):
+    assert encode.encode_prompts(*model, tokenizer, [], CONFIG).shape == (0, CONFIG.text_len, CONFIG.dim)
+
+
+def test_the_cache_is_read_back_bit_for_bit(tokenizer, model, tmp_path, monkeypatch):
+    first = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".npz"
+
+    def not_again(*arguments):
+        raise AssertionError("the encoder ran although the embeddings are on disk")
+
+    monkeypatch.setattr(encode, "_encode", not_again)
+    np.testing.assert_array_equal(encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, tmp_path), first)
+
+
+@pytest.mark.parametrize("change", ["prompts", "weights", "config"])
+def test_the_cache_is_not_shared_between_different_contents(tokenizer, model, tmp_path, change):
+    graphdef, params = model
+    encode.encode_prompts(graphdef, params, tokenizer, PROMPTS, CONFIG, tmp_path)
+    prompts, config = PROMPTS, CONFIG
+    if change == "prompts":
+        prompts = PROMPTS[::-1]
+    elif change == "weights":
+        params = jax.tree.map(lambda leaf: leaf * 1.01, params)
+    else:
+        config = dataclasses.replace(CONFIG, max_distance=64)
+        graphdef, _ = layers.graphdef_of(lambda: UMT5(config, nnx.Rngs(0)))
+    fresh = encode.encode_prompts(graphdef, params, tokenizer, prompts, config)
+    cached = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, tmp_path)
+    np.testing.assert_array_equal(cached, fresh)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor spiece.model"):
+        encode.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
+    text = encode.word_tokenizer(WORDS).replace('"<pad>": 0', '"<pad>": 99')
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="expected pad id 0"):
+        encode.load_tokenizer(tmp_path)
+
+
+def test_a_word_that_occurs_twice_is_refused():
+    with pytest.raises(ValueError, match="red"):
+        encode.word_tokenizer(["red", "blue", "red"])
+
+
+def test_a_directory_with_only_a_sentencepiece_model_works(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(["a red circle moving left", "a blue circle moving right"] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=24, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    tokenizer = encode.load_tokenizer(tmp_path)
+    ids, mask = encode.tokenize(tokenizer, ["a red circle"], 30)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    assert ids[0, : mask.sum()].tolist() == [*pieces.encode("a red circle"), 1]
