@@ -1,0 +1,149 @@
+"""f_*: losses and their gradients, selective KL and its controllers, advantages, decays and averages."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astrolabe_jax import advantages, losses, update
+from tests.golden.entry import CONVERSION, EXACT, TABLE, Entry
+from tests.golden.files import GoldenFile
+
+EMA_CAP = 0.9
+KL_THRESHOLD, KL_MAX_EPOCHS = 0.15, 15  # the reference's starting threshold and its forced reset
+
+
+def entries(file: GoldenFile) -> Iterator[Entry]:
+    for case in file.groups("loss/"):
+        yield from _loss(file, f"loss/{case}/", file.config[case])
+    for case in file.groups("selkl/"):
+        yield from _selective_kl(file, f"selkl/{case}/", file.config[f"selkl_{case}"])
+    if file.keys("adv/"):
+        yield from _advantages(file)
+    for key in file.keys("decay/type"):
+        yield Entry(key, lambda key=key: _old_decays(key.rpartition("/")[2], file["decay/step"]), TABLE)
+    for case in file.groups("ema/"):
+        yield from _ema(file, f"ema/{case}/", int(case.removeprefix("start")))
+    for kind in file.groups("old_update/"):
+        yield Entry(f"old_update/{kind}/old", lambda kind=kind: _old_update(file, kind), CONVERSION)
+        for name in ("old_init", "global_step", "src"):
+            file[f"old_update/{kind}/{name}"]
+
+
+def objective(x0, old, forward, reference, r, mask, settings: dict) -> dict:
+    """Every term of the published loss of one microbatch; `settings` names beta, kl_beta and select_kl."""
+    policy = losses.astrolabe_loss(x0, forward, old, r, settings["beta"])
+    restrained = mask if settings["select_kl"] else np.ones(len(r), bool)
+    kl = losses.kl_weights(restrained) * losses.deviation(forward, reference)
+    total = losses.total_loss(policy["policy"], kl, settings["kl_beta"])
+    return {
+        "loss": total.mean(),
+        "total_loss": total.mean(),
+        "policy_loss": policy["policy"].mean(),
+        "kl_loss": kl.mean(),
+        "loss_pos": policy["positive"],
+        "loss_neg": policy["negative"],
+        "x0_norm": losses.deviation(x0, jnp.zeros_like(x0)).mean(),
+        "old_deviate": losses.deviation(forward, old).mean(),
+        "old_kl_div": losses.deviation(old, reference).mean(),
+        "kl_div": losses.deviation(forward, reference).mean(),
+    }
+
+
+def _loss(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
+    names = ("x0", "old", "forward", "ref")
+    x0, old, forward, reference = (jnp.asarray(file[prefix + name]) for name in names)
+    mask = file[prefix + "reward_mask"]
+    optimality = advantages.optimality(file[prefix + "advantages"], settings["adv_clip_max"])
+    r = jnp.asarray(optimality, jnp.float32)
+
+    def terms(forward):
+        return objective(x0, old, forward, reference, r, mask, settings)
+
+    results = functools.cache(lambda: terms(forward) | {"r": optimality})
+    gradient = f"{prefix}grad_forward"
+    if gradient in file:
+        yield Entry(gradient, lambda: jax.grad(lambda f: terms(f)["loss"])(forward), CONVERSION)
+    for key in file.keys(prefix):
+        name = key.rpartition("/")[2]
+        if name not in (*names, "advantages", "reward_mask", "grad_forward"):
+            yield Entry(key, lambda name=name: results()[name], CONVERSION)
+
+
+def _selective_kl(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
+    results = functools.cache(lambda: _controllers(file, prefix, settings))
+    inputs = {"rewards", "reward_keys", "kl"}
+    exact = {"mask", "refreshed", "reset_after", "prev_epoch"}
+    for name in inputs:
+        file[prefix + name]
+    for key in file.keys(prefix):
+        name = key.removeprefix(prefix)
+        if name not in inputs:
+            yield Entry(key, lambda name=name: results()[name], EXACT if name in exact else TABLE)
+
+
+def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.ndarray]:
+    """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the optimiser steps."""
+    keys, rewards = file[f"{prefix}reward_keys"].tolist(), file[f"{prefix}rewards"]  # [key, epoch, sample]
+    risk, reset = advantages.RiskState(), advantages.ResetState(KL_THRESHOLD)
+    rows = []
+    for epoch in range(settings["epochs"]):
+        reset, refreshed = advantages.start_epoch(reset, epoch, KL_MAX_EPOCHS, "published")
+        row = {"refreshed": refreshed, "thres": reset.threshold, "prev_epoch": reset.previous}
+        scores = {name: rewards[i, epoch] for i, name in enumerate(keys) if name != "avg"}
+        ranks = advantages.rank_discrepancy(scores, settings["main_reward"], "published")
+        risk, row["risk_mean"] = advantages.update_risk(risk, ranks)
+        row["mask"], row["threshold"] = advantages.risk_mask(ranks, risk.ratio)
+        for kl in file[f"{prefix}kl"][epoch]:
+            reset = advantages.after_step(reset, kl)
+        rows.append(row | {"rank_diff": ranks, "beta": risk.ratio, "reset_after": reset.pending})
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _advantages(file: GoldenFile) -> Iterator[Entry]:
+    rewards = file["adv/rewards"]
+    _, groups = np.unique(file["adv/prompts"], return_inverse=True)
+    metrics = advantages.statistics(rewards, groups)
+    tops = [metrics[f"top_{share}"] for share in advantages.TOP_SHARES]
+    results = {
+        "advantages_global_std_True": lambda: advantages.normalise(rewards, groups, "global"),
+        "advantages_global_std_False": lambda: advantages.normalise(rewards, groups, "prompt"),
+        "no_tracking": lambda: advantages.normalise(rewards, np.arange(len(rewards)), "global"),
+        "mean_top": lambda: tops,
+        "stats": lambda: [metrics["group_size"], metrics["groups"]],
+        "zero_std_ratio_and_mean_std": lambda: [metrics["zero_std_ratio"], metrics["group_std"]],
+    }
+    for name, compute in results.items():
+        if f"adv/{name}" in file:
+            yield Entry(f"adv/{name}", compute, CONVERSION)
+
+
+def _old_decays(kind: str, steps: np.ndarray) -> list[float]:
+    return [update.old_decay(kind, int(step), constant=0.0) for step in steps]
+
+
+def _ema(file: GoldenFile, prefix: str, start: int) -> Iterator[Entry]:
+    params, steps = file[f"{prefix}params"], np.arange(len(file[f"{prefix}params"]))
+    initial = jnp.asarray(file[f"{prefix}init"])
+
+    def averages():
+        mean, rows = initial, []
+        for step in steps:
+            mean = jnp.asarray(params[step]) if step == start else mean
+            mean = update.average(mean, jnp.asarray(params[step]), update.ema_decay(step, EMA_CAP))
+            rows.append(mean)
+        return np.stack(rows)
+
+    yield Entry(f"{prefix}ema", averages, CONVERSION)
+    yield Entry(f"{prefix}decay", lambda: update.ema_decay(steps, EMA_CAP), TABLE)
+
+
+def _old_update(file: GoldenFile, kind: str) -> np.ndarray:
+    prefix = f"old_update/{kind}/"
+    old, rows = jnp.asarray(file[f"{prefix}old_init"]), []
+    for step, source in zip(file[f"{prefix}global_step"], file[f"{prefix}src"], strict=True):
+        old = update.average(old, jnp.asarray(source), update.old_decay(kind, int(step), constant=0.0))
+        rows.append(old)
+    return np.stack(rows)
