@@ -38,12 +38,15 @@ class GoldenFile:
 
     def groups(self, prefix: str = "") -> list[str]:
         """The distinct names of the path segment that follows `prefix`, in file order."""
-        rest = (key[len(prefix) :] for key in self.keys(prefix))
-        return list(dict.fromkeys(key.split("/")[0] for key in rest if "/" in key))
+        return list(dict.fromkeys(name.split("/")[0] for name in self.suffixes(prefix) if "/" in name))
+
+    def suffixes(self, prefix: str) -> list[str]:
+        """What follows `prefix` in the names that start with it."""
+        return [key[len(prefix) :] for key in self.keys(prefix)]
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """{name without `prefix`: array} of all arrays under it, counted as used."""
-        return {key[len(prefix) :]: self[key] for key in self.keys(prefix)}
+        return {name: self[prefix + name] for name in self.suffixes(prefix)}
 
     def unused(self) -> list[str]:
         """Arrays that nobody has read or compared."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.golden.entry import Entry, difference
+from tests.golden.entry import Entry, Tolerance, difference
 from tests.golden.files import GoldenFile
 
 # Prefix of the file name (MANIFEST) -> module of its handler. Modules are imported when needed, so that one that
@@ -82,11 +82,23 @@ def find_handler(path: Path) -> Callable[[GoldenFile], Iterator[Entry]]:
 
 def _check(file: GoldenFile, entry: Entry) -> Line:
     try:
-        want = file[entry.key]
-        error, ok, reason = difference(entry.compute(), want, entry.tolerance)
+        if entry.key.endswith("/"):
+            error, ok, reason = _group_difference(entry.compute(), file.under(entry.key), entry.tolerance)
+        else:
+            want = file[entry.key]
+            error, ok, reason = difference(entry.compute(), want, entry.tolerance)
     except Exception as failure:
         return _failure(file.path.name, entry.key, failure)
     return Line(file.path.name, entry.key, error, str(entry.tolerance), ok, reason)
+
+
+def _group_difference(got: dict, want: dict, tolerance: Tolerance) -> tuple[float, bool, str]:
+    """The worst of `difference` over all names, which must be the same on both sides."""
+    if got.keys() != want.keys() or not want:
+        return np.inf, False, f"names differ: {sorted(got.keys() ^ want.keys())[:3]}"
+    results = [(*difference(got[name], want[name], tolerance), name) for name in want]
+    error, ok, reason, name = min(results, key=lambda result: (result[1], -result[0]))  # refused first, then by error
+    return error, ok, "" if ok else f"{reason}: {name}"
 
 
 def _failure(file: str, entry: str, error: Exception) -> Line:
