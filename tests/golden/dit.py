@@ -44,7 +44,7 @@ def to_x0(x, velocity, t, shift: float):
 
 def training_layout(block: int, local: int, frames: int) -> Layout:
     """The training mask: the window counts from the end of the query's block, global has no limit, no sink."""
-    return Layout(block=block, window=local, max_global=max(block, frames))
+    return Layout(block=block, window=local, max_global=frames + block)  # the last block may be cut short
 
 
 def frame_mask(layout: Layout, frames: int) -> np.ndarray:

@@ -86,7 +86,9 @@ def _selective_kl(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Ent
 
 def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.ndarray]:
     """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the optimiser steps."""
-    keys, rewards = file[f"{prefix}reward_keys"].tolist(), file[f"{prefix}rewards"]  # [key, epoch, sample]
+    keys, rewards = file[f"{prefix}reward_keys"].tolist(), file[f"{prefix}rewards"]
+    if rewards.shape[0] != len(keys):  # MANIFEST says [epoch, key, sample], the shared file holds [key, epoch, sample]
+        rewards = rewards.swapaxes(0, 1)
     risk, reset = advantages.RiskState(), advantages.ResetState(KL_THRESHOLD)
     rows = []
     for epoch in range(settings["epochs"]):

@@ -59,7 +59,7 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     for key, name in (("call_x0", "x0"), ("call_flow", "velocity")):
         if key in file:
             # A file with `flow: false` leaves the clean pass out.
-            stored = calls if scenario["flow"] else calls - 1
+            stored = max(file[key].shape[1], calls if scenario["flow"] else calls - 1)
             yield Entry(key, lambda name=name, n=stored: trace(name)[:, :n], ROLLOUT)
     for group in file.groups():
         if group.startswith("ctx"):
@@ -75,7 +75,7 @@ def _refuse_unsupported(scenario: dict) -> None:
     unknown = sorted(key for key in scenario if key not in SCENARIO and scenario[key])
     if unknown:
         raise Unsupported(f"scenario fields {unknown} are not known to this runner")
-    if scenario["pipe"] != "causal" or scenario["prompts"] is not None or scenario["switch"] is not None:
+    if scenario["prompts"] is not None or scenario["switch"] is not None:
         raise Unsupported(f"pipeline {scenario['pipe']!r}: scene and prompt switching are not supported yet")
 
 
@@ -134,8 +134,9 @@ def _noise(file: GoldenFile) -> np.ndarray:
 def _initial_latents(file: GoldenFile) -> np.ndarray | None:
     """The given frames, which are also the first frames of the output."""
     given = file.config["scenario"]["init"]
-    for key in file.keys("init"):
-        return file[key]
+    for key in file.keys():
+        if "init" in key:
+            return file[key]
     return file["latents"][:, :given] if given else None
 
 

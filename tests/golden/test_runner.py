@@ -1,0 +1,211 @@
+"""The runner on folders made here by the numpy oracle, intact and damaged, and on the shared folder where it exists."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.golden import oracle
+from tests.golden.__main__ import main
+from tests.golden.entry import EXACT, TABLE, Tolerance, difference
+from tests.golden.runner import run_file
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"
+SIZES = {
+    "dim": 12, "ffn_dim": 16, "freq_dim": 8, "num_heads": 2, "head_dim": 6, "num_layers": 2, "in_dim": 2,
+    "lat_h": 2, "lat_w": 4, "fsl": 2, "max_global": 10, "text_dim": 5, "text_len": 3,
+}  # fmt: skip
+SCENARIO = {
+    "name": "c_x", "pipe": "causal", "B": 1, "block": 2, "frames": 4, "local": -1, "sink": 0, "shift": 5.0, "init": 0,
+    "ctx": 0, "steps": [1000, 500], "warp": True, "infer": False, "flow": True, "gsink": True, "prompts": None,
+    "switch": None,
+}  # fmt: skip
+# What the shared folder does not hold. The global window is 5 frames here (max_global over fsl).
+SCENARIOS = {
+    "local_no_sink": {"B": 2, "frames": 8, "local": 4},
+    "longer_than_global": {"frames": 8, "sink": 1},
+    "initial_latents": {"init": 2, "frames": 6, "local": 6, "sink": 2},
+    "context_noise_raw_steps": {"ctx": 100, "warp": False, "shift": 3.0, "flow": False},
+    "sink_larger_than_block": {"block": 1, "frames": 6, "local": 4, "sink": 2},
+    "sink_not_a_multiple": {"frames": 10, "local": 7, "sink": 3},
+    "inference_class": {"frames": 10, "local": 6, "sink": 2, "infer": True},
+    "one_step": {"steps": [1000], "infer": True},
+}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng, d, f = np.random.default_rng(0), SIZES["dim"], SIZES["ffn_dim"]
+    shapes = {
+        "patch_embedding.weight": (d, 2, 1, 2, 2), "patch_embedding.bias": (d,), "head.modulation": (1, 2, d),
+        "text_embedding.0": (d, 5), "text_embedding.2": (d, d), "time_embedding.0": (d, 8), "time_embedding.2": (d, d),
+        "time_projection.1": (6 * d, d), "head.head": (8, d),
+    }  # fmt: skip
+    for i in range(SIZES["num_layers"]):
+        block = f"blocks.{i}"
+        shapes |= {f"{block}.modulation": (1, 6, d), f"{block}.ffn.0": (f, d), f"{block}.ffn.2": (d, f)}
+        shapes |= {f"{block}.norm3.weight": (d,), f"{block}.norm3.bias": (d,)}
+        for attention in ("self_attn", "cross_attn"):
+            shapes |= {f"{block}.{attention}.{part}": (d, d) for part in "qkvo"}
+            shapes |= {f"{block}.{attention}.norm_{part}.weight": (d,) for part in "qk"}
+    tensors = {}
+    for name, shape in shapes.items():
+        whole = name.endswith((".weight", ".bias", "modulation"))
+        tensors[name if whole else f"{name}.weight"] = rng.normal(size=shape) / np.sqrt(shape[-1])
+        if not whole:
+            tensors[f"{name}.bias"] = 0.1 * rng.normal(size=shape[:1])
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
+    """All arrays of a c_* file, its outputs computed by the oracle."""
+    scenario = SCENARIO | changes
+    rng, config = np.random.default_rng(1), SIZES | {"scenario": scenario}
+    batch, block, steps = scenario["B"], scenario["block"], len(scenario["steps"])
+    shape = (SIZES["in_dim"], SIZES["lat_h"], SIZES["lat_w"])
+
+    def normal(*leading, shape=shape):
+        return rng.normal(size=(*leading, *shape)).astype(np.float32)
+
+    noise = normal(batch, scenario["frames"])
+    renoise = normal(scenario["frames"] // block, steps - 1, batch * block)
+    prompts = normal(batch, shape=(3, 5))
+    initial = normal(batch, scenario["init"]) if scenario["init"] else None
+    outputs = oracle.rollout(weights, config, noise, renoise, prompts, initial)
+    if not scenario["flow"]:
+        outputs["call_x0"] = outputs["call_x0"][:, :-1]
+        del outputs["call_flow"]
+    inputs = {"noise": noise, "renoise": renoise, "config": np.array(json.dumps(config))}
+    return outputs | inputs | {f"prompt_embeds/p{i}": prompt for i, prompt in enumerate(prompts)}
+
+
+def forward_file(weights, combos) -> dict[str, np.ndarray]:
+    """All arrays of a b_* file."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(2, 5, 2, 2, 4)).astype(np.float32)
+    prompts = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    t = rng.uniform(100, 900, (2, 5)).astype(np.float32)
+    config = SIZES | {"combos": combos, "frames": 5, "shift": 5.0, "weights": "dit_weights.npz"}
+    arrays = {"x": x, "prompt_embeds": prompts, "t_perframe": t, "config": np.array(json.dumps(config))}
+    sigmas, times = oracle.schedule(5.0)
+    sigma = sigmas[np.argmin(np.abs(times - t[..., None]), axis=-1)][..., None, None, None]
+    for block, local in combos:
+        flow, mask = oracle.training_forward(weights, config, x, t, prompts, block, local)
+        prefix = f"block{block}_local{local}"
+        arrays |= {f"{prefix}/perframe/flow": flow, f"{prefix}/perframe/x0": x - sigma * flow}
+        arrays[f"{prefix}/frame_mask"] = mask
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def rollout(weights):
+    return rollout_file(weights)
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+    np.savez(tmp_path / "dit_weights.npz", **weights)
+    return tmp_path
+
+
+def failures(path: Path) -> dict[str, str]:
+    """{entry: reason} of the lines of a file that are not ok."""
+    lines = list(run_file(path))
+    assert lines
+    return {line.entry: line.reason for line in lines if not line.ok}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_rollouts_equal_the_oracle(folder, weights, name):
+    np.savez(folder / "c_x.npz", **rollout_file(weights, **SCENARIOS[name]))
+    assert failures(folder / "c_x.npz") == {}
+
+
+def test_training_forwards_equal_the_oracle(folder, weights):
+    combos = [[2, -1], [1, 2], [2, 3], [3, 2]]  # also a window smaller than the block, and a last block cut short
+    np.savez(folder / "b_x.npz", **forward_file(weights, combos))
+    assert failures(folder / "b_x.npz") == {}
+
+
+def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollout, capsys):
+    np.savez(folder / "c_x.npz", **rollout)
+    assert main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rollout) - 4 + 1  # one for each output, none for 3 inputs and the config, and the total
+    assert all(line.endswith("ok") for line in lines[:-1])
+
+    wrong = rollout["call_x0"].copy()
+    wrong[1, 0, 0, 1, 0, 1, 2] += 1e-3  # one number of one call
+    np.savez(folder / "c_x.npz", **rollout | {"call_x0": wrong})
+    assert main([str(folder)]) == 1
+    bad = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert bad[0].split() == ["c_x.npz", "call_x0", "1.00e-03", "1e-04", "FAIL", "outside", "the", "tolerance"]
+    assert len(bad) == 2  # and the total
+
+
+def test_an_array_that_nothing_reads_is_reported(folder, rollout):
+    np.savez(folder / "c_x.npz", **rollout, call_entropy=np.zeros(3))
+    assert failures(folder / "c_x.npz") == {"call_entropy": "not covered"}
+
+
+def test_a_scenario_that_cannot_run_is_reported_and_covers_nothing(folder, rollout):
+    for change in ({"switch": [3]}, {"pipe": "scene", "prompts": "a[5s]"}, {"frame_skip": 2}):
+        config = SIZES | {"scenario": SCENARIO | change}
+        np.savez(folder / "c_x.npz", **rollout | {"config": np.array(json.dumps(config))})
+        found = failures(folder / "c_x.npz")
+        assert found["-"].startswith("Unsupported: ")
+        assert found["latents"] == "not covered"
+
+
+def test_an_exception_fails_the_entry_and_not_the_run(folder, rollout):
+    damaged = dict(rollout)
+    damaged["renoise"] = rollout["renoise"][:, :, :-1]  # does not hold the frames of a block
+    np.savez(folder / "c_x.npz", **damaged)
+    found = failures(folder / "c_x.npz")
+    assert found["latents"].startswith("ValueError: ")
+    assert "denoising_step_list" not in found
+
+
+def test_files_that_are_not_understood_are_reported(folder):
+    np.savez(folder / "z_new.npz", x=np.zeros(3))
+    (folder / "a_broken.npz").write_bytes(b"not an archive")
+    assert "unknown file kind" in failures(folder / "z_new.npz")["-"]
+    assert failures(folder / "a_broken.npz").keys() == {"-"}
+    assert main([str(folder)]) == 1
+
+
+def test_a_folder_without_files_fails(tmp_path):
+    assert main([str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "tolerance", "accepted"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], EXACT, True),
+        ([1.0, 2.0 + 1e-9], [1.0, 2.0], EXACT, False),
+        ([[1.0]], [1.0], Tolerance(1.0), False),  # another shape
+        ([1.0, np.nan], [1.0, 2.0], Tolerance(1.0), False),
+        ([np.nan], [np.nan], EXACT, True),
+        ([np.inf], [1.0], Tolerance(1.0), False),
+        ([1000.001, 1e-3], [1000.0, 1e-3], TABLE, True),
+        ([1000.0, 1.1e-3], [1000.0, 1e-3], TABLE, False),  # each on its own scale
+        ([1000.0, 1.1e-3], [1000.0, 1e-3], Tolerance(1e-6, "array"), True),
+        ([True, False], [True, True], EXACT, False),
+        (["a", "b"], ["a", "c"], EXACT, False),
+    ],
+)
+def test_comparison(got, want, tolerance, accepted):
+    assert difference(np.array(got), np.array(want), tolerance)[1] is accepted
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("fh_") else [])
+        for path in sorted(SHARED.glob("*.npz"))
+        if path.stem not in ("dit_weights", "g_scene_parsing")  # an input; and scenes, which are not supported yet
+    ],
+)
+def test_shared_folder(path):
+    assert failures(path) == {}
