@@ -37,7 +37,7 @@ def rope_table(frames, grid: tuple[int, int], head_dim: int) -> tuple[jax.Array,
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate pairs (2i, 2i + 1) of each head. x [B, N, A, K], table of N tokens; float32 inside, dtype of x out."""
     cos, sin = (t[None, :, None, :] for t in table)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
@@ -50,7 +50,7 @@ def inverse(table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
     """Timestep features [..., dim], float32: cosines then sines of t 10000^(-2k/dim). t in [0, 1000], any shape."""
-    t = t.astype(jnp.float32)
+    t = jnp.asarray(t, jnp.float32)
     whole = jnp.round(t)
     (coarse_cos, coarse_sin), frequency = _time_tables(dim)
     angle = (t - whole)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))

@@ -216,8 +216,7 @@ class WanTransformer(nnx.Module):
 
     def _layers(self, tokens, t, text, adapter, attend, *, cache=None, context=None):
         """Scan over the layers. The cache, if any, is carried, so that it is updated in place."""
-        e = self.time_embedding(sinusoid(t, self.config.freq_dim).astype(tokens.dtype), {}, nnx.silu)  # [B, F, D]
-        e0 = self.time_projection(nnx.silu(e)).reshape(*e.shape[:2], 6, -1)
+        e, e0 = self._time(t)
         graphdef, layers = nnx.split(self.blocks)
 
         def body(carry, xs):
@@ -239,12 +238,19 @@ class WanTransformer(nnx.Module):
 
     def _embed(self, x):
         """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype, and the patch grid (h, w)."""
+        x = jnp.asarray(x)
         batch, frames, channels, *latent_hw = x.shape
         if channels != self.config.in_channels:
             raise ValueError(f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, W]")
         (h, w), (_, p, q) = self.config.grid(tuple(latent_hw)), self.config.patch_size
         patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)  # channel slowest
         return self.patch_embedding(patches.reshape(batch, frames * h * w, -1).astype(self.config.dtype)), (h, w)
+
+    def _time(self, t):
+        """Timesteps [B, F] -> time embedding e [B, F, D] for the head and e0 [B, F, 6, D] for the blocks."""
+        features = sinusoid(t, self.config.freq_dim).astype(self.config.dtype)
+        e = self.time_embedding(features, {}, nnx.silu)
+        return e, self.time_projection(nnx.silu(e)).reshape(*e.shape[:2], 6, -1)
 
     def _unembed(self, patches, like, grid):
         """Patches [B, F h w, p q C], channel fastest, -> latents with the shape and dtype of `like`."""

@@ -1,0 +1,323 @@
+"""The rollout: equal to the uncached forward and to the published state machine, in pieces, per sample, at length."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from astrolabe_jax import rollout as R
+from astrolabe_jax.models.layers import merge
+from astrolabe_jax.models.wan import rope
+from astrolabe_jax.models.wan.cache import frames_of, init_cache, reference_order
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.schedule import velocity_to_x0
+from tests.models import tiny
+
+SAMPLER = R.Sampler(steps=(1000.0, 625.0))
+TOKENS = 4  # per latent frame
+
+LAYOUTS = {
+    "global": (Layout(block=2), 6),
+    "local": (Layout(block=2, window=4), 8),
+    "sink": (Layout(block=2, window=6, sink=2), 10),
+    "relative": (Layout(block=2, window=5, sink=1, positions="relative"), 12),  # blocks straddle the ring's end
+    "framewise": (Layout(block=1, window=4, sink=2), 7),
+    "first frame": (Layout(block=2, window=6, sink=1, independent_first_frame=True), 11),
+}
+
+
+def _noise(frames, batch=1, steps=2, seed=3):
+    return np.stack([tiny.latents(frames, batch, seed + j) for j in range(steps)])
+
+
+def _rollout(layout, frames, *, batch=1, sampler=SAMPLER, noise=None, **options):
+    graphdef, params = tiny.model()
+    noise = _noise(frames, batch, len(sampler.steps)) if noise is None else noise
+
+    @jax.jit
+    def run(params, noise):
+        return R.rollout(graphdef, params, None, tiny.text(batch), R.noise_from_array(noise), frames=frames,
+                         latent_hw=tiny.LATENT_HW, layout=layout, sampler=sampler, **options)
+
+    return run(params, noise)
+
+
+@pytest.mark.parametrize("layout, frames", LAYOUTS.values(), ids=LAYOUTS)
+def test_uncached_forward_with_clean_context_returns_the_sampled_latents(layout, frames):
+    """streaming.md 6.6: the sampler's own last-step inputs, read against the clean video, give the video back."""
+    latents, _, traces = _rollout(layout, frames, trace=True)
+    graphdef, params = tiny.model()
+    inputs = jnp.concatenate([t.inputs[-2] for t in traces], axis=1)
+    t = jnp.full((1, frames), SAMPLER.steps[-1])
+
+    @jax.jit
+    def again(params, inputs, latents):
+        net = merge(graphdef, params)
+        text = net.encode_text(tiny.text())
+        velocity = net(inputs, t, text, layout=layout, context=net.context(latents, text, layout=layout))
+        return velocity_to_x0(inputs, velocity, SAMPLER.sigma(t))
+
+    assert np.abs(latents).max() > 0.5
+    np.testing.assert_allclose(again(params, inputs, latents), latents, atol=2e-5)
+
+
+class _StateMachine:
+    """One layer of the published cache, spec/model.md 8.2 followed literally: a buffer in frames, rolled by moving."""
+
+    def __init__(self, window, sink, frames, relative):
+        self.capacity, self.limit = (frames, 21) if window == -1 else (window, window)
+        self.window, self.sink, self.relative = window, sink, relative
+        self.k, self.v = np.zeros((2, self.capacity, TOKENS, 2, 12), np.float32)
+        self.seen = self.end = 0
+
+    def attend(self, q, k, v, start):
+        """q, k, v [P, TOKENS, A, K] before rotation, of the block that starts at frame `start` -> [P, TOKENS, A, K]."""
+        n = len(q)
+        recompute = start + n <= self.seen and start > 0
+        end = self.end + start + n - self.seen
+        if self.window != -1 and start + n > self.seen and n + self.end > self.capacity:
+            evict = n + self.end - self.capacity
+            keep = self.end - evict - self.sink
+            for buffer in (self.k, self.v):
+                buffer[self.sink: self.sink + keep] = buffer[self.sink + evict: self.sink + evict + keep].copy()
+            end -= evict
+        first = end - n
+        write = max(first, self.sink) if recompute else first
+        if write < end:
+            self.k[write:end] = (k if self.relative else _rotate(k, np.arange(n) + start))[write - first:]
+            self.v[write:end] = v[write - first:]
+        slots = np.r_[: self.sink, max(self.sink, end - (self.limit - self.sink)): end]
+        keys = _rotate(self.k[slots], slots) if self.relative else self.k[slots]
+        queries = _rotate(q, np.arange(n) + (first if self.relative else start))
+        if not recompute:
+            self.seen, self.end = start + n, end
+        return _softmax_attention(queries, keys, self.v[slots])
+
+
+def _rotate(x, frames):
+    """Rotary positions by complex numbers, as published. x [n, TOKENS, A, 12], frames [n]."""
+    grid = np.stack(np.meshgrid(frames, np.arange(2), np.arange(2), indexing="ij"), -1).reshape(len(frames), TOKENS, 3)
+    angle = np.concatenate([grid[..., i: i + 1] * f for i, f in enumerate(rope.frequencies(12))], -1)
+    pairs = x.astype(np.float64).reshape(*x.shape[:-1], 6, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, :, None]
+    return np.stack([turned.real, turned.imag], -1).reshape(x.shape).astype(np.float32)
+
+
+def _softmax_attention(q, k, v):
+    logits = np.einsum("ftak,guak->aftgu", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max((-2, -1), keepdims=True))
+    return np.einsum("aftgu,guak->ftak", weights / weights.sum((-2, -1), keepdims=True), v)
+
+
+def _published_rollout(layout, frames, noise):
+    """The published loop, layer by layer over _StateMachine: latents, and the first layer's machine at the end."""
+    graphdef, params = tiny.model()
+    net = merge(graphdef, params)
+    text = jax.jit(lambda p: merge(graphdef, p).encode_text(tiny.text()))(params)
+    block_def, stacked = nnx.split(net.blocks)
+    layers = [nnx.merge(block_def, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(2)]
+    machines = [_StateMachine(layout.window, layout.sink, frames, layout.positions == "relative") for _ in layers]
+
+    def call(x, t, start):
+        (tokens, grid), (e, e0) = net._embed(x), net._time(jnp.full(x.shape[:2], t))
+        for i, (layer, machine) in enumerate(zip(layers, machines, strict=True)):
+            def attend(q, k, v, machine=machine):
+                y = machine.attend(*(np.asarray(a).reshape(-1, TOKENS, 2, 12) for a in (q, k, v)), start)
+                return jnp.asarray(y).reshape(q.shape), None
+
+            tokens, _ = layer(tokens, e0, (text.k[i], text.v[i]), None, attend)
+        return net._unembed(net.head(tokens, e), x, grid)
+
+    out = []
+    for start in range(0, frames, layout.block):
+        part = noise[:, :, start: start + layout.block]
+        x = part[0]
+        for t, fresh, later in zip(SAMPLER.steps, (*part[1:], 0 * x), (*SAMPLER.steps[1:], 0.0), strict=True):
+            x0 = x - t / 1000 * call(x, t, start)
+            x = (1 - later / 1000) * x0 + later / 1000 * fresh
+        call(x, 0.0, start)
+        out.append(x)
+    return np.concatenate(out, axis=1), machines[0]
+
+
+@pytest.mark.parametrize("layout, frames", [
+    (Layout(block=2, window=5, sink=1), 10),
+    (Layout(block=2, window=5, sink=1, positions="relative"), 10),
+    (Layout(block=2, window=5, positions="relative"), 8),
+    (Layout(block=1, window=6, sink=3, faithful_sinks=True), 8),
+    (Layout(block=2, window=7, sink=3, faithful_sinks=True), 10),
+    (Layout(block=8, sink=2), 24),  # global, beyond its 21 frames
+    (Layout(block=8, sink=2, positions="relative"), 24),
+])
+def test_equals_the_published_state_machine(layout, frames):
+    noise = _noise(frames)
+    want, machine = _published_rollout(layout, frames, noise)
+    cache = init_cache(tiny.CONFIG, layout, 1, frames, tiny.LATENT_HW, slots=frames if layout.window == -1 else None)
+    got, cache = _rollout(layout, frames, noise=noise, cache=cache)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    relative = layout.positions == "relative"
+    k, v = reference_order(cache, 0, layout, frames, tiny.CONFIG, tiny.LATENT_HW, rotated=not relative)
+    np.testing.assert_allclose(k[0], machine.k[: machine.end].reshape(k.shape[1:]), atol=2e-5)
+    np.testing.assert_allclose(v[0], machine.v[: machine.end].reshape(v.shape[1:]), atol=2e-5)
+
+
+def test_faithful_sinks_differ_only_where_a_block_is_smaller_than_the_sink():
+    small, large = Layout(block=1, window=4, sink=2), Layout(block=2, window=4, sink=2)
+    for layout, same in ((small, False), (large, True)):
+        ours, _ = _rollout(layout, 6)
+        theirs, _ = _rollout(dataclasses.replace(layout, faithful_sinks=True), 6)
+        assert (np.abs(ours - theirs).max() < 1e-5) == same
+
+
+def test_relative_equals_absolute_until_the_first_eviction():
+    layout, frames = Layout(block=2, window=6, sink=2), 10
+    absolute, _ = _rollout(layout, frames)
+    relative, _ = _rollout(dataclasses.replace(layout, positions="relative"), frames)
+    np.testing.assert_allclose(absolute[:, :6], relative[:, :6], atol=1e-5)
+    assert np.abs(absolute[:, 6:] - relative[:, 6:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("layout, frames, cut", [(Layout(block=2), 6, 2), (Layout(block=2, window=6, sink=2), 14, 10)])
+def test_two_pieces_equal_one(layout, frames, cut):
+    noise = _noise(frames)
+    whole, end = _rollout(layout, frames, noise=noise)
+    cache = init_cache(tiny.CONFIG, layout, 1, frames, tiny.LATENT_HW)
+    head, cache = _rollout(layout, cut, noise=noise, cache=cache)
+    tail, cache = _rollout(layout, frames - cut, noise=noise, cache=cache, start=cut)
+    np.testing.assert_allclose(np.concatenate([head, tail], axis=1), whole, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cache, end)
+
+
+def test_initial_latents_continue_the_video_they_come_from():
+    """Given frames are cached at timestep 0 as a sampled block is, so its own beginning continues a video unchanged."""
+    layout, frames = Layout(block=2, window=4), 8
+    noise = _noise(frames)
+    whole, _ = _rollout(layout, frames, noise=noise)
+    graphdef, params = tiny.model()
+    again, _, traces = jax.jit(lambda p: R.rollout(
+        graphdef, p, None, tiny.text(), R.noise_from_array(noise[:, :, 4:], first=4), frames=4,
+        latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER, initial_latents=whole[:, :4], trace=True))(params)
+    np.testing.assert_allclose(again, whole, atol=1e-6)
+    assert [len(t.timestep) for t in traces] == [1, 1, 3, 3]
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    graphdef, params = tiny.model()
+    layout = Layout(block=2, window=4)
+
+    @jax.jit
+    def run(params, text, keys):
+        latents, _ = R.rollout(graphdef, params, None, text, R.noise_from_keys(keys, tiny.FRAME), frames=6,
+                               latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER)
+        return latents
+
+    keys = jax.random.split(jax.random.key(5), 3)
+    together = run(params, tiny.text(3), keys)
+    for i in range(3):
+        np.testing.assert_allclose(run(params, tiny.text(3)[i: i + 1], keys[i: i + 1]), together[i: i + 1], atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_noise_is_counter_based():
+    keys = jax.random.split(jax.random.key(1), 2)
+    draw = R.noise_from_keys(keys, (1, 2, 2))
+    at = jax.random.fold_in(jax.random.fold_in(keys[1], 9), 3)
+    np.testing.assert_array_equal(jax.jit(draw, static_argnums=(1, 2))(9, 3, 4)[1], jax.random.normal(at, (4, 1, 2, 2)))
+    assert len({float(draw(f, j, 1)[0, 0, 0, 0, 0]) for f in (0, 2) for j in (0, 1)}) == 4
+
+
+def test_streaming_block_by_block_with_one_program():
+    """rollout_block with a traced start serves every block of a full window from one compilation."""
+    layout, frames = Layout(block=2, window=4, sink=1), 12
+    noise = _noise(frames)
+    whole, _ = _rollout(layout, frames, noise=noise)
+    graphdef, params = tiny.model()
+    text = jax.jit(lambda p: R.encode_text(graphdef, p, None, tiny.text()))(params)
+    traced = []
+
+    def block(params, noise, cache, start):
+        traced.append(start)
+        return R.rollout_block(graphdef, params, None, text, noise, cache, start, layout=layout, sampler=SAMPLER)
+
+    growing, steady = jax.jit(block, static_argnums=3), jax.jit(block, donate_argnums=2)
+    cache, out = init_cache(tiny.CONFIG, layout, 1, frames, tiny.LATENT_HW), []
+    for start in range(0, frames, 2):
+        run = growing if start + 2 < layout.window else steady
+        latents, cache = run(params, noise[:, :, start: start + 2], cache, start)
+        out.append(latents)
+    np.testing.assert_allclose(np.concatenate(out, axis=1), whole, atol=1e-6)
+    assert len(traced) == 2
+
+
+def test_program_size_does_not_grow_with_length():
+    graphdef, params = tiny.model()
+
+    def equations(frames):
+        def run(params, noise):
+            return R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(noise), frames=frames,
+                             latent_hw=tiny.LATENT_HW, layout=Layout(block=2, window=4, positions="relative"),
+                             sampler=SAMPLER)
+
+        noise = jax.ShapeDtypeStruct((2, 1, frames, *tiny.FRAME), jnp.float32)
+        return len(jax.make_jaxpr(run)(params, noise).eqns)
+
+    assert equations(8) == equations(4000)
+
+
+def test_first_block_may_take_other_steps():
+    layout = Layout(block=1)
+    sampler = dataclasses.replace(SAMPLER, first_steps=(1000.0, 750.0, 500.0))
+    noise = _noise(2, steps=3)
+    latents, _, traces = _rollout(layout, 2, sampler=sampler, noise=noise, trace=True)
+    assert [list(t.timestep) for t in traces] == [[1000, 750, 500, 0], [1000, 625, 0]]
+    np.testing.assert_array_equal(traces[0].inputs[-1], latents[:, :1])
+    plain, _ = _rollout(layout, 2, noise=noise[:2])
+    assert np.abs(plain[:, :1] - latents[:, :1]).max() > 1e-3
+
+
+def test_trace_follows_the_sampler():
+    _, _, (trace, _) = _rollout(Layout(block=2), 4, noise=(noise := _noise(4)), trace=True)
+    np.testing.assert_array_equal(trace.inputs[0], noise[0][:, :2])
+    np.testing.assert_allclose(trace.inputs[1], 0.375 * trace.x0[0] + 0.625 * noise[1][:, :2], atol=1e-6)
+    np.testing.assert_allclose(trace.x0[1], trace.inputs[1] - 0.625 * trace.velocity[1], atol=1e-6)
+    np.testing.assert_array_equal(trace.inputs[2], trace.x0[1])
+
+
+def test_bfloat16_rollout_follows_float32():
+    graphdef, _ = tiny.model(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+    _, params = tiny.model()
+    layout = Layout(block=2, window=4, sink=2, positions="relative")
+
+    def run(params):
+        return R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(_noise(6)), frames=6,
+                         latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER)
+
+    latents, cache = jax.jit(run)(params)
+    full, _ = _rollout(layout, 6)
+    assert cache.k.dtype == jnp.bfloat16 and frames_of(cache, TOKENS) == 4 and latents.dtype == jnp.float32
+    assert 1e-4 < np.abs(latents - full).mean() / np.abs(full).mean() < 0.1
+
+
+@pytest.mark.parametrize("options, culprit", [
+    ({"frames": 5}, "5 frames are not a whole number of blocks"),
+    ({"frames": 4, "start": 3}, "not a whole number|start is frame 3"),
+    ({"frames": 4, "start": 2}, "needs the cache"),
+    ({"frames": 3, "initial_latents": tiny.latents(1)}, "initial_latents is frame 1"),
+    ({"frames": 1026}, "absolute positions"),
+])
+def test_rollout_refuses(options, culprit):
+    graphdef, params = tiny.model()
+    with pytest.raises(ValueError, match=culprit):
+        R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(_noise(2)), latent_hw=tiny.LATENT_HW,
+                  layout=Layout(block=2), sampler=SAMPLER, **options)
+
+
+def test_sampler_and_cache_refuse():
+    for steps in ((), (1001.0,)):
+        with pytest.raises(ValueError, match="Sampler.steps"):
+            R.Sampler(steps=steps)
+    with pytest.raises(ValueError, match="slots"):
+        init_cache(tiny.CONFIG, Layout(block=2, window=4), 1, 10, tiny.LATENT_HW, slots=6)
