@@ -49,3 +49,7 @@ class PromptBatch(NamedTuple):
     def part(self, videos: slice) -> "PromptBatch":
         """The same batch with these videos only."""
         return PromptBatch(self.texts[videos], self.index[videos], self.candidate[videos])
+
+
+# Reward name, and `total` for their weighted sum -> one value [n] float64 per held-out video, always the same videos.
+Evaluation = dict[str, np.ndarray]

@@ -1,0 +1,114 @@
+"""Stages rollout, decode and rewards for a list of videos, one sampling batch at a time: training and evaluation alike.
+
+The videos do not depend on how they are cut into batches.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astrolabe_jax import encode, rewards, sharding
+from astrolabe_jax.decode import decode
+from astrolabe_jax.prepare import Run
+from astrolabe_jax.report import Progress
+from astrolabe_jax.rollout import noise_from_keys, rollout
+from astrolabe_jax.types import PromptBatch
+
+
+class RewardError(Exception):
+    """A reward is not finite or cannot be had; the message names it and the sample."""
+
+
+class Videos(NamedTuple):
+    """A sampling batch. `latents` may go on beyond the B videos asked for, which filled up the batch."""
+
+    latents: jax.Array  # [B or more, F, C, H, W]
+    frames: np.ndarray  # [B, T, height, width, 3] uint8
+    rewards: dict[str, np.ndarray]  # [B]
+
+
+class Texts(NamedTuple):
+    """The prompts of a batch as the transformer reads them."""
+
+    embeddings: np.ndarray  # [G, S, E] of the distinct prompts
+    row: np.ndarray  # [B] int32, each video's prompt
+
+
+def encode_texts(run: Run, batch: PromptBatch, progress: Progress, cache_dir: Path | None = None) -> Texts:
+    """Encodes every distinct prompt once; with `cache_dir` once and for all."""
+    _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
+    net, texts = run.base.text, [batch.texts[i] for i in first]
+    with progress.phase("encode"):
+        embeddings = encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, cache_dir)
+    return Texts(embeddings, row.astype(np.int32))
+
+
+def generate(
+    run: Run, adapter: dict, batch: PromptBatch, texts: Texts, keys: jax.Array, progress: Progress, what: str
+) -> Iterator[Videos]:
+    """Samples, decodes and scores every video of `batch` with the policy `adapter`, from one key [B] per video.
+
+    Raises RewardError for a reward that is not finite.
+    """
+    size, count = run.config.sampler.batch, len(batch.texts)
+    starts = range(0, count, size)
+    for i, start in enumerate(starts):
+        videos = np.resize(np.arange(start, min(start + size, count)), size)  # the last batch is filled up
+        with progress.phase("rollout"):
+            placed = sharding.shard_batch(run.mesh, (texts.embeddings[texts.row[videos]], keys[videos]))
+            latents = jax.block_until_ready(_sample(run, adapter, *placed))
+        yield score(run, latents, batch.part(slice(start, start + size)), progress)
+        progress.tick(what, i + 1, len(starts))
+
+
+def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress) -> Videos:
+    """Decodes latents of at least B videos and scores the first B, those of `batch`."""
+    vae = run.base.vae
+    with progress.phase("decode"):
+        frames = decode(vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk)
+        frames = sharding.to_host(frames)[: len(batch.texts)]
+    with progress.phase("rewards"):
+        try:
+            values = rewards.score(run.config.rewards, frames, batch.texts)
+        except ValueError as error:
+            raise RewardError(f"{error}; nothing was learnt from this epoch") from error
+    return Videos(latents, frames, values)
+
+
+def _sample(run: Run, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Array:
+    net = run.base.transformer
+    return _rollout(
+        net.graphdef,
+        net.params,
+        adapter,
+        text,
+        keys,
+        latent_shape=run.latent_shape,
+        layout=run.layout,
+        sampler=run.sampler,
+        lora_scale=run.lora_scale,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "latent_shape", "layout", "sampler", "lora_scale"))
+def _rollout(graphdef: Any, params, adapter, text, keys, *, latent_shape, layout, sampler, lora_scale) -> jax.Array:
+    frames, channels, *latent_hw = latent_shape
+    draw = noise_from_keys(keys, (channels, *latent_hw))
+    latents, _ = rollout(
+        graphdef,
+        params,
+        adapter,
+        text,
+        draw,
+        frames=frames,
+        latent_hw=tuple(latent_hw),
+        layout=layout,
+        sampler=sampler,
+        lora_scale=lora_scale,
+    )
+    return latents.astype(jnp.float32)

@@ -1,0 +1,57 @@
+"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]
+
+Running the same command again goes on where the last one ended.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, for example configs/moving_shapes.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a cluster before starting")
+flags.mark_flag_as_required("config")
+
+
+def fail(error: Exception, status: int) -> None:
+    """One message, no traceback."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def main(argv: list[str]) -> None:
+    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: a number was not finite)."""
+    if len(argv) > 1:
+        fail(ValueError(f"unexpected argument {argv[1]!r}; flags start with --"), 2)
+    logging.set_verbosity(logging.WARNING)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astrolabe_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    from astrolabe_jax import prepare, train  # after jax.distributed: no array may exist before it
+
+    try:
+        run = prepare.prepare(CONFIG.value, WORKDIR.value)
+        point = train.resume(run)
+    except (ValueError, OSError) as error:
+        fail(error, 2)
+    try:
+        train.train(run, point)
+    except train.REFUSED as error:
+        fail(error, 1)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """The flags; whatever config_flags raises for a recipe or field that does not exist becomes one message."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        fail(error, 2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,103 @@
+"""What a person looks at: videos, film strips, the before/after contact sheet, and curves. All pure, files whole."""
+
+import io
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from astrolabe_jax.convert.files import write_atomic
+
+STRIP_FRAMES = 7  # frames of a film strip
+VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
+STRIP_HEIGHT = 80  # likewise on the contact sheet
+INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Frames [T, height, width, 3] uint8 as H.264, yuv420p, which every player shows. Same frames, same bytes."""
+    frames = _enlarge(frames, VIDEO_HEIGHT)
+    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    write_atomic(path, buffer.getvalue())
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, height, width, 3] -> some of them, evenly spaced in time, side by side: [height, width', 3] uint8."""
+    times = np.rint(np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames)))).astype(int)
+    return np.concatenate([frames[t] for t in times], axis=1)
+
+
+def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
+    """A picture [height, width, 3] uint8 as a lossless file."""
+    buffer = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "png")
+    write_atomic(path, buffer.getvalue())
+
+
+def read_png(path: Path) -> np.ndarray:
+    """The inverse of `write_png`."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def contact_sheet(
+    title: str, prompts: Sequence[str], columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]]
+) -> Image.Image:
+    """One row per prompt, one column per policy: the film strip, and below it a caption with the video's rewards.
+
+    `columns` maps a heading to one strip [height, width, 3] and one caption per prompt; all strips are of one size.
+    """
+    strips = {heading: [_enlarge(strip, STRIP_HEIGHT) for strip in column] for heading, (column, _) in columns.items()}
+    height, width = next(iter(strips.values()))[0].shape[:2]
+    text, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
+    margin, head, row = 16, 64, height + 56
+    sheet = Image.new("RGB", (margin + (width + margin) * len(columns), head + row * len(prompts)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin, 10), title, INK, ImageFont.load_default(size=20))
+    for j, (heading, (_, captions)) in enumerate(columns.items()):
+        x = margin + (width + margin) * j
+        draw.text((x, 40), heading, PALE, text)
+        for i, prompt in enumerate(prompts):
+            y = head + row * i
+            if j == 0:
+                draw.text((x, y), prompt, INK, text)
+            sheet.paste(Image.fromarray(strips[heading][i]), (x, y + 22))
+            draw.text((x, y + 24 + height), captions[i], PALE, small)
+    return sheet
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], log: Sequence[str]) -> bytes:
+    """One panel per entry of `panels`, {title: {label: (epochs, values)}}, as a PNG; those in `log` have a log axis."""
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, (epochs, values) in lines.items():
+            marker = "o" if len(epochs) < 4 else ""
+            axes.plot(epochs, values, marker, linestyle="-", label=label)
+        positive = any(value > 0 for _, values in lines.values() for value in values)
+        if title in log and positive:
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if lines:
+            axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _enlarge(frames: np.ndarray, height: int) -> np.ndarray:
+    """Repeats pixels by a whole factor until the height axis (third from last) is at least about `height`."""
+    factor = max(1, -(-height // frames.shape[-3]))
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)

@@ -1,0 +1,156 @@
+"""From a config and a directory to a run: everything is read and checked here, before anything is compiled."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from astrolabe_jax import checkpoint, encode, prompts, rewards, sharding
+from astrolabe_jax.config import flatten, repeats, validate
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert.base import Base
+from astrolabe_jax.convert.lora import load_peft
+from astrolabe_jax.models.lora import adapter_shapes, init_adapter
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.rollout import Sampler
+from astrolabe_jax.schedule import Schedule, warp
+from astrolabe_jax.types import Purpose
+
+
+class Run(NamedTuple):
+    """What stays the same from the first epoch to the last."""
+
+    config: ConfigDict
+    workdir: Path
+    identity: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
+    base: Base  # with its parameters on the mesh
+    layout: Layout
+    sampler: Sampler
+    mesh: Mesh
+    latent_shape: tuple[int, int, int, int]  # F, C, H, W
+    train_prompts: tuple[str, ...]
+    test_prompts: tuple[str, ...]
+    adapter: dict  # of every policy before the first epoch; on the host
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / R."""
+        return self.config.lora.alpha / self.config.lora.rank
+
+
+def prepare(config: ConfigDict, workdir: Path | str) -> Run:
+    """Checks the config, the base model, the prompts and the working directory, and loads what a run needs.
+
+    Raises ValueError or OSError whose message names the field, file or line at fault, and the next step.
+    """
+    workdir = Path(workdir)
+    validate(config, rewards.TABLE, jax.device_count())
+    with _blame("config.rewards"):
+        rewards.validate(config.rewards)
+    numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
+    with _blame("config.base"):
+        sizes = bases.configs(config.base, **numerics)
+        tokenizer = encode.load_tokenizer(bases.directory_of(config.base))
+    layout, latent_shape = _layout(config), _latent_shape(config, sizes)
+    with _blame("config.video.frames and config.model"):
+        layout.check_frames(latent_shape[0])
+    lists = {
+        "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
+        "test": _prompts(config, "test", tokenizer, sizes, 1),
+    }
+    with _blame("config.base"):
+        base = bases.load_base(config.base, **numerics)
+    adapter = _first_adapter(config, base)
+    identity = {"base": base.identity}
+    identity |= {f"prompts.{name}": _hash(lines) for name, lines in lists.items()}
+    identity |= {f"config.{field}": value for field, value in flatten(config).items()}
+    checkpoint.claim(workdir, identity)
+    mesh = sharding.make_mesh(config.mesh)
+    nets = {name: getattr(base, name) for name in ("transformer", "vae", "text")}
+    base = base._replace(
+        **{name: net._replace(params=sharding.shard_params(mesh, net.params)) for name, net in nets.items()}
+    )
+    sampler = _sampler(config)
+    return Run(
+        config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
+    )
+
+
+def _layout(config: ConfigDict) -> Layout:
+    model = config.model
+    with _blame("config.model"):
+        return Layout(model.block, model.window, model.sink, model.positions, max_global=model.max_global)
+
+
+def _sampler(config: ConfigDict) -> Sampler:
+    settings = config.sampler
+    schedule = Schedule(shift=settings.shift)
+    steps = tuple(float(t) for t in settings.steps)
+    with _blame("config.sampler"):
+        steps = warp(steps, schedule) if settings.warp else steps
+        return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
+
+
+def _latent_shape(config: ConfigDict, sizes: dict[str, Any]) -> tuple[int, int, int, int]:
+    """(F, C, H, W) of a video; refuses sizes that the VAE or the patches do not divide."""
+    video, vae, net = config.video, sizes["vae"], sizes["transformer"]
+    with _blame("config.video.frames"):
+        frames = vae.latent_frames(video.frames)
+    unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
+    for name, step in zip(("height", "width"), unit, strict=True):
+        if video[name] % step:
+            raise ValueError(f"config.video.{name} is {video[name]}; this model takes multiples of {step} pixels")
+    return frames, net.in_channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride
+
+
+def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
+    def tokens(text):
+        return len(tokenizer(encode.clean(text), add_special_tokens=True)["input_ids"])
+
+    with _blame(f"config.prompts.{name}"):
+        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len)
+        if len(lines) < least:
+            raise ValueError(
+                f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} different ones; "
+                "add prompts or lower config.prompts.groups"
+            )
+    return lines
+
+
+def _first_adapter(config: ConfigDict, base: Base) -> dict:
+    """The adapter that every policy starts from: fresh, or read from config.lora.init."""
+    lora, net = config.lora, base.transformer.config
+    dtype = jnp.dtype(lora.dtype)
+    if not lora.init:
+        key = jax.random.fold_in(jax.random.key(config.seed), Purpose.ADAPTER)
+        return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
+    with _blame("config.lora.init"):
+        adapter, scale = load_peft(lora.init, adapter_shapes(net, lora.rank, dtype))
+        if scale != lora.alpha / lora.rank:
+            raise ValueError(
+                f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is {lora.alpha / lora.rank:g}; "
+                "set config.lora.alpha"
+            )
+    return adapter
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _blame(field: str) -> Iterator[None]:
+    """Puts the field at fault in front of an error's message."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{field}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None

@@ -1,0 +1,361 @@
+"""What a run says about itself: the opening summary, progress lines, metrics, samples, and the closing summary.
+
+Files of the working directory written here:
+
+    metrics.jsonl          one JSON object per epoch and per evaluation; tensorboard/ has the same figures as events
+    samples/before, after  held-out videos as mp4 and as film strips (png); samples/contact_sheet.png shows both
+    curves.png             rewards, losses and deviations over the epochs
+    summary.json           evaluations before and after, ceiling, gain, seconds per phase, versions, config
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+import astrolabe_jax
+from astrolabe_jax import pictures
+from astrolabe_jax.config import flatten, repeats, samples
+from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.models.lora import parameter_count
+from astrolabe_jax.models.wan.cache import init_cache
+from astrolabe_jax.prepare import Run
+from astrolabe_jax.types import Evaluation, PromptBatch
+
+TICK_SECONDS = 10.0  # a long phase reports this often
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_collections", "transformers")
+
+
+def say(text: str) -> None:
+    """A line for the person who watches: on one process only, at once, so that it also works through a pipe."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Progress:
+    """Measures phases, and tells how far a run is and how long it has left."""
+
+    def __init__(self, seconds: Mapping[str, float], check: Callable[[], None], say: Callable[[str], None] = say):
+        self.seconds = dict(seconds)  # by phase, over the whole run, earlier pieces included
+        self.recent: dict[str, float] = {}  # by phase, since `take`
+        self._check = check  # called before every phase; may raise to end the run there
+        self._epochs: list[float] = []
+        self._say = say
+        self._spoken = time.monotonic()
+        self._started = ("", 0.0)
+        self._prefix = ""
+        self.lasted: dict[str, float] = {}  # seconds of the last `within` of each name
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to the phase `name`; the caller waits for the device before it leaves."""
+        self._check()
+        start = time.monotonic()
+        yield
+        elapsed, name = time.monotonic() - start, self._prefix + name
+        for table in (self.seconds, self.recent):
+            table[name] = table.get(name, 0.0) + elapsed
+
+    @contextlib.contextmanager
+    def within(self, part: str) -> Iterator[None]:
+        """Phases inside are counted as PART/PHASE."""
+        self._prefix, start = f"{part}/", time.monotonic()
+        try:
+            yield
+        finally:
+            self._prefix, self.lasted[part] = "", time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        taken, self.recent = self.recent, {}
+        return taken
+
+    def tick(self, what: str, done: int, count: int) -> None:
+        """`done` of `count` pieces of `what` are finished; a line every TICK_SECONDS."""
+        now = time.monotonic()
+        if self._started[0] != what:
+            self._started = (what, now)
+        if self._started[1] == now or done == count or now - self._spoken < TICK_SECONDS:
+            return
+        each = (now - self._started[1]) / (done - 1)
+        self._spoken = now
+        self._say(f"  {what} {done}/{count}, {each:.1f} s each, {clock((count - done) * each)} left")
+
+    def epoch(self, epoch: int, count: int, record: Mapping[str, Any], after: float) -> None:
+        """The line of a finished epoch; `after` is the expected time in seconds from the last epoch to the end."""
+        seconds = record["seconds"]
+        self._epochs.append(sum(seconds.values()))
+        each = statistics.median(self._epochs[-5:])
+        self._spoken = time.monotonic()
+        rewards = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards_of(record).items())
+        phases = " + ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        self._say(
+            f"epoch {epoch + 1:{len(str(count))}}/{count}  {rewards}  kl {record['kl_div']:.1e}  |  "
+            f"{phases} = {self._epochs[-1]:.1f} s  |  {clock((count - epoch - 1) * each + after)} left"
+        )
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are dropped."""
+
+    def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
+        path = workdir / "metrics.jsonl"
+        self.records = [record for record in _read_jsonl(path) if keep(record)]
+        write_atomic(path, "".join(_line(record) for record in self.records).encode())
+        self._file = open(path, "a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=epoch)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a record; its numbers, nested ones under NAME/INNER, become events of its epoch."""
+        self.records.append(record)
+        self._file.write(_line(record))
+        self._file.flush()
+        for name, value in _numbers(record):
+            self._events.add_scalar(f"{record['kind']}/{name}", value, record["epoch"])
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def opening(run: Run) -> str:
+    """The summary of what will run: a title and aligned rows."""
+    rows = _describe(run)
+    width = max(map(len, rows))
+    title = f"astrolabe_jax {astrolabe_jax.__version__}: {run.config.name}"
+    return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+
+
+def memory(run: Run) -> dict[str, int]:
+    """Bytes per device of the large arrays, from their shapes; activations come on top."""
+    config, batch, devices = run.config, run.config.sampler.batch, run.mesh.size
+    cache = jax.eval_shape(
+        lambda: init_cache(run.base.transformer.config, run.layout, batch, run.latent_shape[0], run.latent_shape[2:])
+    )
+    nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
+    pixels = config.video.frames * config.video.height * config.video.width * 3
+    return {
+        "base": sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
+        ),
+        "four policies": 4 * _bytes(run.adapter),
+        "optimiser": 2 * _bytes(run.adapter),
+        "cache": _bytes(cache) // devices,
+        "latents": 4 * samples(config) * math.prod(run.latent_shape) // devices,
+        "frames": batch * pixels // devices,
+    }
+
+
+def mean_and_interval(values: np.ndarray) -> dict[str, float]:
+    """Mean of n values and the half width of its 95 % confidence interval, 1.96 s / sqrt(n)."""
+    return {
+        "mean": float(np.mean(values)),
+        "ci95": float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values))),
+        "n": len(values),
+    }
+
+
+def table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Reward name (and `total`) -> {mean, ci95, n}."""
+    return {name: mean_and_interval(values) for name, values in evaluation.items()}
+
+
+def evaluation_line(what: str, evaluation: Evaluation) -> str:
+    """One line: every reward with its interval."""
+    parts = [f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}" for name, row in table(evaluation).items()]
+    return f"{what}: {', '.join(parts)} ({len(evaluation['total'])} held-out videos)"
+
+
+def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
+    """Videos [B, T, height, width, 3] uint8 as 00.mp4, 01.mp4, ... and film strips 00.png, ..."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(frames):
+        pictures.write_mp4(directory / f"{i:02d}.mp4", video, fps)
+        pictures.write_png(directory / f"{i:02d}.png", pictures.strip(video))
+
+
+def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluations: Mapping[str, Evaluation]) -> Path:
+    """samples/contact_sheet.png: the strips in samples/HEADING of every evaluation side by side, with their rewards."""
+    columns = {}
+    for heading, evaluation in evaluations.items():
+        shown = sorted((workdir / "samples" / heading).glob("*.png"))
+        captions = [
+            "   ".join(f"{reward} {values[i]:.2f}" for reward, values in evaluation.items()) for i in range(len(shown))
+        ]
+        columns[heading] = ([pictures.read_png(path) for path in shown], captions)
+    means = ", ".join(f"{heading} {np.mean(e['total']):.3f}" for heading, e in evaluations.items())
+    title = f"{name}: mean total reward on held-out prompts {means}"
+    path = workdir / "samples" / "contact_sheet.png"
+    count = len(next(iter(columns.values()))[0])
+    pictures.write_png(path, pictures.contact_sheet(title, batch.texts[:count], columns))
+    return path
+
+
+def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """curves.png from the records of metrics.jsonl."""
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    times = [record["epoch"] + 1 for record in epochs]
+
+    def lines(*names):
+        return {name: (times, [record[name] for record in epochs]) for name in names}
+
+    rewards = lines("total_reward", *rewards_of(epochs[0])) if epochs else {}
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if evaluations:
+        held_out = [record["eval"]["total"]["mean"] for record in evaluations]
+        rewards["held-out total"] = ([record["epoch"] for record in evaluations], held_out)
+    panels = {
+        "rewards": rewards,
+        "losses": lines("total_loss", "policy_loss", "kl_loss"),
+        "deviations": lines("kl_div", "old_deviate", "old_kl_div"),
+    }
+    write_atomic(workdir / "curves.png", pictures.curves(panels, log=("deviations",)))
+    return workdir / "curves.png"
+
+
+def rewards_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The mean rewards of an epoch's record, under their keys reward/NAME."""
+    return {name: value for name, value in record.items() if name.startswith("reward/")}
+
+
+def write_summary(
+    workdir: Path, config: ConfigDict, evaluations: Mapping[str, Evaluation], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """summary.json, also returned. `evaluations` has `before`, `after` and, where it was measured, `ceiling`.
+
+    gain: mean and interval of the paired differences after - before, as both score the same prompts and noise.
+    share_of_ceiling: gain of the total over its distance to the ceiling; null without a ceiling above the start.
+    """
+    before, after, ceiling = (evaluations.get(name) for name in ("before", "after", "ceiling"))
+    gain = {name: mean_and_interval(after[name] - before[name]) for name in after}
+    distance = np.mean(ceiling["total"]) - np.mean(before["total"]) if ceiling else 0.0
+    summary = {
+        "name": config.name,
+        "seed": config.seed,
+        "epochs": config.train.epochs,
+        "eval": {name: table(evaluation) for name, evaluation in evaluations.items()},
+        "gain": gain,
+        "share_of_ceiling": gain["total"]["mean"] / float(distance) if distance > 0 else None,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "versions": versions(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "config": flatten(config),
+    }
+    write_atomic(workdir / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    return summary
+
+
+def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
+    """What came out, and where everything is."""
+    total = {name: rows["total"]["mean"] for name, rows in summary["eval"].items()}
+    share = summary["share_of_ceiling"]
+    lines = [
+        f"total reward on held-out prompts: {total['before']:.3f} -> {total['after']:.3f}, "
+        f"gain {summary['gain']['total']['mean']:+.3f} +- {summary['gain']['total']['ci95']:.3f}"
+        + (f", {share:.0%} of the way to the ceiling of {total['ceiling']:.3f}" if share is not None else "")
+    ]
+    places = {
+        "summary.json": "evaluations, gain, seconds per phase",
+        "samples/contact_sheet.png": "before and after, side by side; the videos are beside it",
+        "curves.png": "rewards, losses, deviations",
+        "metrics.jsonl": "every figure of every epoch; also `tensorboard --logdir` on tensorboard/",
+        "lora/": "the adapter, adapter_model.safetensors, in PEFT's format",
+        "checkpoints/": "to go further, raise --config.train.epochs and run the same command",
+    }
+    width = max(len(str(workdir / name)) for name in places)
+    lines += [f"  {str(workdir / name):{width}}  {text}" for name, text in places.items()]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What the results were made with."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"astrolabe_jax": astrolabe_jax.__version__, "python": platform.python_version()} | found
+
+
+def clock(seconds: float) -> str:
+    """42 s, 3 min 08 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds // 60 % 60:02d} min"
+
+
+def count(number: float) -> str:
+    """1.3 B, 24.6 M, 812: sizes for people."""
+    for unit, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
+
+
+def _describe(run: Run) -> dict[str, str]:
+    """The rows of the opening summary."""
+    config, base, mesh = run.config, run.base, run.mesh
+    frames, channels, rows, columns = run.latent_shape
+    sizes = {name: parameter_count(getattr(base, name).params) for name in ("transformer", "text", "vae")}
+    net = base.transformer.config
+    window = "all before it" if config.model.window == -1 else f"{config.model.window} frames, sink {config.model.sink}"
+    steps = " ".join(f"{t:.4g}" for t in run.sampler.steps)
+    prompts_, optimiser = config.prompts, config.optimiser
+    updates = optimiser.inner_epochs * optimiser.steps_per_pass
+    sizes_ = memory(run)
+    return {
+        "model": f"{config.base}: transformer {count(sizes['transformer'])} ({net.num_layers} layers of {net.dim}), "
+        f"text encoder {count(sizes['text'])}, VAE {count(sizes['vae'])} parameters; {config.model.dtype}",
+        "policy": f"LoRA of rank {config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
+        f"steps at {steps}; blocks of {config.model.block} latent frames, each sees {window}",
+        "videos": f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
+        f"{frames}x{channels}x{rows}x{columns}",
+        "rewards": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()),
+        "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
+        f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
+        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts of {len(run.train_prompts)}, "
+        f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at {optimiser.learning_rate:g}",
+        "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on {config.eval.videos} videos of "
+        f"{len(run.test_prompts)} held-out prompts; a checkpoint every {config.train.checkpoint_every} epochs",
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind} (data {mesh.shape['data']} x fsdp "
+        f"{mesh.shape['fsdp']}), {jax.process_count()} process",
+        "memory": f"{sum(sizes_.values()) / 2**20:,.0f} MiB per device and activations: "
+        + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes_.items()),
+        "workdir": str(run.workdir),
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    """The records of a file whose last line may be half written."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and (prefix, name) != ("", "epoch"):
+            yield prefix + name, value

@@ -1,0 +1,32 @@
+"""A polite end on SIGTERM and Ctrl-C: the run notices at the next phase, saves, and exits."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+
+class Stopped(Exception):
+    """Somebody asked the run to end; the message is the signal's name."""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Callable[[], None]]:
+    """While inside, gives a function that raises Stopped once a signal has come; a second signal acts at once."""
+    received: list[str] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def note(number, _):
+        received.append(signal.Signals(number).name)
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    def check():
+        if received:
+            raise Stopped(received[0])
+
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

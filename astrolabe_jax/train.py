@@ -1,0 +1,228 @@
+"""The conductor: one training iteration is the chain of stages in `_epoch`, from prompts to update.
+
+Everything an epoch does derives from (seed, epoch) and the state before it, so that a run that was stopped or killed
+goes on from its last checkpoint exactly as if nothing had happened.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from astrolabe_jax import advantages as adv
+from astrolabe_jax import checkpoint, prompts, report, sharding
+from astrolabe_jax.config import repeats, samples
+from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.evaluate import ceiling, evaluate, held_out
+from astrolabe_jax.generate import RewardError, encode_texts, generate
+from astrolabe_jax.prepare import Run
+from astrolabe_jax.report import Metrics, Progress, say
+from astrolabe_jax.stop import Stopped, listening
+from astrolabe_jax.types import Evaluation, Purpose
+from astrolabe_jax.update import (
+    Samples,
+    TrainState,
+    blend_old,
+    init_state,
+    make_train_step,
+    old_decay,
+    reset_reference,
+    update,
+)
+
+
+class Point(NamedTuple):
+    """Where a run stands between two epochs: all that a checkpoint holds."""
+
+    epoch: int  # finished ones
+    state: TrainState
+    risk: adv.RiskState  # controllers of the selective KL
+    reset: adv.ResetState
+    seconds: dict[str, float]  # spent so far, by phase
+
+
+# A number that is not finite, named with its sample: the run ends, its last checkpoint stays as it is.
+REFUSED = (FloatingPointError, RewardError)
+
+
+def resume(run: Run) -> Point:
+    """The last checkpoint, or the beginning. Raises ValueError if there is one that this run cannot go on from."""
+    state = init_state(run.config, run.adapter, run.mesh)
+    found = checkpoint.restore(run.workdir, state, run.identity)
+    if found is None:
+        return Point(0, state, adv.RiskState(), adv.ResetState(run.config.kl.reset_threshold), {})
+    if found.epoch > run.config.train.epochs:
+        raise ValueError(
+            f"config.train.epochs is {run.config.train.epochs}, but the run in {run.workdir} has a checkpoint of epoch "
+            f"{found.epoch}; give at least as many epochs, or another --workdir"
+        )
+    risk, reset = adv.RiskState(**found.progress["risk"]), adv.ResetState(**found.progress["reset"])
+    return Point(found.epoch, found.state, risk, reset, found.progress["seconds"])
+
+
+def train(run: Run, point: Point) -> dict[str, Any] | None:
+    """Runs from `point` to the last epoch and its report: the content of summary.json, or None after a signal.
+
+    Raises one of REFUSED.
+    """
+    config, count = run.config, run.config.train.epochs
+    say(report.opening(run))
+    if point.epoch:
+        say(f"going on after epoch {point.epoch} of {count}")
+    saved = point.epoch
+    with listening() as check:
+        progress = Progress(point.seconds, check)
+        metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
+        step = make_train_step(config, run.base.transformer.graphdef, run.layout, run.mesh)
+        try:
+            _measure_ceiling(run, metrics, progress)
+            while True:
+                _evaluate_if_due(run, point, metrics, progress)
+                if point.epoch >= count:
+                    break
+                point, record = _epoch(run, point, step, progress)
+                metrics.add(record)
+                progress.epoch(record["epoch"], count, record, progress.lasted.get("evaluation", 0.0))
+                if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
+                    with progress.phase("checkpoint"):
+                        saved = _save(run, point, progress)
+            return _finish(run, point, metrics, progress)
+        except Stopped as stopped:
+            if saved != point.epoch:
+                _save(run, point, progress)
+            say(f"{stopped}: saved after epoch {point.epoch} of {count}; run the same command to go on")
+            return None
+        finally:
+            metrics.close()
+
+
+def _epoch(run: Run, point: Point, step, progress: Progress) -> tuple[Point, dict[str, Any]]:
+    """One iteration: the point after it, and its record. Up to the update nothing is changed."""
+    config, (epoch, state, risk, reset, _) = run.config, point
+    progress.take()
+    wanted = config.prompts
+    batch = prompts.draw(run.train_prompts, config.seed, epoch, wanted.groups, wanted.candidates, repeats(config))
+    texts = encode_texts(run, batch, progress)
+    noise, loss_noise = (
+        prompts.sample_keys(batch, config.seed, purpose, epoch) for purpose in (Purpose.ROLLOUT, Purpose.LOSS)
+    )
+    what = f"epoch {epoch + 1}: sampling batch"
+    videos = [(v.latents, v.rewards) for v in generate(run, state.old, batch, texts, noise, progress, what)]
+    latents = jnp.concatenate([latents for latents, _ in videos])
+    rewards = {name: np.concatenate([part[name] for _, part in videos]) for name in config.rewards}
+    result = adv.advantages(config, rewards, batch.index)
+    risk, mask, record = _kl_mask(config, rewards, risk)
+    with progress.phase("update"):
+        if config.kl.kind == "selective" and config.loss.kl_weight > 0:
+            reset, now = adv.start_epoch(reset, epoch, config.kl.reset_epochs, config.kl.reset_bounds)
+            state = reset_reference(state) if now else state
+            record["reference_reset"] = int(now)
+        drawn = Samples(latents, result.r, mask, texts.row, loss_noise, texts.embeddings)
+        steps = []
+        params = run.base.transformer.params
+        for after, figures in update(step, config, run.mesh, state, params, drawn, epoch):
+            state, reset = after, adv.after_step(reset, figures["kl_loss"])
+            steps.append(figures)
+        taken = int(state.step)
+        settings = config.optimiser
+        state = blend_old(state, old_decay(settings.old_decay, taken, settings.old_decay_constant))
+    distinct = len(texts.embeddings)
+    record = {
+        "kind": "epoch",
+        "epoch": epoch,
+        "step": taken,
+        **{name: float(np.mean([figures[name] for figures in steps])) for name in steps[0]},
+        "total_reward": float(result.total.mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
+        **result.metrics,
+        "trained_prompts": min(len(run.train_prompts), distinct * (epoch + 1)),
+        **record,
+        "seconds": progress.take(),
+    }
+    return Point(epoch + 1, state, risk, reset, dict(progress.seconds)), record
+
+
+def _kl_mask(config, rewards: Mapping[str, np.ndarray], risk: adv.RiskState):
+    """Which samples the KL restrains, bool [N]; for the selective KL also its controller and figures (section 7)."""
+    if config.kl.kind == "uniform":
+        return risk, np.ones(samples(config), bool), {}
+    discrepancy = adv.rank_discrepancy(rewards, config.kl.main_reward, config.kl.rank_direction)
+    risk, value = adv.update_risk(risk, discrepancy)
+    mask, threshold = adv.risk_mask(discrepancy, risk.ratio)
+    return risk, mask, {"risk": value, "risk_ratio": risk.ratio, "risk_threshold": threshold, "masked": int(mask.sum())}
+
+
+def _save(run: Run, point: Point, progress: Progress) -> int:
+    record = {"risk": point.risk._asdict(), "reset": point.reset._asdict(), "seconds": progress.seconds}
+    keep = run.config.train.checkpoints_kept
+    checkpoint.save(run.workdir, point.epoch, point.state, record, run.identity, keep)
+    return point.epoch
+
+
+def _due(run: Run, epoch: int) -> bool:
+    every = run.config.train.eval_every
+    return epoch in (0, run.config.train.epochs) or bool(every and epoch % every == 0)
+
+
+def _still_holds(run: Run, record: Mapping[str, Any], epoch: int) -> bool:
+    """Whether a record of metrics.jsonl belongs to the run as it goes on after `epoch`."""
+    if record["kind"] == "evaluation":
+        return record["epoch"] <= epoch and _due(run, record["epoch"])
+    return record["kind"] == "ceiling" or record["epoch"] < epoch
+
+
+def _evaluations(metrics: Metrics, kind: str = "evaluation") -> dict[int, Evaluation]:
+    """Evaluations made so far, by epoch, bit for bit as they were measured."""
+    return {
+        record["epoch"]: {name: np.array(values) for name, values in record["videos"].items()}
+        for record in metrics.records
+        if record["kind"] == kind
+    }
+
+
+def _add_evaluation(metrics: Metrics, kind: str, epoch: int, result: Evaluation) -> None:
+    videos = {name: values.tolist() for name, values in result.items()}
+    metrics.add({"kind": kind, "epoch": epoch, "eval": report.table(result), "videos": videos})
+
+
+def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
+    if _evaluations(metrics, "ceiling"):
+        return
+    with progress.within("ceiling"):
+        result = ceiling(run, progress)
+    if result is not None:
+        _add_evaluation(metrics, "ceiling", 0, result)
+        say(report.evaluation_line("ceiling (real videos through the VAE)", result))
+
+
+def _policy(run: Run, state: TrainState) -> dict:
+    return state.ema if run.config.eval.policy == "ema" else state.current
+
+
+def _evaluate_if_due(run: Run, point: Point, metrics: Metrics, progress: Progress) -> None:
+    epoch = point.epoch
+    if not _due(run, epoch) or epoch in _evaluations(metrics):
+        return
+    with progress.within("evaluation"):
+        result, frames = evaluate(run, _policy(run, point.state), progress, f"evaluation after epoch {epoch}: batch")
+    name = {0: "before", run.config.train.epochs: "after"}.get(epoch)
+    if name:
+        report.write_samples(run.workdir / "samples" / name, frames, run.config.video.fps)
+    _add_evaluation(metrics, "evaluation", epoch, result)
+    say(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
+
+
+def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dict[str, Any]:
+    """Everything that is made once, at the end."""
+    held = _evaluations(metrics)
+    evaluations = {"before": held[0], "after": held[point.epoch]}
+    adapter = sharding.to_host(_policy(run, point.state))
+    save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
+    report.write_contact_sheet(run.workdir, run.config.name, held_out(run), evaluations)
+    report.write_curves(run.workdir, metrics.records)
+    if 0 in (real := _evaluations(metrics, "ceiling")):
+        evaluations["ceiling"] = real[0]
+    summary = report.write_summary(run.workdir, run.config, evaluations, progress.seconds)
+    say(report.closing(run.workdir, summary))
+    return summary
