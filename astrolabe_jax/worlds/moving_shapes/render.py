@@ -11,8 +11,14 @@ SIZE = 48  # pixels, height and width
 FRAMES = 33  # pixel frames of a short video: 9 latent frames
 FPS = 16
 RADIUS = 9.0  # a circle's radius and half a square's side plus one; a triangle is inscribed in 1.3 times this circle
-MARGIN = 1.0  # pixels that always remain between a shape's extent and the border
-JITTER = 6.0  # the middle of a path lies at most this far from the centre, per axis, in pixels
+# How far a shape reaches from its centroid: left and right, up, down.
+EXTENTS = {
+    "circle": (RADIUS, RADIUS, RADIUS),
+    "square": (RADIUS - 1, RADIUS - 1, RADIUS - 1),
+    "triangle": (0.65 * 3**0.5 * RADIUS, 1.3 * RADIUS, 0.65 * RADIUS),
+}
+MARGIN = 0.25  # pixels that always remain between a shape and the border
+JITTER = 6.0  # the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
 
 
 class Path(NamedTuple):
@@ -30,30 +36,36 @@ def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = 
     """A straight path at the asked speed whose middle is uniform around the centre, as far as the border allows."""
     step = np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
     travel = np.abs(step) * (frames - 1)
-    room = SIZE / 2 - RADIUS - MARGIN - travel / 2
+    side, up, down = EXTENTS[attributes.shape]
+    room = SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - travel / 2
     if (room < 0).any():
         raise ValueError(f"{frames} frames of {attributes.speed or 'medium'} motion leave a {SIZE}-pixel frame")
-    middle = SIZE / 2 + rng.uniform(-1, 1, 2) * np.minimum(room, JITTER)
+    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + rng.uniform(-1, 1, 2) * np.minimum(room, JITTER)
     return Path(middle - step * (frames - 1) / 2, step)
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y grows downwards."""
+def edge_distance(shape: str, x, y, xp=np):
+    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y grows downwards.
+
+    `xp` is the array module of `x` and `y` (numpy or jax.numpy), so that rewards measure the very shapes drawn here.
+    """
     if shape == "circle":
-        return np.hypot(x, y) - RADIUS
+        return xp.sqrt(x * x + y * y) - RADIUS
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - (RADIUS - 1)
+        return xp.maximum(xp.abs(x), xp.abs(y)) - (RADIUS - 1)
     # equilateral, one corner up: three half planes at the inscribed circle's radius
     inner = 0.65 * RADIUS
-    slope = np.abs(x) * np.sqrt(3) / 2 - y / 2
-    return np.maximum(y, slope) - inner
+    slope = xp.abs(x) * 3**0.5 / 2 - y / 2
+    return xp.maximum(y, slope) - inner
 
 
 def render(attributes: Attributes, path: Path, frames: int = FRAMES) -> np.ndarray:
     """Video uint8 `[T, SIZE, SIZE, 3]` of the shape on the path."""
     pixel = np.arange(SIZE) + 0.5
     centres = path.centres(frames)[:, :, None, None]
-    distance = _distance(attributes.shape, pixel[None, None, :] - centres[:, 0], pixel[None, :, None] - centres[:, 1])
+    distance = edge_distance(
+        attributes.shape, pixel[None, None, :] - centres[:, 0], pixel[None, :, None] - centres[:, 1]
+    )
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)

@@ -1,0 +1,109 @@
+"""The registry of rewards: a name, and the function that scores videos.
+
+A scorer is a function `(frames, prompts)` of decoded videos uint8 `[B, T, height, width, 3]` and B prompts that
+returns either B floats, or a mapping with B floats for each reward it computes (under the reward's name) and, if it
+likes, for the parts a reward consists of (under `REWARD/PART`), which are logged but not optimised. It must be a
+function of its arguments alone: runs are resumed and repeated. Larger is better, on whatever scale.
+
+To add a reward, write one file with such a function, and add one line to TABLE:
+
+    "brightness": "astrolabe_jax.rewards.brightness:score",
+
+The module is imported when the reward is first used, so that nobody needs the dependencies of rewards they do not
+use. Rewards that share a function are computed by one call.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+# Reward -> "module:function".
+TABLE = {
+    "shapes_vq": "astrolabe_jax.worlds.moving_shapes.rewards:score",
+    "shapes_mq": "astrolabe_jax.worlds.moving_shapes.rewards:score",
+    "shapes_ta": "astrolabe_jax.worlds.moving_shapes.rewards:score",
+}
+
+
+def validate(names: Iterable[str]) -> None:
+    """Checks that every reward is known and its scorer can be imported.
+
+    Raises:
+      ValueError: naming the unknown rewards and the known ones, or the reward whose line in TABLE is wrong.
+    """
+    names = list(names)
+    known = f"known rewards: {', '.join(sorted(TABLE))}"
+    if not names:
+        raise ValueError(f"no reward is configured; {known}")
+    if unknown := [name for name in names if name not in TABLE]:
+        raise ValueError(f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}")
+    for name in names:
+        _scorer(name)
+
+
+def score(names_and_weights: Mapping[str, float], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Raw scores of every named reward; a weight of 0 is scored too, to be watched.
+
+    Args:
+      names_and_weights: reward -> weight; only the names are used here (advantages.py forms the total).
+      frames: decoded videos, uint8 `[B, T, height, width, 3]`.
+      prompts: B prompts.
+
+    Returns:
+      reward -> float32 `[B]`, in the order of the names.
+
+    Raises:
+      ValueError: from `validate`, or for scores that are not B finite numbers, naming reward and sample.
+    """
+    results = _results(names_and_weights, frames, prompts)
+    return {name: results[name] for name in names_and_weights}
+
+
+def parts(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the named rewards are made of, for reports: `REWARD/PART` -> float32 `[B]`; arguments as for `score`."""
+    return {name: values for name, values in _results(names, frames, prompts).items() if "/" in name}
+
+
+def _scorer(name: str) -> Callable:
+    module, _, function = TABLE[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: cannot import {TABLE[name]!r}: {error}") from error
+
+
+def _results(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Checked scores and parts of the named rewards; each distinct scorer is called once."""
+    names = list(names)
+    validate(names)
+    frames = np.asarray(frames)
+    called, results = {}, {}
+    for name in names:
+        if TABLE[name] not in called:
+            called[TABLE[name]] = _scorer(name)(frames, prompts)
+        returned = called[TABLE[name]]
+        returned = returned if isinstance(returned, Mapping) else {name: returned}
+        if name not in returned:
+            raise ValueError(f"reward {name!r}: {TABLE[name]} returned only {', '.join(map(repr, returned))}")
+        for key, values in returned.items():
+            if key == name or key.startswith(f"{name}/"):
+                results[key] = _checked(key, values, prompts)
+    return results
+
+
+def _checked(name: str, values, prompts: Sequence[str]) -> np.ndarray:
+    """`values` as float32 `[B]`; ValueError naming the reward, and the sample of a value that is not finite."""
+    values = np.asarray(values, np.float32)
+    if values.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} videos; "
+            f"expected [{len(prompts)}]"
+        )
+    if len(bad := np.flatnonzero(~np.isfinite(values))):
+        index = int(bad[0])
+        raise ValueError(
+            f"reward {name!r} is {values[index]} for sample {index} (prompt {prompts[index]!r})"
+            + (f" and for {len(bad) - 1} more" if len(bad) > 1 else "")
+        )
+    return values

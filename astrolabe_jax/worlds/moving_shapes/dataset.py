@@ -1,0 +1,92 @@
+"""The moving-shapes world as a tensorflow-datasets builder that needs no TensorFlow.
+
+    builder = MovingShapes(data_dir="...")
+    builder.download_and_prepare()
+    train = builder.as_data_source("train")   # random access: train[7]["video"], len(train)
+
+or, once this module is imported, `tfds.data_source("moving_shapes", split="train", data_dir="...")`.
+Splits are those of the vocabulary. Text comes back as bytes, as tensorflow-datasets stores it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from astrolabe_jax.worlds.moving_shapes import render, vocabulary
+
+SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MovingShapesConfig(tfds.core.BuilderConfig):
+    """Which videos are drawn; the name, a folder under `data_dir`, follows from the fields.
+
+    Attributes:
+      videos_per_prompt: videos of each prompt, each with a path of its own.
+    """
+
+    name: str = ""
+    videos_per_prompt: int = 1
+
+    def __post_init__(self):
+        if self.videos_per_prompt < 1:
+            raise ValueError(f"videos_per_prompt must be at least 1, got {self.videos_per_prompt}")
+        self.name = f"videos_per_prompt_{self.videos_per_prompt}"
+
+
+def example(split: str, index: int, videos_per_prompt: int = 1) -> dict:
+    """Video `index` of a split, which depends on nothing else; the videos of a prompt follow one another.
+
+    Returns:
+      prompt, colour, shape, direction, speed (empty: medium), background: str; video: uint8 `[33, 48, 48, 3]`.
+
+    Raises:
+      IndexError: for an index beyond the split; ValueError: for an unknown split.
+    """
+    prompts = vocabulary.prompts(split)
+    if not 0 <= index < len(prompts) * videos_per_prompt:
+        raise IndexError(
+            f"video {index} of moving_shapes/{split}, which has {len(prompts)} prompts x {videos_per_prompt} videos"
+        )
+    prompt = prompts[index // videos_per_prompt]
+    video = render.sample(prompt, np.random.default_rng([SPLITS.index(split), index]))
+    return {"prompt": prompt, "video": video, **vocabulary.parse(prompt)._asdict()}
+
+
+class MovingShapes(tfds.core.GeneratorBasedBuilder):
+    """One shape moving steadily on a plain background, with the prompt that says so."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    BUILDER_CONFIGS = [MovingShapesConfig()]
+    # Where to find checksums of downloads: there are none, and the default looks for them with importlib_resources,
+    # which tensorflow-datasets 4.9.10 uses without requiring it.
+    code_path = None
+
+    def __init__(self, *, file_format: str | None = None, **kwargs):
+        """As every builder; `file_format` is array_record (default) or parquet, which are read without TensorFlow."""
+        super().__init__(file_format=file_format, **kwargs)
+        if file_format is None and not self.info.initialized:
+            self.info.set_file_format("array_record", override=True)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        attributes = {name: tfds.features.Text() for name in vocabulary.Attributes._fields}
+        shape = (render.FRAMES, render.SIZE, render.SIZE, 3)
+        video = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "video": video, **attributes}),
+            disable_shuffling=True,  # record i is video i
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        repeats = self.builder_config.videos_per_prompt
+        for index in range(len(vocabulary.prompts(split)) * repeats):
+            yield index, example(split, index, repeats)
