@@ -1,0 +1,417 @@
+"""update.py: the train step's invariances, its agreement with the rollout, its plan of an epoch.
+
+Its agreement with the published optimiser step is an entry of the golden runner (fh_nft_step.npz).
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from astrolabe_jax import sharding, update
+from astrolabe_jax.config import get_config
+from astrolabe_jax.losses import kl_weights
+from astrolabe_jax.models.layers import merge
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
+from astrolabe_jax.schedule import velocity_to_x0
+from tests.models import tiny
+
+LAYOUT = Layout(block=2)
+SAMPLES, FRAMES = 8, 4
+
+
+def make_config(**fields):
+    """The defaults at test size; fields as 'loss.kind' with the dot written __."""
+    config = get_config()
+    config.lora.rank, config.lora.alpha = 2, 2.0
+    config.optimiser.microbatch = SAMPLES
+    config.optimiser.learning_rate = 1e-2
+    config.loss.kl_weight = 0.1
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def one_device():
+    return sharding.make_mesh(get_config().mesh, jax.devices()[:1])
+
+
+@functools.cache
+def adapter(seed=50):
+    return jax.device_get(tiny.adapter(seed=seed))
+
+
+def make_state(config, mesh=None, step=1):
+    """Four different policies, so that no term vanishes."""
+    mesh = mesh or one_device()
+    state = update.init_state(config, adapter(), mesh)
+    others = {"old": adapter(0), "reference": adapter(1), "ema": adapter(2), "step": np.int32(step)}
+    return state._replace(**sharding.replicate(mesh, others))
+
+
+def make_samples(count=SAMPLES):
+    return update.Samples(
+        latents=tiny.latents(FRAMES, count),
+        r=np.linspace(0.1, 0.9, count, dtype=np.float32),
+        mask=np.arange(count) % 3 > 0,
+        prompt=np.arange(count, dtype=np.int32) % 2,
+        key=jax.random.split(jax.random.key(5), count),
+        text=tiny.text(2),
+    )
+
+
+def make_batch(samples, microbatch=SAMPLES):
+    t = np.resize(np.array([1000, 937.5, 833.3333, 625], np.float32), len(samples.r))
+    flat = (samples.latents, samples.r, kl_weights(samples.mask), samples.prompt, t, samples.key)
+    return update.Batch(*(x.reshape(-1, microbatch, *x.shape[1:]) for x in flat))
+
+
+@functools.cache
+def compiled(config_json, mesh):
+    """The train step of a config, compiled once for all tests that ask for it."""
+    return update.make_train_step(ConfigDict(json.loads(config_json)), tiny.model()[0], LAYOUT, mesh)
+
+
+def run_step(config, batch=None, mesh=None, state=None):
+    mesh = mesh or one_device()
+    batch = sharding.shard_batch(mesh, make_batch(make_samples()) if batch is None else batch, axis=1)
+    state = make_state(config, mesh) if state is None else state
+    params = sharding.shard_params(mesh, tiny.model()[1])
+    return compiled(config.to_json(), mesh)(state, params, make_samples().text, batch)
+
+
+@functools.cache
+def whole_batch_step():
+    """The step that the others are compared with: all samples in one microbatch, on one device."""
+    return jax.device_get(run_step(make_config()))
+
+
+def assert_same_step(got, want, atol=2e-6):
+    """States, metrics and samples' losses agree to float32 rounding; moments carry the accumulated gradient."""
+    (state, metrics), (wanted_state, wanted) = jax.device_get(got), want
+    np.testing.assert_allclose(metrics.pop("sample_loss"), wanted["sample_loss"], rtol=2e-5)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=2e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state.optimiser), jax.tree.leaves(wanted_state.optimiser), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+    # Where the gradient is near zero, Adam's first step is its sign: compare where it is not.
+    for name in state.current:
+        for half in "ab":
+            moment = wanted_state.optimiser[0].mu[name][half]
+            clear = np.abs(moment) > 1e-3 * np.abs(moment).max()
+            for policy in ("current", "ema"):
+                a, b = (getattr(s, policy)[name][half][clear] for s in (state, wanted_state))
+                np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f"{policy} {name}.{half}")
+
+
+@pytest.mark.parametrize("microbatch", [4, 2])
+def test_microbatches_do_not_change_the_step(microbatch):
+    assert_same_step(run_step(make_config(), make_batch(make_samples(), microbatch)), whole_batch_step())
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_eight_devices_take_the_same_step(data, fsdp):
+    config = make_config(mesh__data=data, mesh__fsdp=fsdp)
+    mesh = sharding.make_mesh(config.mesh)
+    state, metrics = run_step(config, mesh=mesh)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    assert_same_step((state, metrics), whole_batch_step())
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_eight_devices_sample_the_same_videos(data, fsdp):
+    graphdef, params = tiny.model()
+    samples = make_samples()
+
+    @jax.jit
+    def sample(params, adapter, text, keys):
+        return rollout(graphdef, params, adapter, text, noise_from_keys(keys, tiny.FRAME), frames=FRAMES,
+                       latent_hw=tiny.LATENT_HW, layout=LAYOUT, sampler=Sampler())[0]
+
+    text = samples.text[samples.prompt]
+    want = sample(params, adapter(), text, samples.key)
+    mesh = sharding.make_mesh(make_config(mesh__data=data, mesh__fsdp=fsdp).mesh)
+    got = sample(sharding.shard_params(mesh, params), sharding.replicate(mesh, adapter()),
+                 *sharding.shard_batch(mesh, (text, samples.key)))
+    assert {shard.data.shape[0] for shard in got.addressable_shards} == {1}  # one video to a device
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(block=2), Layout(block=1, window=3), Layout(block=2, window=4, sink=1),
+                                    Layout(block=2, window=4, sink=2, positions="relative")], ids=str)
+def test_clean_context_forward_equals_the_rollout(layout):
+    """streaming.md 6.6: from the sampler's own last-step input, every block returns exactly what was sampled."""
+    graphdef, params = tiny.model()
+    sampler, frames, text, t = Sampler(steps=(1000.0, 625.0)), 6, tiny.text(1), jnp.array([625.0])
+    forwards = [update.training_forward(make_config(loss__context=context), graphdef, layout)
+                for context in ("clean", "noisy")]
+
+    @jax.jit
+    def both():
+        noise = noise_from_keys(jax.random.split(jax.random.key(0), 1), tiny.FRAME)
+        latents, _, traces = rollout(graphdef, params, adapter(), text, noise, frames=frames, latent_hw=tiny.LATENT_HW,
+                                     layout=layout, sampler=sampler, trace=True)
+        x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)  # the last pass is the clean one
+        return latents, [velocity_to_x0(x_t, forward.velocity(params, adapter(), text, latents, x_t, t), t / 1000)
+                         for forward in forwards]
+
+    latents, (clean, noisy) = both()
+    np.testing.assert_allclose(clean, latents, atol=2e-5)
+    gap = np.abs(noisy - latents)
+    assert gap[:, : layout.block].max() < 2e-5 and gap[:, layout.block :].max() > 1e-2  # the first block has no context
+
+
+def one_micro(count=2):
+    return jax.tree.map(lambda leaf: leaf[0], make_batch(make_samples(count), count))
+
+
+def test_gradient_reaches_only_the_current_policy_and_is_right():
+    """Exactly zero for the others; for `current` equal to finite differences.
+
+    With the astrolabe loss and noisy context nothing that depends on `current` is held fixed.
+    """
+    graphdef, params = tiny.model()
+    config, direction = make_config(loss__context="noisy"), adapter(9)
+    forward = update.training_forward(config, graphdef, LAYOUT)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(adapters):
+        state = update.TrainState(**adapters, ema=None, optimiser=None, step=0)
+        terms = update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro())
+        return terms["total_loss"].sum()
+
+    def moved(step):
+        current = jax.tree.map(lambda a, d: a + np.float32(step) * d, adapter(), direction)
+        return {"current": current, "old": adapter(0), "reference": adapter(1)}
+
+    grads = loss(moved(0))[1]
+    for name in ("old", "reference"):
+        assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grads[name]))
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["current"]))
+    slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, jax.device_get(grads["current"]), direction)))
+    np.testing.assert_allclose((loss(moved(1e-2))[0] - loss(moved(-1e-2))[0]) / 2e-2, slope, rtol=1e-2)
+
+
+def test_no_gradient_through_the_clean_context():
+    """The gradient is that of a forward which is handed the context as a constant."""
+    graphdef, params = tiny.model()
+    text, weight = tiny.text(1), tiny.latents(FRAMES, seed=3)
+    x0, x_t, t = tiny.latents(FRAMES, seed=1), tiny.latents(FRAMES, seed=2), jnp.array([700.0])
+    forward = update.training_forward(make_config(), graphdef, LAYOUT)
+
+    def own(policy, context):
+        return forward.velocity(params, policy, text, x0, x_t, t)
+
+    def given(policy, context):
+        model = merge(graphdef, params)
+        return model(x_t, jnp.full((1, FRAMES), 700.0), model.encode_text(text, policy), policy, layout=LAYOUT,
+                     context=context)
+
+    @jax.jit
+    def gradients(policy):
+        model = merge(graphdef, params)
+        context = model.context(x0, model.encode_text(text, policy), policy, layout=LAYOUT)
+        return [jax.grad(lambda policy, run=run: (run(policy, context) * weight).sum())(policy) for run in (own, given)]
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients(adapter()))
+
+
+def test_velocity_deviations_times_sigma_squared_are_those_of_clean_latents():
+    graphdef, params = tiny.model()
+
+    def terms(kind):
+        config = make_config(loss__kind=kind, loss__context="noisy")
+        forward = update.training_forward(config, graphdef, LAYOUT)
+        state = update.TrainState(adapter(), adapter(0), adapter(1), None, None, 0)
+        return update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro(4))
+
+    x0_space, v_space = jax.jit(lambda: (terms("astrolabe"), terms("diffusion_nft")))()
+    sigma = one_micro(4).t / 1000
+    for name in ("old_deviate", "old_kl_div", "kl_div"):
+        np.testing.assert_allclose(x0_space[name], sigma**2 * v_space[name], rtol=1e-4)
+    np.testing.assert_array_equal(x0_space["x0_norm"], v_space["x0_norm"])
+
+
+def spoilt(values, sample, value):
+    values = np.array(values)
+    values[sample] = value
+    return values
+
+
+def test_a_non_finite_sample_leaves_the_state_alone():
+    config, samples = make_config(), make_samples()
+    before = jax.device_get(make_state(config))
+    for bad in (samples._replace(r=spoilt(samples.r, 3, np.nan)),
+                samples._replace(latents=spoilt(samples.latents, 3, np.inf))):
+        state, metrics = run_step(config, make_batch(bad))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+        np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(metrics["sample_loss"])), [3])
+
+
+def run_epoch(config, samples, state=None, done=0):
+    """Every (state, metrics) that `update` yields for epoch 2, on the host."""
+    mesh = one_device()
+    state = make_state(config) if state is None else sharding.replicate(mesh, state)
+    step = compiled(make_config().to_json(), mesh)  # how steps and passes divide an epoch is not compiled in
+    steps = update.update(step, config, mesh, state, tiny.model()[1], samples, 2, done)
+    return [jax.device_get((state, metrics)) for state, metrics in steps]
+
+
+def test_an_epoch_resumes_bit_for_bit_between_steps():
+    config, samples = make_config(optimiser__steps_per_pass=2, optimiser__inner_epochs=2), make_samples(2 * SAMPLES)
+    whole = run_epoch(config, samples)
+    assert [int(state.step) for state, _ in whole] == [2, 3, 4, 5]
+    assert all(np.isfinite(value) for _, metrics in whole for value in metrics.values())
+    rest = run_epoch(config, samples, state=whole[2][0], done=3)
+    assert len(rest) == 1 and rest[0][1] == whole[3][1]
+    jax.tree.map(np.testing.assert_array_equal, rest[0][0], whole[3][0])
+
+
+def test_passes_draw_fresh_noise():
+    """Two policies that do not move, compared on the same samples at the same level: only the noise differs."""
+    config = make_config(optimiser__inner_epochs=2, sampler__steps=(1000,))
+    first, second = (metrics["old_kl_div"] for _, metrics in run_epoch(config, make_samples()))
+    assert abs(first - second) > 1e-4
+
+
+def test_repeated_steps_pull_predictions_towards_good_samples():
+    samples = make_samples()._replace(r=np.ones(SAMPLES, np.float32))
+    trace = [metrics["policy_loss"] for _, metrics in run_epoch(make_config(optimiser__inner_epochs=12), samples)]
+    assert np.mean(trace[-4:]) < 0.98 * np.mean(trace[:4])  # each mean has every sample at every level
+
+
+def test_an_epoch_names_the_sample_whose_loss_is_not_finite():
+    samples = make_samples()
+    with pytest.raises(FloatingPointError, match="epoch 2, optimiser step 0.*1 of 8 samples.*sample 5: nan"):
+        run_epoch(make_config(), samples._replace(latents=spoilt(samples.latents, 5, np.nan)))
+
+
+def applied(config, norm):
+    """State before and after a step with a gradient of ones whose norm is said to be `norm`."""
+    before = make_state(config)
+    grads = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), before.current)
+    step = jax.jit(functools.partial(update.apply_gradient, config, update.make_optimiser(config)))
+    return before, step(before, grads, jnp.float32(norm))
+
+
+def test_bfloat16_adapters_stay_bfloat16():
+    before, after = applied(make_config(lora__dtype="bfloat16"), 1.0)
+    for part in (after.current, after.optimiser[0].mu, after.optimiser[0].nu):
+        assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(part))
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.current, before.current)), strict=True))
+
+
+@pytest.mark.parametrize("norm, scale", [(0.25, 1.0), (5.0, 0.1)])
+def test_gradients_are_clipped_by_their_global_norm(norm, scale):
+    _, after = applied(make_config(optimiser__clip_norm=0.5), norm)
+    for leaf in jax.tree.leaves(after.optimiser[0].mu):  # (1 - b1) gradient
+        np.testing.assert_allclose(leaf, 0.1 * scale, rtol=1e-5)
+
+
+# The plan of a pass.
+
+
+def plan(config, epoch=0, turn=0, count=24, mask=None):
+    return update.plan_pass(config, epoch, turn, np.ones(count, bool) if mask is None else mask)
+
+
+def test_a_pass_visits_every_sample_once_in_an_order_of_its_own():
+    config = make_config(optimiser__microbatch=4, optimiser__steps_per_pass=3)
+    first = plan(config)
+    assert first.order.shape == first.t.shape == first.kl_weight.shape == (3, 2, 4)
+    np.testing.assert_array_equal(np.sort(first.order.reshape(-1)), np.arange(24))
+    np.testing.assert_array_equal(plan(config).order, first.order)
+    reseeded = make_config(seed=1, optimiser__microbatch=4, optimiser__steps_per_pass=3)
+    others = [plan(config, epoch=1), plan(config, turn=1), plan(reseeded)]
+    assert all(np.any(other.order != first.order) for other in others)
+
+
+def levels_by_sample(config, turn, count=24):
+    drawn = plan(config, turn=turn, count=count)
+    levels = np.empty(count)
+    levels[drawn.order.reshape(-1)] = drawn.t.reshape(-1)
+    return levels
+
+
+def test_stratified_levels_are_balanced_over_neighbours_and_over_passes():
+    config = make_config(optimiser__microbatch=4)
+    table = np.sort(np.asarray(update.levels(config), np.float32))
+    passes = np.stack([levels_by_sample(config, turn) for turn in range(8)])
+    for turn in range(8):
+        np.testing.assert_array_equal(np.sort(passes[turn].reshape(6, 4), axis=1), np.tile(table, (6, 1)))
+    for cycle in (passes[:4], passes[4:]):
+        np.testing.assert_array_equal(np.sort(cycle, axis=0), np.tile(table[:, None], (1, 24)))
+    assert np.any(passes[:4] != passes[4:])
+    counts = np.unique(levels_by_sample(make_config(optimiser__microbatch=1), 0, count=6), return_counts=True)[1]
+    assert counts.max() <= 2  # 6 samples over 4 levels
+
+
+def test_batch_levels_are_one_to_a_microbatch():
+    config = make_config(optimiser__microbatch=4, loss__timestep_draw="batch")
+    drawn = np.concatenate([plan(config, epoch).t.reshape(-1, 4) for epoch in range(20)])
+    assert np.all(drawn == drawn[:, :1])
+    assert set(drawn[:, 0]) == set(np.asarray(update.levels(config), np.float32))
+
+
+def test_levels_warped_or_raw():
+    np.testing.assert_allclose(update.levels(make_config()), (1000, 937.5, 833.33333, 625))
+    assert update.levels(make_config(loss__timesteps="raw")) == (1000, 750, 500, 250)
+    assert update.levels(make_config(sampler__warp=False)) == (1000, 750, 500, 250)
+
+
+def test_kl_weights_by_epoch_or_microbatch():
+    mask = np.arange(24) < 6
+    for reduction, size in (("epoch", 24), ("microbatch", 4)):
+        config = make_config(optimiser__microbatch=4, kl__reduction=reduction)
+        drawn = plan(config, mask=mask)
+        chosen = mask[drawn.order.reshape(-1)].reshape(-1, size)
+        assert np.all(drawn.kl_weight.reshape(-1, size)[~chosen] == 0)
+        np.testing.assert_allclose(drawn.kl_weight.reshape(-1, size).mean(axis=1), chosen.any(axis=1), rtol=1e-6)
+
+
+def test_plan_refuses_incomplete_microbatches():
+    with pytest.raises(ValueError, match="24 samples .*optimiser.microbatch"):
+        plan(make_config(optimiser__microbatch=5))
+
+
+# Averages and copies of policies.
+
+
+def test_decays_of_the_behaviour_policy():
+    """The table of objective.md 8."""
+    table = {100: (0, 0.1, 0.1875), 208: (0, 0.208, 0.9975), 209: (0, 0.209, 0.999), 500: (0, 0.5, 0.999),
+             9000: (0, 0.5, 0.999), 74: (0, 0.074, 0)}
+    for step, want in table.items():
+        got = [update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")]
+        np.testing.assert_allclose(got, (*want, 0.9), rtol=1e-12)
+    with pytest.raises(ValueError, match="optimiser.old_decay"):
+        update.old_decay("type3", 0, 0.9)
+
+
+def test_decays_of_the_evaluation_average():
+    got = [update.ema_decay(step, 0.9) for step in (0, 1, 10, 79, 80, 1000)]
+    np.testing.assert_allclose(got, [0.1, 0.1818182, 0.55, 0.8988764, 0.9, 0.9], rtol=1e-6)
+
+
+def test_the_average_starts_from_the_first_step():
+    config = make_config()
+    state, _ = run_step(config, state=make_state(config, step=0))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.current)
+    state, _ = run_step(config, state=make_state(config, step=1))
+    want = update.average(adapter(2), state.current, 2 / 11)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.ema, want)
+
+
+def test_blend_and_reset_copy():
+    before = jax.device_get(make_state(make_config()))
+    state = update.reset_reference(update.blend_old(make_state(make_config()), 0.25))
+    want = jax.tree.map(lambda old, current: 0.25 * old + 0.75 * current, before.old, before.current)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.old, want)
+    jax.tree.map(np.testing.assert_array_equal, state.reference, before.current)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.current, state.reference, state.old))]
+    assert len(set(pointers)) == len(pointers)  # or donation would overwrite one through the other
