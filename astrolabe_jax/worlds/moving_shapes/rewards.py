@@ -207,7 +207,7 @@ def _motion_parts(video: Frame, planes: jax.Array) -> dict[str, jax.Array]:
         "visibility": jnp.mean(weight),
         "steadiness": _falloff(jitter, 0.25),
         "motion": 1 - jnp.exp(-((_norm(velocity) / 0.1) ** 2)),
-        "colour": _falloff(spread(video.background + video.contrast), 25),
+        "colour": _falloff(spread(video.background + video.contrast), 15),
         "form": jnp.sqrt(_falloff(spread(size), 0.1) * _falloff(spread(video.fit), 0.05)),
         "stillness": _falloff(jnp.sqrt(change), 15),
     }
@@ -246,6 +246,7 @@ def _score_video(video: jax.Array, asked: Asked) -> dict[str, jax.Array]:
         "shapes_mq": _motion_parts(frames, planes),
         "shapes_ta": _alignment_parts(frames, asked),
     }
+    parts = jax.tree.map(lambda part: jnp.clip(part, 0, 1), parts)  # weighted means may exceed 1 by rounding
     scores = {}
     for name, exponents in EXPONENTS.items():
         logs = [exponent * jnp.log((parts[name][part] + FLOOR) / (1 + FLOOR)) for part, exponent in exponents.items()]

@@ -1,0 +1,105 @@
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from astrolabe_jax import rewards
+from astrolabe_jax.worlds.moving_shapes import render, vocabulary
+
+PROMPTS = ["a cat", "a dog", "a cow"]
+FRAMES = np.arange(3 * 2 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 4, 3)
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Adds a reward as a user does: a module with a function, and one line in the table."""
+
+    def add(name, function, target=None):
+        module = types.ModuleType(f"fake_{name}")
+        module.score = function
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(rewards.TABLE, name, target or f"{module.__name__}:score")
+
+    return add
+
+
+def test_a_reward_is_a_function_and_a_line(add):
+    def brightness(frames, prompts):
+        assert frames.dtype == np.uint8 and prompts == PROMPTS
+        return frames.mean((1, 2, 3, 4))
+
+    add("brightness", brightness)
+    rewards.validate(["brightness"])
+    scores = rewards.score({"brightness": 0.5}, FRAMES, PROMPTS)
+    assert list(scores) == ["brightness"] and scores["brightness"].dtype == np.float32
+    np.testing.assert_allclose(scores["brightness"], FRAMES.reshape(3, -1).mean(1))  # raw: not weighted
+
+
+def test_rewards_of_one_function_cost_one_call(add):
+    calls = []
+
+    def both(frames, prompts):
+        calls.append(len(frames))
+        return {"a": [1, 2, 3], "b": [4, 5, 6], "b/part": [7, 8, 9], "other": [0, 0, 0]}
+
+    add("a", both)
+    add("b", both, "fake_a:score")
+    scores = rewards.score({"b": 1.0, "a": 0.0}, FRAMES, PROMPTS)
+    assert {name: list(values) for name, values in scores.items()} == {"b": [4, 5, 6], "a": [1, 2, 3]}
+    assert list(scores) == ["b", "a"] and calls == [3]
+    assert {name: list(values) for name, values in rewards.parts(["b"], FRAMES, PROMPTS).items()} == {
+        "b/part": [7, 8, 9]
+    }
+    assert rewards.parts(["a"], FRAMES, PROMPTS) == {}
+
+
+def test_unknown_rewards_are_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown rewards 'vq', 'mq'; known rewards: .*shapes_mq, .*shapes_vq"):
+        rewards.validate(["vq", "shapes_ta", "mq"])
+    with pytest.raises(ValueError, match="no reward is configured"):
+        rewards.validate({})
+    with pytest.raises(ValueError, match="unknown reward 'vq'"):
+        rewards.score({"vq": 1.0}, FRAMES, PROMPTS)
+
+
+@pytest.mark.parametrize("target", ["no_such_module_here:score", "math:score"])
+def test_a_wrong_line_is_named(add, target):
+    add("broken", None, target)
+    with pytest.raises(ValueError, match=f"reward 'broken': cannot import '{target}'"):
+        rewards.validate(["broken"])
+
+
+def test_modules_are_imported_when_first_used():
+    script = "import sys, astrolabe_jax.rewards; sys.exit(any('moving_shapes' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0, 2.0], r"'bad' returned scores of shape \[2\] for 3 videos; expected \[3\]"),
+        ([[1.0], [2.0], [3.0]], r"shape \[3, 1\]"),
+        (1.0, r"shape \[\]"),
+        ([1.0, np.nan, 3.0], r"'bad' is nan for sample 1 \(prompt 'a dog'\)"),
+        ([1.0, -np.inf, np.inf], r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more"),
+        ({"bad": [1, 2, 3], "bad/part": [1, 2, np.nan]}, r"'bad/part' is nan for sample 2 \(prompt 'a cow'\)"),
+        ({"good": [1, 2, 3]}, "'bad': fake_bad:score returned only 'good'"),
+    ],
+)
+def test_scores_that_are_no_scores_are_refused(add, returned, message):
+    add("bad", lambda frames, prompts: returned)
+    with pytest.raises(ValueError, match=message):
+        rewards.score({"bad": 1.0}, FRAMES, PROMPTS)
+
+
+def test_the_shipped_rewards_score_their_world():
+    names = [name for name in rewards.TABLE if name.startswith("shapes_")]
+    prompts = vocabulary.prompts("test")[:2]
+    frames = np.stack([render.sample(prompt, np.random.default_rng(0)) for prompt in prompts])
+    scores = rewards.score(dict.fromkeys(names, 1.0), frames, prompts)
+    assert list(scores) == ["shapes_vq", "shapes_mq", "shapes_ta"]
+    assert all(values.shape == (2,) and values.min() > 0.9 for values in scores.values())
+    parts = rewards.parts(["shapes_ta"], frames, prompts)
+    assert {name.split("/")[1] for name in parts} == {"visibility", *vocabulary.Attributes._fields}
