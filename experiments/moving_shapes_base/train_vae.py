@@ -14,8 +14,10 @@ from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from experiments.moving_shapes_base import common
 
 DIRECTORY = flags.DEFINE_string("directory", "runs/moving_shapes_base", "where states and results go")
-STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimiser steps")
-BATCH = flags.DEFINE_integer("vae_batch", 4, "clips per step")
+STEPS = flags.DEFINE_integer("vae_steps", 1900, "optimiser steps")
+# Short clips first, for many scenes at little cost; then full ones, without which the net does not extend in time.
+SHORT_STEPS, SHORT_BATCH, SHORT_FRAMES = 700, 16, 5
+FULL_BATCH = 4
 LATENT_NOISE = 0.1  # std of the noise that decoding must bear; with LATENT_WEIGHT a KL term of fixed variance
 LATENT_WEIGHT = 1e-4
 EDGE_WEIGHT = 1.0
@@ -43,11 +45,11 @@ def to_float(video: np.ndarray) -> np.ndarray:
     return video.astype(np.float32) / 127.5 - 1
 
 
-def train(directory: Path, steps: int, batch: int, seed: int = 0) -> tuple[nnx.GraphDef, dict]:
+def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dict]:
     """Trains or resumes; returns the graph definition and the averaged parameters."""
     graphdef, params = nnx.split(Vae(CONFIG, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(params)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(50, steps // 10), steps, 3e-5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(50, steps // 10), steps, 2e-5)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     @jax.jit
@@ -63,7 +65,9 @@ def train(directory: Path, steps: int, batch: int, seed: int = 0) -> tuple[nnx.G
         return (params, moments, optax.incremental_update(params, average, 1 - AVERAGE_DECAY)), metrics
 
     def step(state, i):
-        pixels = to_float(common.clips(common.TRAIN_PROMPTS, batch, np.random.default_rng([seed, i])))
+        rng, short = np.random.default_rng([seed, i]), i < SHORT_STEPS
+        videos = common.clips(common.TRAIN_PROMPTS, SHORT_BATCH if short else FULL_BATCH, rng, cuts=not short)
+        pixels = to_float(videos[:, :SHORT_FRAMES] if short else videos)
         return update(state, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
     state = common.train(directory / "vae.state", (params, optimiser.init(params), params), step, steps)
@@ -83,7 +87,7 @@ def with_statistics(graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: 
 
 def main(_):
     directory = Path(DIRECTORY.value)
-    graphdef, params = train(directory, STEPS.value, BATCH.value)
+    graphdef, params = train(directory, STEPS.value)
     config = with_statistics(graphdef, params)
     logging.info("latent std per channel: %s", np.round(config.latent_std, 2))
 

@@ -92,9 +92,7 @@ class _History:
         return extended
 
 
-def _initial_kernel(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
-    bound = 1 / math.sqrt(math.prod(shape[:-1]))
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+_LECUN = nnx.initializers.lecun_normal()
 
 
 class Conv(nnx.Module):
@@ -104,29 +102,45 @@ class Conv(nnx.Module):
     CPU that is several times faster than a 3D convolution (spec embedded_world.md), elsewhere it is not used.
     """
 
-    def __init__(self, features_in: int, features_out: int, kernel: tuple[int, ...], config: VaeConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        kernel: tuple[int, ...],
+        config: VaeConfig,
+        rngs: nnx.Rngs,
+        init=_LECUN,
+    ):
         param_dtype = jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(_initial_kernel(rngs.params(), (*kernel, features_in, features_out), param_dtype))
+        self.kernel = nnx.Param(init(rngs.params(), (*kernel, features_in, features_out), param_dtype))
         self.bias = nnx.Param(jnp.zeros((features_out,), param_dtype))
         self.dtype = config.dtype
 
     def spatial(self, x: jax.Array, stride: int = 1, padding="SAME") -> jax.Array:
         """`[B, T, height, width, in]`, every frame on its own."""
-        return _conv2d(x, self.kernel[...].astype(self.dtype), stride, padding) + self.bias[...].astype(self.dtype)
+        return self._biased(_conv2d(x, self.kernel[...].astype(self.dtype), stride, padding))
 
     def temporal(self, x: jax.Array, stride: int = 1) -> jax.Array:
         """`[B, T, height, width, in]` with valid padding in time (the caller adds the past), same in space."""
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
         size = kernel.shape[0]
         frames = (x.shape[1] - size) // stride + 1
         if jax.default_backend() == "cpu":
             last = stride * (frames - 1) + 1
             shifted = jnp.concatenate([x[:, i : i + last : stride] for i in range(size)], axis=-1)
             stacked = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-            return _conv2d(shifted, stacked, 1, "SAME") + bias
+            return self._biased(_conv2d(shifted, stacked, 1, "SAME"))
         pads = [(0, 0)] + [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[1:3]]
         dims = ("NDHWC", "DHWIO", "NDHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (stride, 1, 1), pads, dimension_numbers=dims) + bias
+        return self._biased(jax.lax.conv_general_dilated(x, kernel, (stride, 1, 1), pads, dimension_numbers=dims))
+
+    def pointwise(self, x: jax.Array) -> jax.Array:
+        """`[..., in]`, for a kernel of one position."""
+        kernel = self.kernel[...].astype(self.dtype)
+        return self._biased(x @ kernel.reshape(kernel.shape[-2:]))
+
+    def _biased(self, x: jax.Array) -> jax.Array:
+        return x + self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
@@ -135,11 +149,6 @@ def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
     dims = ("NHWC", "HWIO", "NHWC")
     flat = jax.lax.conv_general_dilated(flat, kernel, (stride, stride), padding, dimension_numbers=dims)
     return flat.reshape(batch, frames, *flat.shape[1:])
-
-
-def _pointwise(conv: Conv, x: jax.Array) -> jax.Array:
-    kernel = conv.kernel[...].astype(conv.dtype)
-    return x @ kernel.reshape(kernel.shape[-2:]) + conv.bias[...].astype(conv.dtype)
 
 
 class ChannelNorm(nnx.Module):
@@ -152,22 +161,27 @@ class ChannelNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         # max(|x|, e)^2 = max(|x|^2, e^2), which keeps the gradient finite at x = 0; e^2 is representable in float32
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24))
-        return (wide * scale * math.sqrt(x.shape[-1]) * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
+        gamma = math.sqrt(x.shape[-1]) * self.gamma[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * scale * gamma).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
+    """Two normalised convolutions around a shortcut. The second starts at zero: a new net is then a linear chain
+    that keeps its input, whereas with random branches training first forgets it.
+    """
+
     def __init__(self, features_in: int, features_out: int, config: VaeConfig, rngs: nnx.Rngs):
         self.norm1 = ChannelNorm(features_in, config)
         self.conv1 = Conv(features_in, features_out, (3, 3, 3), config, rngs)
         self.norm2 = ChannelNorm(features_out, config)
-        self.conv2 = Conv(features_out, features_out, (3, 3, 3), config, rngs)
+        self.conv2 = Conv(features_out, features_out, (3, 3, 3), config, rngs, nnx.initializers.zeros_init())
         if features_in != features_out:
             self.shortcut = Conv(features_in, features_out, (1, 1, 1), config, rngs)
 
     def __call__(self, x: jax.Array, history: _History) -> jax.Array:
         y = self.conv1.temporal(history.extend(jax.nn.silu(self.norm1(x)), 2))
         y = self.conv2.temporal(history.extend(jax.nn.silu(self.norm2(y)), 2))
-        return y + (_pointwise(self.shortcut, x) if hasattr(self, "shortcut") else x)
+        return y + (self.shortcut.pointwise(x) if hasattr(self, "shortcut") else x)
 
 
 class FrameAttention(nnx.Module):
@@ -182,9 +196,9 @@ class FrameAttention(nnx.Module):
         del history  # no memory in time
         batch, frames, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch * frames, height * width, channels)
-        q, k, v = jnp.split(_pointwise(self.to_qkv, tokens), 3, axis=-1)
+        q, k, v = jnp.split(self.to_qkv.pointwise(tokens), 3, axis=-1)
         y = jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
-        return x + _pointwise(self.proj, y).reshape(x.shape)
+        return x + self.proj.pointwise(y).reshape(x.shape)
 
 
 class Downsample(nnx.Module):
@@ -318,7 +332,7 @@ class Vae(nnx.Module):
     def moments(self, pixels: jax.Array, stream: Stream | None = None) -> tuple[tuple[jax.Array, jax.Array], Stream]:
         """Mean and log variance `[B, F, H, W, C]`, float32, before normalisation; only training uses the variance."""
         history = _History(stream)
-        moments = _pointwise(self.conv1, self.encoder(pixels.astype(self.config.dtype), history))
+        moments = self.conv1.pointwise(self.encoder(pixels.astype(self.config.dtype), history))
         return tuple(jnp.split(moments.astype(jnp.float32), 2, axis=-1)), tuple(history.new)
 
     def decode(self, latents: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, Stream]:
@@ -326,7 +340,7 @@ class Vae(nnx.Module):
         history = _History(stream)
         mean, std = self._statistics()
         z = (jnp.moveaxis(latents, 2, -1).astype(jnp.float32) * std + mean).astype(self.config.dtype)
-        pixels = self.decoder(_pointwise(self.conv2, z), history)
+        pixels = self.decoder(self.conv2.pointwise(z), history)
         return pixels.astype(jnp.float32), tuple(history.new)
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:

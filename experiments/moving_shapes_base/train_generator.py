@@ -1,0 +1,219 @@
+"""Stages 2 and 3: a causal diffusion teacher by teacher-forced flow matching, then its four-step student.
+
+The teacher learns from real clips with noisy captions: some words are replaced, as in web data, so that the base
+confuses colours and speeds and reinforcement learning has something to do. The student regresses the end of the
+teacher's deterministic trajectories from their points at the four warped noise levels of the sampler (ODE
+distillation, as Causal Forcing does before its last stage). Each noise leads to one video, so a start position that
+the prompt leaves open is not averaged away.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import nnx
+
+from astrolabe_jax import schedule as time
+from astrolabe_jax.convert.base import Net, random_base, save_base
+from astrolabe_jax.encode import load_tokenizer, tokenize, word_tokenizer
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.umt5 import UMT5Config
+from astrolabe_jax.models.wan.config import Layout, WanConfig
+from astrolabe_jax.worlds.moving_shapes import render, vocabulary
+from experiments.moving_shapes_base import common, train_vae
+
+TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 1500, "optimiser steps of the teacher")
+STUDENT_STEPS = flags.DEFINE_integer("student_steps", 1000, "optimiser steps of the student")
+OUTPUT = flags.DEFINE_string("output", "astrolabe_jax/worlds/moving_shapes/base", "where the finished base goes")
+
+BATCH = 32
+VIDEOS = 6144  # encoded clips that the teacher learns from
+TRAJECTORIES = 2048  # videos whose teacher trajectories the student learns from
+ODE_STEPS = 16
+# Chance that a word of a caption is replaced by another of its kind.
+CAPTION_NOISE = {"colour": 0.2, "shape": 0.1, "direction": 0.1, "speed": 0.35, "background": 0.1}
+TEXT_LEN = 16
+LAYOUT = Layout(block=3)
+SCHEDULE = time.Schedule(shift=5.0)
+FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
+WORDS = vocabulary.words()
+TRANSFORMER = WanConfig(
+    dim=128, ffn_dim=384, num_layers=4, num_heads=4, freq_dim=64, text_dim=64, text_len=TEXT_LEN, remat=False, **FLOAT32
+)
+TEXT = UMT5Config(
+    vocab_size=3 + len(WORDS), dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2, text_len=TEXT_LEN, **FLOAT32
+)
+
+
+def noisy_caption(attributes: vocabulary.Attributes, rng: np.random.Generator) -> str:
+    """A caption of the clip with each word replaced by another of its kind with the chance of CAPTION_NOISE."""
+    kinds = dict(zip(attributes._fields, (
+        vocabulary.COLOURS, vocabulary.SHAPES, vocabulary.DIRECTIONS, vocabulary.SPEEDS, vocabulary.BACKGROUNDS
+    ), strict=True))  # fmt: skip
+    while True:
+        said = {
+            kind: rng.choice(list(words)) if rng.random() < CAPTION_NOISE[kind] else getattr(attributes, kind)
+            for kind, words in kinds.items()
+        }
+        prompt = vocabulary.to_prompt(vocabulary.Attributes(**said))
+        if prompt in _TRAIN and said["colour"] != said["background"]:
+            return prompt
+
+
+_TRAIN = frozenset(common.TRAIN_PROMPTS)
+
+
+def encoded_clips(vae: Net, path: Path, seed: int = 2) -> tuple[np.ndarray, list[str]]:
+    """Latents `[VIDEOS, F, C, H, W]` of random training clips, encoded once, and their true prompts."""
+    rng = np.random.default_rng(seed)
+    prompts = [common.TRAIN_PROMPTS[i] for i in rng.integers(len(common.TRAIN_PROMPTS), size=VIDEOS)]
+    if not path.exists():
+        encode = jax.jit(lambda params, pixels: layers.merge(vae.graphdef, params).encode(pixels)[0])
+        chunks = []
+        for start in range(0, VIDEOS, BATCH):
+            videos = np.stack([render.sample(prompt, rng) for prompt in prompts[start : start + BATCH]])
+            chunks.append(np.asarray(encode(vae.params, train_vae.to_float(videos)), np.float16))
+            logging.log_every_n_seconds(logging.INFO, "encoded %d of %d clips", 30, start, VIDEOS)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.save(file, np.concatenate(chunks))
+        path.with_suffix(".tmp").rename(path)
+    return np.load(path, mmap_mode="r"), prompts
+
+
+def _forward(nets, params, x, t, clean, ids, mask, layout=LAYOUT):
+    """Velocity of every block of `x`, each reading the clean video before it."""
+    model = layers.merge(nets["transformer"].graphdef, params["transformer"])
+    text = model.encode_text(layers.merge(nets["text_encoder"].graphdef, params["text_encoder"]).embed(ids, mask))
+    context = model.context(clean, text, layout=layout)
+    return model(x, t, text, layout=layout, context=context)
+
+
+def _noise_levels(key, batch: int, frames: int) -> jax.Array:
+    """One shifted-uniform sigma per block `[batch, frames]`."""
+    u = jax.random.uniform(key, (batch, frames // LAYOUT.block))
+    sigma = SCHEDULE.shift * u / (1 + (SCHEDULE.shift - 1) * u)
+    return jnp.repeat(sigma, LAYOUT.block, axis=1)
+
+
+def _regression(nets, peak_rate: float, steps: int):
+    """Jitted step of AdamW with warm-up, cosine decay and averaged weights on the velocity error."""
+    rates = optax.warmup_cosine_decay_schedule(0.0, peak_rate, min(100, steps // 10), steps, peak_rate / 50)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rates, b2=0.99, weight_decay=1e-3))
+
+    @jax.jit
+    def update(state, x, sigma, clean, target, ids, mask):
+        params, moments, average = state
+
+        def loss(params):
+            velocity = _forward(nets, params, x, 1000 * sigma, clean, ids, mask)
+            return jnp.mean((velocity - target) ** 2)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        changes, moments = optimiser.update(gradients, moments, params)
+        params = optax.apply_updates(params, changes)
+        return (params, moments, optax.incremental_update(params, average, 0.005)), {"loss": value}
+
+    return optimiser, update
+
+
+def train_teacher(nets, latents, prompts, tokenizer, path: Path, steps: int, seed: int = 3) -> dict:
+    """Teacher-forced flow matching on encoded clips with noisy captions; returns the averaged parameters."""
+    optimiser, update = _regression(nets, 2e-3, steps)
+    params = {name: net.params for name, net in nets.items()}
+    attributes = [vocabulary.parse(prompt) for prompt in prompts]
+
+    def step(state, i):
+        rng, key = np.random.default_rng([seed, i]), jax.random.fold_in(jax.random.key(seed), i)
+        chosen = rng.integers(VIDEOS, size=BATCH)
+        ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], rng) for j in chosen], TEXT_LEN)
+        clean = jnp.asarray(latents[chosen], jnp.float32)
+        noise_key, level_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, clean.shape)
+        sigma = _noise_levels(level_key, *clean.shape[:2])
+        return update(state, time.add_noise(clean, noise, sigma), sigma, clean, noise - clean, ids, mask)
+
+    return common.train(path, (params, optimiser.init(params), params), step, steps)[2]
+
+
+def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, seed: int = 4):
+    """Points `[N, 4, F, C, H, W]` of the teacher's ODE at the sampler's noise levels, and its ends `[N, F, C, H, W]`."""
+    if not path.exists():
+        levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE)) / 1000
+        grid = np.union1d(time.sigmas(SCHEDULE)[:: 1000 // ODE_STEPS], levels)[::-1]
+        grid = np.append(grid, 0.0).astype(np.float32)
+        kept = [int(np.abs(grid - level).argmin()) for level in levels]
+
+        @jax.jit
+        def solve(params, noise, clean, ids, mask):
+            def euler(x, sigmas):
+                now, later = sigmas
+                t = jnp.full(x.shape[:2], 1000 * now)
+                return x + (later - now) * _forward(nets, params, x, t, clean, ids, mask), x
+
+            end, points = jax.lax.scan(euler, noise, (grid[:-1], grid[1:]))
+            return points[np.array(kept)], end
+
+        points, ends = [], []
+        for start in range(0, TRAJECTORIES, BATCH):
+            part = slice(start, start + BATCH)
+            clean = jnp.asarray(latents[part], jnp.float32)
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), start), clean.shape)
+            point, end = solve(params, noise, clean, *tokenize(tokenizer, prompts[part], TEXT_LEN))
+            points.append(np.asarray(jnp.moveaxis(point, 0, 1), np.float16))
+            ends.append(np.asarray(end, np.float16))
+            logging.log_every_n_seconds(logging.INFO, "solved %d of %d trajectories", 30, start, TRAJECTORIES)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez(file, points=np.concatenate(points), ends=np.concatenate(ends))
+        path.with_suffix(".tmp").rename(path)
+    with np.load(path) as stored:
+        return stored["points"], stored["ends"]
+
+
+def train_student(nets, teacher, latents, trajectories, prompts, tokenizer, path: Path, steps: int, seed: int = 5):
+    """Regresses the ends of trajectories from their points; starts from the teacher, whose text encoder it keeps."""
+    points, ends = trajectories
+    levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE), np.float32) / 1000
+    optimiser, update = _regression(nets, 1e-3, steps)
+
+    def step(state, i):
+        rng = np.random.default_rng([seed, i])
+        chosen = rng.integers(TRAJECTORIES, size=BATCH)
+        blocks = latents.shape[1] // LAYOUT.block
+        level = np.repeat(rng.integers(len(levels), size=(BATCH, blocks)), LAYOUT.block, axis=1)
+        x = points[chosen[:, None], level, np.arange(latents.shape[1])[None]].astype(np.float32)
+        end, sigma = ends[chosen].astype(np.float32), levels[level]
+        target = (x - end) / sigma[:, :, None, None, None]
+        ids, mask = tokenize(tokenizer, [prompts[j] for j in chosen], TEXT_LEN)
+        return update(state, x, sigma, np.asarray(latents[chosen], np.float32), target, ids, mask)
+
+    return common.train(path, (teacher, optimiser.init(teacher), teacher), step, steps)[2]
+
+
+def main(_):
+    directory = Path(train_vae.DIRECTORY.value)
+    graphdef, params = train_vae.train(directory, train_vae.STEPS.value)
+    config = train_vae.with_statistics(graphdef, params)
+    graphdef, _ = layers.graphdef_of(lambda: train_vae.Vae(config, nnx.Rngs(0)))
+    vae = Net(graphdef, params, config)
+    nets = random_base({"transformer": TRANSFORMER, "text_encoder": TEXT}, seed=0)
+    tokenizer_json = word_tokenizer(WORDS)
+    (directory / "tokenizer.json").write_text(tokenizer_json)
+    tokenizer = load_tokenizer(directory)
+
+    latents, prompts = encoded_clips(vae, directory / "latents.npy")
+    teacher = train_teacher(nets, latents, prompts, tokenizer, directory / "teacher.state", TEACHER_STEPS.value)
+    trajectories = teacher_trajectories(nets, teacher, latents, prompts, tokenizer, directory / "trajectories.npz")
+    student = train_student(
+        nets, teacher, latents, trajectories, prompts, tokenizer, directory / "student.state", STUDENT_STEPS.value
+    )
+    trained = {name: net._replace(params=student[name]) for name, net in nets.items()}
+    save_base(
+        Path(OUTPUT.value), trained["transformer"], vae, trained["text_encoder"], tokenizer_json, dtype=np.float16
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "astrolabe_jax/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="astrolabe_jax",
+    version=VERSION,
+    description="Reinforcement learning of few-step autoregressive video models on the forward process, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["astrolabe_jax", "astrolabe_jax.*"]),
+    package_data={"astrolabe_jax.worlds.moving_shapes": ["base/*"]},
+    install_requires=[
+        "jax>=0.10.2,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "chex>=0.1.92",
+        "transformers>=5.17",
+        "tensorflow-datasets>=4.9.10",
+        "ml_collections>=1.1.0",
+        "absl-py",
+        "array_record>=0.8.6",  # the file format of tensorflow-datasets that needs no TensorFlow
+        "av>=18",  # mp4
+        "matplotlib",  # curves
+        "numpy>=2",
+        "pillow",  # contact sheets
+        "safetensors>=0.8",
+        "sentencepiece",  # tokenizers that ship spiece.model only
+        "tensorboardX>=2.6",  # event files without TensorFlow
+        "tokenizers",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "test": ["ftfy", "hypothesis", "pytest", "pytest-xdist", "ruff"],
+    },
+)
