@@ -12,8 +12,20 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The defaults: the corrected behaviour of every switch (spec objective.md section 14)."""
+    """The defaults: the corrected behaviour of every switch (spec objective.md section 14).
+
+    Fields that are not in it are refused; only `rewards` takes new names.
+    """
     config = ConfigDict()
+    _generation(config)
+    _objective(config)
+    _running(config)
+    config.lock()
+    config.rewards.unlock()
+    return config
+
+
+def _generation(config: ConfigDict) -> None:
     config.name = "run"  # shown in the summary and in TensorBoard
     config.seed = 0  # every random draw derives from it
 
@@ -55,6 +67,8 @@ def get_config() -> ConfigDict:
     # videos each. 1: all groups are distinct; -1: every batch of the epoch.
     config.prompts.repeated = 1
 
+
+def _objective(config: ConfigDict) -> None:
     # Reward name -> weight; the total of a video is the weighted sum (rewards/__init__.py lists the names).
     config.rewards = ConfigDict()
 
@@ -102,6 +116,8 @@ def get_config() -> ConfigDict:
     config.optimiser.old_decay_constant = 0.9  # d for constant
     config.optimiser.ema_cap = 0.9  # largest decay of the evaluation average
 
+
+def _running(config: ConfigDict) -> None:
     config.train = ConfigDict()
     config.train.epochs = 40
     config.train.eval_every = 0  # epochs between evaluations besides the first and the last; 0: only those
@@ -117,7 +133,6 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
     config.mesh.fsdp = 1  # devices that the parameters are split over
-    return config
 
 
 # The published behaviour, one switch each (objective.md section 14); `--config=FILE:reference` sets all.

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(ValueError(f"unexpected argument {argv[1]!r}; flags start with --"), 2)
     logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astrolabe_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
     if DISTRIBUTED.value:

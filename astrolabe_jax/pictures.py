@@ -22,9 +22,10 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
     """Frames [T, height, width, 3] uint8 as H.264, yuv420p, which every player shows. Same frames, same bytes."""
     frames = _enlarge(frames, VIDEO_HEIGHT)
     height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
+    options = {"crf": "16", "x264-params": "threads=1:mbtree=0"}  # with mbtree, x264 varies from call to call
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16", "threads": "1"})
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
@@ -34,9 +35,12 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
-    """Frames [T, height, width, 3] -> some of them, evenly spaced in time, side by side: [height, width', 3] uint8."""
+    """Frames [T, height, width, 3] -> some of them, evenly spaced in time, side by side: [height, width', 3] uint8.
+
+    A white column lies between neighbours.
+    """
     times = np.rint(np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames)))).astype(int)
-    return np.concatenate([frames[t] for t in times], axis=1)
+    return np.concatenate([np.pad(frames[t], ((0, 0), (0, 1), (0, 0)), constant_values=255) for t in times], axis=1)
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
@@ -83,12 +87,12 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, (epochs, values) in lines.items():
-            marker = "o" if len(epochs) < 4 else ""
-            axes.plot(epochs, values, marker, linestyle="-", label=label)
+            axes.plot(epochs, values, marker="o" if len(epochs) < 4 else None, label=label)
         positive = any(value > 0 for _, values in lines.values() for value in values)
         if title in log and positive:
             axes.set_yscale("log")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if lines:
             axes.legend(fontsize="small")

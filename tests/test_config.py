@@ -1,0 +1,120 @@
+"""Every mistake in a config is named by its field, with what was expected, before anything else happens."""
+
+import copy
+
+import pytest
+
+from astrolabe_jax import rewards
+from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, get_config, repeats, validate, with_reference
+from configs import moving_shapes
+
+
+def check(devices=1, **changes):
+    config = moving_shapes.get_config()
+    config.update_from_flattened_dict(changes)
+    validate(config, rewards.TABLE, devices)
+
+
+def test_the_recipe_and_its_reference_variants_are_valid():
+    check()
+    for variant in ("reference", *(f"reference,{switch}" for switch in REFERENCE_SWITCHES)):
+        validate(moving_shapes.get_config(variant), rewards.TABLE, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"loss.kind": "ppo"}, "config.loss.kind is 'ppo'; expected one of astrolabe, diffusion_nft"),
+        ({"seed": -1}, "config.seed is -1; expected at least 0"),
+        ({"train.epochs": 0}, "config.train.epochs is 0; expected at least 1"),
+        ({"optimiser.ema_cap": 1.5}, "config.optimiser.ema_cap is 1.5; expected at least 0 and at most 1"),
+        ({"optimiser.b2": 1.0}, r"config.optimiser.b2 is 1.0; expected a number in \[0, 1\)"),
+        ({"advantages.clip": 0.0}, "config.advantages.clip is 0.0; expected a positive number"),
+        ({"optimiser.clip_norm": float("nan")}, "config.optimiser.clip_norm is nan; expected a positive number"),
+        ({"optimiser.learning_rate": float("nan")}, "config.optimiser.learning_rate is nan"),
+        ({"model.window": 0}, "config.model.window is 0; expected at least 1, or -1"),
+        ({"sampler.steps": (500, 750)}, r"config.sampler.steps is \(500, 750\); expected .* strictly decreasing"),
+        ({"sampler.steps": ()}, r"config.sampler.steps is \(\)"),
+        ({"eval.shown": 200}, "config.eval.shown is 200; expected at most eval.videos, 96"),
+        ({"rewards.shapes_vq": float("inf")}, "config.rewards.shapes_vq is inf; expected a finite weight"),
+        ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight"),
+        ({"sampler.batch": 13}, "config.sampler.batch is 13; expected a divisor of the 48 videos of an epoch"),
+        ({"prompts.repeated": 4}, "config.prompts.repeated asks for 4 batches .* divisor of prompts.groups, 6"),
+        ({"optimiser.microbatch": 36}, "config.optimiser.microbatch is 36; expected the 48 videos"),
+        ({"optimiser.steps_per_pass": 5}, "in each of the 5 steps of a pass"),
+        ({"mesh.fsdp": 2}, "config.mesh has data -1 x fsdp 2; expected their product to be the 1 devices"),
+        (
+            {"advantages.std": "prompt", "prompts.groups": 48, "prompts.candidates": 1},
+            "config.prompts.candidates is 1 with advantages.std 'prompt'.*expected at least 2, or adv",
+        ),
+        ({"kl.kind": "selective"}, "config.kl.main_reward is ''; expected one of the rewards of this run"),
+    ],
+)
+def test_a_field_at_fault_is_named(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        check(**changes)
+
+
+def test_unknown_and_missing_rewards_are_named():
+    config = moving_shapes.get_config()
+    with config.unlocked():
+        config.rewards.shapes_qv = 1.0
+    with pytest.raises(ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of shapes_mq"):
+        validate(config, rewards.TABLE, 1)
+    with pytest.raises(ValueError, match="config.rewards is empty; give at least one reward a weight"):
+        validate(get_config(), rewards.TABLE, 1)
+    config = get_config()
+    config.rewards.shapes_vq = 1.0
+    config.kl.kind = "selective"
+    with pytest.raises(ValueError, match="config.kl.kind 'selective' compares rewards; expected at least 2"):
+        validate(config, rewards.TABLE, 1)
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(ValueError) as error:
+        check(**{"loss.kind": "ppo", "train.epochs": 0, "lora.rank": 0})
+    assert all(field in str(error.value) for field in ("loss.kind", "train.epochs", "lora.rank"))
+
+
+def test_batches_must_fit_the_devices():
+    check(devices=4)
+    with pytest.raises(ValueError, match="config.sampler.batch is 24; expected a multiple of the 5 devices"):
+        check(devices=5)
+
+
+def test_misspelt_fields_are_refused():
+    config = get_config()
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.optimiser.learnig_rate = 1.0
+    with pytest.raises(KeyError):
+        config.update_from_flattened_dict({"optimiser.learnig_rate": 1.0})
+
+
+def test_every_reference_switch_changes_the_config_and_only_its_fields():
+    default = flatten(get_config())
+    for switch, fields in REFERENCE_SWITCHES.items():
+        changed = flatten(with_reference(get_config(), switch))
+        assert {field for field in default if changed[field] != default[field]} == set(fields)
+    every = flatten(with_reference(get_config()))
+    for fields in REFERENCE_SWITCHES.values():
+        assert all(every[field] == value for field, value in fields.items())
+    with pytest.raises(ValueError, match="unknown reference switch 'contxt'; expected one of context"):
+        with_reference(get_config(), "contxt")
+
+
+@pytest.mark.parametrize("variant", ["refrence", "reference,contxt"])
+def test_unknown_variants_of_the_recipe_are_refused(variant):
+    with pytest.raises(ValueError, match="unknown"):
+        moving_shapes.get_config(variant)
+
+
+def test_repeated_prompts_minus_one_is_every_batch_of_the_epoch():
+    config = with_reference(moving_shapes.get_config(), "repeated_prompts")
+    assert repeats(config) == 48 // config.sampler.batch and repeats(moving_shapes.get_config()) == 1
+
+
+def test_flatten_survives_json_and_is_flat():
+    import json
+
+    flat = flatten(moving_shapes.get_config())
+    assert json.loads(json.dumps(flat)) == flat and copy.copy(flat)["sampler.steps"] == [1000, 750, 500, 250]

@@ -1,0 +1,116 @@
+"""The shape of the tree, enforced: who may import whom, how long things may be, no config field that nobody reads."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from astrolabe_jax.config import flatten
+from configs import moving_shapes
+
+PACKAGE = Path(__file__).parents[1] / "astrolabe_jax"
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# From the ground up: a module imports only from lower layers, or from its own where that is allowed.
+LAYERS = {
+    "ground": ("types", "config", "stop", "__init__", "convert.files"),
+    "time and place": ("schedule", "sharding"),
+    "nets": ("models",),
+    "rooms": ("convert", "rewards", "worlds", "pictures"),
+    "stages": ("prompts", "encode", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
+    "run": ("prepare", "report"),
+    "videos": ("generate",),
+    "evaluation": ("evaluate",),
+    "conductor": ("train",),
+    "entry": ("main",),
+}
+ORDER = list(LAYERS)
+WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
+EXCEPTIONS = {("update", "losses"), ("report", "prepare"), ("convert.base", "encode")}
+
+
+def layer_of(module: str) -> str:
+    matches = [
+        (len(name), layer)
+        for layer, names in LAYERS.items()
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    assert matches, f"{module} belongs to no layer; add it to LAYERS"
+    return max(matches)[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, relative to the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("astrolabe_jax.") for name in found if name.startswith("astrolabe_jax")}
+    modules = set()
+    for name in names:
+        while name and name not in SOURCES:
+            name = name.rpartition(".")[0]
+        modules.add(name or "__init__")
+    return modules
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_go_downwards(module):
+    name = module or "__init__"
+    mine = ORDER.index(layer_of(name))
+    for imported in imports(SOURCES[module]):
+        theirs = ORDER.index(layer_of(imported))
+        same = (theirs == mine and ORDER[mine] in WITHIN) or (name, imported) in EXCEPTIONS
+        assert theirs < mine or same, f"{name} ({ORDER[mine]}) imports {imported} ({ORDER[theirs]})"
+
+
+@pytest.mark.parametrize("name", ["torch", "diffusers", "peft", "tensorflow"])
+def test_no_other_framework(name):
+    for path in SOURCES.values():
+        assert not re.search(rf"^\s*(import|from) {name}\b", path.read_text(), re.MULTILINE), path
+
+
+def test_only_one_module_knows_orbax():
+    assert [name for name, path in SOURCES.items() if re.search(r"^import orbax", path.read_text(), re.M)] == [
+        "checkpoint"
+    ]
+
+
+def test_recipes_import_only_the_config():
+    for path in (PACKAGE.parent / "configs").glob("*.py"):
+        assert imports(path) <= {"config"}
+
+
+def test_functions_and_files_stay_short():
+    for name, path in SOURCES.items():
+        assert len(path.read_text().splitlines()) < 700, name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{name}.{node.name}"
+    assert len(SOURCES["main"].read_text().splitlines()) < 60
+
+
+def test_every_config_field_is_read():
+    """A field counts as read if some file of the package other than config.py names it as an attribute or a key."""
+    read = set()
+    for name, path in SOURCES.items():
+        if name == "config":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+    through_config = {"repeated"}  # by config.repeats
+    unread = {
+        field for field in flatten(moving_shapes.get_config()) if field.split(".")[-1] not in read | through_config
+    }
+    assert not unread
