@@ -5,7 +5,9 @@ The batch is split over all devices, so that each runs its own samples; what is 
 equal on every process, and each process uploads only the parts of its own devices.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,6 +93,27 @@ def check_batch(mesh: Mesh, samples: int, name: str) -> None:
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """A full copy of every array on every device, in buffers of its own (safe to donate)."""
     return jax.tree.map(lambda leaf: _place(leaf, replicated(mesh)), tree)
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """The function, to be jitted, traced with the mesh known to `gathered`."""
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def gathered(param: jax.Array) -> jax.Array:
+    """A parameter where it is used: whole on every device, under `on_mesh`; elsewhere as it is.
+
+    Without it the compiler may split the features of the activations instead, and move those.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[FSDP] == 1:
+        return param
+    return jax.lax.with_sharding_constraint(param, P())
 
 
 def to_host(tree: Any) -> Any:

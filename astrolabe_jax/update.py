@@ -149,7 +149,7 @@ def make_train_step(config: ConfigDict, graphdef: Any, layout: Layout, mesh: Mes
         state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return state, metrics | {"sample_loss": sample_loss}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
 def sample_terms(config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch

@@ -1,5 +1,11 @@
 """sharding.py on eight CPU devices: the rules, what they refuse, and that placing changes no value."""
 
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +80,51 @@ def test_replicas_may_be_donated():
         jax.jit(lambda x: x + 1, donate_argnums=0)(first).block_until_ready()
         np.testing.assert_array_equal(second, 0)
         np.testing.assert_array_equal(source, 0)
+
+
+def test_split_parameters_are_gathered_only_on_the_mesh():
+    mesh = mesh_of(fsdp=4)
+    kernel = sharding.shard_params(mesh, {"kernel": np.arange(32.0).reshape(8, 4)})["kernel"]
+    assert not kernel.is_fully_replicated
+    on_mesh, off_mesh = jax.jit(sharding.on_mesh(mesh, sharding.gathered)), jax.jit(sharding.gathered)
+    assert on_mesh(kernel).is_fully_replicated and not off_mesh(kernel).is_fully_replicated
+    np.testing.assert_array_equal(on_mesh(kernel), np.arange(32.0).reshape(8, 4))
+
+
+TWO_PROCESSES = """
+    import sys
+    import jax
+    import numpy as np
+    from astrolabe_jax import sharding
+    from astrolabe_jax.config import get_config
+
+    jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    config = get_config().mesh
+    config.fsdp = 2
+    mesh = sharding.make_mesh(config)
+    x = np.arange(24.0).reshape(8, 3)
+    keys = jax.random.split(jax.random.key(0), 8)
+    batch = sharding.shard_batch(mesh, {"x": x, "keys": keys})
+    params = sharding.shard_params(mesh, {"kernel": x})
+    assert not batch["x"].is_fully_addressable and batch["x"].addressable_shards[0].data.shape == (2, 3)
+
+    @jax.jit
+    def use(batch, params, scale):
+        return batch["x"] * scale + params["kernel"], jax.vmap(jax.random.bits)(batch["keys"])
+
+    got, bits = sharding.to_host(use(batch, params, sharding.replicate(mesh, np.float32(2))))
+    np.testing.assert_array_equal(got, 3 * x)
+    np.testing.assert_array_equal(bits, jax.vmap(jax.random.bits)(keys))
+"""
+
+
+def test_two_processes_share_one_mesh():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), address]
+    workers = [subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+               for i in range(2)]
+    outputs = [worker.communicate(timeout=120)[0].decode() for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
