@@ -8,7 +8,6 @@ disk under a hash of exactly these.
 import dataclasses
 import functools
 import hashlib
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -17,18 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.tokenizer import tokenize
 from astrolabe_jax.models.umt5 import UMT5Config
 
-try:
-    import ftfy
-except ImportError:
-    ftfy = None
-
-PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 _BATCH = 8  # prompts per call; the last call is filled up, so that one shape is compiled and one rounding exists
 
 
@@ -61,76 +54,6 @@ def encode_prompts(
     if path is not None:
         _write_cache(path, embeddings, mask)
     return embeddings
-
-
-def clean(text: str) -> str:
-    """The cleaning mode `whitespace` of the published tokenizer: case and punctuation stay.
-
-    ftfy repairs mis-decoded characters and straightens curly quotes first; it changes token ids, and where it is not
-    installed such prompts get ids that differ from the published ones. Plain text is unaffected.
-    """
-    if ftfy is not None:
-        text = ftfy.fix_text(text)
-    return " ".join(html.unescape(html.unescape(text)).split())
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str], text_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cleaned prompts -> (ids, mask), both [G, text_len] int32: padded on the right, mask 1 up to the end token.
-
-    Raises ValueError naming every prompt that does not fit.
-    """
-    rows = [tokenizer(clean(prompt), add_special_tokens=True)["input_ids"] for prompt in prompts]
-    sizes = [(i, len(row)) for i, row in enumerate(rows) if len(row) > text_len]
-    if sizes:
-        culprits = "; ".join(f"prompt {i} has {size}: {prompts[i][:60]!r}" for i, size in sizes)
-        raise ValueError(f"over-long prompts, {text_len} tokens with the end token are the most; shorten {culprits}")
-    ids = np.full((len(rows), text_len), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros((len(rows), text_len), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return ids, mask
-
-
-def load_tokenizer(directory: Path | str) -> Any:
-    """The tokenizer of a directory that holds tokenizer.json or, failing that, spiece.model; pad id 0, end id 1.
-
-    AutoTokenizer is not used: for UMT5 it refuses a bare spiece.model with a misleading message.
-    """
-    import transformers  # seconds to import, and only this function needs it
-
-    directory = Path(directory)
-    special = {"pad_token": PAD_TOKEN, "eos_token": END_TOKEN, "unk_token": UNKNOWN_TOKEN}
-    if (directory / "tokenizer.json").exists():
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), **special)
-    elif (directory / "spiece.model").exists():
-        tokenizer = transformers.T5Tokenizer.from_pretrained(str(directory), **special)
-    else:
-        raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor spiece.model")
-    ending = tokenizer("", add_special_tokens=True)["input_ids"]
-    if tokenizer.pad_token_id != 0 or ending != [1]:
-        found = f"pad id {tokenizer.pad_token_id}, empty text {ending}"
-        raise ValueError(f"{directory}: {found}; expected pad id 0 and [1] (the end token), as in UMT5")
-    return tokenizer
-
-
-def word_tokenizer(words: Sequence[str]) -> str:
-    """tokenizer.json of a closed vocabulary: one id per word, from 3 on in the given order; <pad> 0, </s> 1, <unk> 2.
-
-    Words are split at white space and punctuation, and </s> ends every text, as in UMT5; so worlds with a small
-    vocabulary use the same code path as the published tokenizer.
-    """
-    vocabulary = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN, *words]
-    if len(set(vocabulary)) != len(vocabulary):
-        raise ValueError(f"words occur twice: {sorted({word for word in vocabulary if vocabulary.count(word) > 1})}")
-    ids = {word: i for i, word in enumerate(vocabulary)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN_TOKEN))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, ids[END_TOKEN])]
-    )
-    tokenizer.add_special_tokens([PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN])
-    return tokenizer.to_str(pretty=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

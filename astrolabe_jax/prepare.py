@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, encode, prompts, rewards, sharding
+from astrolabe_jax import checkpoint, prompts, rewards, sharding
 from astrolabe_jax.config import flatten, repeats, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_peft
 from astrolabe_jax.models.lora import adapter_shapes, init_adapter
+from astrolabe_jax.models.tokenizer import clean, load_tokenizer
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule, warp
@@ -57,7 +58,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
     with _blame("config.base"):
         sizes = bases.configs(config.base, **numerics)
-        tokenizer = encode.load_tokenizer(bases.directory_of(config.base))
+        tokenizer = load_tokenizer(bases.directory_of(config.base))
     layout, latent_shape = _layout(config), _latent_shape(config, sizes)
     with _blame("config.video.frames and config.model"):
         layout.check_frames(latent_shape[0])
@@ -112,7 +113,7 @@ def _latent_shape(config: ConfigDict, sizes: dict[str, Any]) -> tuple[int, int, 
 
 def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
     def tokens(text):
-        return len(tokenizer(encode.clean(text), add_special_tokens=True)["input_ids"])
+        return len(tokenizer(clean(text), add_special_tokens=True)["input_ids"])
 
     with _blame(f"config.prompts.{name}"):
         lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len)

@@ -1,9 +1,16 @@
-"""Strict JAX for every test: eight CPU devices, and silent rank promotion is an error."""
+"""Strict JAX for every test: eight CPU devices, and silent rank promotion is an error.
+
+Tests compile much and compute little, so the compiler's slow optimisations are off.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax  # noqa: E402  (the flags above must be set before the first import)
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from astrolabe_jax import encode
 from astrolabe_jax.models import layers
+from astrolabe_jax.models import tokenizer as tokenizers
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
 
 WORDS = ["a", "red", "blue", "circle", "moving", "left"]
@@ -23,8 +24,8 @@ CONFIG = UMT5Config(
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    (directory / "tokenizer.json").write_text(encode.word_tokenizer(WORDS))
-    return encode.load_tokenizer(directory)
+    (directory / "tokenizer.json").write_text(tokenizers.word_tokenizer(WORDS))
+    return tokenizers.load_tokenizer(directory)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +34,21 @@ def model():
 
 
 def test_words_keep_their_order_after_the_special_tokens(tokenizer):
-    ids, mask = encode.tokenize(tokenizer, ["left red", "a purple circle"], 6)
+    ids, mask = tokenizers.tokenize(tokenizer, ["left red", "a purple circle"], 6)
     np.testing.assert_array_equal(ids, [[8, 4, 1, 0, 0, 0], [3, 2, 6, 1, 0, 0]])  # end 1, unknown 2, padding 0
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
 
 
 def test_an_empty_prompt_is_one_end_token(tokenizer):
-    ids, mask = encode.tokenize(tokenizer, ["  \n"], 4)
+    ids, mask = tokenizers.tokenize(tokenizer, ["  \n"], 4)
     np.testing.assert_array_equal((ids[0], mask[0]), ([1, 0, 0, 0], [1, 0, 0, 0]))
 
 
 def test_an_over_long_prompt_is_refused_with_its_index(tokenizer):
     prompts = ["a red circle", "a red circle moving left"]
-    encode.tokenize(tokenizer, prompts, 6)
+    tokenizers.tokenize(tokenizer, prompts, 6)
     with pytest.raises(ValueError, match=r"prompt 1 has 6.*a red circle moving left"):
-        encode.tokenize(tokenizer, prompts, 5)
+        tokenizers.tokenize(tokenizer, prompts, 5)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +61,14 @@ def test_an_over_long_prompt_is_refused_with_its_index(tokenizer):
     ],
 )
 def test_cleaning(text, cleaned):
-    assert encode.clean(text) == cleaned
+    assert tokenizers.clean(text) == cleaned
 
 
 def test_curly_quotes_are_straightened_only_with_ftfy(monkeypatch):
-    with_ftfy = encode.clean("a \u201cred\u201d one")
-    assert with_ftfy == ('a "red" one' if encode.ftfy else "a \u201cred\u201d one")
-    monkeypatch.setattr(encode, "ftfy", None)
-    assert encode.clean("a \u201cred\u201d one") == "a \u201cred\u201d one"
+    with_ftfy = tokenizers.clean("a \u201cred\u201d one")
+    assert with_ftfy == ('a "red" one' if tokenizers.ftfy else "a \u201cred\u201d one")
+    monkeypatch.setattr(tokenizers, "ftfy", None)
+    assert tokenizers.clean("a \u201cred\u201d one") == "a \u201cred\u201d one"
 
 
 def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
@@ -121,19 +122,19 @@ def test_the_cache_is_not_shared_between_different_contents(tokenizer, model, tm
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor spiece.model"):
-        encode.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
-    text = encode.word_tokenizer(WORDS).replace('"<pad>": 0', '"<pad>": 99')
+    text = tokenizers.word_tokenizer(WORDS).replace('"<pad>": 0', '"<pad>": 99')
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="expected pad id 0"):
-        encode.load_tokenizer(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
 
 
 def test_a_word_that_occurs_twice_is_refused():
     with pytest.raises(ValueError, match="red"):
-        encode.word_tokenizer(["red", "blue", "red"])
+        tokenizers.word_tokenizer(["red", "blue", "red"])
 
 
 def test_a_directory_with_only_a_sentencepiece_model_works(tmp_path):
@@ -142,7 +143,7 @@ def test_a_directory_with_only_a_sentencepiece_model_works(tmp_path):
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=24, minloglevel=2,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     )  # fmt: skip
-    tokenizer = encode.load_tokenizer(tmp_path)
-    ids, mask = encode.tokenize(tokenizer, ["a red circle"], 30)
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    ids, mask = tokenizers.tokenize(tokenizer, ["a red circle"], 30)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert ids[0, : mask.sum()].tolist() == [*pieces.encode("a red circle"), 1]

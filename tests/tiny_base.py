@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from astrolabe_jax.convert.base import random_base, save_base
-from astrolabe_jax.encode import word_tokenizer
+from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig

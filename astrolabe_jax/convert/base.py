@@ -23,8 +23,8 @@ from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.convert.umt5 import load_umt5, save_umt5
 from astrolabe_jax.convert.vae import load_vae, save_vae
 from astrolabe_jax.convert.wan import load_transformer, save_transformer
-from astrolabe_jax.encode import load_tokenizer
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer

@@ -18,7 +18,7 @@ from flax import nnx
 
 from astrolabe_jax import schedule as time
 from astrolabe_jax.convert.base import Net, random_base, save_base
-from astrolabe_jax.encode import load_tokenizer, tokenize, word_tokenizer
+from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize, word_tokenizer
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import Layout, WanConfig
