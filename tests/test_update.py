@@ -151,15 +151,15 @@ def test_clean_context_forward_equals_the_rollout(layout):
                 for context in ("clean", "noisy")]
 
     @jax.jit
-    def both():
+    def both(params, adapter, text):  # as constants they would be folded, slowly
         noise = noise_from_keys(jax.random.split(jax.random.key(0), 1), tiny.FRAME)
-        latents, _, traces = rollout(graphdef, params, adapter(), text, noise, frames=frames, latent_hw=tiny.LATENT_HW,
+        latents, _, traces = rollout(graphdef, params, adapter, text, noise, frames=frames, latent_hw=tiny.LATENT_HW,
                                      layout=layout, sampler=sampler, trace=True)
         x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)  # the last pass is the clean one
-        return latents, [velocity_to_x0(x_t, forward.velocity(params, adapter(), text, latents, x_t, t), t / 1000)
+        return latents, [velocity_to_x0(x_t, forward.velocity(params, adapter, text, latents, x_t, t), t / 1000)
                          for forward in forwards]
 
-    latents, (clean, noisy) = both()
+    latents, (clean, noisy) = both(params, adapter(), text)
     np.testing.assert_allclose(clean, latents, atol=2e-5)
     gap = np.abs(noisy - latents)
     assert gap[:, : layout.block].max() < 2e-5 and gap[:, layout.block :].max() > 1e-2  # the first block has no context
@@ -180,7 +180,7 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
 
     @jax.jit
     @jax.value_and_grad
-    def loss(adapters):
+    def loss(adapters, params):
         state = update.TrainState(**adapters, ema=None, optimiser=None, step=0)
         terms = update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro())
         return terms["total_loss"].sum()
@@ -189,12 +189,12 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
         current = jax.tree.map(lambda a, d: a + np.float32(step) * d, adapter(), direction)
         return {"current": current, "old": adapter(0), "reference": adapter(1)}
 
-    grads = loss(moved(0))[1]
+    grads = loss(moved(0), params)[1]
     for name in ("old", "reference"):
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grads[name]))
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["current"]))
     slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, jax.device_get(grads["current"]), direction)))
-    np.testing.assert_allclose((loss(moved(1e-2))[0] - loss(moved(-1e-2))[0]) / 2e-2, slope, rtol=1e-2)
+    np.testing.assert_allclose((loss(moved(1e-2), params)[0] - loss(moved(-1e-2), params)[0]) / 2e-2, slope, rtol=1e-2)
 
 
 def test_no_gradient_through_the_clean_context():
@@ -204,33 +204,34 @@ def test_no_gradient_through_the_clean_context():
     x0, x_t, t = tiny.latents(FRAMES, seed=1), tiny.latents(FRAMES, seed=2), jnp.array([700.0])
     forward = update.training_forward(make_config(), graphdef, LAYOUT)
 
-    def own(policy, context):
+    def own(policy, params, context):
         return forward.velocity(params, policy, text, x0, x_t, t)
 
-    def given(policy, context):
+    def given(policy, params, context):
         model = merge(graphdef, params)
         return model(x_t, jnp.full((1, FRAMES), 700.0), model.encode_text(text, policy), policy, layout=LAYOUT,
                      context=context)
 
     @jax.jit
-    def gradients(policy):
+    def gradients(policy, params):
         model = merge(graphdef, params)
         context = model.context(x0, model.encode_text(text, policy), policy, layout=LAYOUT)
-        return [jax.grad(lambda policy, run=run: (run(policy, context) * weight).sum())(policy) for run in (own, given)]
+        return [jax.grad(lambda policy, run=run: (run(policy, params, context) * weight).sum())(policy)
+                for run in (own, given)]
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients(adapter()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients(adapter(), params))
 
 
 def test_velocity_deviations_times_sigma_squared_are_those_of_clean_latents():
     graphdef, params = tiny.model()
 
-    def terms(kind):
+    def terms(kind, params):
         config = make_config(loss__kind=kind, loss__context="noisy")
         forward = update.training_forward(config, graphdef, LAYOUT)
         state = update.TrainState(adapter(), adapter(0), adapter(1), None, None, 0)
         return update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro(4))
 
-    x0_space, v_space = jax.jit(lambda: (terms("astrolabe"), terms("diffusion_nft")))()
+    x0_space, v_space = jax.jit(lambda params: [terms(kind, params) for kind in ("astrolabe", "diffusion_nft")])(params)
     sigma = one_micro(4).t / 1000
     for name in ("old_deviate", "old_kl_div", "kl_div"):
         np.testing.assert_allclose(x0_space[name], sigma**2 * v_space[name], rtol=1e-4)
