@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert.base import Net, save_base
-from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer
