@@ -1,0 +1,121 @@
+"""Wan VAE: streams equal whole clips, causality, sizes, errors. Parity with the published code: tests/golden d_*."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+
+CONFIG = VaeConfig(
+    dim=2, z_dim=3, dim_mult=(1, 2, 2, 2), num_res_blocks=1, latent_mean=(0.1, 0.0, -0.2), latent_std=(0.5, 1.0, 2.0)
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """Random everywhere: a fresh net's residual branches are zero, and would hide a fault of theirs."""
+    graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return graphdef, jax.tree.unflatten(tree, noisy)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "method"))
+def _run(graphdef, params, method, x, stream=None):
+    return getattr(layers.merge(graphdef, params), method)(x, stream)
+
+
+def _streamed(vae, method, x, chunks):
+    parts, stream, start = [], None, 0
+    for size in chunks:
+        part, stream = _run(*vae, method, x[:, start : start + size], stream)
+        parts.append(part)
+        start += size
+    assert start == x.shape[1]
+    return jnp.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 4), (5, 8), (1, 12)])
+def test_an_encoded_stream_equals_the_whole_clip(vae, chunks):
+    pixels = jax.random.uniform(jax.random.key(2), (2, 13, 16, 8, 3), minval=-1)
+    whole, _ = _run(*vae, "encode", pixels)
+    assert whole.shape == (2, 4, 3, 2, 1)
+    np.testing.assert_allclose(_streamed(vae, "encode", pixels, chunks), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2), (1, 3), (3, 1)])
+def test_a_decoded_stream_equals_the_whole_clip(vae, chunks):
+    latents = jax.random.normal(jax.random.key(3), (2, 4, 3, 2, 1))
+    whole, _ = _run(*vae, "decode", latents)
+    assert whole.shape == (2, CONFIG.pixel_frames(4), 16, 8, 3)
+    np.testing.assert_allclose(_streamed(vae, "decode", latents, chunks), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("latent_frame", [0, 1, 2])
+def test_no_pixel_depends_on_a_later_latent(vae, latent_frame):
+    """The derivative along a change of one latent frame is exactly zero on every earlier pixel frame."""
+    latents = jax.random.normal(jax.random.key(4), (1, 4, 3, 2, 1))
+    change = jnp.zeros_like(latents).at[:, latent_frame + 1].set(1.0)
+
+    def decode(x):
+        return _run(*vae, "decode", x)[0]
+
+    _, derivative = jax.jvp(decode, (latents,), (change,))
+    first_changed = CONFIG.pixel_frames(latent_frame + 1)
+    assert jnp.all(derivative[:, :first_changed] == 0)
+    assert jnp.all(jnp.any(derivative[:, first_changed:] != 0, axis=(0, 2, 3, 4)))
+
+
+def test_a_black_input_has_finite_gradients(vae):
+    """The norm of a zero vector must not make the gradient of x / |x| infinite."""
+
+    def energy(params, pixels):
+        return jnp.sum(_run(vae[0], params, "encode", pixels)[0] ** 2)
+
+    silent = jax.tree.map(jnp.zeros_like, vae[1])
+    for gradient in jax.tree.leaves(jax.grad(energy, argnums=(0, 1))(silent, jnp.zeros((1, 5, 8, 8, 3)))):
+        assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_latents_are_normalised(vae):
+    """Encoding divides by the std after subtracting the mean; decoding undoes it."""
+    pixels = jax.random.uniform(jax.random.key(5), (1, 5, 8, 8, 3), minval=-1)
+    (mean, _), _ = _run(*vae, "moments", pixels)
+    latents, _ = _run(*vae, "encode", pixels)
+    expected = (mean - jnp.asarray(CONFIG.latent_mean)[None, None, None, None]) / jnp.asarray(CONFIG.latent_std)[
+        None, None, None, None
+    ]
+    np.testing.assert_allclose(jnp.moveaxis(latents, 2, -1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_size():
+    """126,892,531 parameters (spec checkpoints.md section 3) and 32 decoder histories of two frames (A4)."""
+    graphdef, params = layers.graphdef_of(lambda: Vae(VaeConfig(), nnx.Rngs(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 126_892_531
+    latents = jax.ShapeDtypeStruct((1, 1, 16, 60, 104), jnp.float32)
+    pixels, stream = jax.eval_shape(lambda p, z: layers.merge(graphdef, p).decode(z), params, latents)
+    assert pixels.shape == (1, 1, 480, 832, 3)
+    assert len(stream) == 32 and all(x.shape[1] == 2 for x in stream)
+    assert [x.shape[-1] for x in stream[:6]] == [16, 384, 384, 384, 384, 384]
+    assert stream[-1].shape == (1, 2, 480, 832, 96)
+
+
+def test_wrong_sizes_are_refused(vae):
+    with pytest.raises(ValueError, match="got 6 frames in a chunk, expected 1 modulo 4"):
+        _run(*vae, "encode", jnp.zeros((1, 6, 8, 8, 3)))
+    _, stream = _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)))
+    with pytest.raises(ValueError, match="got 5 frames in a chunk, expected a multiple of 4"):
+        _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)), stream)
+    with pytest.raises(ValueError, match="80 pixel frames: expected 1 modulo 4"):
+        CONFIG.latent_frames(80)
+    with pytest.raises(ValueError, match="temporal_downsample has 3 entries"):
+        VaeConfig(dim_mult=(1, 2))
+    with pytest.raises(ValueError, match="latent_std has 16 entries; z_dim is 4"):
+        VaeConfig(z_dim=4, latent_mean=(0.0,) * 4)
