@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from astrolabe_jax.sharding import gathered
+
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """Take a module apart into its graph definition (static, hashable) and a nested dict of arrays."""
@@ -47,7 +49,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, lora: dict | None = None) -> jax.Array:
         """x [..., in] -> [..., out]. lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha / R, or None."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ gathered(self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + _last(self.bias, x)
         if lora is not None:

@@ -120,12 +120,12 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant) -> Iterator[Ent
 
     @functools.cache
     def after():
-        norm, optimiser = optax.global_norm(gradient()), update.make_optimiser(config)
+        norm, optimiser = optax.tree.norm(gradient()), update.make_optimiser(config)
         new = update.apply_gradient(config, optimiser, state, gradient(), norm)
         decay = update.old_decay(config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant)
         return new._replace(old=update.average(new.old, new.current, decay))
 
-    yield Entry(f"{name}/grad_norm", lambda: optax.global_norm(gradient()), CONVERSION)
+    yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), CONVERSION)
     stored_gradient = {key: file[f"{name}/grad/{key}"] for key in file.suffixes(f"{name}/grad/")}
     yield Entry(f"{name}/grad/", lambda: to_peft(gradient()), GRADIENT)
     for group, field in (("default_after", "current"), ("ema_after", "ema"), ("old_after", "old")):
