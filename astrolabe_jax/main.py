@@ -1,11 +1,7 @@
-"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]
-
-Running the same command again goes on where the last one ended.
-"""
+"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]"""
 
 import os
 import sys
-from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -17,20 +13,20 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes 
 flags.mark_flag_as_required("config")
 
 
-def fail(error: Exception, status: int) -> None:
+def fail(message, status: int) -> None:
     """One message, no traceback."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def main(argv: list[str]) -> None:
     """Prepares (status 2: what was asked for cannot be done) and trains (status 1: a number was not finite)."""
     if len(argv) > 1:
-        fail(ValueError(f"unexpected argument {argv[1]!r}; flags start with --"), 2)
+        fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "astrolabe_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     from astrolabe_jax import prepare, train  # after jax.distributed: no array may exist before it
@@ -47,11 +43,14 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The flags; whatever config_flags raises for a recipe or field that does not exist becomes one message."""
+    """The flags; whatever config_flags raises for a recipe or a field that does not exist becomes one message."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-        fail(error, 2)
+    except AttributeError as error:  # its text is the field, and the one that may have been meant
+        fail("unknown config field " + str(error).replace("\\nDid", ": did").replace("\\", "").replace("'", ""), 2)
+    except (flags.Error, ImportError, KeyError, OSError, TypeError, ValueError, SyntaxError) as error:
+        lines = str(error).splitlines()  # with a recipe's own error comes its traceback, which ends in the message
+        fail(lines[-1] if "Traceback (most recent call last):" in lines else error, 2)
 
 
 if __name__ == "__main__":

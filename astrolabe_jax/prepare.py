@@ -59,7 +59,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     with _blame("config.base"):
         sizes = bases.configs(config.base, **numerics)
         tokenizer = load_tokenizer(bases.directory_of(config.base))
-    layout, latent_shape = _layout(config), _latent_shape(config, sizes)
+    layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
     with _blame("config.video.frames and config.model"):
         layout.check_frames(latent_shape[0])
     lists = {
@@ -78,7 +78,6 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     base = base._replace(
         **{name: net._replace(params=sharding.shard_params(mesh, net.params)) for name, net in nets.items()}
     )
-    sampler = _sampler(config)
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )

@@ -1,0 +1,30 @@
+import jax
+import pytest
+
+from tests.e2e import runs
+from tests.tiny_base import write_tiny_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run jits its own train step; runs of one shape share the compiled program through the disk cache."""
+    cache = tmp_path_factory.mktemp("xla")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(cache), 0.1), strict=True):
+        jax.config.update(name, value)
+    yield cache
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def straight(base, tmp_path_factory, compiled_once):
+    """A whole run, never interrupted: its config, directory and summary."""
+    config, workdir = runs.small_config(base), tmp_path_factory.mktemp("runs") / "straight"
+    return config, workdir, runs.start(config, workdir)

@@ -1,0 +1,80 @@
+"""Small real runs: the tiny random base, two prompts, sixteen pixels, a second or two per epoch once compiled."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from astrolabe_jax import prepare, train
+from configs import moving_shapes
+
+# Two prompts with four videos each: 8 videos, which 1, 2, 4 and 8 devices divide.
+SMALL = {
+    "model.block": 1,
+    "video.frames": 5,
+    "video.height": 16,
+    "video.width": 16,
+    "sampler.steps": (1000, 500),
+    "sampler.batch": 8,
+    "prompts.groups": 2,
+    "prompts.candidates": 4,
+    "lora.rank": 2,
+    "lora.alpha": 2.0,
+    "optimiser.learning_rate": 1e-2,
+    "optimiser.microbatch": 8,
+    "train.epochs": 4,
+    "train.checkpoint_every": 2,
+    "eval.videos": 8,
+    "eval.shown": 2,
+    "eval.ceiling": False,
+}
+
+
+def small_config(base: Path | str, variant: str = "", **changes):
+    """The demo's config at the size of SMALL, with `changes` as {field: value}."""
+    config = moving_shapes.get_config(variant)
+    config.update_from_flattened_dict({**SMALL, "base": str(base), **changes})
+    return config
+
+
+def flags(base: Path, **changes) -> list[str]:
+    """The command line of the same run."""
+    values = SMALL | {"base": str(base)} | changes
+    return ["--config=configs/moving_shapes.py", *(f"--config.{field}={value}" for field, value in values.items())]
+
+
+def start(config, workdir: Path):
+    """A run in this process, as main does it: the summary, or None if it was stopped."""
+    run = prepare.prepare(config, workdir)
+    return train.train(run, train.resume(run))
+
+
+def outcome(workdir: Path) -> dict:
+    """All that must not depend on how a run was cut into pieces: files as bytes, metrics and summary without clocks."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((workdir / "summary.json").read_text())
+    made = {}
+    for path in sorted([*workdir.glob("samples/**/*.*"), *workdir.glob("lora/*")]):
+        made[str(path.relative_to(workdir))] = path.read_bytes()
+    return {
+        "metrics": [{key: value for key, value in record.items() if key != "seconds"} for record in records],
+        "eval": summary["eval"],
+        "gain": summary["gain"],
+        "share": summary["share_of_ceiling"],
+        "files": made,
+    }
+
+
+def assert_same_run(config, one: Path, other: Path) -> None:
+    """Equal outcomes and equal last checkpoints, bit for bit."""
+    first, second = outcome(one), outcome(other)
+    for key in first:
+        assert first[key] == second[key], key
+    points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
+    assert points[0].epoch == points[1].epoch == config.train.epochs
+    assert points[0].risk == points[1].risk and points[0].reset == points[1].reset
+    leaves = [jax.tree.leaves(point.state) for point in points]
+    assert len(leaves[0]) > 40
+    for a, b in zip(*leaves, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))

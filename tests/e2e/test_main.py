@@ -1,0 +1,83 @@
+"""The program as a user starts it: killed anywhere it goes on, and every mistake is one clear line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import runs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def environment(compiled_once):
+    """Compiled programs are shared between the pieces."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_once),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def launch(environment, arguments, where="-", **options):
+    command = [sys.executable, "-m", "tests.e2e.child", where, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+
+
+def finish(process) -> tuple[int, str, str]:
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+def kill_while_saving(process, checkpoints: Path) -> None:
+    """SIGKILL as soon as an unfinished checkpoint lies on the disk."""
+    while process.poll() is None and not list(checkpoints.glob("*tmp*")):
+        time.sleep(0.001)
+    process.kill()
+
+
+def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp_path, environment):
+    """SIGKILL in a rollout, an update and a save, SIGTERM before the last epoch; then to the end."""
+    config, whole, _ = straight
+    workdir = tmp_path / "run"
+    arguments = [*runs.flags(base), f"--workdir={workdir}"]
+    for where in ("SIGKILL:astrolabe_jax.generate.decode:3", "SIGKILL:astrolabe_jax.train.blend_old:1"):
+        status, _, errors = finish(launch(environment, arguments, where))
+        assert status == -signal.SIGKILL, errors
+    process = launch(environment, arguments)
+    kill_while_saving(process, workdir / "checkpoints")
+    assert finish(process)[0] == -signal.SIGKILL
+    status, out, errors = finish(launch(environment, arguments, "SIGTERM:astrolabe_jax.train.blend_old:3"))
+    assert status == 0, errors
+    assert "SIGTERM: saved after epoch 3 of 4; run the same command to go on" in out
+    status, out, errors = finish(launch(environment, arguments))
+    assert status == 0, errors
+    assert "going on after epoch 3 of 4" in out and str(workdir / "summary.json") in out
+    runs.assert_same_run(config, whole, workdir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.optimiser.learnig_rate=1"], "learnig_rate"),
+        (["--config.seed=abc"], "config.seed=abc"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/moving_shapes.py:refrence"], "unknown variant 'refrence' of configs/moving_shapes.py"),
+        (["--wrkdir=x"], "wrkdir"),
+        (["surplus"], "unexpected argument 'surplus'; flags start with --"),
+        (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_message(base, tmp_path, environment, arguments, expected):
+    every = [*runs.flags(base), f"--workdir={tmp_path / 'run'}", *arguments]
+    status, _, errors = finish(launch(environment, every))
+    assert status == 2 and "Traceback" not in errors
+    message = errors[errors.index("error:") :]
+    assert expected in message and len(message.splitlines()) < 8
+    assert not (tmp_path / "run").exists()

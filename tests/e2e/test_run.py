@@ -1,0 +1,144 @@
+"""A run from beginning to end, its files, and the same run in pieces."""
+
+import json
+import os
+import signal
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from astrolabe_jax import generate, prepare, rewards, train
+from tests.e2e import runs
+
+
+def test_everything_a_person_looks_at_is_there(straight, capsys):
+    config, workdir, summary = straight
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in ("before", "after"):
+        assert set(summary["eval"][name]) == {"shapes_vq", "shapes_mq", "shapes_ta", "total"}
+        parts = [summary["eval"][name][reward]["mean"] for reward in config.rewards]
+        assert summary["eval"][name]["total"]["mean"] == pytest.approx(sum(parts))
+        for i in range(config.eval.shown):
+            with av.open(str(workdir / "samples" / name / f"{i:02d}.mp4")) as video:
+                stream = video.streams.video[0]
+                frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+                assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+                assert stream.average_rate == config.video.fps and len(frames) == config.video.frames
+    assert {"jax", "flax", "python", "astrolabe_jax"} <= set(summary["versions"])
+    assert summary["seed"] == 0 and summary["config"]["prompts.groups"] == 2
+    assert {"rollout", "decode", "rewards", "update", "evaluation/rollout"} <= set(summary["seconds"])
+    for name in ("samples/contact_sheet.png", "curves.png"):
+        with Image.open(workdir / name) as picture:
+            assert min(picture.size) > 200 and np.asarray(picture).std() > 10
+    assert len(load_file(workdir / "lora" / "adapter_model.safetensors")) == 2 * 10 * 2
+    assert list((workdir / "tensorboard").glob("events.*"))
+
+
+def test_metrics_have_every_quantity_of_the_objective(straight):
+    records = [json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == [0, 1, 2, 3] and [record["step"] for record in epochs] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    expected = {"total_loss", "policy_loss", "kl_loss", "x0_norm", "old_deviate", "old_kl_div", "kl_div", "group_size"}
+    expected |= {"trained_prompts", "zero_std_ratio", "group_std", "total_reward", "grad_norm", "seconds"}
+    expected |= {f"top_{share}" for share in (100, 75, 50, 25, 10)} | {f"reward/{name}" for name in straight[0].rewards}
+    for record in epochs:
+        assert expected <= set(record)
+        assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
+    assert [record["trained_prompts"] for record in epochs] == [2, 4, 6, 8]
+    assert epochs[0]["old_deviate"] == 0 and epochs[1]["old_deviate"] > 0  # old lags behind from the second epoch on
+    assert [record["epoch"] for record in records if record["kind"] == "evaluation"] == [0, 4]
+
+
+def test_training_changes_the_policy_and_the_held_out_videos(straight):
+    files = runs.outcome(straight[1])["files"]
+    assert files["samples/before/00.mp4"] != files["samples/after/00.mp4"]
+    assert any(tensor.any() for name, tensor in load_file(straight[1] / "lora" / "adapter_model.safetensors").items()
+               if "lora_B" in name)  # fmt: skip
+
+
+def test_two_epochs_then_four_equal_four_at_once(straight, base, tmp_path):
+    config, workdir, _ = straight
+    runs.start(runs.small_config(base, **{"train.epochs": 2}), tmp_path / "run")
+    runs.start(runs.small_config(base), tmp_path / "run")
+    runs.assert_same_run(config, workdir, tmp_path / "run")
+
+
+def test_a_finished_run_is_not_repeated(straight, base, capsys):
+    config, workdir, summary = straight
+    before = runs.outcome(workdir)
+    again = runs.start(runs.small_config(base), workdir)
+    assert again["eval"] == summary["eval"] and runs.outcome(workdir) == before
+    assert "going on after epoch 4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [1, 3, 5])  # in the evaluation before, in the second epoch, after the last checkpoint
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
+    straight, base, tmp_path, monkeypatch, capsys, call
+):
+    config, workdir, _ = straight
+    score, calls = generate.rewards.score, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM if call == 3 else signal.SIGINT)
+        return score(*arguments)
+
+    monkeypatch.setattr(generate.rewards, "score", interrupted)
+    assert runs.start(runs.small_config(base), tmp_path / "run") is None
+    assert f"saved after epoch {max(0, call - 2)} of 4" in capsys.readouterr().out
+    assert runs.start(runs.small_config(base), tmp_path / "run") is not None
+    runs.assert_same_run(config, workdir, tmp_path / "run")
+
+
+def test_the_seed_changes_every_draw(straight, base, tmp_path):
+    run = prepare.prepare(straight[0], straight[1])
+    runs.start(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
+    other = prepare.prepare(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
+    assert all(not np.array_equal(run.adapter[name]["a"], other.adapter[name]["a"]) for name in run.adapter)
+    first = [outcome["metrics"][0] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))]
+    assert all(set(first[0]["videos"][name]).isdisjoint(first[1]["videos"][name]) for name in ("total", "shapes_ta"))
+    epochs = [outcome["metrics"][1] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))]
+    for name in ("total_reward", "policy_loss", "grad_norm", "x0_norm"):
+        assert epochs[0][name] != epochs[1][name]
+
+
+def test_the_published_behaviour_runs(base, tmp_path):
+    """Every reference switch at once, with the selective KL, whose controllers survive a resume."""
+    changes = {"kl.kind": "selective", "kl.main_reward": "shapes_vq", "loss.kl_weight": 1e-2, "kl.reset_epochs": 1}
+    changes |= {"sampler.batch": 8, "prompts.groups": 4, "eval.ceiling": True}
+    config = runs.small_config(base, "reference", **changes, **{"train.epochs": 3, "train.checkpoint_every": 1})
+    summary = runs.start(config, tmp_path / "run")
+    records = [record for record in runs.outcome(tmp_path / "run")["metrics"] if record["kind"] == "epoch"]
+    assert [record["groups"] for record in records] == [2, 2, 2]  # both batches of an epoch draw the same two prompts
+    assert [record["reference_reset"] for record in records] == [0, 0, 1]
+    assert all(record["masked"] < 16 and 0.02 <= record["risk_ratio"] <= 0.2 for record in records)
+    assert summary["eval"]["ceiling"]["total"]["mean"] > 0
+    point = train.resume(prepare.prepare(config, tmp_path / "run"))
+    assert len(point.risk.history) == 3 and point.reset.previous == 2
+    assert {str(leaf.dtype) for pair in point.state.current.values() for leaf in pair.values()} == {"bfloat16"}
+
+
+def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, monkeypatch):
+    table = dict(rewards.TABLE, odd="tests.e2e.test_run:odd_reward")
+    monkeypatch.setattr(rewards, "TABLE", table)
+    config = runs.small_config(base)
+    with config.unlocked():
+        config.rewards.odd = 1.0
+    with pytest.raises(train.REFUSED, match="reward 'odd' is nan for sample 5 .prompt 'a "):
+        runs.start(config, tmp_path / "run")
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def odd_reward(frames, prompts):
+    values = np.zeros(len(prompts))
+    values[5] = np.nan
+    return values
