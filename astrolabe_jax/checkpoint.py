@@ -143,7 +143,9 @@ def _read(manager, epoch: int, template: Any, identity: Mapping[str, Any], direc
 
 
 def _manager(workdir: Path, keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 

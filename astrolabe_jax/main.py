@@ -29,17 +29,18 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
     if DISTRIBUTED.value:
         jax.distributed.initialize()
-    from astrolabe_jax import prepare, train  # after jax.distributed: no array may exist before it
+    from astrolabe_jax import prepare, stop, train  # after jax.distributed: no array may exist before it
 
-    try:
-        run = prepare.prepare(CONFIG.value, WORKDIR.value)
-        point = train.resume(run)
-    except (ValueError, OSError) as error:
-        fail(error, 2)
-    try:
-        train.train(run, point)
-    except train.REFUSED as error:
-        fail(error, 1)
+    with stop.listening() as check:
+        try:
+            run = prepare.prepare(CONFIG.value, WORKDIR.value)
+            point = train.resume(run)
+        except (ValueError, OSError) as error:
+            fail(error, 2)
+        try:
+            train.train(run, point, check)
+        except train.REFUSED as error:
+            fail(error, 1)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """A polite end on SIGTERM and Ctrl-C: the run notices at the next phase, saves, and exits."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ def listening() -> Iterator[Callable[[], None]]:
 
     def note(number, _):
         received.append(signal.Signals(number).name)
+        os.write(2, f"{received[0]}: ending at the next phase; send it again to end at once\n".encode())
         for known, handler in before.items():
             signal.signal(known, handler)
 

@@ -4,7 +4,8 @@ Everything an epoch does derives from (seed, epoch) and the state before it, so 
 goes on from its last checkpoint exactly as if nothing had happened.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.generate import RewardError, encode_texts, generate
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Metrics, Progress, say
-from astrolabe_jax.stop import Stopped, listening
+from astrolabe_jax.stop import Stopped
 from astrolabe_jax.types import Evaluation, Purpose
 from astrolabe_jax.update import (
     Samples,
@@ -61,40 +62,42 @@ def resume(run: Run) -> Point:
     return Point(found.epoch, found.state, risk, reset, found.progress["seconds"])
 
 
-def train(run: Run, point: Point) -> dict[str, Any] | None:
-    """Runs from `point` to the last epoch and its report: the content of summary.json, or None after a signal.
+def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] | None:
+    """Runs from `point` to the last epoch and its report: the content of summary.json.
 
-    Raises one of REFUSED.
+    `check` is called before every phase; when it raises Stopped, the run saves and None is returned. Raises REFUSED.
     """
     config, count = run.config, run.config.train.epochs
     say(report.opening(run))
     if point.epoch:
         say(f"going on after epoch {point.epoch} of {count}")
-    saved = point.epoch
-    with listening() as check:
-        progress = Progress(point.seconds, check)
-        metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
-        step = make_train_step(config, run.base.transformer.graphdef, run.layout, run.mesh)
-        try:
-            _measure_ceiling(run, metrics, progress)
-            while True:
-                _evaluate_if_due(run, point, metrics, progress)
-                if point.epoch >= count:
-                    break
-                point, record = _epoch(run, point, step, progress)
-                metrics.add(record)
-                progress.epoch(record["epoch"], count, record, progress.lasted.get("evaluation", 0.0))
-                if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
-                    with progress.phase("checkpoint"):
-                        saved = _save(run, point, progress)
-            return _finish(run, point, metrics, progress)
-        except Stopped as stopped:
-            if saved != point.epoch:
-                _save(run, point, progress)
-            say(f"{stopped}: saved after epoch {point.epoch} of {count}; run the same command to go on")
-            return None
-        finally:
-            metrics.close()
+    began = saved = point.epoch
+    progress = Progress(point.seconds, check)
+    metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
+    step = make_train_step(config, run.base.transformer.graphdef, run.layout, run.mesh)
+    try:
+        _measure_ceiling(run, metrics, progress)
+        while True:
+            _evaluate_if_due(run, point, metrics, progress)
+            if point.epoch >= count:
+                break
+            point, record = _epoch(run, point, step, progress)
+            metrics.add(record)
+            progress.epoch(record["epoch"], count, record, progress.lasted.get("evaluation", 0.0))
+            if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
+                with progress.phase("checkpoint"):
+                    saved = _save(run, point, progress)
+        summary = _finished(run) if began == count else None
+        summary = summary or _finish(run, point, metrics, progress)
+        say(report.closing(run.workdir, summary))
+        return summary
+    except Stopped as stopped:
+        if saved != point.epoch:
+            _save(run, point, progress)
+        say(f"{stopped}: saved after epoch {point.epoch} of {count}; run the same command to go on")
+        return None
+    finally:
+        metrics.close()
 
 
 def _epoch(run: Run, point: Point, step, progress: Progress) -> tuple[Point, dict[str, Any]]:
@@ -136,7 +139,7 @@ def _epoch(run: Run, point: Point, step, progress: Progress) -> tuple[Point, dic
         "total_reward": float(result.total.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
         **result.metrics,
-        "trained_prompts": min(len(run.train_prompts), distinct * (epoch + 1)),
+        "trained_prompt_num": min(len(run.train_prompts), distinct * (epoch + 1)),
         **record,
         "seconds": progress.take(),
     }
@@ -213,6 +216,13 @@ def _evaluate_if_due(run: Run, point: Point, metrics: Metrics, progress: Progres
     say(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
 
 
+def _finished(run: Run) -> dict[str, Any] | None:
+    """The summary of a run that had reached its end before, with the seconds that it took then."""
+    path = run.workdir / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else None
+    return summary if summary and summary["epochs"] == run.config.train.epochs else None
+
+
 def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dict[str, Any]:
     """Everything that is made once, at the end."""
     held = _evaluations(metrics)
@@ -223,6 +233,4 @@ def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dic
     report.write_curves(run.workdir, metrics.records)
     if 0 in (real := _evaluations(metrics, "ceiling")):
         evaluations["ceiling"] = real[0]
-    summary = report.write_summary(run.workdir, run.config, evaluations, progress.seconds)
-    say(report.closing(run.workdir, summary))
-    return summary
+    return report.write_summary(run.workdir, run.config, evaluations, progress.seconds)

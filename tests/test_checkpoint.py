@@ -106,6 +106,7 @@ def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
     unfinished.mkdir()
     (unfinished / "state").write_text("half")
     assert checkpoint.restore(tmp_path / "run", make_state(0), IDENTITY).epoch == 2
+    assert not unfinished.exists()
 
 
 def test_nothing_whole_is_refused(two_checkpoints, tmp_path):

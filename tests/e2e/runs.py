@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from astrolabe_jax import prepare, train
+from astrolabe_jax import prepare, stop, train
 from configs import moving_shapes
 
 # Two prompts with four videos each: 8 videos, which 1, 2, 4 and 8 devices divide.
@@ -47,7 +47,8 @@ def flags(base: Path, **changes) -> list[str]:
 def start(config, workdir: Path):
     """A run in this process, as main does it: the summary, or None if it was stopped."""
     run = prepare.prepare(config, workdir)
-    return train.train(run, train.resume(run))
+    with stop.listening() as check:
+        return train.train(run, train.resume(run), check)
 
 
 def outcome(workdir: Path) -> dict:

@@ -5,12 +5,13 @@ import os
 import signal
 
 import av
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from astrolabe_jax import generate, prepare, rewards, train
+from astrolabe_jax import generate, prepare, report, rewards, train
 from tests.e2e import runs
 
 
@@ -37,6 +38,21 @@ def test_everything_a_person_looks_at_is_there(straight, capsys):
     assert list((workdir / "tensorboard").glob("events.*"))
 
 
+def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
+    config, workdir, _ = straight
+    run = prepare.prepare(config, workdir)
+    point, sizes = train.resume(run), report.memory(run)
+
+    def held(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
+    assert sizes["base"] == held(nets)
+    assert sizes["four policies"] == held(point.state[:4])
+    assert sizes["optimiser"] == held(point.state.optimiser) - point.state.optimiser[0].count.nbytes
+    assert str(len(run.train_prompts)) in report.opening(run)
+
+
 def test_metrics_have_every_quantity_of_the_objective(straight):
     records = [json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -47,12 +63,12 @@ def test_metrics_have_every_quantity_of_the_objective(straight):
         4,
     ]
     expected = {"total_loss", "policy_loss", "kl_loss", "x0_norm", "old_deviate", "old_kl_div", "kl_div", "group_size"}
-    expected |= {"trained_prompts", "zero_std_ratio", "group_std", "total_reward", "grad_norm", "seconds"}
+    expected |= {"trained_prompt_num", "zero_std_ratio", "group_std", "total_reward", "grad_norm", "seconds"}
     expected |= {f"top_{share}" for share in (100, 75, 50, 25, 10)} | {f"reward/{name}" for name in straight[0].rewards}
     for record in epochs:
         assert expected <= set(record)
         assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
-    assert [record["trained_prompts"] for record in epochs] == [2, 4, 6, 8]
+    assert [record["trained_prompt_num"] for record in epochs] == [2, 4, 6, 8]
     assert epochs[0]["old_deviate"] == 0 and epochs[1]["old_deviate"] > 0  # old lags behind from the second epoch on
     assert [record["epoch"] for record in records if record["kind"] == "evaluation"] == [0, 4]
 
@@ -75,7 +91,7 @@ def test_a_finished_run_is_not_repeated(straight, base, capsys):
     config, workdir, summary = straight
     before = runs.outcome(workdir)
     again = runs.start(runs.small_config(base), workdir)
-    assert again["eval"] == summary["eval"] and runs.outcome(workdir) == before
+    assert again == summary and runs.outcome(workdir) == before
     assert "going on after epoch 4 of 4" in capsys.readouterr().out
 
 
