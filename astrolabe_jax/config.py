@@ -56,7 +56,7 @@ def _generation(config: ConfigDict) -> None:
     config.video.height = 48  # pixels
     config.video.width = 48
     config.video.fps = 16  # of the files in samples/
-    config.video.decode_chunk = 3  # latent frames decoded at once
+    config.video.decode_chunk = 1  # latent frames decoded at once; more is faster only on large accelerators
 
     config.prompts = ConfigDict()
     config.prompts.train = "world:moving_shapes/train"  # a text file with one prompt a line, or world:NAME/SPLIT

@@ -13,6 +13,7 @@ from astrolabe_jax.config import with_reference
 def get_config(variant: str = ""):
     config = base_config()
     config.name = "moving_shapes"
+    config.model.remat = False  # the model is small: memory is cheaper than recomputation
     config.rewards.shapes_vq = 1.0
     config.rewards.shapes_mq = 1.0
     config.rewards.shapes_ta = 1.0
