@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages as adv
 from astrolabe_jax import checkpoint, prompts, report, sharding
@@ -100,7 +101,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
         metrics.close()
 
 
-def _epoch(run: Run, point: Point, step, progress: Progress) -> tuple[Point, dict[str, Any]]:
+def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[Point, dict[str, Any]]:
     """One iteration: the point after it, and its record. Up to the update nothing is changed."""
     config, (epoch, state, risk, reset, _) = run.config, point
     progress.take()
@@ -146,8 +147,10 @@ def _epoch(run: Run, point: Point, step, progress: Progress) -> tuple[Point, dic
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds)), record
 
 
-def _kl_mask(config, rewards: Mapping[str, np.ndarray], risk: adv.RiskState):
-    """Which samples the KL restrains, bool [N]; for the selective KL also its controller and figures (section 7)."""
+def _kl_mask(
+    config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: adv.RiskState
+) -> tuple[adv.RiskState, np.ndarray, dict[str, float]]:
+    """The risk controller after this epoch, which samples the KL restrains, bool [N], and figures (objective.md 7)."""
     if config.kl.kind == "uniform":
         return risk, np.ones(samples(config), bool), {}
     discrepancy = adv.rank_discrepancy(rewards, config.kl.main_reward, config.kl.rank_direction)

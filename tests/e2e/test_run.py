@@ -154,6 +154,25 @@ def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, 
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint_stays(
+    straight, base, tmp_path, monkeypatch
+):
+    config, workdir, _ = straight
+    runs.start(runs.small_config(base, **{"train.epochs": 2}), tmp_path / "run")
+    sample = generate.generate
+
+    def broken(*arguments):
+        for videos in sample(*arguments):
+            yield videos._replace(latents=videos.latents.at[3].set(np.inf))
+
+    monkeypatch.setattr(train, "generate", broken)
+    with pytest.raises(train.REFUSED, match="epoch 2, optimiser step 0: the loss of 1 of 8 samples .*sample 3: nan"):
+        runs.start(runs.small_config(base), tmp_path / "run")
+    monkeypatch.undo()
+    runs.start(runs.small_config(base), tmp_path / "run")
+    runs.assert_same_run(config, workdir, tmp_path / "run")
+
+
 def odd_reward(frames, prompts):
     values = np.zeros(len(prompts))
     values[5] = np.nan
