@@ -64,4 +64,4 @@ def clips(prompts: list[str], count: int, rng: np.random.Generator, cuts: bool =
 
 
 TRAIN_PROMPTS = vocabulary.prompts("train")
-TEST_PROMPTS = vocabulary.prompts("test")
+ALL_PROMPTS = TRAIN_PROMPTS + vocabulary.prompts("test")

@@ -1,3 +1,6 @@
+import collections
+import itertools
+
 import pytest
 
 from astrolabe_jax.worlds.moving_shapes import vocabulary
@@ -35,16 +38,18 @@ def test_splits_are_disjoint_and_complete():
     assert len(train) > 4 * len(test)
 
 
-def test_the_held_out_split_asks_for_unseen_pairs_of_seen_words():
-    def seen(split, pick):
-        return {pick(vocabulary.parse(prompt)) for prompt in vocabulary.prompts(split)}
+def test_the_held_out_split_asks_for_unseen_triples_of_seen_pairs():
+    def seen(split, *fields):
+        return {tuple(getattr(vocabulary.parse(p), field) for field in fields) for p in vocabulary.prompts(split)}
 
-    assert seen("test", lambda a: (a.colour, a.shape)) == set(vocabulary.HELD_OUT_PAIRS)
-    assert not seen("train", lambda a: (a.colour, a.shape)) & set(vocabulary.HELD_OUT_PAIRS)
-    for field in vocabulary.Attributes._fields:
-        assert seen("test", lambda a, field=field: getattr(a, field)) <= seen(
-            "train", lambda a, field=field: getattr(a, field)
-        )
+    triple = ("colour", "shape", "background")
+    assert len(seen("test", *triple)) == 12
+    assert not seen("train", *triple) & seen("test", *triple)
+    for pair in itertools.combinations(vocabulary.Attributes._fields, 2):
+        assert seen("test", *pair) <= seen("train", *pair)
+    for field in triple:  # the held-out combinations favour no word
+        counts = collections.Counter(getattr(vocabulary.parse(p), field) for p in vocabulary.prompts("test"))
+        assert len(set(counts.values())) == 1
 
 
 def test_words_are_those_of_the_training_prompts():
