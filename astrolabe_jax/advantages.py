@@ -44,8 +44,10 @@ def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]
     for name, values in rewards.items():
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
-            raise ValueError(f"reward {name!r} of sample {bad[0]} is {np.asarray(values)[bad[0]]} ({bad.size} of "
-                             f"{len(values)} samples are not finite); look at that video before training on it")
+            raise ValueError(
+                f"reward {name!r} of sample {bad[0]} is {np.asarray(values)[bad[0]]} ({bad.size} of "
+                f"{len(values)} samples are not finite); look at that video before training on it"
+            )
     return sum(weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards))
 
 
@@ -119,8 +121,10 @@ def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: st
         raise ValueError(f"kl.rank_direction is {direction!r}; use 'paper' or 'published'")
     others = sorted(set(rewards) - {main})
     if main not in rewards or not others:
-        raise ValueError(f"selective KL compares the main reward {main!r} with others, but has {sorted(rewards)}; "
-                         "set kl.main_reward to one of at least two rewards")
+        raise ValueError(
+            f"selective KL compares the main reward {main!r} with others, but has {sorted(rewards)}; "
+            "set kl.main_reward to one of at least two rewards"
+        )
     if direction == "published":
         others = others[:2]
     excess = _ranks(rewards[main]) - np.mean([_ranks(rewards[name]) for name in others], axis=0)

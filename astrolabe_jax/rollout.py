@@ -61,9 +61,23 @@ class Trace(NamedTuple):
     x0: jax.Array  # inputs - sigma(timestep) velocity
 
 
-def rollout(graphdef, params, adapter, text, draw: Draw, *, frames: int, latent_hw: tuple[int, int], layout: Layout,
-            sampler: Sampler, lora_scale=1.0, initial_latents=None, cache: Cache | None = None, start: int = 0,
-            trace: bool = False):
+def rollout(
+    graphdef,
+    params,
+    adapter,
+    text,
+    draw: Draw,
+    *,
+    frames: int,
+    latent_hw: tuple[int, int],
+    layout: Layout,
+    sampler: Sampler,
+    lora_scale=1.0,
+    initial_latents=None,
+    cache: Cache | None = None,
+    start: int = 0,
+    trace: bool = False,
+):
     """Sample `frames` latent frames: latents [B, T0 + frames, C, H, W] and the cache after them.
 
     text [B, S, E] embeddings; adapter: tree or None, scaled by lora_scale = alpha / R. initial_latents: frames
@@ -87,13 +101,20 @@ def rollout(graphdef, params, adapter, text, draw: Draw, *, frames: int, latent_
     slots = frames_of(cache, h * w)
     run = _Run(graphdef, params, adapter, lora_scale, text, layout, sampler)
     blocks = [block for block in layout.blocks(end) if block.start >= start]
-    steady = [b for b in blocks if slots == layout.capacity and b.stop >= slots and b.start >= start + given
-              and b.start > 0 and b.stop - b.start == layout.block]
+    steady = [
+        b
+        for b in blocks
+        if slots == layout.capacity
+        and b.stop >= slots
+        and b.start >= start + given
+        and b.start > 0
+        and b.stop - b.start == layout.block
+    ]
     latents, traces = [], []
     for block in blocks[: len(blocks) - len(steady)]:
         at, count = block.start, block.stop - block.start
         if at < start + given:
-            x = initial_latents[:, at - start: at - start + count]
+            x = initial_latents[:, at - start : at - start + count]
             cache, record = run.given_block(cache, x, at)
         else:
             noise = jnp.stack([draw(at, j, count) for j in range(len(sampler.steps_at(at)))])
@@ -114,8 +135,19 @@ def encode_text(graphdef, params, adapter, text, lora_scale=1.0) -> KeyValues:
     return merge(graphdef, params).encode_text(text, adapter, lora_scale)
 
 
-def rollout_block(graphdef, params, adapter, text: KeyValues, noise, cache: Cache, start, *, layout: Layout,
-                  sampler: Sampler, lora_scale=1.0) -> tuple[jax.Array, Cache]:
+def rollout_block(
+    graphdef,
+    params,
+    adapter,
+    text: KeyValues,
+    noise,
+    cache: Cache,
+    start,
+    *,
+    layout: Layout,
+    sampler: Sampler,
+    lora_scale=1.0,
+) -> tuple[jax.Array, Cache]:
     """Sample one block for streaming: its latents [B, P, C, H, W] and the cache with its clean keys.
 
     noise [steps, B, P, C, H, W]: the initial noise, then the noise added before each later step. start: first frame of
@@ -135,6 +167,7 @@ def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int], dtype=j
 
     shape (C, H, W). A sample's noise depends on its key, frame and step only, not on the batch or the length.
     """
+
     def draw(start, step, frames):
         def one(key):
             return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, start), step), (frames, *shape), dtype)
@@ -146,6 +179,7 @@ def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int], dtype=j
 
 def noise_from_array(noise: jax.Array, first: int = 0) -> Draw:
     """Stored noise [steps, B, F, C, H, W] for the frames from `first` on; step 0 is the initial noise."""
+
     def draw(start, step, frames):
         return jax.lax.dynamic_slice_in_dim(noise[step], start - first, frames, axis=1)
 
@@ -192,8 +226,9 @@ class _Run(NamedTuple):
     def _call(self, x, t, cache, start, first_pass):
         model = merge(self.graphdef, self.params)
         t = jnp.full(x.shape[:2], t, jnp.float32)
-        return model.step(x, t, self.text, cache, start, self.adapter, self.lora_scale, layout=self.layout,
-                          first_pass=first_pass)
+        return model.step(
+            x, t, self.text, cache, start, self.adapter, self.lora_scale, layout=self.layout, first_pass=first_pass
+        )
 
 
 def _scan_blocks(run, cache, draw, starts, trace):
@@ -220,5 +255,7 @@ def _check_pieces(layout, start, given, frames, end):
     boundaries = {0, *(block.stop for block in layout.blocks(end))}
     for name, frame in (("start", start), ("the end of initial_latents", start + given)):
         if frame not in boundaries:
-            raise ValueError(f"{name} is frame {frame}, which is not a block boundary (blocks of {layout.block}); "
-                             "a rollout continues, and takes given latents, in whole blocks")
+            raise ValueError(
+                f"{name} is frame {frame}, which is not a block boundary (blocks of {layout.block}); "
+                "a rollout continues, and takes given latents, in whole blocks"
+            )

@@ -80,8 +80,10 @@ def warp(steps, schedule: Schedule) -> tuple[float, ...]:
     extended = np.append(timesteps(schedule), np.float32(0))
     for d in steps:
         if d != int(d) or not 0 <= d <= schedule.num_steps:
-            raise ValueError(f"denoising step {d} is not a whole number in [0, {schedule.num_steps}]; "
-                             "give the raw list, or pass already warped steps without warping again")
+            raise ValueError(
+                f"denoising step {d} is not a whole number in [0, {schedule.num_steps}]; "
+                "give the raw list, or pass already warped steps without warping again"
+            )
     return tuple(float(extended[schedule.num_steps - int(d)]) for d in steps)
 
 

@@ -36,8 +36,10 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
         raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices")
     data = len(devices) // fsdp if data == -1 else data
     if data * fsdp != len(devices):
-        raise ValueError(f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {len(devices)}; "
-                         "set mesh.data to -1 to use what fsdp leaves")
+        raise ValueError(
+            f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {len(devices)}; "
+            "set mesh.data to -1 to use what fsdp leaves"
+        )
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -68,6 +70,7 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
 
 def shard_params(mesh: Mesh, params: Any) -> Any:
     """Frozen parameters placed by `param_sharding`."""
+
     def place(path, leaf):
         return _place(leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape))
 
@@ -76,6 +79,7 @@ def shard_params(mesh: Mesh, params: Any) -> Any:
 
 def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
     """Arrays with samples along `axis`, split over all devices. ValueError unless the devices divide the samples."""
+
     def place(path, leaf):
         check_batch(mesh, leaf.shape[axis], f"batch{jax.tree_util.keystr(path)}")
         return _place(leaf, batch_sharding(mesh, axis))
@@ -86,8 +90,10 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
 def check_batch(mesh: Mesh, samples: int, name: str) -> None:
     """ValueError unless `samples`, the size of what `name` says, can be split over all devices of the mesh."""
     if samples % mesh.size:
-        raise ValueError(f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) do not "
-                         f"divide; use a multiple of {mesh.size}")
+        raise ValueError(
+            f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) do not "
+            f"divide; use a multiple of {mesh.size}"
+        )
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -97,6 +103,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """The function, to be jitted, traced with the mesh known to `gathered`."""
+
     @functools.wraps(function)
     def traced(*args, **kwargs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -118,6 +125,7 @@ def gathered(param: jax.Array) -> jax.Array:
 
 def to_host(tree: Any) -> Any:
     """The whole arrays as numpy on every process, wherever their parts live."""
+
     def fetch(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             return multihost_utils.process_allgather(leaf, tiled=True)

@@ -83,8 +83,9 @@ class Forward:
         past = self.layout.blocks(x0.shape[1])[-1].start
         if self.context == "clean" and past:
             adapter_, text_ = jax.lax.stop_gradient((adapter, text))
-            context = model.context(x0[:, :past], text_, adapter_, self.lora_scale, layout=self.layout,
-                                    t=self.context_noise)
+            context = model.context(
+                x0[:, :past], text_, adapter_, self.lora_scale, layout=self.layout, t=self.context_noise
+            )
         t = jnp.broadcast_to(t[:, None], x_t.shape[:2])
         return model(x_t, t, text, adapter, self.lora_scale, layout=self.layout, context=context)
 
@@ -100,8 +101,9 @@ def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Forwa
 def make_optimiser(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW of config.optimiser with a constant rate and decoupled decay (section 9); clipping is in the train step."""
     settings = config.optimiser
-    return optax.adamw(settings.learning_rate, settings.b1, settings.b2, settings.eps,
-                       weight_decay=settings.weight_decay)
+    return optax.adamw(
+        settings.learning_rate, settings.b1, settings.b2, settings.eps, weight_decay=settings.weight_decay
+    )
 
 
 def init_state(config: ConfigDict, adapter: dict, mesh: Mesh) -> TrainState:
@@ -116,8 +118,13 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def make_train_step(config: ConfigDict, graphdef: Any, layout: Layout, mesh: Mesh,
-                    noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = standard_normal) -> Callable:
+def make_train_step(
+    config: ConfigDict,
+    graphdef: Any,
+    layout: Layout,
+    mesh: Mesh,
+    noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = standard_normal,
+) -> Callable:
     """One optimiser step, jitted: (state, params, text [G, S, E], batch: Batch) -> (state, metrics); state is donated.
 
     layout: of the rollout. noise(key, (F, C, H, W)) draws one sample's noise.
@@ -152,8 +159,9 @@ def make_train_step(config: ConfigDict, graphdef: Any, layout: Layout, mesh: Mes
     return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
-def sample_terms(config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch
-                 ) -> dict[str, jax.Array]:
+def sample_terms(
+    config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch
+) -> dict[str, jax.Array]:
     """Every term of the objective for one microbatch (Batch without its first axis): {name: [B]}, float32.
 
     `total_loss` carries the gradient. With the astrolabe loss predictions are clean latents, with diffusion_nft they
@@ -191,8 +199,9 @@ def sample_terms(config: ConfigDict, forward: Forward, noise: Callable, state: T
     }
 
 
-def apply_gradient(config: ConfigDict, optimiser: optax.GradientTransformation, state: TrainState, grads, norm
-                   ) -> TrainState:
+def apply_gradient(
+    config: ConfigDict, optimiser: optax.GradientTransformation, state: TrainState, grads, norm
+) -> TrainState:
     """Clip by the global norm, AdamW, evaluation average (sections 8 and 9)."""
     scale = jnp.minimum(1.0, config.optimiser.clip_norm / (norm + CLIP_EPSILON))
     grads = jax.tree.map(lambda grad, leaf: (grad * scale).astype(leaf.dtype), grads, state.current)
@@ -206,6 +215,7 @@ def apply_gradient(config: ConfigDict, optimiser: optax.GradientTransformation, 
 
 def average(mean, new, decay):
     """decay mean + (1 - decay) new, leaf by leaf, in float32, rounded once to the dtype of `mean`."""
+
     def one(mean, new):
         return (decay * mean.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)).astype(mean.dtype)
 
@@ -265,8 +275,10 @@ def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Pl
     settings, table = config.optimiser, np.asarray(levels(config), np.float32)
     count, size = len(mask), settings.microbatch
     if count % (size * settings.steps_per_pass):
-        raise ValueError(f"{count} samples do not fill {settings.steps_per_pass} optimiser steps "
-                         f"(optimiser.steps_per_pass) with whole microbatches of {size} (optimiser.microbatch)")
+        raise ValueError(
+            f"{count} samples do not fill {settings.steps_per_pass} optimiser steps "
+            f"(optimiser.steps_per_pass) with whole microbatches of {size} (optimiser.microbatch)"
+        )
     order = np.argsort(_random_bits(config, epoch, 2 * turn, count), kind="stable")
     if config.loss.timestep_draw == "stratified":
         cycle, shift = divmod(turn, len(table))
@@ -285,8 +297,16 @@ def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Pl
     return Plan(order.reshape(shape), t.reshape(shape), kl_weight.reshape(shape))
 
 
-def update(train_step: Callable, config: ConfigDict, mesh: Mesh, state: TrainState, params, samples: Samples,
-           epoch: int, done: int = 0) -> Iterator[tuple[TrainState, dict[str, float]]]:
+def update(
+    train_step: Callable,
+    config: ConfigDict,
+    mesh: Mesh,
+    state: TrainState,
+    params,
+    samples: Samples,
+    epoch: int,
+    done: int = 0,
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """The optimiser steps of an epoch: yields the state and the metrics (floats) after each. `state` is donated.
 
     train_step: from make_train_step, with the same config and mesh. done: steps of this epoch that `state` has taken
@@ -326,9 +346,13 @@ def _checked(metrics, order, place):
     bad = np.flatnonzero(~np.isfinite(sample_loss))
     if bad.size:
         culprits = ", ".join(f"sample {order[j]}: {sample_loss[j]}" for j in bad[:8])
-        raise FloatingPointError(f"{place}: the loss of {bad.size} of {len(order)} samples is not finite ({culprits}); "
-                                 "the step was not taken; lower optimiser.learning_rate or use model.dtype=float32")
+        raise FloatingPointError(
+            f"{place}: the loss of {bad.size} of {len(order)} samples is not finite ({culprits}); "
+            "the step was not taken; lower optimiser.learning_rate or use model.dtype=float32"
+        )
     if not np.isfinite(metrics["grad_norm"]):
-        raise FloatingPointError(f"{place}: the gradient norm is {metrics['grad_norm']} although every sample's loss "
-                                 "is finite; the step was not taken; lower optimiser.learning_rate")
+        raise FloatingPointError(
+            f"{place}: the gradient norm is {metrics['grad_norm']} although every sample's loss "
+            "is finite; the step was not taken; lower optimiser.learning_rate"
+        )
     return {name: float(value) for name, value in metrics.items()}

@@ -55,13 +55,15 @@ def test_single_candidates_are_compared_with_the_whole_epoch():
 def test_groups_are_interleaved_and_any_labels_will_do():
     rng = np.random.default_rng(1)
     score, groups, order = rng.normal(size=12), np.repeat([3, 8, 1], 4), rng.permutation(12)
-    np.testing.assert_allclose(adv.normalise(score, groups, "prompt")[order],
-                               adv.normalise(score[order], groups[order], "prompt"))
+    np.testing.assert_allclose(
+        adv.normalise(score, groups, "prompt")[order], adv.normalise(score[order], groups[order], "prompt")
+    )
 
 
 def test_optimality_is_clipped_and_symmetric():
-    np.testing.assert_array_equal(adv.optimality(np.array([-9.0, -5.0, 0.0, 2.5, 5.0, 9.0]), 5.0),
-                                  [0, 0, 0.5, 0.75, 1, 1])
+    np.testing.assert_array_equal(
+        adv.optimality(np.array([-9.0, -5.0, 0.0, 2.5, 5.0, 9.0]), 5.0), [0, 0, 0.5, 0.75, 1, 1]
+    )
 
 
 def test_statistics():
@@ -81,8 +83,11 @@ def test_non_finite_rewards_are_refused(bad):
 
 
 def test_discrepancy_finds_what_only_the_main_reward_likes():
-    rewards = {"main": np.array([5.0, 3.0, 4.0, 1.0]), "a": np.array([1.0, 3.0, 4.0, 2.0]),
-               "b": np.array([0.0, 2.0, 3.0, 1.0])}
+    rewards = {
+        "main": np.array([5.0, 3.0, 4.0, 1.0]),
+        "a": np.array([1.0, 3.0, 4.0, 2.0]),
+        "b": np.array([0.0, 2.0, 3.0, 1.0]),
+    }
     paper = adv.rank_discrepancy(rewards, "main", "paper")
     assert paper.argmax() == 0 and paper[0] == 3  # first for main, last for both others
     np.testing.assert_array_equal(adv.rank_discrepancy(rewards, "main", "published"), -paper)
@@ -179,8 +184,9 @@ def test_published_advantages():
     metrics = adv.statistics(rewards, groups)
     np.testing.assert_allclose([metrics[f"top_{share}"] for share in adv.TOP_SHARES], stored["mean_top"], rtol=1e-6)
     np.testing.assert_allclose([metrics["group_size"], metrics["groups"]], stored["stats"])
-    np.testing.assert_allclose([metrics["zero_std_ratio"], metrics["group_std"]],
-                               stored["zero_std_ratio_and_mean_std"], rtol=1e-6)
+    np.testing.assert_allclose(
+        [metrics["zero_std_ratio"], metrics["group_std"]], stored["zero_std_ratio_and_mean_std"], rtol=1e-6
+    )
 
 
 @golden
@@ -192,14 +198,18 @@ def test_published_selective_kl_over_thirty_epochs():
         reset, refreshed = adv.start_epoch(reset, epoch, 15, "published")
         assert refreshed == stored["refreshed"][epoch] and reset.previous == stored["prev_epoch"][epoch]
         np.testing.assert_allclose(reset.threshold, stored["thres"][epoch], rtol=1e-12)
-        rewards = {str(key): values[epoch] for key, values in zip(stored["reward_keys"], stored["rewards"], strict=True)
-                   if key != "avg"}
+        rewards = {
+            str(key): values[epoch]
+            for key, values in zip(stored["reward_keys"], stored["rewards"], strict=True)
+            if key != "avg"
+        }
         discrepancy = adv.rank_discrepancy(rewards, main, "published")
         np.testing.assert_array_equal(discrepancy, stored["rank_diff"][epoch])
         risk, mean = adv.update_risk(risk, discrepancy)
         mask, threshold = adv.risk_mask(discrepancy, risk.ratio)
-        np.testing.assert_allclose([mean, risk.ratio, threshold],
-                                   [stored[key][epoch] for key in ("risk_mean", "beta", "threshold")], rtol=1e-6)
+        np.testing.assert_allclose(
+            [mean, risk.ratio, threshold], [stored[key][epoch] for key in ("risk_mean", "beta", "threshold")], rtol=1e-6
+        )
         np.testing.assert_array_equal(mask, stored["mask"][epoch])
         for kl in stored["kl"][epoch]:
             reset = adv.after_step(reset, kl)

@@ -163,6 +163,11 @@ def test_published_losses_and_gradients(case):
     (loss, terms), grad = jax.value_and_grad(objective, has_aux=True)(stored["forward"])
     np.testing.assert_allclose(r, stored["r"], rtol=1e-6)
     np.testing.assert_allclose(grad, stored["grad_forward"], atol=1e-8)
-    for got, want in [(loss, "loss"), (terms["policy"].mean(), "policy_loss"), (terms["kl"].mean(), "kl_loss"),
-                      (terms["positive"], "loss_pos"), (terms["negative"], "loss_neg")]:
+    for got, want in [
+        (loss, "loss"),
+        (terms["policy"].mean(), "policy_loss"),
+        (terms["kl"].mean(), "kl_loss"),
+        (terms["positive"], "loss_pos"),
+        (terms["negative"], "loss_neg"),
+    ]:
         np.testing.assert_allclose(got, stored[want], rtol=1e-6)

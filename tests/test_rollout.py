@@ -39,8 +39,18 @@ def _rollout(layout, frames, *, batch=1, sampler=SAMPLER, noise=None, **options)
 
     @jax.jit
     def run(params, noise):
-        return R.rollout(graphdef, params, None, tiny.text(batch), R.noise_from_array(noise), frames=frames,
-                         latent_hw=tiny.LATENT_HW, layout=layout, sampler=sampler, **options)
+        return R.rollout(
+            graphdef,
+            params,
+            None,
+            tiny.text(batch),
+            R.noise_from_array(noise),
+            frames=frames,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=sampler,
+            **options,
+        )
 
     return run(params, noise)
 
@@ -82,14 +92,14 @@ class _StateMachine:
             evict = n + self.end - self.capacity
             keep = self.end - evict - self.sink
             for buffer in (self.k, self.v):
-                buffer[self.sink: self.sink + keep] = buffer[self.sink + evict: self.sink + evict + keep].copy()
+                buffer[self.sink : self.sink + keep] = buffer[self.sink + evict : self.sink + evict + keep].copy()
             end -= evict
         first = end - n
         write = max(first, self.sink) if recompute else first
         if write < end:
-            self.k[write:end] = (k if self.relative else _rotate(k, np.arange(n) + start))[write - first:]
-            self.v[write:end] = v[write - first:]
-        slots = np.r_[: self.sink, max(self.sink, end - (self.limit - self.sink)): end]
+            self.k[write:end] = (k if self.relative else _rotate(k, np.arange(n) + start))[write - first :]
+            self.v[write:end] = v[write - first :]
+        slots = np.r_[: self.sink, max(self.sink, end - (self.limit - self.sink)) : end]
         keys = _rotate(self.k[slots], slots) if self.relative else self.k[slots]
         queries = _rotate(q, np.arange(n) + (first if self.relative else start))
         if not recompute:
@@ -100,7 +110,7 @@ class _StateMachine:
 def _rotate(x, frames):
     """Rotary positions by complex numbers, as published. x [n, TOKENS, A, 12], frames [n]."""
     grid = np.stack(np.meshgrid(frames, np.arange(2), np.arange(2), indexing="ij"), -1).reshape(len(frames), TOKENS, 3)
-    angle = np.concatenate([grid[..., i: i + 1] * f for i, f in enumerate(rope.frequencies(12))], -1)
+    angle = np.concatenate([grid[..., i : i + 1] * f for i, f in enumerate(rope.frequencies(12))], -1)
     pairs = x.astype(np.float64).reshape(*x.shape[:-1], 6, 2)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, :, None]
     return np.stack([turned.real, turned.imag], -1).reshape(x.shape).astype(np.float32)
@@ -124,6 +134,7 @@ def _published_rollout(layout, frames, noise):
     def call(x, t, start):
         (tokens, grid), (e, e0) = net._embed(x), net._time(jnp.full(x.shape[:2], t))
         for i, (layer, machine) in enumerate(zip(layers, machines, strict=True)):
+
             def attend(q, k, v, machine=machine):
                 y = machine.attend(*(np.asarray(a).reshape(-1, TOKENS, 2, 12) for a in (q, k, v)), start)
                 return jnp.asarray(y).reshape(q.shape), None
@@ -133,7 +144,7 @@ def _published_rollout(layout, frames, noise):
 
     out = []
     for start in range(0, frames, layout.block):
-        part = noise[:, :, start: start + layout.block]
+        part = noise[:, :, start : start + layout.block]
         x = part[0]
         for t, fresh, later in zip(SAMPLER.steps, (*part[1:], 0 * x), (*SAMPLER.steps[1:], 0.0), strict=True):
             x0 = x - t / 1000 * call(x, t, start)
@@ -143,14 +154,20 @@ def _published_rollout(layout, frames, noise):
     return np.concatenate(out, axis=1), machines[0]
 
 
-@pytest.mark.parametrize("layout, frames", [
-    (Layout(block=2, window=5, sink=1), 10),
-    (Layout(block=2, window=5, sink=1, positions="relative"), 10),
-    (Layout(block=2, window=5, positions="relative"), 8),
-    (Layout(block=1, window=6, sink=3, faithful_sinks=True), 8),
-    (Layout(block=2, window=7, sink=3, faithful_sinks=True), 10),
-    (Layout(block=8, sink=2, positions="relative"), 24),  # global, beyond its 21 frames: nothing is evicted or moved
-])
+@pytest.mark.parametrize(
+    "layout, frames",
+    [
+        (Layout(block=2, window=5, sink=1), 10),
+        (Layout(block=2, window=5, sink=1, positions="relative"), 10),
+        (Layout(block=2, window=5, positions="relative"), 8),
+        (Layout(block=1, window=6, sink=3, faithful_sinks=True), 8),
+        (Layout(block=2, window=7, sink=3, faithful_sinks=True), 10),
+        (
+            Layout(block=8, sink=2, positions="relative"),
+            24,
+        ),  # global, beyond its 21 frames: nothing is evicted or moved
+    ],
+)
 def test_equals_the_published_state_machine(layout, frames):
     noise = _noise(frames)
     want, machine = _published_rollout(layout, frames, noise)
@@ -196,9 +213,21 @@ def test_initial_latents_continue_the_video_they_come_from():
     noise = _noise(frames)
     whole, _ = _rollout(layout, frames, noise=noise)
     graphdef, params = tiny.model()
-    again, _, traces = jax.jit(lambda p: R.rollout(
-        graphdef, p, None, tiny.text(), R.noise_from_array(noise[:, :, 4:], first=4), frames=4,
-        latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER, initial_latents=whole[:, :4], trace=True))(params)
+    again, _, traces = jax.jit(
+        lambda p: R.rollout(
+            graphdef,
+            p,
+            None,
+            tiny.text(),
+            R.noise_from_array(noise[:, :, 4:], first=4),
+            frames=4,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=SAMPLER,
+            initial_latents=whole[:, :4],
+            trace=True,
+        )
+    )(params)
     np.testing.assert_allclose(again, whole, atol=1e-6)
     assert [len(t.timestep) for t in traces] == [1, 1, 3, 3]
 
@@ -209,14 +238,25 @@ def test_a_sample_does_not_depend_on_its_batch():
 
     @jax.jit
     def run(params, text, keys):
-        latents, _ = R.rollout(graphdef, params, None, text, R.noise_from_keys(keys, tiny.FRAME), frames=6,
-                               latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER)
+        latents, _ = R.rollout(
+            graphdef,
+            params,
+            None,
+            text,
+            R.noise_from_keys(keys, tiny.FRAME),
+            frames=6,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=SAMPLER,
+        )
         return latents
 
     keys = jax.random.split(jax.random.key(5), 3)
     together = run(params, tiny.text(3), keys)
     for i in range(3):
-        np.testing.assert_allclose(run(params, tiny.text(3)[i: i + 1], keys[i: i + 1]), together[i: i + 1], atol=1e-6)
+        np.testing.assert_allclose(
+            run(params, tiny.text(3)[i : i + 1], keys[i : i + 1]), together[i : i + 1], atol=1e-6
+        )
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
@@ -245,7 +285,7 @@ def test_streaming_block_by_block_with_one_program():
     cache, out = init_cache(tiny.CONFIG, layout, 1, frames, tiny.LATENT_HW), []
     for start in range(0, frames, 2):
         run = growing if start + 2 < layout.window else steady
-        latents, cache = run(params, noise[:, :, start: start + 2], cache, start)
+        latents, cache = run(params, noise[:, :, start : start + 2], cache, start)
         out.append(latents)
     np.testing.assert_allclose(np.concatenate(out, axis=1), whole, atol=1e-6)
     assert len(traced) == 2
@@ -256,9 +296,17 @@ def test_program_size_does_not_grow_with_length():
 
     def equations(frames):
         def run(params, noise):
-            return R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(noise), frames=frames,
-                             latent_hw=tiny.LATENT_HW, layout=Layout(block=2, window=4, positions="relative"),
-                             sampler=SAMPLER)
+            return R.rollout(
+                graphdef,
+                params,
+                None,
+                tiny.text(),
+                R.noise_from_array(noise),
+                frames=frames,
+                latent_hw=tiny.LATENT_HW,
+                layout=Layout(block=2, window=4, positions="relative"),
+                sampler=SAMPLER,
+            )
 
         noise = jax.ShapeDtypeStruct((2, 1, frames, *tiny.FRAME), jnp.float32)
         return len(jax.make_jaxpr(run)(params, noise).eqns)
@@ -291,8 +339,17 @@ def test_bfloat16_rollout_follows_float32():
     layout = Layout(block=2, window=4, sink=2, positions="relative")
 
     def run(params):
-        return R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(_noise(6)), frames=6,
-                         latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER)
+        return R.rollout(
+            graphdef,
+            params,
+            None,
+            tiny.text(),
+            R.noise_from_array(_noise(6)),
+            frames=6,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=SAMPLER,
+        )
 
     latents, cache = jax.jit(run)(params)
     full, _ = _rollout(layout, 6)
@@ -300,18 +357,30 @@ def test_bfloat16_rollout_follows_float32():
     assert 1e-4 < np.abs(latents - full).mean() / np.abs(full).mean() < 0.1
 
 
-@pytest.mark.parametrize("options, culprit", [
-    ({"frames": 5}, "5 frames are not a whole number of blocks"),
-    ({"frames": 4, "start": 3}, "not a whole number|start is frame 3"),
-    ({"frames": 4, "start": 2}, "needs the cache"),
-    ({"frames": 3, "initial_latents": tiny.latents(1)}, "initial_latents is frame 1"),
-    ({"frames": 1026}, "absolute positions"),
-])
+@pytest.mark.parametrize(
+    "options, culprit",
+    [
+        ({"frames": 5}, "5 frames are not a whole number of blocks"),
+        ({"frames": 4, "start": 3}, "not a whole number|start is frame 3"),
+        ({"frames": 4, "start": 2}, "needs the cache"),
+        ({"frames": 3, "initial_latents": tiny.latents(1)}, "initial_latents is frame 1"),
+        ({"frames": 1026}, "absolute positions"),
+    ],
+)
 def test_rollout_refuses(options, culprit):
     graphdef, params = tiny.model()
     with pytest.raises(ValueError, match=culprit):
-        R.rollout(graphdef, params, None, tiny.text(), R.noise_from_array(_noise(2)), latent_hw=tiny.LATENT_HW,
-                  layout=Layout(block=2), sampler=SAMPLER, **options)
+        R.rollout(
+            graphdef,
+            params,
+            None,
+            tiny.text(),
+            R.noise_from_array(_noise(2)),
+            latent_hw=tiny.LATENT_HW,
+            layout=Layout(block=2),
+            sampler=SAMPLER,
+            **options,
+        )
 
 
 def test_sampler_and_cache_refuse():

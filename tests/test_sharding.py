@@ -28,23 +28,27 @@ def test_mesh_shapes(data, fsdp, shape):
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == sharding.AXES
 
 
-@pytest.mark.parametrize("data, fsdp, culprit", [(-1, 3, "mesh.fsdp is 3"), (-1, 0, "mesh.fsdp is 0"),
-                                                 (2, 2, "mesh.data 2 x mesh.fsdp 2")])
+@pytest.mark.parametrize(
+    "data, fsdp, culprit", [(-1, 3, "mesh.fsdp is 3"), (-1, 0, "mesh.fsdp is 0"), (2, 2, "mesh.data 2 x mesh.fsdp 2")]
+)
 def test_mesh_must_use_every_device(data, fsdp, culprit):
     with pytest.raises(ValueError, match=culprit):
         mesh_of(data, fsdp)
 
 
-@pytest.mark.parametrize("path, shape, spec", [
-    ("['blocks']['ffn']['fc1']['kernel']", (4, 16, 64), P(None, None, "fsdp")),  # longest
-    ("['blocks']['ffn']['fc2']['kernel']", (4, 64, 16), P(None, "fsdp", None)),
-    ("['blocks']['self_attn']['q']['kernel']", (4, 16, 16), P(None, None, "fsdp")),  # equal: the last
-    ("['head']['linear']['kernel']", (16, 18), P("fsdp", None)),  # longest that divides
-    ("['odd']['kernel']", (4, 6, 9), P()),  # layers are never split
-    ("['conv']['kernel']", (4, 4, 4, 8, 8), P(None, None, None, None, "fsdp")),
-    ("['tokens']['embedding']", (256, 16), P("fsdp", None)),
-    ("['blocks']['ffn']['fc1']['bias']", (4, 64), P()),
-])
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("['blocks']['ffn']['fc1']['kernel']", (4, 16, 64), P(None, None, "fsdp")),  # longest
+        ("['blocks']['ffn']['fc2']['kernel']", (4, 64, 16), P(None, "fsdp", None)),
+        ("['blocks']['self_attn']['q']['kernel']", (4, 16, 16), P(None, None, "fsdp")),  # equal: the last
+        ("['head']['linear']['kernel']", (16, 18), P("fsdp", None)),  # longest that divides
+        ("['odd']['kernel']", (4, 6, 9), P()),  # layers are never split
+        ("['conv']['kernel']", (4, 4, 4, 8, 8), P(None, None, None, None, "fsdp")),
+        ("['tokens']['embedding']", (256, 16), P("fsdp", None)),
+        ("['blocks']['ffn']['fc1']['bias']", (4, 64), P()),
+    ],
+)
 def test_param_rule(path, shape, spec):
     assert sharding.param_sharding(mesh_of(fsdp=4), path, shape).spec == spec
     assert sharding.param_sharding(mesh_of(fsdp=1), path, shape).spec == P()
@@ -124,7 +128,9 @@ def test_two_processes_share_one_mesh():
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), address]
-    workers = [subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-               for i in range(2)]
+    workers = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for i in range(2)
+    ]
     outputs = [worker.communicate(timeout=120)[0].decode() for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)

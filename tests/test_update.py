@@ -129,35 +129,68 @@ def test_eight_devices_sample_the_same_videos(data, fsdp):
 
     @jax.jit
     def sample(params, adapter, text, keys):
-        return rollout(graphdef, params, adapter, text, noise_from_keys(keys, tiny.FRAME), frames=FRAMES,
-                       latent_hw=tiny.LATENT_HW, layout=LAYOUT, sampler=Sampler())[0]
+        return rollout(
+            graphdef,
+            params,
+            adapter,
+            text,
+            noise_from_keys(keys, tiny.FRAME),
+            frames=FRAMES,
+            latent_hw=tiny.LATENT_HW,
+            layout=LAYOUT,
+            sampler=Sampler(),
+        )[0]
 
     text = samples.text[samples.prompt]
     want = sample(params, adapter(), text, samples.key)
     mesh = sharding.make_mesh(make_config(mesh__data=data, mesh__fsdp=fsdp).mesh)
-    got = sample(sharding.shard_params(mesh, params), sharding.replicate(mesh, adapter()),
-                 *sharding.shard_batch(mesh, (text, samples.key)))
+    got = sample(
+        sharding.shard_params(mesh, params),
+        sharding.replicate(mesh, adapter()),
+        *sharding.shard_batch(mesh, (text, samples.key)),
+    )
     assert {shard.data.shape[0] for shard in got.addressable_shards} == {1}  # one video to a device
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", [Layout(block=2), Layout(block=1, window=3), Layout(block=2, window=4, sink=1),
-                                    Layout(block=2, window=4, sink=2, positions="relative")], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(block=2),
+        Layout(block=1, window=3),
+        Layout(block=2, window=4, sink=1),
+        Layout(block=2, window=4, sink=2, positions="relative"),
+    ],
+    ids=str,
+)
 def test_clean_context_forward_equals_the_rollout(layout):
     """streaming.md 6.6: from the sampler's own last-step input, every block returns exactly what was sampled."""
     graphdef, params = tiny.model()
     sampler, frames, text, t = Sampler(steps=(1000.0, 625.0)), 6, tiny.text(1), jnp.array([625.0])
-    forwards = [update.training_forward(make_config(loss__context=context), graphdef, layout)
-                for context in ("clean", "noisy")]
+    forwards = [
+        update.training_forward(make_config(loss__context=context), graphdef, layout) for context in ("clean", "noisy")
+    ]
 
     @jax.jit
     def both(params, adapter, text):  # as constants they would be folded, slowly
         noise = noise_from_keys(jax.random.split(jax.random.key(0), 1), tiny.FRAME)
-        latents, _, traces = rollout(graphdef, params, adapter, text, noise, frames=frames, latent_hw=tiny.LATENT_HW,
-                                     layout=layout, sampler=sampler, trace=True)
+        latents, _, traces = rollout(
+            graphdef,
+            params,
+            adapter,
+            text,
+            noise,
+            frames=frames,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=sampler,
+            trace=True,
+        )
         x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)  # the last pass is the clean one
-        return latents, [velocity_to_x0(x_t, forward.velocity(params, adapter, text, latents, x_t, t), t / 1000)
-                         for forward in forwards]
+        return latents, [
+            velocity_to_x0(x_t, forward.velocity(params, adapter, text, latents, x_t, t), t / 1000)
+            for forward in forwards
+        ]
 
     latents, (clean, noisy) = both(params, adapter(), text)
     np.testing.assert_allclose(clean, latents, atol=2e-5)
@@ -209,15 +242,18 @@ def test_no_gradient_through_the_clean_context():
 
     def given(policy, params, context):
         model = merge(graphdef, params)
-        return model(x_t, jnp.full((1, FRAMES), 700.0), model.encode_text(text, policy), policy, layout=LAYOUT,
-                     context=context)
+        return model(
+            x_t, jnp.full((1, FRAMES), 700.0), model.encode_text(text, policy), policy, layout=LAYOUT, context=context
+        )
 
     @jax.jit
     def gradients(policy, params):
         model = merge(graphdef, params)
         context = model.context(x0, model.encode_text(text, policy), policy, layout=LAYOUT)
-        return [jax.grad(lambda policy, run=run: (run(policy, params, context) * weight).sum())(policy)
-                for run in (own, given)]
+        return [
+            jax.grad(lambda policy, run=run: (run(policy, params, context) * weight).sum())(policy)
+            for run in (own, given)
+        ]
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients(adapter(), params))
 
@@ -247,8 +283,10 @@ def spoilt(values, sample, value):
 def test_a_non_finite_sample_leaves_the_state_alone():
     config, samples = make_config(), make_samples()
     before = jax.device_get(make_state(config))
-    for bad in (samples._replace(r=spoilt(samples.r, 3, np.nan)),
-                samples._replace(latents=spoilt(samples.latents, 3, np.inf))):
+    for bad in (
+        samples._replace(r=spoilt(samples.r, 3, np.nan)),
+        samples._replace(latents=spoilt(samples.latents, 3, np.inf)),
+    ):
         state, metrics = run_step(config, make_batch(bad))
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
         np.testing.assert_array_equal(np.flatnonzero(~np.isfinite(metrics["sample_loss"])), [3])
@@ -385,8 +423,14 @@ def test_plan_refuses_incomplete_microbatches():
 
 def test_decays_of_the_behaviour_policy():
     """The table of objective.md 8."""
-    table = {100: (0, 0.1, 0.1875), 208: (0, 0.208, 0.9975), 209: (0, 0.209, 0.999), 500: (0, 0.5, 0.999),
-             9000: (0, 0.5, 0.999), 74: (0, 0.074, 0)}
+    table = {
+        100: (0, 0.1, 0.1875),
+        208: (0, 0.208, 0.9975),
+        209: (0, 0.209, 0.999),
+        500: (0, 0.5, 0.999),
+        9000: (0, 0.5, 0.999),
+        74: (0, 0.074, 0),
+    }
     for step, want in table.items():
         got = [update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")]
         np.testing.assert_allclose(got, (*want, 0.9), rtol=1e-12)

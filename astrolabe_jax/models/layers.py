@@ -42,8 +42,16 @@ XAVIER = nnx.initializers.xavier_uniform()
 class Linear(nnx.Module):
     """y = x kernel + bias, plus the low-rank term (x a) b when a LoRA pair is given; computes in the dtype of x."""
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, param_dtype=jnp.float32,
-                 kernel_init=XAVIER, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype=jnp.float32,
+        kernel_init=XAVIER,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
 

@@ -18,20 +18,20 @@ from flax import nnx
 
 from astrolabe_jax import schedule as time
 from astrolabe_jax.convert.base import Net, random_base, save_base
-from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize, word_tokenizer
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize, word_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 from experiments.moving_shapes_base import common, train_vae
 
-TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 1500, "optimiser steps of the teacher")
-STUDENT_STEPS = flags.DEFINE_integer("student_steps", 1000, "optimiser steps of the student")
+TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 800, "optimiser steps of the teacher")
+STUDENT_STEPS = flags.DEFINE_integer("student_steps", 500, "optimiser steps of the student")
 OUTPUT = flags.DEFINE_string("output", "astrolabe_jax/worlds/moving_shapes/base", "where the finished base goes")
 
 BATCH = 32
-VIDEOS = 6144  # encoded clips that the teacher learns from
-TRAJECTORIES = 2048  # videos whose teacher trajectories the student learns from
+VIDEOS = 3072  # encoded clips that the teacher learns from
+TRAJECTORIES = 1024  # videos whose teacher trajectories the student learns from
 ODE_STEPS = 16
 # Chance that a word of a caption is replaced by another of its kind.
 CAPTION_NOISE = {"colour": 0.2, "shape": 0.1, "direction": 0.1, "speed": 0.35, "background": 0.1}
@@ -139,7 +139,7 @@ def train_teacher(nets, latents, prompts, tokenizer, path: Path, steps: int, see
 
 
 def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, seed: int = 4):
-    """Points `[N, 4, F, C, H, W]` of the teacher's ODE at the sampler's noise levels, and its ends `[N, F, C, H, W]`."""
+    """Points `[N, 4, F, C, H, W]` of the teacher's ODE at the sampler's levels, and ends `[N, F, C, H, W]`."""
     if not path.exists():
         levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE)) / 1000
         grid = np.union1d(time.sigmas(SCHEDULE)[:: 1000 // ODE_STEPS], levels)[::-1]

@@ -18,7 +18,7 @@ from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from experiments.moving_shapes_base import common
 
 DIRECTORY = flags.DEFINE_string("directory", "runs/moving_shapes_base", "where states and results go")
-STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimiser steps")
+STEPS = flags.DEFINE_integer("vae_steps", 1600, "optimiser steps")
 # Short clips first, for many scenes at little cost; then full ones, without which the net does not extend in time.
 SHORT_STEPS, SHORT_BATCH, SHORT_FRAMES = 700, 16, 5
 FULL_BATCH = 4

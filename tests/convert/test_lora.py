@@ -38,9 +38,10 @@ def assert_same_bytes(left, right):
 def test_names_and_orientation(adapter):
     tensors = lora.to_peft(adapter)
     assert len(tensors) == LAYERS * 20
-    product = tensors["base_model.model.blocks.1.ffn.0.lora_B.weight"] @ tensors[
-        "base_model.model.blocks.1.ffn.0.lora_A.weight"
-    ]  # [out, in], as PEFT adds it to a torch weight
+    product = (
+        tensors["base_model.model.blocks.1.ffn.0.lora_B.weight"]
+        @ tensors["base_model.model.blocks.1.ffn.0.lora_A.weight"]
+    )  # [out, in], as PEFT adds it to a torch weight
     np.testing.assert_allclose(product.T, adapter["ffn.0"]["a"][1] @ adapter["ffn.0"]["b"][1], rtol=1e-5)
 
 

@@ -152,9 +152,7 @@ def _context_entries(file: GoldenFile, group: str, result, block_tokens: int) ->
         elif "x0" in name:
             yield Entry(key, lambda: result().given[index].x0[0], ROLLOUT)
         elif "time" in name:  # one value for the block, in the reference as [B, 1]
-            yield Entry(
-                key, lambda shape=file[key].shape: np.full(shape, result().given[index].timestep[0]), EXACT
-            )
+            yield Entry(key, lambda shape=file[key].shape: np.full(shape, result().given[index].timestep[0]), EXACT)
         elif "start" in name:
             yield Entry(key, lambda shape=file[key].shape: np.full(shape, index * block_tokens), EXACT)
         elif "before" in name:

@@ -18,8 +18,6 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
             t = file[f"t_{times}"]
             velocity = functools.cache(lambda t=t, layout=layout: dit.forward(x, t, prompts, layout))
             yield Entry(f"{prefix}/{times}/flow", velocity, FORWARD)
-            yield Entry(
-                f"{prefix}/{times}/x0", lambda v=velocity, t=t: to_x0(x, v(), t, config["shift"]), FORWARD
-            )
+            yield Entry(f"{prefix}/{times}/x0", lambda v=velocity, t=t: to_x0(x, v(), t, config["shift"]), FORWARD)
         if f"{prefix}/frame_mask" in file:
             yield Entry(f"{prefix}/frame_mask", lambda layout=layout: frame_mask(layout, config["frames"]), EXACT)

@@ -17,8 +17,9 @@ from astrolabe_jax.models.wan.transformer import WanTransformer
 from tests.models import tiny
 
 
-@pytest.mark.parametrize("config, total, per_block", [(WAN_1_3B, 1_418_996_800, 46_440_704),
-                                                      (WAN_14B, 14_288_491_584, 351_394_304)])
+@pytest.mark.parametrize(
+    "config, total, per_block", [(WAN_1_3B, 1_418_996_800, 46_440_704), (WAN_14B, 14_288_491_584, 351_394_304)]
+)
 def test_parameter_counts(config, total, per_block):
     _, shapes = graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     assert parameter_count(shapes) == total
@@ -34,8 +35,9 @@ def test_sinusoid_anchors():
 def test_sinusoid_keeps_float64_accuracy_off_the_integers():
     t = np.float32([0, 0.37, 421.7, 833.3333, 999.96])
     angle = t.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(128) / 128)
-    np.testing.assert_allclose(rope.sinusoid(jnp.asarray(t), 256), np.concatenate([np.cos(angle), np.sin(angle)], -1),
-                               atol=3e-7)
+    np.testing.assert_allclose(
+        rope.sinusoid(jnp.asarray(t), 256), np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=3e-7
+    )
 
 
 def test_rope_frequency_anchors():
@@ -118,14 +120,17 @@ def _training_mask(frames, block, window, sink=0, independent=False):
     return mask
 
 
-@pytest.mark.parametrize("frames, block, window, sink, independent", [
-    (5, 1, -1, 0, False),
-    (7, 3, -1, 0, False),  # the last block is cut short
-    (7, 2, 4, 0, False),  # cut short under a window
-    (8, 2, 5, 2, False),
-    (7, 3, 4, 0, True),
-    (7, 3, 1, 0, False),  # window smaller than the block: a frame outside it sees only itself
-])
+@pytest.mark.parametrize(
+    "frames, block, window, sink, independent",
+    [
+        (5, 1, -1, 0, False),
+        (7, 3, -1, 0, False),  # the last block is cut short
+        (7, 2, 4, 0, False),  # cut short under a window
+        (8, 2, 5, 2, False),
+        (7, 3, 4, 0, True),
+        (7, 3, 1, 0, False),  # window smaller than the block: a frame outside it sees only itself
+    ],
+)
 def test_causality_by_exactly_zero_derivatives(frames, block, window, sink, independent):
     layout = Layout(block=block, window=window, sink=sink, independent_first_frame=independent)
     influence, _ = _frame_influence(layout, frames)
@@ -240,25 +245,31 @@ def test_attention_equals_the_formula():
         attention(q, k, v, backend="cudnn")
 
 
-@pytest.mark.parametrize("change, culprit", [
-    ({"block": 0}, "Layout.block"),
-    ({"window": 0}, "Layout.window"),
-    ({"sink": -1}, "Layout.sink"),
-    ({"window": 5, "sink": 3}, "cannot hold the sink"),
-    ({"positions": "rolling"}, "Layout.positions"),
-    ({"window": 12, "sink": 3, "positions": "relative", "faithful_sinks": True}, "faithful_sinks"),
-])
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        ({"block": 0}, "Layout.block"),
+        ({"window": 0}, "Layout.window"),
+        ({"sink": -1}, "Layout.sink"),
+        ({"window": 5, "sink": 3}, "cannot hold the sink"),
+        ({"positions": "rolling"}, "Layout.positions"),
+        ({"window": 12, "sink": 3, "positions": "relative", "faithful_sinks": True}, "faithful_sinks"),
+    ],
+)
 def test_layout_refuses(change, culprit):
     with pytest.raises(ValueError, match=culprit):
         Layout(**change)
 
 
-@pytest.mark.parametrize("layout, frames, culprit", [
-    (Layout(block=3), 7, "the next that fits is 9"),
-    (Layout(block=3, independent_first_frame=True), 6, "the next that fits is 7"),
-    (Layout(block=3, window=2), 6, "cannot hold a block"),
-    (Layout(block=3), 1026, "1024 absolute positions"),
-])
+@pytest.mark.parametrize(
+    "layout, frames, culprit",
+    [
+        (Layout(block=3), 7, "the next that fits is 9"),
+        (Layout(block=3, independent_first_frame=True), 6, "the next that fits is 7"),
+        (Layout(block=3, window=2), 6, "cannot hold a block"),
+        (Layout(block=3), 1026, "1024 absolute positions"),
+    ],
+)
 def test_layout_refuses_lengths(layout, frames, culprit):
     with pytest.raises(ValueError, match=culprit):
         layout.check_frames(frames)
@@ -273,8 +284,12 @@ def test_layout_of_longlive():
 
 def test_config_refuses():
     sizes = {"dim": 24, "ffn_dim": 32, "num_layers": 2, "num_heads": 2}
-    for change, culprit in (({"num_heads": 5}, "num_heads"), ({"num_layers": 0}, "num_layers"),
-                            ({"attention": "flash"}, "attention"), ({"patch_size": (2, 2, 2)}, "patch_size")):
+    for change, culprit in (
+        ({"num_heads": 5}, "num_heads"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"attention": "flash"}, "attention"),
+        ({"patch_size": (2, 2, 2)}, "patch_size"),
+    ):
         with pytest.raises(ValueError, match=culprit):
             WanConfig(**(sizes | change))
     with pytest.raises(ValueError, match="latent size"):

@@ -14,8 +14,19 @@ from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer
 
-CONFIG = WanConfig(dim=24, ffn_dim=32, num_layers=2, num_heads=2, freq_dim=16, text_dim=8, text_len=4, in_channels=4,
-                   dtype="float32", param_dtype="float32", remat=False)
+CONFIG = WanConfig(
+    dim=24,
+    ffn_dim=32,
+    num_layers=2,
+    num_heads=2,
+    freq_dim=16,
+    text_dim=8,
+    text_len=4,
+    in_channels=4,
+    dtype="float32",
+    param_dtype="float32",
+    remat=False,
+)
 LATENT_HW = (4, 4)
 FRAME = (CONFIG.in_channels, *LATENT_HW)
 
@@ -51,5 +62,6 @@ def latents(frames: int, batch: int = 1, seed: int = 0) -> np.ndarray:
 def adapter(rank: int = 2, seed: int = 50) -> dict:
     """A random adapter whose b is not zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32),
-                        adapter_shapes(CONFIG, rank))
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), adapter_shapes(CONFIG, rank)
+    )

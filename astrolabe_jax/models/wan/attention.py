@@ -24,14 +24,26 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str 
         on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
         backend = "cudnn" if on_gpu and fused else "xla"
     if backend == "cudnn" and not fused:
-        raise ValueError(f"cudnn attention needs 16-bit inputs and no mask, got {q.dtype}"
-                         f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'")
+        raise ValueError(
+            f"cudnn attention needs 16-bit inputs and no mask, got {q.dtype}"
+            f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'"
+        )
     mask = None if mask is None else jnp.asarray(mask)[None, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
 
 
-def block_causal_attention(q, k, v, blocks: Sequence[Block], frame_tokens: int, *, context=None, sink: int = 0,
-                           sink_tables=None, backend: str = "auto") -> jax.Array:
+def block_causal_attention(
+    q,
+    k,
+    v,
+    blocks: Sequence[Block],
+    frame_tokens: int,
+    *,
+    context=None,
+    sink: int = 0,
+    sink_tables=None,
+    backend: str = "auto",
+) -> jax.Array:
     """Attention of each block's queries to the frames it sees. q, k, v [B, F L, A, K] -> [B, F L, A, K].
 
     context: (k, v) of the clean stream, same shape; frames before a block are then read from it, and only the block
@@ -50,7 +62,7 @@ def block_causal_attention(q, k, v, blocks: Sequence[Block], frame_tokens: int, 
                 piece = rotate(piece, tuple(table[tokens] for table in sink_tables[i]))
             keys.append(piece)
             values.append(v_source[:, tokens])
-        queries = q[:, block.start * frame_tokens: block.stop * frame_tokens]
+        queries = q[:, block.start * frame_tokens : block.stop * frame_tokens]
         outputs.append(attention(queries, _join(keys), _join(values), mask, backend))
     return _join(outputs)
 

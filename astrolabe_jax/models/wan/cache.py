@@ -49,8 +49,15 @@ class View(NamedTuple):
         return min(max(self.layout.sink - self.start, 0), self.frames)
 
 
-def init_cache(config: WanConfig, layout: Layout, batch: int, frames: int, latent_hw: tuple[int, int], dtype=None,
-               slots: int | None = None) -> Cache:
+def init_cache(
+    config: WanConfig,
+    layout: Layout,
+    batch: int,
+    frames: int,
+    latent_hw: tuple[int, int],
+    dtype=None,
+    slots: int | None = None,
+) -> Cache:
     """An empty cache for a video of `frames` frames. dtype: config.dtype unless given.
 
     It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also those evicted.
@@ -59,8 +66,10 @@ def init_cache(config: WanConfig, layout: Layout, batch: int, frames: int, laten
     if slots is None:
         slots = min(layout.capacity, frames)
     elif slots < min(layout.capacity, frames) or layout.capacity < slots < frames:
-        raise ValueError(f"a cache of {slots} slots fits neither the window of {layout.capacity} frames nor all "
-                         f"{frames} frames; give one of these")
+        raise ValueError(
+            f"a cache of {slots} slots fits neither the window of {layout.capacity} frames nor all "
+            f"{frames} frames; give one of these"
+        )
     h, w = config.grid(latent_hw)
     shape = (config.num_layers, batch, slots * h * w, config.num_heads, config.head_dim)
     dtype = config.dtype if dtype is None else dtype
@@ -88,10 +97,10 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
         if frozen:
             old = jax.lax.dynamic_slice(buffer, (layer, 0, view.start * length, 0, 0), (1, *new.shape))[0]
             kept = jnp.where(first_pass, new[:, : frozen * length], old[:, : frozen * length])
-            new = jnp.concatenate([kept, new[:, frozen * length:]], axis=1)
+            new = jnp.concatenate([kept, new[:, frozen * length :]], axis=1)
         for i in range(0, view.frames, unit):
             slot = _slot(view.start + i, layout, view.slots)
-            piece = new[None, :, i * length: (i + unit) * length]
+            piece = new[None, :, i * length : (i + unit) * length]
             buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, 0, slot * length, 0, 0))
         return buffer
 
@@ -106,8 +115,8 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     length = view.frame_tokens
     k, v = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in cache)
     ranges = _visible_slots(view)
-    keys = [k[:, lo * length: hi * length] for lo, hi in ranges]
-    values = [v[:, lo * length: hi * length] for lo, hi in ranges]
+    keys = [k[:, lo * length : hi * length] for lo, hi in ranges]
+    values = [v[:, lo * length : hi * length] for lo, hi in ranges]
     if sink_table is not None:
         raw = min(view.layout.sink, ranges[0][1]) * length
         sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
@@ -115,8 +124,15 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     return _join(keys), _join(values)
 
 
-def reference_order(cache: Cache, layer: int, layout: Layout, end: int, config: WanConfig, latent_hw: tuple[int, int],
-                    rotated: bool = True) -> tuple[jax.Array, jax.Array]:
+def reference_order(
+    cache: Cache,
+    layer: int,
+    layout: Layout,
+    end: int,
+    config: WanConfig,
+    latent_hw: tuple[int, int],
+    rotated: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """One layer's keys and values [B, n L, A, K] after a rollout to frame `end`, in the published code's slot order.
 
     That order is the sink, then the frames of the window, oldest first. rotated: keys rotated at absolute frames (the
@@ -149,8 +165,10 @@ def _slot(frame, layout, slots):
 def _unit(view):
     """Frames written in one piece: the whole block where blocks never straddle the ring's end."""
     if view.slots != view.layout.capacity:
-        raise ValueError(f"the cache of {view.slots} frames is full and smaller than the window of "
-                         f"{view.layout.capacity}; allocate it for the whole length with init_cache")
+        raise ValueError(
+            f"the cache of {view.slots} frames is full and smaller than the window of "
+            f"{view.layout.capacity}; allocate it for the whole length with init_cache"
+        )
     return view.frames if view.frames == 1 else view.layout.write_unit()
 
 

@@ -55,8 +55,9 @@ class WanConfig:
         """Patch grid (h, w) of latents of (H, W); their product is L, the tokens of a frame."""
         (rows, cols), (_, ph, pw) = latent_hw, self.patch_size
         if rows % ph or cols % pw:
-            raise ValueError(f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; "
-                             "change the video size")
+            raise ValueError(
+                f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; change the video size"
+            )
         return rows // ph, cols // pw
 
 
@@ -104,13 +105,16 @@ class Layout:
         if self.sink < 0:
             raise ValueError(f"Layout.sink is {self.sink}; it must not be negative")
         if self.sink and self.capacity < self.sink + self.block:
-            raise ValueError(f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a block of "
-                             f"{self.block}; raise the window to at least {self.sink + self.block}")
+            raise ValueError(
+                f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a block of "
+                f"{self.block}; raise the window to at least {self.sink + self.block}"
+            )
         if self.positions not in ("absolute", "relative"):
             raise ValueError(f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'")
         if self.faithful_sinks and self.sink_moves:
-            raise ValueError("Layout.faithful_sinks reproduces the class with absolute positions; "
-                             "use positions='absolute' with it")
+            raise ValueError(
+                "Layout.faithful_sinks reproduces the class with absolute positions; use positions='absolute' with it"
+            )
 
     @property
     def capacity(self) -> int:
@@ -151,14 +155,19 @@ class Layout:
         first = 1 if self.independent_first_frame else 0
         if frames < 1 or (frames - first) % self.block:
             fits = first + -(-max(frames - first, 1) // self.block) * self.block
-            raise ValueError(f"{frames} frames are not a whole number of blocks of {self.block}"
-                             f"{' after the independent first frame' if first else ''}; the next that fits is {fits}")
+            raise ValueError(
+                f"{frames} frames are not a whole number of blocks of {self.block}"
+                f"{' after the independent first frame' if first else ''}; the next that fits is {fits}"
+            )
         if self.capacity < self.block:
-            raise ValueError(f"a window of {self.capacity} frames cannot hold a block of {self.block}; "
-                             "raise the window")
+            raise ValueError(
+                f"a window of {self.capacity} frames cannot hold a block of {self.block}; raise the window"
+            )
         if self.positions == "absolute" and frames > ABSOLUTE_LIMIT:
-            raise ValueError(f"{frames} frames exceed the {ABSOLUTE_LIMIT} absolute positions; "
-                             "use positions='relative' for longer videos")
+            raise ValueError(
+                f"{frames} frames exceed the {ABSOLUTE_LIMIT} absolute positions; "
+                "use positions='relative' for longer videos"
+            )
 
     def write_unit(self) -> int:
         """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its end or the sink."""

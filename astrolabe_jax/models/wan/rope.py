@@ -56,8 +56,9 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
     angle = (t - whole)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
     index = whole.astype(jnp.int32)
     cos, sin = jnp.asarray(coarse_cos)[index], jnp.asarray(coarse_sin)[index]
-    return jnp.concatenate([cos * jnp.cos(angle) - sin * jnp.sin(angle),
-                            sin * jnp.cos(angle) + cos * jnp.sin(angle)], axis=-1)
+    return jnp.concatenate(
+        [cos * jnp.cos(angle) - sin * jnp.sin(angle), sin * jnp.cos(angle) + cos * jnp.sin(angle)], axis=-1
+    )
 
 
 @cache

@@ -99,8 +99,13 @@ class Head(nnx.Module):
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(_modulation(config, 2, rngs))
-        self.linear = Linear(config.dim, config.patch_dim, param_dtype=config.param_dtype,
-                             kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.linear = Linear(
+            config.dim,
+            config.patch_dim,
+            param_dtype=config.param_dtype,
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=rngs,
+        )
         self.eps = config.eps
 
     def __call__(self, x, e):
@@ -148,8 +153,18 @@ class WanTransformer(nnx.Module):
         _, (k, v) = jax.lax.scan(body, None, (layers, scaled(adapter, lora_scale)))
         return KeyValues(k, v)
 
-    def __call__(self, x, t, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout,
-                 context: KeyValues | None = None, start=0):
+    def __call__(
+        self,
+        x,
+        t,
+        text: KeyValues,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
+        context: KeyValues | None = None,
+        start=0,
+    ):
         """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be short.
 
         x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same adapter.
@@ -170,8 +185,19 @@ class WanTransformer(nnx.Module):
         _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, start, keep=True)
         return KeyValues(*kept)
 
-    def step(self, x, t, text: KeyValues, cache: kv.Cache, start, adapter=None, lora_scale=1.0, *, layout: Layout,
-             first_pass=True):
+    def step(
+        self,
+        x,
+        t,
+        text: KeyValues,
+        cache: kv.Cache,
+        start,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
+        first_pass=True,
+    ):
         """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the block's keys written).
 
         start: first frame of the block. A Python int reads exactly the frames that exist; a traced start is allowed
@@ -207,8 +233,17 @@ class WanTransformer(nnx.Module):
 
         def attend(q, k, v, cache, layer, context):
             k = self._stored_keys(k, table, sink, length)
-            y = block_causal_attention(rotate(q, table), k, v, blocks, length, context=context, sink=sink,
-                                       sink_tables=sink_tables, backend=self.config.attention)
+            y = block_causal_attention(
+                rotate(q, table),
+                k,
+                v,
+                blocks,
+                length,
+                context=context,
+                sink=sink,
+                sink_tables=sink_tables,
+                backend=self.config.attention,
+            )
             return y, cache, (k, v) if keep else None
 
         tokens, e, _, kept = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, context=context)
