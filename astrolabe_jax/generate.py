@@ -88,6 +88,7 @@ def _sample(run: Run, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Ar
         adapter,
         text,
         keys,
+        mesh=run.mesh,
         latent_shape=run.latent_shape,
         layout=run.layout,
         sampler=run.sampler,
@@ -95,11 +96,13 @@ def _sample(run: Run, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Ar
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "latent_shape", "layout", "sampler", "lora_scale"))
-def _rollout(graphdef: Any, params, adapter, text, keys, *, latent_shape, layout, sampler, lora_scale) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "latent_shape", "layout", "sampler", "lora_scale"))
+def _rollout(
+    graphdef: Any, params, adapter, text, keys, *, mesh, latent_shape, layout, sampler, lora_scale
+) -> jax.Array:
     frames, channels, *latent_hw = latent_shape
     draw = noise_from_keys(keys, (channels, *latent_hw))
-    latents, _ = rollout(
+    latents, _ = sharding.on_mesh(mesh, rollout)(
         graphdef,
         params,
         adapter,
