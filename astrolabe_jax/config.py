@@ -258,7 +258,7 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
         if flat[field] not in choices:
             yield f"config.{field} is {flat[field]!r}; expected one of {', '.join(choices)}"
     for field, (least, most) in _BOUNDS.items():
-        if not least <= flat[field] <= most:
+        if not least <= flat[field] <= most or math.isinf(flat[field]):
             upper = "" if most == math.inf else f" and at most {most}"
             yield f"config.{field} is {flat[field]}; expected at least {least}{upper}"
     for field in _POSITIVE:
@@ -271,7 +271,9 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
         if not 0 <= flat[field] < 1:
             yield f"config.{field} is {flat[field]}; expected a number in [0, 1)"
     steps = list(config.sampler.steps)
-    if not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[-1] and steps[0] <= 1000):
+    if any(isinstance(step, bool) or not isinstance(step, int | float) for step in steps):
+        yield f"config.sampler.steps is {tuple(steps)}; expected numbers"
+    elif not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[-1] and steps[0] <= 1000):
         yield f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing"
     if config.eval.shown > config.eval.videos:
         yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"

@@ -26,7 +26,9 @@ def listening() -> Iterator[Callable[[], None]]:
         if received:
             raise Stopped(received[0])
 
-    before = {number: signal.signal(number, note) for number in signals}
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        signal.signal(number, note)
     try:
         yield check
     finally:

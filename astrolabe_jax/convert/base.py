@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import nnx
 
@@ -101,14 +102,18 @@ def configs(base: str, **numerics) -> dict[str, Any]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         if unknown := set(values) - fields:
             raise ValueError(f"{directory_of(base) / 'config.json'}: unknown fields of {name}: {sorted(unknown)}")
-        parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
+        try:
+            parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
+        except (TypeError, ValueError) as error:  # TypeError: a field is missing
+            raise ValueError(f"{directory_of(base) / 'config.json'}, {name}: {error}") from None
     return parts
 
 
 def load_base(base: str, **numerics) -> Base:
     """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault."""
     directory, digest, nets = directory_of(base), hashlib.sha256(), {}
-    digest.update((directory / "config.json").read_bytes())
+    for path in sorted(directory / name for name in ("config.json", "tokenizer.json", "spiece.model")):
+        digest.update(path.read_bytes() if path.is_file() else b"")
     for name, config in configs(base, **numerics).items():
         path = directory / f"{name}.safetensors"
         if not path.is_file():
@@ -118,7 +123,11 @@ def load_base(base: str, **numerics) -> Base:
         part = _PARTS[name]
         graphdef, _ = layers.graphdef_of(lambda part=part, config=config: part.module(config, rngs=nnx.Rngs(0)))
         try:
-            params = part.load(safetensors.numpy.load(content), config)
+            tensors = safetensors.numpy.load(content)
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
+            raise ValueError(f"{path} cannot be read: {error}; expected a whole file of F32 or F16 tensors") from None
+        try:
+            params = part.load(tensors, config)
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from None
         nets[name] = Net(graphdef, params, config)

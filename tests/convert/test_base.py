@@ -1,0 +1,83 @@
+"""Base directories: what is written is read, and whatever is wrong is named."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from astrolabe_jax.convert.base import load_base, save_base
+from astrolabe_jax.convert.engine import ConversionError
+from tests.tiny_base import write_tiny_base
+
+FLOAT32 = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def directory(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "base")
+
+
+def test_a_base_written_again_is_the_same(directory, tmp_path):
+    base = load_base(str(directory), **FLOAT32)
+    save_base(
+        tmp_path / "again",
+        base.transformer,
+        base.vae,
+        base.text,
+        (directory / "tokenizer.json").read_text(),
+        np.float32,
+    )
+    again = load_base(str(tmp_path / "again"), **FLOAT32)
+    assert again.identity == base.identity
+    for net, other in zip(base[:3], again[:3], strict=True):
+        assert net.config == other.config
+        jax.tree.map(np.testing.assert_array_equal, net.params, other.params)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vae.safetensors", "config.json"])
+def test_every_file_is_part_of_the_identity(directory, name):
+    before = load_base(str(directory), **FLOAT32).identity
+    path = directory / name
+    if name.endswith(".json"):
+        path.write_text(path.read_text() + "\n")
+    else:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert load_base(str(directory), **FLOAT32).identity != before
+
+
+def test_faults_name_the_file_and_the_field(directory):
+    config = json.loads((directory / "config.json").read_text())
+
+    def rewrite(change):
+        changed = json.loads(json.dumps(config))
+        change(changed)
+        (directory / "config.json").write_text(json.dumps(changed))
+
+    rewrite(lambda c: c["transformer"].pop("dim"))
+    with pytest.raises(ValueError, match="config.json, transformer: .*dim"):
+        load_base(str(directory), **FLOAT32)
+    rewrite(lambda c: c["vae"].update(colour=1))
+    with pytest.raises(ValueError, match="unknown fields of vae: .'colour'."):
+        load_base(str(directory), **FLOAT32)
+    rewrite(lambda c: c["transformer"].update(num_layers=3))
+    with pytest.raises(ConversionError, match="transformer.safetensors: .*\n.*missing tensor: blocks.2"):
+        load_base(str(directory), **FLOAT32)
+    rewrite(lambda c: None)
+    path = directory / "vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="vae.safetensors cannot be read"):
+        load_base(str(directory), **FLOAT32)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="vae.safetensors"):
+        load_base(str(directory), **FLOAT32)
+    with pytest.raises(FileNotFoundError, match="expected a shipped base .moving_shapes. or a directory"):
+        load_base("no_such_base", **FLOAT32)
