@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, for example configs/moving_shapes.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a cluster before starting")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before starting; experimental, see README")
 flags.mark_flag_as_required("config")
 
 

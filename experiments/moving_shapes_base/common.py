@@ -1,6 +1,5 @@
 """What the stages of the base model share: resumable training state, and the world's clips as batches."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,8 @@ import numpy as np
 from absl import logging
 from flax import serialization
 
+from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside `path` first, so that a killed run leaves the previous file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def train(path: Path, state, step: Callable, steps: int, save_every: int = 100, log_every: int = 25):
@@ -26,6 +18,7 @@ def train(path: Path, state, step: Callable, steps: int, save_every: int = 100, 
 
     `step` must draw everything it needs from its step number, so that a resumed run equals an unbroken one.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     first = 0
     if path.exists():
         saved = serialization.msgpack_restore(path.read_bytes())
@@ -41,7 +34,7 @@ def train(path: Path, state, step: Callable, steps: int, save_every: int = 100, 
             logging.info("%s %d/%d %s %.2f s/step, %.1f min left", path.name, i + 1, steps, values, rate, left)
         if (i + 1) % save_every == 0 or i + 1 == steps:
             host = serialization.to_state_dict(jax.device_get(state))
-            write_atomically(path, serialization.msgpack_serialize({"step": i + 1, "state": host}))
+            write_atomic(path, serialization.msgpack_serialize({"step": i + 1, "state": host}))
     return state
 
 
