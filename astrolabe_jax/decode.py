@@ -5,24 +5,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from astrolabe_jax import sharding
 from astrolabe_jax.models import layers
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"))
-def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"))
+def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int, mesh: Mesh) -> jax.Array:
     """Latents [B, F, C, H, W] -> frames [B, T, height, width, 3] uint8, the same for every `chunk`.
 
     `chunk` latent frames are decoded at a time: besides the frames themselves, memory does not grow with the length.
-    The first chunk takes the remainder, so that two shapes are compiled at most.
+    The first chunk takes the remainder, so that two shapes are compiled at most. Samples are split over all devices of
+    the mesh; every device decodes its own with a whole copy of the VAE.
     """
-    model = layers.merge(graphdef, params)
+    return sharding.on_mesh(mesh, _decode)(graphdef, params, latents, chunk)
+
+
+def _decode(graphdef, params, latents, chunk):
+    latents, model = sharding.by_sample(latents), layers.merge(graphdef, params)
     count = latents.shape[1]
     first = (count - 1) % chunk + 1
     pixels, stream = model.decode(latents[:, :first])
     frames = to_uint8(pixels)
     if first == count:
-        return frames
+        return sharding.by_sample(frames)
 
     def step(stream, latents):
         pixels, stream = layers.merge(graphdef, params).decode(latents, stream)
@@ -32,7 +39,8 @@ def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int) -> ja
     rest = jnp.moveaxis(rest.reshape(rest.shape[0], -1, chunk, *rest.shape[2:]), 1, 0)
     _, chunks = jax.lax.scan(step, stream, rest)
     chunks = jnp.moveaxis(chunks, 0, 1)
-    return jnp.concatenate([frames, chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])], axis=1)
+    rest = chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+    return sharding.by_sample(jnp.concatenate([frames, rest], axis=1))
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:

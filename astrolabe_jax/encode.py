@@ -16,13 +16,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from astrolabe_jax import sharding
 from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import tokenize
 from astrolabe_jax.models.umt5 import UMT5Config
 
-_BATCH = 8  # prompts per call; the last call is filled up, so that one shape is compiled and one rounding exists
+_BATCH = 8  # prompts per call, or the next multiple of the devices; the last call is filled up: one shape, one rounding
 
 
 def encode_prompts(
@@ -31,12 +33,14 @@ def encode_prompts(
     tokenizer: Any,
     prompts: Sequence[str],
     config: UMT5Config,
+    mesh: Mesh,
     cache_dir: Path | str | None = None,
 ) -> np.ndarray:
     """Text embeddings [G, S, E] float32 of G prompts, zero beyond each prompt's end token; S is config.text_len.
 
-    With `cache_dir` the result is read from, or written to, a file named after the content hash. Raises ValueError
-    for a prompt of more than S tokens (the published code truncates it silently).
+    The prompts of a call are split over all devices of the mesh; `params` may be split over its `fsdp` axis. With
+    `cache_dir` the result is read from, or written to, a file named after the content hash. Raises ValueError for a
+    prompt of more than S tokens (the published code truncates it silently).
     """
     ids, mask = tokenize(tokenizer, prompts, config.text_len)
     path = None
@@ -44,21 +48,25 @@ def encode_prompts(
         path = Path(cache_dir) / f"text_{_content_hash(config, params, ids, mask)}.npz"
         if path.exists():
             return _read_cache(path, mask)
-    chunks = []
-    for start in range(0, len(ids), _BATCH):
-        part = [array[start : start + _BATCH] for array in (ids, mask)]
-        fill = _BATCH - len(part[0])
+    chunks, size = [], -(-_BATCH // mesh.size) * mesh.size
+    for start in range(0, len(ids), size):
+        part = [array[start : start + size] for array in (ids, mask)]
+        fill = size - len(part[0])
         part = [np.concatenate([array, np.repeat(array[:1], fill, axis=0)]) for array in part]
-        chunks.append(np.asarray(_encode(graphdef, params, *part), np.float32)[: _BATCH - fill])
+        encoded = _encode(graphdef, params, *sharding.shard_batch(mesh, part), mesh=mesh)
+        chunks.append(sharding.to_host(encoded).astype(np.float32)[: size - fill])
     embeddings = np.concatenate(chunks) if chunks else np.zeros((0, config.text_len, config.dim), np.float32)
     if path is not None:
         _write_cache(path, embeddings, mask)
     return embeddings
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef, params, ids, mask):
-    return layers.merge(graphdef, params).embed(ids, mask)
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
+def _encode(graphdef, params, ids, mask, *, mesh):
+    def embed(params, ids, mask):
+        return sharding.by_sample(layers.merge(graphdef, params).embed(ids, mask))
+
+    return sharding.on_mesh(mesh, embed)(params, ids, mask)
 
 
 def _content_hash(config: UMT5Config, params: dict, ids: np.ndarray, mask: np.ndarray) -> str:
@@ -68,7 +76,7 @@ def _content_hash(config: UMT5Config, params: dict, ids: np.ndarray, mask: np.nd
         digest.update(array.tobytes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.asarray(leaf.reshape(-1)[:: max(1, leaf.size // 4096)]).tobytes())
+        digest.update(sharding.to_host(leaf.reshape(-1)[:: max(1, leaf.size // 4096)]).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -21,7 +21,7 @@ from astrolabe_jax.types import PromptBatch
 
 
 class RewardError(Exception):
-    """A reward is not finite or cannot be had; the message names it and the sample."""
+    """A reward is not finite or cannot be had; the message names it and the sample, by its number in the epoch."""
 
 
 class Videos(NamedTuple):
@@ -44,7 +44,9 @@ def encode_texts(run: Run, batch: PromptBatch, progress: Progress, cache_dir: Pa
     _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
     net, texts = run.base.text, [batch.texts[i] for i in first]
     with progress.phase("encode"):
-        embeddings = encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, cache_dir)
+        embeddings = encode.encode_prompts(
+            net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh, cache_dir
+        )
     return Texts(embeddings, row.astype(np.int32))
 
 
@@ -53,7 +55,7 @@ def generate(
 ) -> Iterator[Videos]:
     """Samples, decodes and scores every video of `batch` with the policy `adapter`, from one key [B] per video.
 
-    Raises RewardError for a reward that is not finite.
+    Raises RewardError for a reward that is not finite, FloatingPointError for latents that are not.
     """
     size, count = run.config.sampler.batch, len(batch.texts)
     starts = range(0, count, size)
@@ -62,22 +64,45 @@ def generate(
         with progress.phase("rollout"):
             placed = sharding.shard_batch(run.mesh, (texts.embeddings[texts.row[videos]], keys[videos]))
             latents = jax.block_until_ready(_sample(run, adapter, *placed))
-        yield score(run, latents, batch.part(slice(start, start + size)), progress)
+        yield score(run, latents, batch.part(slice(start, start + size)), progress, start)
         progress.tick(what, i + 1, len(starts))
 
 
-def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress) -> Videos:
-    """Decodes latents of at least B videos and scores the first B, those of `batch`."""
+def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, first: int) -> Videos:
+    """Decodes latents of at least B videos and scores the first B, those of `batch`.
+
+    first: number of the first one among the videos of its epoch or evaluation, for errors, which are those of
+    `generate`.
+    """
     vae = run.base.vae
     with progress.phase("decode"):
-        frames = decode(vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk)
+        _refuse_non_finite(latents, batch, first)
+        frames = decode(vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk, mesh=run.mesh)
         frames = sharding.to_host(frames)[: len(batch.texts)]
     with progress.phase("rewards"):
         try:
-            values = rewards.score(run.config.rewards, frames, batch.texts)
+            values = rewards.score(run.config.rewards, frames, batch.texts, first)
         except ValueError as error:
             raise RewardError(f"{error}; nothing was learnt from this epoch") from error
     return Videos(latents, frames, values)
+
+
+def _refuse_non_finite(latents: jax.Array, batch: PromptBatch, first: int) -> None:
+    """FloatingPointError that names the sample: decoded, such latents would be black frames, and scored as such."""
+    finite = sharding.to_host(_finite(latents))[: len(batch.texts)]
+    if len(bad := np.flatnonzero(~finite)):
+        index = int(bad[0])
+        others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise FloatingPointError(
+            f"the latents of sample {first + index} (prompt {batch.texts[index]!r}){others} are not finite; they were "
+            "not scored; lower optimiser.learning_rate or use model.dtype=float32"
+        )
+
+
+@jax.jit
+def _finite(latents: jax.Array) -> jax.Array:
+    """[B, ...] -> [B] bool."""
+    return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
 
 
 def _sample(run: Run, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Array:
@@ -114,4 +139,4 @@ def _rollout(
         sampler=sampler,
         lora_scale=lora_scale,
     )
-    return latents.astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(latents.astype(jnp.float32), sharding.batch_sharding(mesh))

@@ -1,8 +1,9 @@
 """One mesh, one table of rules: where every array of a run lives. Computation follows the data (spec/platform.md 4).
 
 The batch is split over all devices, so that each runs its own samples; what is large and frozen is split over the
-`fsdp` axis besides, and gathered layer by layer where it is used. All placing functions take host arrays that are
-equal on every process, and each process uploads only the parts of its own devices.
+`fsdp` axis besides, and gathered layer by layer where it is used (transformer and text encoder; the VAE is small and
+replicated). All placing functions take host arrays that are equal on every process, and each process uploads only the
+parts of its own devices.
 """
 
 import functools
@@ -21,8 +22,8 @@ AXES = ("data", "fsdp")
 FSDP = "fsdp"
 
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all others, which are
-# vectors, and the adapters, which are trained, are replicated.
-SPLIT_PARAMS = re.compile(r"\['(kernel|embedding)'\]$")
+# vectors and small tables, and the adapters, which are trained, are replicated.
+SPLIT_PARAMS = re.compile(r"\['kernel'\]$|(?<!\['position_bias'\])\['embedding'\]$")
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:
@@ -102,7 +103,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The function, to be jitted, traced with the mesh known to `gathered`."""
+    """The function, to be jitted, traced with the mesh known to `gathered` and `by_sample`."""
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
@@ -121,6 +122,12 @@ def gathered(param: jax.Array) -> jax.Array:
     if mesh.empty or mesh.shape[FSDP] == 1:
         return param
     return jax.lax.with_sharding_constraint(param, P())
+
+
+def by_sample(x: jax.Array) -> jax.Array:
+    """Activations [B, ...] with whole samples on every device, under `on_mesh`; elsewhere as they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(AXES))
 
 
 def to_host(tree: Any) -> Any:

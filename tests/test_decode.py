@@ -1,4 +1,6 @@
-"""Decoding in chunks gives the frames of decoding at once, truncated to bytes."""
+"""Decoding in chunks gives the frames of decoding at once, truncated to bytes, on any number of devices."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from astrolabe_jax import sharding
 from astrolabe_jax.decode import decode, to_uint8
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+from tests.meshes import ONE, mesh_of
 
 SIZES = {"dim": 4, "z_dim": 4, "dim_mult": (1, 1, 2, 2), "num_res_blocks": 1}
 CONFIG = VaeConfig(**SIZES, latent_mean=(0.1,) * 4, latent_std=(2.0,) * 4)
@@ -27,7 +31,7 @@ def latents(frames, batch=2):
 def test_chunks_change_nothing(vae, frames, chunk):
     x = latents(frames)
     whole = np.asarray(jax.jit(lambda params, x: layers.merge(vae[0], params).decode(x)[0])(vae[1], x))
-    got = np.asarray(decode(*vae, x, chunk=chunk))
+    got = np.asarray(decode(*vae, x, chunk=chunk, mesh=ONE))
     assert got.shape == (2, CONFIG.pixel_frames(frames), 16, 24, 3) and got.dtype == np.uint8
     exact = (np.clip(whole * 0.5 + 0.5, 0, 1) * 255.0).astype(np.float64)
     # Truncation: a byte may differ from the whole decode only where rounding straddles a whole number.
@@ -38,18 +42,33 @@ def test_chunks_change_nothing(vae, frames, chunk):
 
 def test_videos_do_not_depend_on_their_batch(vae):
     x = latents(4, batch=3)
-    assert np.array_equal(decode(*vae, x, chunk=2)[1:2], decode(*vae, x[1:2], chunk=2))
+    alone = decode(*vae, x[1:2], chunk=2, mesh=ONE)
+    assert np.array_equal(decode(*vae, x, chunk=2, mesh=ONE)[1:2], alone)
 
 
 def test_working_memory_does_not_grow_with_the_length(vae):
     """Temporaries beyond the frames themselves: a hundred times the length, not even twice the memory."""
 
     def temporaries(frames):
-        stats = decode.lower(*vae, jax.ShapeDtypeStruct((1, frames, 4, 2, 3), jnp.float32), chunk=3).compile()
-        stats = stats.memory_analysis()
+        shape = jax.ShapeDtypeStruct((1, frames, 4, 2, 3), jnp.float32)
+        stats = decode.lower(*vae, shape, chunk=3, mesh=ONE).compile().memory_analysis()
         return stats.temp_size_in_bytes - 2 * stats.output_size_in_bytes
 
     assert temporaries(300) < 2 * temporaries(9) + 100_000
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_every_device_decodes_its_own_videos_and_talks_to_nobody(vae, data, fsdp):
+    (graphdef, params), mesh = vae, mesh_of(data, fsdp)
+    x = np.asarray(latents(5, batch=16))
+    placed = sharding.replicate(mesh, params), sharding.shard_batch(mesh, x)
+    got = decode(graphdef, *placed, chunk=2, mesh=mesh)
+    assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh), got.ndim)
+    assert {shard.data.shape[0] for shard in got.addressable_shards} == {2}
+    want = np.asarray(decode(*vae, x, chunk=2, mesh=ONE))
+    assert np.abs(np.asarray(got).astype(int) - want).max() <= 1 and (got != want).mean() < 1e-3  # truncated bytes
+    program = decode.lower(graphdef, *placed, chunk=2, mesh=mesh).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
 
 
 def test_bytes_are_truncated_and_clipped():

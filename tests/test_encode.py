@@ -8,10 +8,11 @@ import pytest
 import sentencepiece
 from flax import nnx
 
-from astrolabe_jax import encode
+from astrolabe_jax import encode, sharding
 from astrolabe_jax.models import layers
 from astrolabe_jax.models import tokenizer as tokenizers
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
+from tests.meshes import ONE, mesh_of
 
 WORDS = ["a", "red", "blue", "circle", "moving", "left"]
 PROMPTS = ["a red circle", "a blue circle moving left", "", "red"]
@@ -58,21 +59,16 @@ def test_an_over_long_prompt_is_refused_with_its_index(tokenizer):
         ("A Red Circle.", "A Red Circle."),
         ("salt &amp;amp; pepper &lt;b&gt;", "salt & pepper <b>"),
         ("a\u3000b\u00a0c", "a b c"),
+        ("a \u201cred\u201d one", 'a "red" one'),
+        ("caf\u00c3\u00a9", "caf\u00e9"),
     ],
 )
 def test_cleaning(text, cleaned):
     assert tokenizers.clean(text) == cleaned
 
 
-def test_curly_quotes_are_straightened_only_with_ftfy(monkeypatch):
-    with_ftfy = tokenizers.clean("a \u201cred\u201d one")
-    assert with_ftfy == ('a "red" one' if tokenizers.ftfy else "a \u201cred\u201d one")
-    monkeypatch.setattr(tokenizers, "ftfy", None)
-    assert tokenizers.clean("a \u201cred\u201d one") == "a \u201cred\u201d one"
-
-
 def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
-    got = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG)
+    got = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE)
     assert got.shape == (4, CONFIG.text_len, CONFIG.dim) and got.dtype == np.float32
     lengths = [int(np.flatnonzero(np.any(row != 0, axis=-1))[-1]) + 1 for row in got]
     assert lengths == [4, 6, 1, 2]
@@ -80,32 +76,46 @@ def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
 
 def test_an_embedding_depends_on_its_prompt_alone(tokenizer, model):
     many = [PROMPTS[i % 4] for i in range(11)]  # more than one batch, the last one filled up
-    got = encode.encode_prompts(*model, tokenizer, many, CONFIG)
-    alone = [encode.encode_prompts(*model, tokenizer, [prompt], CONFIG)[0] for prompt in PROMPTS]
+    got = encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE)
+    alone = [encode.encode_prompts(*model, tokenizer, [prompt], CONFIG, ONE)[0] for prompt in PROMPTS]
     for i, row in enumerate(got):
         np.testing.assert_array_equal(row, alone[i % 4])
 
 
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
+    """Prompts are split over all devices, large parameters over fsdp; eleven prompts fill two calls of eight."""
+    graphdef, params = model
+    many, mesh = [PROMPTS[i % 4] for i in range(11)], mesh_of(data, fsdp)
+    placed = sharding.shard_params(mesh, params)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed)) == (fsdp > 1)
+    got = encode.encode_prompts(graphdef, placed, tokenizer, many, CONFIG, mesh)
+    np.testing.assert_allclose(got, encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE), atol=2e-6)
+    ids_mask = sharding.shard_batch(mesh, tokenizers.tokenize(tokenizer, many[:8], CONFIG.text_len))
+    spec = encode._encode(graphdef, placed, *ids_mask, mesh=mesh).sharding
+    assert spec.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+
+
 def test_no_prompts_give_an_empty_batch(tokenizer, model):
-    assert encode.encode_prompts(*model, tokenizer, [], CONFIG).shape == (0, CONFIG.text_len, CONFIG.dim)
+    assert encode.encode_prompts(*model, tokenizer, [], CONFIG, ONE).shape == (0, CONFIG.text_len, CONFIG.dim)
 
 
 def test_the_cache_is_read_back_bit_for_bit(tokenizer, model, tmp_path, monkeypatch):
-    first = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, tmp_path)
+    first = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE, tmp_path)
     (file,) = tmp_path.iterdir()
     assert file.suffix == ".npz"
 
-    def not_again(*arguments):
+    def not_again(*arguments, **options):
         raise AssertionError("the encoder ran although the embeddings are on disk")
 
     monkeypatch.setattr(encode, "_encode", not_again)
-    np.testing.assert_array_equal(encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, tmp_path), first)
+    np.testing.assert_array_equal(encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE, tmp_path), first)
 
 
 @pytest.mark.parametrize("change", ["prompts", "weights", "config"])
 def test_the_cache_is_not_shared_between_different_contents(tokenizer, model, tmp_path, change):
     graphdef, params = model
-    encode.encode_prompts(graphdef, params, tokenizer, PROMPTS, CONFIG, tmp_path)
+    encode.encode_prompts(graphdef, params, tokenizer, PROMPTS, CONFIG, ONE, tmp_path)
     prompts, config = PROMPTS, CONFIG
     if change == "prompts":
         prompts = PROMPTS[::-1]
@@ -114,8 +124,8 @@ def test_the_cache_is_not_shared_between_different_contents(tokenizer, model, tm
     else:
         config = dataclasses.replace(CONFIG, max_distance=64)
         graphdef, _ = layers.graphdef_of(lambda: UMT5(config, nnx.Rngs(0)))
-    fresh = encode.encode_prompts(graphdef, params, tokenizer, prompts, config)
-    cached = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, tmp_path)
+    fresh = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, ONE)
+    cached = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, ONE, tmp_path)
     np.testing.assert_array_equal(cached, fresh)
     assert len(list(tmp_path.iterdir())) == 2
 

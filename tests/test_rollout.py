@@ -162,6 +162,8 @@ def _published_rollout(layout, frames, noise):
         (Layout(block=2, window=5, positions="relative"), 8),
         (Layout(block=1, window=6, sink=3, faithful_sinks=True), 8),
         (Layout(block=2, window=7, sink=3, faithful_sinks=True), 10),
+        (Layout(block=3, window=5, sink=3, faithful_sinks=True), 9),  # no room for sink and block
+        (Layout(block=2, window=3, sink=2, positions="relative", faithful_sinks=True), 8),
         (
             Layout(block=8, sink=2, positions="relative"),
             24,

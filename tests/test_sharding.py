@@ -13,13 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from astrolabe_jax import sharding
-from astrolabe_jax.config import get_config
-
-
-def mesh_of(data=-1, fsdp=1):
-    config = get_config().mesh
-    config.data, config.fsdp = data, fsdp
-    return sharding.make_mesh(config)
+from tests.meshes import mesh_of
 
 
 @pytest.mark.parametrize("data, fsdp, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, 8, (1, 8)), (4, 2, (4, 2))])
@@ -47,6 +41,7 @@ def test_mesh_must_use_every_device(data, fsdp, culprit):
         ("['conv']['kernel']", (4, 4, 4, 8, 8), P(None, None, None, None, "fsdp")),
         ("['tokens']['embedding']", (256, 16), P("fsdp", None)),
         ("['blocks']['ffn']['fc1']['bias']", (4, 64), P()),
+        ("['blocks']['position_bias']['embedding']", (4, 32, 8), P()),
     ],
 )
 def test_param_rule(path, shape, spec):
@@ -93,6 +88,17 @@ def test_split_parameters_are_gathered_only_on_the_mesh():
     on_mesh, off_mesh = jax.jit(sharding.on_mesh(mesh, sharding.gathered)), jax.jit(sharding.gathered)
     assert on_mesh(kernel).is_fully_replicated and not off_mesh(kernel).is_fully_replicated
     np.testing.assert_array_equal(on_mesh(kernel), np.arange(32.0).reshape(8, 4))
+
+
+def test_activations_stay_whole_samples_on_the_mesh():
+    """Features that a split parameter would leave split are brought back to their samples."""
+    mesh = mesh_of(fsdp=4)
+    table = sharding.shard_params(mesh, {"embedding": np.arange(48.0).reshape(6, 8)})["embedding"]  # split in features
+    rows = sharding.shard_batch(mesh, np.arange(8) % 6)
+    look_up = jax.jit(sharding.on_mesh(mesh, lambda table, rows: sharding.by_sample(table[rows])))
+    got = look_up(table, rows)
+    assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    np.testing.assert_array_equal(got, sharding.by_sample(table)[rows])
 
 
 TWO_PROCESSES = """

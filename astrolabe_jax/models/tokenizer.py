@@ -5,13 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import tokenizers
-
-try:
-    import ftfy
-except ImportError:
-    ftfy = None
 
 PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 
@@ -19,11 +15,9 @@ PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 def clean(text: str) -> str:
     """The cleaning mode `whitespace` of the published tokenizer: case and punctuation stay.
 
-    ftfy repairs mis-decoded characters and straightens curly quotes first; it changes token ids, and where it is not
-    installed such prompts get ids that differ from the published ones. Plain text is unaffected.
+    ftfy repairs mis-decoded characters and straightens curly quotes first, which changes token ids.
     """
-    if ftfy is not None:
-        text = ftfy.fix_text(text)
+    text = ftfy.fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.models.layers import Linear, RMSNorm
+from astrolabe_jax.sharding import by_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class UMT5(nnx.Module):
 
         Masked positions are never attended to; what is returned for them means nothing.
         """
-        x = self.token_embedding(ids)
+        x = by_sample(self.token_embedding(ids))
         buckets = jnp.asarray(relative_buckets(self.config, ids.shape[1]))
         blockdef, stacked = nnx.split(self.blocks)
 

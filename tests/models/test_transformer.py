@@ -253,7 +253,7 @@ def test_attention_equals_the_formula():
         ({"sink": -1}, "Layout.sink"),
         ({"window": 5, "sink": 3}, "cannot hold the sink"),
         ({"positions": "rolling"}, "Layout.positions"),
-        ({"window": 12, "sink": 3, "positions": "relative", "faithful_sinks": True}, "faithful_sinks"),
+        ({"window": 12, "sink": 4, "positions": "relative", "faithful_sinks": True}, "faithful_sinks"),
     ],
 )
 def test_layout_refuses(change, culprit):

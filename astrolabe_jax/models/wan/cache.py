@@ -1,11 +1,12 @@
 """The key-value cache of a rollout: a pytree of static shape, written in place, never shifted (streaming.md 4).
 
-The first `sink` frames keep slots 0 .. sink - 1; every later frame f has slot sink + (f - sink) mod (frames - sink), a
-ring. Until the ring is full the slot of a frame is its number, so a growing window is read as an exact-length slice;
-once it is full every slot holds a visible frame. The order of keys does not matter to attention, so neither phase
-needs a mask. Keys are stored rotated, except those of a moving sink (Layout.sink_moves).
+The first `kept` frames, the sink, keep slots 0 .. kept - 1; every later frame f has slot kept + (f - kept) mod
+(frames - kept), a ring. Until the ring is full the slot of a frame is its number, so a growing window is read as an
+exact-length slice; once it is full every slot holds a visible frame. The order of keys does not matter to attention,
+so neither phase needs a mask. Keys are stored rotated, except those of a moving sink (Layout.sink_moves).
 """
 
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -46,7 +47,15 @@ class View(NamedTuple):
         """Leading frames of the block whose keys are stored un-rotated: those of a moving sink."""
         if not (self.layout.sink_moves and self.static):
             return 0
-        return min(max(self.layout.sink - self.start, 0), self.frames)
+        return min(max(self.layout.kept - self.start, 0), self.frames)
+
+    @property
+    def frozen_frames(self) -> int:
+        """Leading frames of the block that only its first pass writes: those in sink slots of the published buffer."""
+        if not self.layout.faithful_sinks or (self.static and self.start == 0):
+            return 0
+        slot = self.start if self.growing else self.slots - self.frames  # once full, the newest block comes last
+        return min(max(self.layout.sink - slot, 0), self.frames)
 
 
 def init_cache(
@@ -86,22 +95,16 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
 
     With layout.faithful_sinks a later pass of a later block leaves sink slots as they are (spec/model.md 12.6).
     """
-    layout, length = view.layout, view.frame_tokens
-    frozen = 0
-    if layout.faithful_sinks and view.static and view.start > 0:
-        frozen = min(max(layout.sink - view.start, 0), view.frames)
-    unit = view.frames if view.growing else _unit(view)
+    length, frozen = view.frame_tokens, view.frozen_frames
+    unit = gcd(view.frames if view.growing else _unit(view), frozen)
 
     def put(buffer, new):
-        new = new.astype(buffer.dtype)
-        if frozen:
-            old = jax.lax.dynamic_slice(buffer, (layer, 0, view.start * length, 0, 0), (1, *new.shape))[0]
-            kept = jnp.where(first_pass, new[:, : frozen * length], old[:, : frozen * length])
-            new = jnp.concatenate([kept, new[:, frozen * length :]], axis=1)
         for i in range(0, view.frames, unit):
-            slot = _slot(view.start + i, layout, view.slots)
-            piece = new[None, :, i * length : (i + unit) * length]
-            buffer = jax.lax.dynamic_update_slice(buffer, piece, (layer, 0, slot * length, 0, 0))
+            at = (layer, 0, _slot(view.start + i, view.layout, view.slots) * length, 0, 0)
+            piece = new[None, :, i * length : (i + unit) * length].astype(buffer.dtype)
+            if i < frozen:
+                piece = jnp.where(first_pass, piece, jax.lax.dynamic_slice(buffer, at, piece.shape))
+            buffer = jax.lax.dynamic_update_slice(buffer, piece, at)
         return buffer
 
     return Cache(put(cache.k, k), put(cache.v, v))
@@ -118,7 +121,7 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     keys = [k[:, lo * length : hi * length] for lo, hi in ranges]
     values = [v[:, lo * length : hi * length] for lo, hi in ranges]
     if sink_table is not None:
-        raw = min(view.layout.sink, ranges[0][1]) * length
+        raw = min(view.layout.kept, ranges[0][1]) * length
         sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
         keys = [sink, keys[0][:, raw:], *keys[1:]]
     return _join(keys), _join(values)
@@ -143,10 +146,10 @@ def reference_order(
     if end <= slots:
         held = range(end)
     else:
-        held = [*range(layout.sink), *range(end - (slots - layout.sink), end)]
+        held = [*range(layout.kept), *range(end - (slots - layout.kept), end)]
     tokens = jnp.concatenate([jnp.arange(length) + _slot(f, layout, slots) * length for f in held])
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
-    raw = min(layout.sink, len(held)) * length if layout.sink_moves else 0
+    raw = min(layout.kept, len(held)) * length if layout.sink_moves else 0
     table = rope_table(jnp.asarray(list(held)), (h, w), config.head_dim)
     if rotated and raw:
         k = k.at[:, :raw].set(rotate(k[:, :raw], tuple(part[:raw] for part in table)))
@@ -157,9 +160,9 @@ def reference_order(
 
 def _slot(frame, layout, slots):
     """Slot of a frame (int, or traced once the cache is full)."""
-    if isinstance(frame, int) and frame < layout.sink:
+    if isinstance(frame, int) and frame < layout.kept:
         return frame
-    return layout.sink + (frame - layout.sink) % (slots - layout.sink)
+    return layout.kept + (frame - layout.kept) % (slots - layout.kept)
 
 
 def _unit(view):

@@ -85,8 +85,9 @@ class Layout:
     positions: 'absolute' keeps every frame at its own index, at most 1024. 'relative' moves the sink along with the
     window, so distances never exceed the window and length is unlimited; with a global window nothing moves.
     independent_first_frame: frame 0 is a block of its own.
-    faithful_sinks: reproduce the published code where a block is smaller than the sink (spec/model.md 12.5 and 12.6):
-    sink slots not yet generated are read as zero keys, and only the first pass of a later block writes sink slots.
+    faithful_sinks: reproduce the published code where a block meets the sink's slots, because it is smaller than the
+    sink (spec/model.md 12.5 and 12.6) or the window has no room for both (8.2): sink slots not yet generated are read
+    as zero keys, later blocks overwrite those in the way, and only a later block's first pass writes sink slots.
     """
 
     block: int = 3
@@ -104,16 +105,17 @@ class Layout:
             raise ValueError(f"Layout.window is {self.window}; use -1 (global) or at least 1 frame")
         if self.sink < 0:
             raise ValueError(f"Layout.sink is {self.sink}; it must not be negative")
-        if self.sink and self.capacity < self.sink + self.block:
+        if self.sink and self.capacity < self.sink + self.block and not self.faithful_sinks:
             raise ValueError(
                 f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a block of "
                 f"{self.block}; raise the window to at least {self.sink + self.block}"
             )
         if self.positions not in ("absolute", "relative"):
             raise ValueError(f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'")
-        if self.faithful_sinks and self.sink_moves:
+        if self.faithful_sinks and self.positions == "relative" and self.sink > self.block:
             raise ValueError(
-                "Layout.faithful_sinks reproduces the class with absolute positions; use positions='absolute' with it"
+                f"Layout.faithful_sinks: the published code with relative positions fails on a sink of {self.sink} "
+                f"frames with blocks of {self.block}; use a sink of at most one block"
             )
 
     @property
@@ -122,9 +124,16 @@ class Layout:
         return self.max_global if self.window == -1 else self.window
 
     @property
+    def kept(self) -> int:
+        """First frames that are never evicted: the sink, or with faithful_sinks what a block leaves of it."""
+        if self.faithful_sinks and self.window != -1:
+            return max(min(self.sink, self.window - self.block), 0)
+        return self.sink
+
+    @property
     def sink_moves(self) -> bool:
         """Whether sink keys are kept un-rotated and rotated anew for each block."""
-        return self.positions == "relative" and self.window != -1 and self.sink > 0
+        return self.positions == "relative" and self.window != -1 and self.kept > 0
 
     def shift(self, end):
         """Frames by which the sink of the block ending at `end` (int, or traced) is moved forward."""
@@ -135,10 +144,10 @@ class Layout:
         """Frame ranges that the block ending at `end` sees: V(c) of streaming.md 4."""
         if end <= self.capacity:
             return ((0, end),)
-        recent = (end - (self.capacity - self.sink), end)
-        if self.sink == 0:
+        recent = (end - max(self.capacity - self.kept, 0), end)
+        if self.kept == 0:
             return (recent,)
-        return ((0, self.sink), recent)
+        return ((0, self.kept), recent)
 
     def blocks(self, frames: int) -> tuple[Block, ...]:
         """The blocks of a video of `frames` frames; the last may be cut short, its window counts from its full end."""
@@ -172,4 +181,4 @@ class Layout:
     def write_unit(self) -> int:
         """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its end or the sink."""
         first = 1 if self.independent_first_frame else 0
-        return gcd(self.block, self.capacity - self.sink, abs(self.sink - first))
+        return gcd(self.block, self.capacity - self.kept, abs(self.kept - first))

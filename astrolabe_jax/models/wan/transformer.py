@@ -209,7 +209,7 @@ class WanTransformer(nnx.Module):
         table = rope_table(start + jnp.arange(frames), grid, self.config.head_dim)
         sink_table = None
         if layout.sink_moves:
-            sink_table = rope_table(layout.shift(start + frames) + jnp.arange(layout.sink), grid, self.config.head_dim)
+            sink_table = rope_table(layout.shift(start + frames) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
         def attend(q, k, v, cache, layer, _):
             k = self._stored_keys(k, table, view.raw_frames, length)
@@ -226,7 +226,7 @@ class WanTransformer(nnx.Module):
         blocks = layout.blocks(frames)
         head_dim = self.config.head_dim
         table = rope_table(start + jnp.arange(frames), grid, head_dim)
-        sink = min(layout.sink, frames) if layout.sink_moves else 0
+        sink = min(layout.kept, frames) if layout.sink_moves else 0
         sink_tables = None
         if sink:
             sink_tables = [rope_table(start + block.shift + jnp.arange(sink), grid, head_dim) for block in blocks]

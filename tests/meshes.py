@@ -1,0 +1,16 @@
+"""Meshes over the eight CPU devices of conftest.py."""
+
+import jax
+
+from astrolabe_jax import sharding
+from astrolabe_jax.config import get_config
+
+
+def mesh_of(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
+    """The mesh of a config with these sizes, over all devices or the given ones."""
+    config = get_config().mesh
+    config.data, config.fsdp = data, fsdp
+    return sharding.make_mesh(config, devices)
+
+
+ONE = mesh_of(devices=jax.devices()[:1])
