@@ -20,7 +20,8 @@ class GoldenFile:
         self._used: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._arrays
+        """Whether the file holds the array `key`, or, for a key that ends with '/', any under it."""
+        return bool(self.keys(key)) if key.endswith("/") else key in self._arrays
 
     def __getitem__(self, key: str) -> np.ndarray:
         """The array `key`, from now on counted as used."""

@@ -21,8 +21,8 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
         adapter = from_peft(file.under(f"{group}/adapter/"), adapter_shapes(dit.config, rank))
         yield Entry(f"{group}/num_trainable", lambda adapter=adapter: parameter_count(adapter), EXACT)
         merged = merge_adapter(dit.params, adapter, scale)
-        for name in file.keys(f"{group}/merged_example/"):
-            tensor = name.removeprefix(f"{group}/merged_example/")
+        for name in file.keys(f"{group}/merged"):  # merged weights, under their original names
+            tensor = name.rpartition("/")[2]
             yield Entry(name, lambda m=merged, t=tensor: save_transformer(m, dit.config)[t], FORWARD)
         for block in [name for name in file.groups(f"{group}/") if name.startswith("block")]:
             yield from _forwards(file, dit, f"{group}/{block}", adapter, scale, merged)
@@ -43,5 +43,4 @@ def _forwards(file: GoldenFile, dit: Dit, prefix: str, adapter, scale: float, me
         "flow_merged": lambda: run(params=merged),
     }
     for name, compute in variants.items():
-        if f"{prefix}/{name}" in file:
-            yield Entry(f"{prefix}/{name}", compute, FORWARD)
+        yield Entry(f"{prefix}/{name}", compute, FORWARD)

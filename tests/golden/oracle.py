@@ -143,7 +143,7 @@ def cached_pass(weights, config, scenario, buffer: Buffer, x, t, prompts, start_
         else:
             q = rope(q, absolute, grid)
         if sink:
-            read = [*range(sink), *range(max(sink, end - (most - sink)), end)] if most > sink else [*range(sink)]
+            read = [*range(min(sink, capacity)), *range(max(sink, end - max(most - sink, 0)), end)]
         else:
             read = [*range(max(0, end - most), end)]
         return softmax_attention(q, keys[:, read], values[:, read])
@@ -201,11 +201,52 @@ def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None) 
     return out | {key: np.array([value]) for key, value in ends.items()}
 
 
-def schedule(shift: float):
-    """(sigmas, timesteps) of the released models' table (sampling.md 1)."""
-    u = 1 - np.arange(1000) / 1000
-    sigmas = (shift * u / (1 + (shift - 1) * u)).astype(np.float32).astype(np.float64)
-    return sigmas, sigmas * 1000
+def schedule(
+    shift: float,
+    steps: int = 1000,
+    sigma_min: float = 0.0,
+    sigma_max: float = 1.0,
+    extra_one_step: bool = True,
+    denoising_strength: float = 1.0,
+    inverse_timesteps: bool = False,
+    reverse_sigmas: bool = False,
+):
+    """(sigmas, timesteps) of the general table of sampling.md 1, in the reference's float32."""
+    start = sigma_min + (sigma_max - sigma_min) * denoising_strength
+    i = np.arange(steps) / (steps if extra_one_step else steps - 1)
+    u = (start + (sigma_min - start) * i).astype(np.float32)
+    u = u[::-1] if inverse_timesteps else u
+    shift = np.float32(shift)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    sigmas = 1 - sigmas if reverse_sigmas else sigmas
+    return sigmas.astype(np.float64), (sigmas * np.float32(1000)).astype(np.float64)
+
+
+def scheduler(inputs: dict, sigmas, times, final: float) -> dict[str, np.ndarray]:
+    """All outputs of one group of an a_* file but the warped lists (MANIFEST); `final` is the sigma after the last."""
+    x0, noise, flow = (inputs[name] for name in ("x0", "noise", "flow"))
+    n = len(times)
+    bell = np.exp(-2 * ((times - n / 2) / n) ** 2)
+    bell -= bell.min()
+    out = {"sigmas": sigmas, "timesteps": times, "training_weights": bell * n / bell.sum()}
+
+    def nearest(t):
+        return np.argmin(np.abs(times[:, None] - t), axis=0)
+
+    def column(sigma):
+        return sigma.reshape(-1, *[1] * (x0.ndim - 1))
+
+    for suffix in ("", "_int"):
+        sigma = column(sigmas[nearest(inputs[f"t{suffix}"])])
+        out[f"add_noise{suffix}"] = (1 - sigma) * x0 + sigma * noise
+        out[f"flow_to_x0{suffix}"] = x0 - sigma * flow
+        out[f"x0_to_flow{suffix}"] = (x0 - flow) / sigma
+    for name, t in (("step", inputs["t"]), ("step_mid", inputs["t_mid"])):
+        at = nearest(t)
+        end = np.any(at + 1 == n)  # one sample at the last entry sends the whole batch to the end
+        later = np.full(len(t), final) if end else sigmas[at + 1]
+        out[name] = x0[: len(t)] + flow[: len(t)] * column(later - sigmas[at])
+    return out
 
 
 def _linear(w, name, x):

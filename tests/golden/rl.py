@@ -63,9 +63,7 @@ def _loss(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
         return objective(x0, old, forward, reference, r, mask, settings)
 
     results = functools.cache(lambda: terms(forward) | {"r": optimality})
-    gradient = f"{prefix}grad_forward"
-    if gradient in file:
-        yield Entry(gradient, lambda: jax.grad(lambda f: terms(f)["loss"])(forward), CONVERSION)
+    yield Entry(f"{prefix}grad_forward", lambda: jax.grad(lambda f: terms(f)["loss"])(forward), CONVERSION)
     for key in file.keys(prefix):
         name = key.rpartition("/")[2]
         if name not in (*names, "advantages", "reward_mask", "grad_forward"):
@@ -86,22 +84,39 @@ def _selective_kl(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Ent
 
 def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.ndarray]:
     """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the optimiser steps."""
-    keys, rewards = file[f"{prefix}reward_keys"].tolist(), file[f"{prefix}rewards"]
-    if rewards.shape[0] != len(keys):  # MANIFEST says [epoch, key, sample], the shared file holds [key, epoch, sample]
-        rewards = rewards.swapaxes(0, 1)
     risk, reset = advantages.RiskState(), advantages.ResetState(KL_THRESHOLD)
     rows = []
-    for epoch in range(settings["epochs"]):
+    for epoch, ranks in enumerate(_rank_discrepancies(file, prefix, settings)):
         reset, refreshed = advantages.start_epoch(reset, epoch, KL_MAX_EPOCHS, "published")
         row = {"refreshed": refreshed, "thres": reset.threshold, "prev_epoch": reset.previous}
-        scores = {name: rewards[i, epoch] for i, name in enumerate(keys) if name != "avg"}
-        ranks = advantages.rank_discrepancy(scores, settings["main_reward"], "published")
         risk, row["risk_mean"] = advantages.update_risk(risk, ranks)
         row["mask"], row["threshold"] = advantages.risk_mask(ranks, risk.ratio)
         for kl in file[f"{prefix}kl"][epoch]:
             reset = advantages.after_step(reset, kl)
         rows.append(row | {"rank_diff": ranks, "beta": risk.ratio, "reset_after": reset.pending})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _rank_discrepancies(file: GoldenFile, prefix: str, settings: dict) -> np.ndarray:
+    """[epoch, sample]: the main reward's rank against the mean rank of the first two others, in the file's order.
+
+    The MANIFEST gives rewards as [epoch, key, sample], the recorded files hold [key, epoch, sample]. With as many
+    epochs as keys the sizes do not tell which; the stored ranks do.
+    """
+    rewards, keys, main = file[f"{prefix}rewards"], file[f"{prefix}reward_keys"].tolist(), settings["main_reward"]
+    sizes = (settings["epochs"], len(keys), settings["samples"])
+    names = [main, *[name for name in keys if name not in (main, "avg")][:2]]
+
+    def ranks(reading):
+        epochs = [{name: epoch[keys.index(name)] for name in names} for epoch in reading]
+        return np.stack([advantages.rank_discrepancy(scores, main, "published") for scores in epochs])
+
+    readings = [ranks(reading) for reading in (rewards, rewards.swapaxes(0, 1)) if reading.shape == sizes]
+    if not readings:
+        raise ValueError(f"{prefix}rewards is {rewards.shape}, expected {sizes}: epochs, keys, samples")
+    if len(readings) == 1:
+        return readings[0]
+    return min(readings, key=lambda reading: np.abs(reading - file[f"{prefix}rank_diff"]).max())
 
 
 def _advantages(file: GoldenFile) -> Iterator[Entry]:
@@ -118,8 +133,7 @@ def _advantages(file: GoldenFile) -> Iterator[Entry]:
         "zero_std_ratio_and_mean_std": lambda: [metrics["zero_std_ratio"], metrics["group_std"]],
     }
     for name, compute in results.items():
-        if f"adv/{name}" in file:
-            yield Entry(f"adv/{name}", compute, CONVERSION)
+        yield Entry(f"adv/{name}", compute, CONVERSION)
 
 
 def _old_decays(kind: str, steps: np.ndarray) -> list[float]:

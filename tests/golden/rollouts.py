@@ -45,7 +45,7 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     block, calls = scenario["block"], len(warped) + 1
     starts = np.arange(scenario["init"], total, block)
     ends = np.repeat(starts[:, None] + block, calls, axis=1)
-    capacity = scenario["local"] if scenario["local"] != -1 else total
+    capacity = _capacity(scenario)
 
     def trace(name: str):
         return np.stack([np.asarray(getattr(record, name)) for record in result().sampled])
@@ -86,6 +86,11 @@ def _steps(scenario: dict) -> tuple[float, ...]:
     return tuple(float(t) for t in scenario["steps"])
 
 
+def _capacity(scenario: dict) -> int:
+    """Frames of the reference's buffer: those of the window, or, with global attention, all of the video."""
+    return scenario["init"] + scenario["frames"] if scenario["local"] == -1 else scenario["local"]
+
+
 def _run(file: GoldenFile) -> Result:
     scenario, config, dit = file.config["scenario"], file.config, Dit(file)
     layout = Layout(
@@ -94,8 +99,7 @@ def _run(file: GoldenFile) -> Result:
         sink=scenario["sink"],
         positions="relative" if scenario["infer"] else "absolute",
         max_global=config["max_global"] // config["fsl"],
-        # The inference class fails where the other one has quirks, so its files never show them.
-        faithful_sinks=not scenario["infer"],
+        faithful_sinks=True,
     )
     shift = Schedule(scenario["shift"])
     sampler = Sampler(
@@ -104,12 +108,10 @@ def _run(file: GoldenFile) -> Result:
     given, total = scenario["init"], scenario["init"] + scenario["frames"]
     latent_hw = (config["lat_h"], config["lat_w"])
     text = np.stack([file[key] for key in sorted(file.keys("prompt_embeds/p"), key=_prompt_index)])
-    # The reference's global buffer keeps the frames that have left the window, too.
-    slots = total if scenario["local"] == -1 else None
 
     @jax.jit
     def run(params, text, noise, initial):
-        cache = init_cache(dit.config, layout, scenario["B"], total, latent_hw, slots=slots)
+        cache = init_cache(dit.config, layout, scenario["B"], total, latent_hw, slots=_capacity(scenario))
         draw = noise_from_array(noise, given)
         latents, cache, traces = rollout(
             dit.graphdef, params, None, text, draw, frames=scenario["frames"], latent_hw=latent_hw, layout=layout,

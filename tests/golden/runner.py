@@ -1,7 +1,8 @@
 """Walk a golden folder: pick a handler per file, compare every entry, and let nothing pass unseen.
 
-A handler is a function GoldenFile -> iterator of Entry. An exception while an entry is computed fails that entry; one
-in the handler itself fails the file; an array that no handler read or compared fails as 'not covered'.
+A handler is a function GoldenFile -> iterator of Entry, one for every output that a file of its kind may hold; those
+that this file lacks are passed over. An exception while an entry is computed fails that entry; one in the handler
+itself, or no output at all, fails the file; an array that no handler read or compared fails as 'not covered'.
 """
 
 import importlib
@@ -63,11 +64,17 @@ def run_file(path: Path) -> Iterator[Line]:
     except Exception as error:  # an unreadable or unknown file is a result, not a crash
         yield _failure(path.name, "-", error)
         return
+    compared = False
     try:
         for entry in handler(file):
-            yield _check(file, entry)
+            if entry.key in file:  # outputs may be left out of a file; what it holds must be covered
+                compared = True
+                yield _check(file, entry)
     except Exception as error:
         yield _failure(path.name, "-", error)
+    else:
+        if not compared:
+            yield Line(path.name, "-", np.inf, "-", False, "no output to compare")
     for key in file.unused():
         yield Line(path.name, key, np.inf, "-", False, "not covered")
 

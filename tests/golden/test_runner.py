@@ -32,6 +32,14 @@ SCENARIOS = {
     "sink_not_a_multiple": {"frames": 10, "local": 7, "sink": 3},
     "inference_class": {"frames": 10, "local": 6, "sink": 2, "infer": True},
     "one_step": {"steps": [1000], "infer": True},
+    "sink_and_block_overlap": {"block": 3, "frames": 12, "local": 5, "sink": 3},
+    "sink_and_block_overlap_while_growing": {"frames": 10, "local": 5, "sink": 4},
+    "sink_and_block_overlap_inference_class": {"block": 3, "frames": 9, "local": 4, "sink": 2, "infer": True},
+    "window_of_one_block": {"frames": 6, "local": 2, "sink": 2},
+    "window_smaller_than_the_sink": {"frames": 8, "local": 3, "sink": 4},
+    "global_window_smaller_than_sink_and_block": {"frames": 8, "sink": 4},
+    "global_window_smaller_than_the_sink": {"frames": 8, "sink": 6},
+    "video_shorter_than_the_sink": {"frames": 2, "local": 8, "sink": 3},
 }
 
 
@@ -127,6 +135,96 @@ def test_training_forwards_equal_the_oracle(folder, weights):
     combos = [[2, -1], [1, 2], [2, 3], [3, 2]]  # also a window smaller than the block, and a last block cut short
     np.savez(folder / "b_x.npz", **forward_file(weights, combos))
     assert failures(folder / "b_x.npz") == {}
+
+
+# Config of an a_* file beyond what the shared folder has; spec/sampling.md 1 says what each field does.
+SCHEDULES = {
+    "class_defaults": {"sigma_min": 0.003 / 1.002, "extra_one_step": False, "shift": 3.0},
+    "strength": {"sigma_max": 0.9, "denoising_strength": 0.6},
+    "inverse": {"inverse_timesteps": True},
+    "reverse": {"reverse_sigmas": True, "sigma_min": 0.01},
+    "length": {"num_inference_steps": 60},
+}
+
+
+def scheduler_file(settings: dict) -> dict[str, np.ndarray]:
+    """All arrays of an a_* file: a group with everything, and two that hold only tables."""
+    rng = np.random.default_rng(3)
+    fields = {key: value for key, value in settings.items() if key not in ("shift", "num_inference_steps")}
+    steps = settings.get("num_inference_steps", 1000)
+    sigmas, times = oracle.schedule(2.5, steps, **fields)
+    inputs = {name: rng.normal(size=(3, 2, 4)).astype(np.float32) for name in ("x0", "noise", "flow")}
+    inputs |= {"t": times[[2 * steps // 5, steps // 2, -1]], "t_int": np.array([700, 501, 333])}
+    inputs |= {"t_mid": times[[steps // 2, steps // 3]], "steps1": np.array([60, 33, 0])}
+    final = 1.0 if settings.keys() & {"inverse_timesteps", "reverse_sigmas"} else 0.0
+    groups = {"shift2.5": inputs | oracle.scheduler(inputs, sigmas, times, final)}
+    groups["shift2.5"]["warped1"] = np.append(times, 0)[steps - inputs["steps1"]]
+    for name, table in {
+        "set50": oracle.schedule(settings.get("shift", 5.0), 50, **fields),
+        "mild": oracle.schedule(1.5, 20, **fields | {"sigma_max": 0.7}),
+    }.items():
+        groups[name] = dict(zip(("sigmas", "timesteps"), table, strict=True))
+    own = {"shift": 1.5, "num_inference_steps": 20, "sigma_max": 0.7}
+    config = {"num_train_timesteps": 1000, "mild": own, **settings}
+    arrays = {f"{group}/{name}": array for group, members in groups.items() for name, array in members.items()}
+    return arrays | {"config": np.array(json.dumps(config))}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_follow_the_config(folder, name):
+    arrays = scheduler_file(SCHEDULES[name])
+    np.savez(folder / "a_x.npz", **arrays)
+    assert failures(folder / "a_x.npz") == {}
+    config = json.loads(str(arrays["config"]))
+    for field in SCHEDULES[name]:  # every one of them matters
+        rest = {key: value for key, value in config.items() if key != field}
+        np.savez(folder / "a_x.npz", **arrays | {"config": np.array(json.dumps(rest))})
+        assert any(key.endswith("/sigmas") for key in failures(folder / "a_x.npz"))
+
+
+@pytest.mark.parametrize("field", [{"num_train_timesteps": 100}, {"sigma_data": 0.5}])
+def test_a_schedule_that_is_not_understood_is_reported(folder, field):
+    arrays = scheduler_file({})
+    config = json.loads(str(arrays["config"])) | field
+    np.savez(folder / "a_x.npz", **arrays | {"config": np.array(json.dumps(config))})
+    assert failures(folder / "a_x.npz")["-"].startswith("Unsupported: ")
+    np.savez(folder / "a_x.npz", **arrays, **{"other/sigmas": np.zeros(3)})
+    assert "'other' is named neither" in failures(folder / "a_x.npz")["-"]
+
+
+KEYS = ["video_c", "avg", "video_main", "video_a", "video_b"]  # of the others, the first two count: c and a
+
+
+def selective_kl_file(epochs: int) -> dict[str, np.ndarray]:
+    """Rewards [epoch, key, sample] and the rank disagreement of spec/objective.md 7.1."""
+    rng = np.random.default_rng(4)
+    rewards = rng.normal(size=(epochs, len(KEYS), 12))
+    ranks = (rewards[..., None, :] > rewards[..., None]).sum(-1) + 1.0  # 1 is the best
+    rank_diff = ranks[:, 2] - (ranks[:, 0] + ranks[:, 3]) / 2
+    config = {"selkl_x": {"epochs": epochs, "samples": 12, "main_reward": "video_main"}}
+    arrays = {"rewards": rewards, "reward_keys": np.array(KEYS), "kl": np.zeros((epochs, 2)), "rank_diff": rank_diff}
+    return {f"selkl/x/{name}": array for name, array in arrays.items()} | {"config": np.array(json.dumps(config))}
+
+
+@pytest.mark.parametrize("epochs", [3, len(KEYS)])
+def test_both_orders_of_the_reward_axes_are_read(folder, epochs):
+    arrays, path = selective_kl_file(epochs), folder / "f_x.npz"
+    exchanged = arrays | {"selkl/x/rewards": arrays["selkl/x/rewards"].swapaxes(0, 1)}
+    for stored in (arrays, exchanged):
+        np.savez(path, **stored)
+        assert failures(path) == {}
+        np.savez(path, **stored | {"selkl/x/rank_diff": -stored["selkl/x/rank_diff"]})
+        assert failures(path).keys() == {"selkl/x/rank_diff"}
+    np.savez(path, **arrays | {"selkl/x/rewards": arrays["selkl/x/rewards"][:, :, 1:]})
+    assert "epochs, keys, samples" in failures(path)["selkl/x/rank_diff"]
+
+
+def test_outputs_may_be_left_out_but_not_all_of_them(folder, rollout):
+    inputs = {key: rollout[key] for key in ("noise", "renoise", "prompt_embeds/p0", "config")}
+    np.savez(folder / "c_x.npz", **inputs, latents=rollout["latents"])
+    assert [(line.entry, line.ok) for line in run_file(folder / "c_x.npz")] == [("latents", True)]
+    np.savez(folder / "c_x.npz", **inputs)
+    assert failures(folder / "c_x.npz")["-"] == "no output to compare"
 
 
 def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollout, capsys):

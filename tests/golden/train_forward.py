@@ -11,13 +11,13 @@ from tests.golden.files import GoldenFile
 def entries(file: GoldenFile) -> Iterator[Entry]:
     config, dit = file.config, Dit(file)
     x, prompts = file["x"], file["prompt_embeds"]
+    frames = x.shape[1]
     for block, local in config["combos"]:
         prefix = f"block{block}_local{local}"
-        layout = training_layout(block, local, config["frames"])
+        layout = training_layout(block, local, frames)
         for times in file.groups(f"{prefix}/"):
             t = file[f"t_{times}"]
             velocity = functools.cache(lambda t=t, layout=layout: dit.forward(x, t, prompts, layout))
             yield Entry(f"{prefix}/{times}/flow", velocity, FORWARD)
             yield Entry(f"{prefix}/{times}/x0", lambda v=velocity, t=t: to_x0(x, v(), t, config["shift"]), FORWARD)
-        if f"{prefix}/frame_mask" in file:
-            yield Entry(f"{prefix}/frame_mask", lambda layout=layout: frame_mask(layout, config["frames"]), EXACT)
+        yield Entry(f"{prefix}/frame_mask", lambda layout=layout: frame_mask(layout, frames), EXACT)
