@@ -45,7 +45,7 @@ def _generation(config: ConfigDict) -> None:
 
     config.sampler = ConfigDict()
     config.sampler.shift = 5.0  # timestep shift of the schedule
-    config.sampler.steps = (1000, 750, 500, 250)  # denoising steps on the unshifted scale
+    config.sampler.steps = (1000, 750, 500, 250)  # denoising steps on the unshifted scale; the last may be 0
     config.sampler.warp = True  # map the steps through the shifted schedule
     config.sampler.context_noise = 0.0  # timestep of the pass that caches a finished block
     config.sampler.sigma_source = "exact"  # sigma of a timestep: exact (t/1000), or lookup (nearest table entry)
@@ -273,8 +273,11 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
     steps = list(config.sampler.steps)
     if any(isinstance(step, bool) or not isinstance(step, int | float) for step in steps):
         yield f"config.sampler.steps is {tuple(steps)}; expected numbers"
-    elif not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[-1] and steps[0] <= 1000):
-        yield f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing"
+    elif not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[0] <= 1000 and 0 <= steps[-1]):
+        yield (
+            f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing, "
+            "after which a 0 may come"
+        )
     if config.eval.shown > config.eval.videos:
         yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"
 
@@ -286,11 +289,16 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
     for name, weight in config.rewards.items():
         if name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
-        if not math.isfinite(weight):
-            yield f"config.rewards.{name} is {weight}; expected a finite weight"
-    if config.rewards and sum(config.rewards.values()) == 0:
+        if not _finite(weight):
+            yield f"config.rewards.{name} is {weight!r}; expected a finite weight"
+    if config.rewards and all(map(_finite, config.rewards.values())) and sum(config.rewards.values()) == 0:
         weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.items())
         yield f"config.rewards has a total weight of 0 ({weights}); raise a weight"
+
+
+def _finite(weight: Any) -> bool:
+    """A weight that is new on the command line may be any literal."""
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from astrolabe_jax import prompts, sharding
 from astrolabe_jax.advantages import total_reward
@@ -13,10 +14,6 @@ from astrolabe_jax.models import layers
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Progress
 from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
-from astrolabe_jax.worlds.moving_shapes import render as moving_shapes
-
-# prompt list of a world -> sample(prompt, rng, frames), a real video uint8 [T, height, width, 3] of a prompt
-REAL_VIDEOS = {"world:moving_shapes": moving_shapes.sample}
 
 
 def held_out(run: Run) -> PromptBatch:
@@ -42,18 +39,18 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
 
     A policy that imitates real videos perfectly would score this: its decoder can draw no better.
     """
-    sample = REAL_VIDEOS.get(run.config.prompts.test.partition("/")[0])
-    if sample is None or not run.config.eval.ceiling:
+    world = prompts.world_of(run.config.prompts.test)
+    if world is None or not run.config.eval.ceiling:
         return None
     batch, size, parts = held_out(run), run.config.sampler.batch, []
     for start in range(0, len(batch.texts), size):
         part = batch.part(slice(start, start + size))
-        videos = np.stack([sample(*_draw(run, part, j), run.config.video.frames) for j in range(len(part.texts))])
+        videos = np.stack([world.sample(*_draw(run, part, j), run.config.video.frames) for j in range(len(part.texts))])
         with progress.phase("encode"):
             padded = videos[np.resize(np.arange(len(videos)), size)]
-            latents = _encode(run.base.vae.graphdef, run.base.vae.params, sharding.shard_batch(run.mesh, padded))
-            jax.block_until_ready(latents)
-        parts.append(score(run, latents, part, progress).rewards)
+            vae, placed = run.base.vae, sharding.shard_batch(run.mesh, padded)
+            latents = jax.block_until_ready(_encode(vae.graphdef, vae.params, placed, mesh=run.mesh))
+        parts.append(score(run, latents, part, progress, start).rewards)
     return _total(run, parts)
 
 
@@ -62,10 +59,15 @@ def _draw(run: Run, batch: PromptBatch, j: int) -> tuple[str, np.random.Generato
     return batch.texts[j], np.random.default_rng(place)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _encode(graphdef: Any, params: dict, frames: jax.Array) -> jax.Array:
-    latents, _ = layers.merge(graphdef, params).encode(frames.astype("float32") / 127.5 - 1)
-    return latents
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
+def _encode(graphdef: Any, params: dict, frames: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Frames [B, T, height, width, 3] uint8 -> latents [B, F, C, H, W], samples split over all devices."""
+
+    def encode(params, frames):
+        pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
+        return sharding.by_sample(layers.merge(graphdef, params).encode(pixels)[0])
+
+    return sharding.on_mesh(mesh, encode)(params, frames)
 
 
 def _total(run: Run, parts: list[dict[str, np.ndarray]]) -> Evaluation:

@@ -5,9 +5,10 @@ import sys
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "recipe, for example configs/moving_shapes.py")
+from astrolabe_jax import recipes
+
+CONFIG = recipes.define()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before starting; experimental, see README")
 flags.mark_flag_as_required("config")
@@ -44,14 +45,11 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The flags; whatever config_flags raises for a recipe or a field that does not exist becomes one message."""
+    """The flags; whatever is wrong with a recipe or its fields becomes one message."""
     try:
         return flags.FLAGS(argv)
-    except AttributeError as error:  # its text is the field, and the one that may have been meant
-        fail("unknown config field " + str(error).replace("\\nDid", ": did").replace("\\", "").replace("'", ""), 2)
-    except (flags.Error, ImportError, KeyError, OSError, TypeError, ValueError, SyntaxError) as error:
-        lines = str(error).splitlines()  # with a recipe's own error comes its traceback, which ends in the message
-        fail(lines[-1] if "Traceback (most recent call last):" in lines else error, 2)
+    except recipes.ERRORS as error:
+        fail(recipes.message(error), 2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From a config and a directory to a run: everything is read and checked here, before anything is compiled."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import Purpose
+from astrolabe_jax.update import training_forward
 
 
 class Run(NamedTuple):
@@ -62,10 +64,13 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
     with _blame("config.video.frames and config.model"):
         layout.check_frames(latent_shape[0])
+    with _blame("config.loss.mask_block"):
+        training_forward(config, None, layout).layout.check_frames(latent_shape[0])
     lists = {
         "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
+    _check_ceiling(config, lists["test"])
     with _blame("config.base"):
         base = bases.load_base(config.base, **numerics)
     adapter = _first_adapter(config, base)
@@ -74,13 +79,17 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     checkpoint.claim(workdir, identity)
     mesh = sharding.make_mesh(config.mesh)
-    nets = {name: getattr(base, name) for name in ("transformer", "vae", "text")}
-    base = base._replace(
-        **{name: net._replace(params=sharding.shard_params(mesh, net.params)) for name, net in nets.items()}
-    )
+    base = _placed(base, mesh)
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
+
+
+def _placed(base: Base, mesh: Mesh) -> Base:
+    """The base with its parameters on the mesh: the VAE whole on every device, the large nets split over `fsdp`."""
+    places = {"transformer": sharding.shard_params, "text": sharding.shard_params, "vae": sharding.replicate}
+    nets = {name: getattr(base, name) for name in places}
+    return base._replace(**{name: net._replace(params=places[name](mesh, net.params)) for name, net in nets.items()})
 
 
 def _layout(config: ConfigDict) -> Layout:
@@ -115,13 +124,27 @@ def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any
         return len(tokenizer(clean(text), add_special_tokens=True)["input_ids"])
 
     with _blame(f"config.prompts.{name}"):
-        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len)
+        check = functools.partial(rewards.check_prompt, list(config.rewards))
+        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
         if len(lines) < least:
             raise ValueError(
                 f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} different ones; "
                 "add prompts or lower config.prompts.groups"
             )
     return lines
+
+
+def _check_ceiling(config: ConfigDict, test_prompts: Sequence[str]) -> None:
+    """Refuses videos that are longer than the real ones behind eval.ceiling can be."""
+    world = prompts.world_of(config.prompts.test)
+    if world and config.eval.ceiling:
+        try:
+            world.check_frames(test_prompts, config.video.frames)
+        except ValueError as error:
+            raise ValueError(
+                f"config.video.frames: {error}; ask for fewer frames, or do without the ceiling: "
+                "config.eval.ceiling=False"
+            ) from None
 
 
 def _first_adapter(config: ConfigDict, base: Base) -> dict:

@@ -11,32 +11,46 @@ import jax
 import numpy as np
 
 from astrolabe_jax.types import PromptBatch, Purpose
-from astrolabe_jax.worlds.moving_shapes import vocabulary as moving_shapes
+from astrolabe_jax.worlds import WORLDS, World
 
-# world name -> its prompts by split
-WORLDS = {"moving_shapes": moving_shapes.prompts}
 WORLD_PREFIX = "world:"
 
 
-def load(source: str, count_tokens: Callable[[str], int], limit: int) -> tuple[str, ...]:
+def load(
+    source: str, count_tokens: Callable[[str], int], limit: int, check: Callable[[str], None] = lambda prompt: None
+) -> tuple[str, ...]:
     """The prompts of a text file (UTF-8, one a line) or of `world:NAME/SPLIT`, in their order.
 
-    A prompt has at most `limit` tokens, as `count_tokens` counts them. Raises ValueError or OSError naming the file and
-    the line at fault.
+    A prompt has at most `limit` tokens, as `count_tokens` counts them, and `check` raises ValueError for those that the
+    rewards cannot judge. Raises ValueError or OSError naming the file and the line at fault.
     """
-    if source.startswith(WORLD_PREFIX):
-        lines, origin = _world(source), source
-    else:
-        lines, origin = _lines(Path(source)), str(source)
+    world = world_of(source)
+    lines = world.prompts(source.partition("/")[2]) if world else _lines(Path(source))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise ValueError(f"{origin}, line {number} is empty; write a prompt there or delete the line")
+            raise ValueError(f"{source}, line {number} is empty; write a prompt there or delete the line")
         if (tokens := count_tokens(line)) > limit:
             raise ValueError(
-                f"{origin}, line {number} has {tokens} tokens, the text encoder takes {limit} with the end token; "
+                f"{source}, line {number} has {tokens} tokens, the text encoder takes {limit} with the end token; "
                 f"shorten the prompt: {line[:60]!r}..."
             )
+        try:
+            check(line.strip())
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from None
     return tuple(line.strip() for line in lines)
+
+
+def world_of(source: str) -> World | None:
+    """The world of a prompt list `world:NAME/SPLIT`; None for a text file. ValueError for an unknown name."""
+    if not source.startswith(WORLD_PREFIX):
+        return None
+    name = source.removeprefix(WORLD_PREFIX).partition("/")[0]
+    if name not in WORLDS:
+        raise ValueError(
+            f"unknown world in {source!r}; expected {WORLD_PREFIX}NAME/SPLIT, NAME one of {', '.join(WORLDS)}"
+        )
+    return WORLDS[name]
 
 
 def draw(prompts: Sequence[str], seed: int, epoch: int, groups: int, candidates: int, repeated: int) -> PromptBatch:
@@ -75,15 +89,6 @@ def sample_keys(batch: PromptBatch, seed: int, purpose: Purpose, epoch: int) -> 
         return jax.random.fold_in(jax.random.fold_in(key, index), candidate)
 
     return jax.vmap(one)(batch.index, batch.candidate)
-
-
-def _world(source: str) -> list[str]:
-    name, _, split = source.removeprefix(WORLD_PREFIX).partition("/")
-    if name not in WORLDS:
-        raise ValueError(
-            f"unknown world in {source!r}; expected {WORLD_PREFIX}NAME/SPLIT, NAME one of {', '.join(WORLDS)}"
-        )
-    return WORLDS[name](split)
 
 
 def _lines(path: Path) -> list[str]:

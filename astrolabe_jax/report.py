@@ -2,7 +2,8 @@
 
 Files of the working directory written here:
 
-    metrics.jsonl          one JSON object per epoch and per evaluation; tensorboard/ has the same figures as events
+    metrics.jsonl          one JSON object per epoch and per evaluation, `epoch` counts the finished ones (so epochs
+                           from 1); tensorboard/ has the same figures as events
     samples/before, after  held-out videos as mp4 and as film strips (png); samples/contact_sheet.png shows both
     curves.png             rewards, losses and deviations over the epochs
     summary.json           evaluations before and after, ceiling, gain, seconds per phase, versions, config
@@ -10,8 +11,10 @@ Files of the working directory written here:
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -92,35 +95,39 @@ class Progress:
         self._spoken = now
         self._say(f"  {what} {done}/{count}, {each:.1f} s each, {clock((count - done) * each)} left")
 
-    def epoch(self, epoch: int, count: int, record: Mapping[str, Any], after: float) -> None:
+    def epoch(self, record: Mapping[str, Any], count: int, after: float) -> None:
         """The line of a finished epoch; `after` is the expected time in seconds from the last epoch to the end."""
-        seconds = record["seconds"]
+        epoch, seconds = record["epoch"], record["seconds"]
         self._epochs.append(sum(seconds.values()))
         each = statistics.median(self._epochs[-5:])
         self._spoken = time.monotonic()
         rewards = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards_of(record).items())
         phases = " + ".join(f"{name} {value:.1f}" for name, value in seconds.items())
         self._say(
-            f"epoch {epoch + 1:{len(str(count))}}/{count}  {rewards}  kl {record['kl_div']:.1e}  |  "
-            f"{phases} = {self._epochs[-1]:.1f} s  |  {clock((count - epoch - 1) * each + after)} left"
+            f"epoch {epoch:{len(str(count))}}/{count}  {rewards}  kl {record['kl_div']:.1e}  |  "
+            f"{phases} = {self._epochs[-1]:.1f} s  |  {clock((count - epoch) * each + after)} left"
         )
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are dropped."""
+    """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are dropped.
+
+    A record that was added is on the disk: a checkpoint that follows it never outlives it.
+    """
 
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
         path = workdir / "metrics.jsonl"
         self.records = [record for record in _read_jsonl(path) if keep(record)]
         write_atomic(path, "".join(_line(record) for record in self.records).encode())
         self._file = open(path, "a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=epoch)
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=epoch + 1)
 
     def add(self, record: dict[str, Any]) -> None:
         """Appends a record; its numbers, nested ones under NAME/INNER, become events of its epoch."""
         self.records.append(record)
         self._file.write(_line(record))
         self._file.flush()
+        os.fsync(self._file.fileno())
         for name, value in _numbers(record):
             self._events.add_scalar(f"{record['kind']}/{name}", value, record["epoch"])
         self._events.flush()
@@ -206,13 +213,14 @@ def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluation
 def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     """curves.png from the records of metrics.jsonl."""
     epochs = [record for record in records if record["kind"] == "epoch"]
-    times = [record["epoch"] + 1 for record in epochs]
+    times = [record["epoch"] for record in epochs]
 
     def lines(*names):
         return {name: (times, [record[name] for record in epochs]) for name in names}
 
     rewards = lines("total_reward", *rewards_of(epochs[0])) if epochs else {}
     evaluations = [record for record in records if record["kind"] == "evaluation"]
+    evaluations.sort(key=lambda record: record["epoch"])  # one that was lost and measured again came later
     if evaluations:
         held_out = [record["eval"]["total"]["mean"] for record in evaluations]
         rewards["held-out total"] = ([record["epoch"] for record in evaluations], held_out)
@@ -303,6 +311,13 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def spans(numbers: Sequence[int]) -> str:
+    """Whole numbers in ascending order for people: 1-3, 7, 9-10."""
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _describe(run: Run) -> dict[str, str]:
     """The rows of the opening summary."""
     config, base, mesh = run.config, run.base, run.mesh
@@ -345,9 +360,9 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _read_jsonl(path: Path) -> list[dict]:
-    """The records of a file whose last line may be half written."""
+    """The records of a file some of whose lines may be half written or spoilt."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records

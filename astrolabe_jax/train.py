@@ -77,14 +77,16 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
     metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
     step = make_train_step(config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
+        _say_what_is_lost(run, point.epoch, metrics)
         _measure_ceiling(run, metrics, progress)
+        _evaluate_if_due(run, 0, sharding.replicate(run.mesh, run.adapter), metrics, progress)
         while True:
-            _evaluate_if_due(run, point, metrics, progress)
+            _evaluate_if_due(run, point.epoch, _policy(run, point.state), metrics, progress)
             if point.epoch >= count:
                 break
             point, record = _epoch(run, point, step, progress)
             metrics.add(record)
-            progress.epoch(record["epoch"], count, record, progress.lasted.get("evaluation", 0.0))
+            progress.epoch(record, count, progress.lasted.get("evaluation", 0.0))
             if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
                 with progress.phase("checkpoint"):
                     saved = _save(run, point, progress)
@@ -134,7 +136,7 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
     distinct = len(texts.embeddings)
     record = {
         "kind": "epoch",
-        "epoch": epoch,
+        "epoch": epoch + 1,
         "step": taken,
         **{name: float(np.mean([figures[name] for figures in steps])) for name in steps[0]},
         "total_reward": float(result.total.mean()),
@@ -173,9 +175,22 @@ def _due(run: Run, epoch: int) -> bool:
 
 def _still_holds(run: Run, record: Mapping[str, Any], epoch: int) -> bool:
     """Whether a record of metrics.jsonl belongs to the run as it goes on after `epoch`."""
-    if record["kind"] == "evaluation":
-        return record["epoch"] <= epoch and _due(run, record["epoch"])
-    return record["kind"] == "ceiling" or record["epoch"] < epoch
+    return record["epoch"] <= epoch and (record["kind"] != "evaluation" or _due(run, record["epoch"]))
+
+
+def _say_what_is_lost(run: Run, epoch: int, metrics: Metrics) -> None:
+    """Names the records up to `epoch` that a damaged metrics.jsonl lacks. Ceiling and first evaluation return."""
+    if not epoch:
+        return
+    there = {(record["kind"], record["epoch"]) for record in metrics.records}
+    lost = {kind: [e for e in range(1, epoch + 1) if (kind, e) not in there] for kind in ("epoch", "evaluation")}
+    lost["evaluation"] = [e for e in lost["evaluation"] if e < epoch and _due(run, e)]
+    parts = [f"{kind} {report.spans(epochs)}" for kind, epochs in lost.items() if epochs]
+    path = run.workdir / "metrics.jsonl"
+    if parts:
+        say(f"{path} has lost the records of {' and of '.join(parts)}: curves.png will lack them, training does not")
+    if ("evaluation", 0) not in there:
+        say(f"{path} has lost the evaluation before training: it is measured again")
 
 
 def _evaluations(metrics: Metrics, kind: str = "evaluation") -> dict[int, Evaluation]:
@@ -206,12 +221,11 @@ def _policy(run: Run, state: TrainState) -> dict:
     return state.ema if run.config.eval.policy == "ema" else state.current
 
 
-def _evaluate_if_due(run: Run, point: Point, metrics: Metrics, progress: Progress) -> None:
-    epoch = point.epoch
+def _evaluate_if_due(run: Run, epoch: int, policy: dict, metrics: Metrics, progress: Progress) -> None:
     if not _due(run, epoch) or epoch in _evaluations(metrics):
         return
     with progress.within("evaluation"):
-        result, frames = evaluate(run, _policy(run, point.state), progress, f"evaluation after epoch {epoch}: batch")
+        result, frames = evaluate(run, policy, progress, f"evaluation after epoch {epoch}: batch")
     name = {0: "before", run.config.train.epochs: "after"}.get(epoch)
     if name:
         report.write_samples(run.workdir / "samples" / name, frames, run.config.video.fps)

@@ -129,8 +129,9 @@ def make_train_step(
 
     layout: of the rollout. noise(key, (F, C, H, W)) draws one sample's noise.
 
-    metrics: the means of `sample_terms` over the step under the names of section 2, `grad_norm` before clipping, and
-    `sample_loss` [m B]. If any of these is not finite, the returned state equals the given one.
+    metrics: the means of `sample_terms` over the step under the names of section 2, `grad_norm` before clipping,
+    `adapter_norm` of the new `current`, and `sample_loss` [m B]. If any of these is not finite, the returned state
+    equals the given one.
     """
     forward, optimiser = training_forward(config, graphdef, layout), make_optimiser(config)
     terms_of = partial(sample_terms, config, forward, noise)
@@ -149,10 +150,11 @@ def make_train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.current)
         grads, terms = jax.lax.scan(accumulate, zeros, batch)
         norm = optax.tree.norm(grads)
-        metrics = {name: values.mean() for name, values in terms.items()} | {"grad_norm": norm}
         sample_loss = terms["total_loss"].reshape(-1)
         new = apply_gradient(config, optimiser, state, grads, norm)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sample_loss).all()
+        moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
+        metrics = {name: values.mean() for name, values in terms.items()} | {"grad_norm": norm, "adapter_norm": moved}
+        finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(sample_loss).all()
         state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return state, metrics | {"sample_loss": sample_loss}
 
@@ -253,8 +255,12 @@ def reset_reference(state: TrainState) -> TrainState:
 
 
 def levels(config: ConfigDict) -> tuple[float, ...]:
-    """Timesteps at which the loss is taken (section 10): the rollout's, or the raw list for loss.timesteps 'raw'."""
-    steps, warped = tuple(config.sampler.steps), config.loss.timesteps == "warped" and config.sampler.warp
+    """Timesteps at which the loss is taken (section 10): the rollout's, or the raw list for loss.timesteps 'raw'.
+
+    Without a final 0 (Krea's sampler has one): there is no noise to predict there, so nothing could be learnt.
+    """
+    steps = tuple(t for t in config.sampler.steps if t > 0)
+    warped = config.loss.timesteps == "warped" and config.sampler.warp
     return warp(steps, Schedule(shift=config.sampler.shift)) if warped else steps
 
 
@@ -310,8 +316,9 @@ def update(
     """The optimiser steps of an epoch: yields the state and the metrics (floats) after each. `state` is donated.
 
     train_step: from make_train_step, with the same config and mesh. done: steps of this epoch that `state` has taken
-    already. Follow the last one by blend_old. Raises FloatingPointError, naming the samples, when a step's loss is not
-    finite; the step is not taken.
+    already. epoch: from 0; errors count epochs and steps from 1, as people do, and samples from 0. Follow the last step
+    by blend_old. Raises FloatingPointError, naming the samples where it can, when a step's loss, gradient or result is
+    not finite; the step is not taken.
     """
     text = sharding.replicate(mesh, samples.text)
     for turn in range(config.optimiser.inner_epochs):
@@ -323,7 +330,7 @@ def update(
             r, prompt = samples.r[order].astype(np.float32), samples.prompt[order]
             r, kl_weight, prompt, t = sharding.shard_batch(mesh, (r, kl_weight, prompt, t), axis=1)
             state, metrics = train_step(state, params, text, Batch(latents, r, kl_weight, prompt, t, key))
-            yield state, _checked(jax.device_get(metrics), order.reshape(-1), f"epoch {epoch}, optimiser step {i}")
+            yield state, _checked(jax.device_get(metrics), order.reshape(-1), f"epoch {epoch + 1}, step {i + 1}")
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -341,7 +348,7 @@ def _random_bits(config, epoch, stream, count):
 
 
 def _checked(metrics, order, place):
-    """The scalar metrics as floats; FloatingPointError if one of them, or a sample's loss, is not finite."""
+    """The scalar metrics as floats; FloatingPointError if a sample's loss or a norm is not finite."""
     sample_loss = metrics.pop("sample_loss")
     bad = np.flatnonzero(~np.isfinite(sample_loss))
     if bad.size:
@@ -350,9 +357,10 @@ def _checked(metrics, order, place):
             f"{place}: the loss of {bad.size} of {len(order)} samples is not finite ({culprits}); "
             "the step was not taken; lower optimiser.learning_rate or use model.dtype=float32"
         )
-    if not np.isfinite(metrics["grad_norm"]):
-        raise FloatingPointError(
-            f"{place}: the gradient norm is {metrics['grad_norm']} although every sample's loss "
-            "is finite; the step was not taken; lower optimiser.learning_rate"
-        )
+    for name, what in (("grad_norm", "the gradient norm"), ("adapter_norm", "the norm of the updated adapter")):
+        if not np.isfinite(metrics[name]):
+            raise FloatingPointError(
+                f"{place}: {what} is {metrics[name]} although every sample's loss is finite; the step was not taken; "
+                "lower optimiser.learning_rate"
+            )
     return {name: float(value) for name, value in metrics.items()}

@@ -81,14 +81,19 @@ def damages(workdir):
                 yield name, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def contents(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's unawaited futures
 def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(two_checkpoints, tmp_path, caplog):
-    fallbacks = 0
+    fallbacks, before = 0, contents(two_checkpoints / "checkpoints" / "2")
     for i, (name, content) in enumerate(damages(two_checkpoints)):
         workdir = tmp_path / str(i)
         shutil.copytree(two_checkpoints, workdir)
         path = workdir / "checkpoints" / "2" / name
         path.unlink() if content is None else path.write_bytes(content)
+        spoilt = {file: payload for file, payload in (before | {name: content}).items() if payload is not None}
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             found = checkpoint.restore(workdir, make_state(0), IDENTITY)
@@ -96,8 +101,63 @@ def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(two
         assert found.progress == PROGRESS
         if found.epoch == 1:
             fallbacks += 1
-            assert "is damaged" in caplog.text and not (workdir / "checkpoints" / "2").exists()
+            assert f"{workdir}/checkpoints/2 is damaged" in caplog.text
+            assert f"going on from the checkpoint before it, {workdir}/checkpoints/1" in caplog.text
+            assert not (workdir / "checkpoints" / "2").exists()
+            assert contents(workdir / "checkpoints" / "2.damaged") == spoilt  # kept as it was found
     assert fallbacks >= 6
+
+
+def test_a_damaged_epoch_is_saved_again_and_may_be_damaged_again(two_checkpoints, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    for _ in range(3):
+        next((workdir / "checkpoints" / "2").rglob("progress/metadata")).write_text("{")
+        assert checkpoint.restore(workdir, make_state(0), IDENTITY).epoch == 1
+        checkpoint.save(workdir, 2, make_state(2), PROGRESS, IDENTITY, keep=2)
+    names = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert names == {"1", "2", "2.damaged", "2.damaged.2", "2.damaged.3"}
+    assert_same(checkpoint.restore(workdir, make_state(0), IDENTITY).state, make_state(2))
+
+
+def refused(workdir, error, match, template=None):
+    """The newest checkpoint stops the program with a message that names it, and everything stays where it is."""
+    before = contents(workdir)
+    with pytest.raises(error, match=match):
+        checkpoint.restore(workdir, template or make_state(0), IDENTITY)
+    assert contents(workdir) == before
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(two_checkpoints, tmp_path):
+    """A loop of links stands for whatever a file system refuses: permissions, a lost mount, an I/O error."""
+    for part in ("progress", "state"):
+        workdir = tmp_path / part
+        shutil.copytree(two_checkpoints, workdir)
+        file = next(path for path in (workdir / "checkpoints" / "2" / part).rglob("*") if path.is_file())
+        file.unlink()
+        file.symlink_to(file)
+        refused(workdir, OSError, "checkpoints/2 cannot be read: .*try again")
+
+
+def test_a_lack_of_memory_is_no_damage(two_checkpoints, monkeypatch):
+    def exhausted(state):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
+
+    monkeypatch.setattr(checkpoint, "_checksum", exhausted)
+    refused(two_checkpoints, jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"step": np.zeros(2, np.int32)}, r"\['step'\]: 'int32 \[\]' there, 'int32 \[2\]' now"),
+        ({"step": np.zeros((), np.float32)}, r"\['step'\]: 'int32 \[\]' there, 'float32 \[\]' now"),
+        ({"average": np.zeros((), np.float32)}, r"\['average'\]: '\(none\)' there, 'float32 \[\]' now"),
+    ],
+)
+def test_the_state_of_another_program_is_refused(two_checkpoints, change, expected):
+    template = make_state(0) | change
+    refused(two_checkpoints, ValueError, f"(?s)checkpoints/2 holds another state.*{expected}", template)
 
 
 def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
@@ -113,8 +173,7 @@ def test_nothing_whole_is_refused(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").rglob("metadata"):
         path.write_text("{")
-    with pytest.raises(ValueError, match="no checkpoint .* is whole"):
-        checkpoint.restore(tmp_path / "run", make_state(0), IDENTITY)
+    refused(tmp_path / "run", ValueError, r"(?s)no checkpoint .* is whole.*\n  2: .*\n  1: ")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +197,26 @@ def test_a_run_may_go_further(two_checkpoints, tmp_path):
     assert checkpoint.restore(two_checkpoints, make_state(0), longer).epoch == 2
     checkpoint.claim(tmp_path / "run", IDENTITY)
     checkpoint.claim(tmp_path / "run", longer)
+
+
+def test_files_may_move_as_long_as_their_content_stays(tmp_path):
+    there = {"base": "abc", "prompts.train": "def", "prompts.test": "ghi"}
+    paths = {"config.base": "bases/a", "config.prompts.train": "a.txt", "config.prompts.test": "b.txt"}
+    checkpoint.claim(tmp_path / "run", there | paths)
+    checkpoint.claim(tmp_path / "run", there | {field: f"/elsewhere/{path}" for field, path in paths.items()})
+    for name in there:
+        with pytest.raises(ValueError, match=f"(?s)belongs to another run.*{name}: .* there, 'other' now"):
+            checkpoint.claim(tmp_path / "run", there | paths | {name: "other"})
+
+
+@pytest.mark.parametrize("content", ["", '{"base": "ab', "[1]", "\udcff"])
+def test_a_broken_record_of_the_run_is_named_and_kept(tmp_path, content):
+    checkpoint.claim(tmp_path, IDENTITY)
+    broken = content.encode(errors="surrogateescape")
+    (tmp_path / "run.json").write_bytes(broken)
+    with pytest.raises(ValueError, match="run.json .*; give another --workdir"):
+        checkpoint.claim(tmp_path, IDENTITY)
+    assert (tmp_path / "run.json").read_bytes() == broken
 
 
 def test_foreign_and_unwritable_workdirs_are_refused(tmp_path):

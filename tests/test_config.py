@@ -21,6 +21,12 @@ def test_the_recipe_and_its_reference_variants_are_valid():
         validate(moving_shapes.get_config(variant), rewards.TABLE, 1)
 
 
+@pytest.mark.parametrize("steps", [(1000, 750, 500, 250, 0), (1000, 666, 333, 0), (1000, 500), (1000,)])
+def test_every_published_list_of_steps_is_valid(steps):
+    """Krea's lists end in 0 (spec/sampling.md 2)."""
+    check(**{"sampler.steps": steps})
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -35,6 +41,9 @@ def test_the_recipe_and_its_reference_variants_are_valid():
         ({"model.window": 0}, "config.model.window is 0; expected at least 1, or -1"),
         ({"sampler.steps": (500, 750)}, r"config.sampler.steps is \(500, 750\); expected .* strictly decreasing"),
         ({"sampler.steps": ()}, r"config.sampler.steps is \(\)"),
+        ({"sampler.steps": (0,)}, r"config.sampler.steps is \(0,\); .* after which a 0 may come"),
+        ({"sampler.steps": (500, 0, 0)}, r"config.sampler.steps is \(500, 0, 0\)"),
+        ({"sampler.steps": (500, -1)}, r"config.sampler.steps is \(500, -1\)"),
         ({"eval.shown": 200}, "config.eval.shown is 200; expected at most eval.videos, 96"),
         ({"rewards.shapes_vq": float("inf")}, "config.rewards.shapes_vq is inf; expected a finite weight"),
         ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight"),
@@ -61,6 +70,12 @@ def test_unknown_and_missing_rewards_are_named():
         config.rewards.shapes_qv = 1.0
     with pytest.raises(ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of shapes_mq"):
         validate(config, rewards.TABLE, 1)
+    for weight in ("high", True, float("nan")):
+        config = moving_shapes.get_config()
+        del config.rewards["shapes_vq"]
+        config.rewards.shapes_vq = weight
+        with pytest.raises(ValueError, match=f"config.rewards.shapes_vq is {weight!r}; expected a finite weight"):
+            validate(config, rewards.TABLE, 1)
     with pytest.raises(ValueError, match="config.rewards is empty; give at least one reward a weight"):
         validate(get_config(), rewards.TABLE, 1)
     config = get_config()

@@ -51,6 +51,17 @@ def test_bad_files_are_refused_by_file_and_line(tmp_path, content, expected):
     assert expected in str(error.value)
 
 
+def test_what_the_rewards_cannot_judge_is_refused_by_file_and_line(tmp_path):
+    def check(prompt):
+        if "cat" in prompt:
+            raise ValueError("no cats")
+
+    source = write(tmp_path, b"a dog\n a cat \na cow\n")
+    assert prompts.load(source, words, 5) == ("a dog", "a cat", "a cow")
+    with pytest.raises(ValueError, match="list.txt, line 2: no cats"):
+        prompts.load(source, words, 5, check)
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "world:nowhere/train", "world:moving_shapes/dev", "world:"])
 def test_unknown_sources_are_refused_by_name(source):
     with pytest.raises((OSError, ValueError), match=source.removeprefix("world:").split("/")[-1] or "world:"):

@@ -1,6 +1,7 @@
 """Figures and files that a run reports: exact statistics, honest clocks, metrics that survive a kill."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -39,16 +40,32 @@ def test_summary_pairs_the_videos_and_measures_the_way_to_the_ceiling(tmp_path):
 
 def test_metrics_are_cut_back_to_where_the_run_goes_on(tmp_path):
     metrics = report.Metrics(tmp_path, 0, lambda record: True)
-    for epoch in range(4):
+    for epoch in range(1, 5):
         metrics.add({"kind": "epoch", "epoch": epoch, "loss": epoch / 3})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])  # killed while it wrote the last line
-    metrics = report.Metrics(tmp_path, 2, lambda record: record["epoch"] < 2)
-    metrics.add({"kind": "epoch", "epoch": 2, "loss": 7.0})
+    path.write_bytes(b"\xff\x00\n" + path.read_bytes()[:-9])  # a spoilt line; killed while it wrote the last one
+    metrics = report.Metrics(tmp_path, 2, lambda record: record["epoch"] <= 2)
+    metrics.add({"kind": "epoch", "epoch": 3, "loss": 7.0})
     metrics.close()
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["loss"] for record in records] == [0.0, 1 / 3, 7.0] and records == metrics.records
+    assert [record["loss"] for record in records] == [1 / 3, 2 / 3, 7.0] and records == metrics.records
+
+
+def test_a_record_that_was_added_is_on_the_disk(tmp_path, monkeypatch):
+    durable, sync = [], os.fsync
+
+    def fsync(file):
+        durable.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        sync(file)
+
+    metrics = report.Metrics(tmp_path, 0, lambda record: True)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for epoch in (1, 2):
+        metrics.add({"kind": "epoch", "epoch": epoch, "loss": 0.5})
+        written = (tmp_path / "metrics.jsonl").stat()
+        assert (written.st_ino, written.st_size) in durable and written.st_size > 40 * epoch
+    metrics.close()
 
 
 def test_metrics_never_hold_nan(tmp_path):
@@ -106,8 +123,8 @@ def test_the_line_of_an_epoch_has_rewards_phases_and_the_time_left(monkeypatch):
     said = []
     Clock(monkeypatch)
     progress = report.Progress({}, lambda: None, said.append)
-    record = {"reward/shapes_vq": 0.5, "kl_div": 2e-4, "seconds": {"rollout": 1.0, "update": 3.0}}
-    progress.epoch(2, 40, record, after=20.0)
+    record = {"epoch": 3, "reward/shapes_vq": 0.5, "kl_div": 2e-4, "seconds": {"rollout": 1.0, "update": 3.0}}
+    progress.epoch(record, 40, after=20.0)
     assert said == ["epoch  3/40  shapes_vq 0.500  kl 2.0e-04  |  rollout 1.0 + update 3.0 = 4.0 s  |  2 min 48 s left"]
 
 
@@ -121,6 +138,15 @@ def test_clock_reads_back(seconds):
 
 def test_counts_are_for_people():
     assert [report.count(n) for n in (12, 1_234, 24_600_000, 1.3e9)] == ["12", "1.23 k", "24.6 M", "1.3 B"]
+
+
+@given(st.sets(st.integers(1, 60)))
+def test_spans_name_exactly_the_numbers(numbers):
+    text = report.spans(sorted(numbers))
+    ends = [[int(end) for end in part.split("-")] for part in text.split(", ") if part]
+    assert {n for first, *last in ends for n in range(first, (last or [first])[0] + 1)} == numbers
+    assert all(len(end) == 1 or end[0] < end[1] for end in ends)
+    assert all(second[0] > first[-1] + 1 for first, second in zip(ends[:-1], ends[1:], strict=True))
 
 
 def moving(frames=33, size=48):
@@ -170,6 +196,6 @@ def test_curves_survive_a_run_without_epochs_and_with_one(tmp_path):
     report.write_curves(tmp_path, [])
     empty = (tmp_path / "curves.png").read_bytes()
     names = ("total_reward", "total_loss", "policy_loss", "kl_loss", "kl_div", "old_deviate", "old_kl_div")
-    record = {"kind": "epoch", "epoch": 0, "reward/x": 1.0} | dict.fromkeys(names, 0.0)
+    record = {"kind": "epoch", "epoch": 1, "reward/x": 1.0} | dict.fromkeys(names, 0.0)
     report.write_curves(tmp_path, [record])
     assert (tmp_path / "curves.png").read_bytes() != empty

@@ -10,17 +10,16 @@ tokenizer.json              or spiece.model
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
 from astrolabe_jax.convert.umt5 import load_umt5, save_umt5
 from astrolabe_jax.convert.vae import load_vae, save_vae
 from astrolabe_jax.convert.wan import load_transformer, save_transformer
@@ -84,17 +83,17 @@ def directory_of(base: str) -> Path:
 def sizes(base: str) -> dict[str, dict]:
     """The content of a base's config.json, checked for its parts; cheap, nothing else is read."""
     path = directory_of(base) / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict) or set(content) != set(_PARTS):
-        raise ValueError(f"{path}: expected an object with the keys {', '.join(_PARTS)}")
+    content = read_json(path)
+    if set(content) != set(_PARTS) or not all(isinstance(part, dict) for part in content.values()):
+        raise ValueError(f"{path}: expected objects under the keys {', '.join(_PARTS)}, and nothing else")
     return content
 
 
 def configs(base: str, **numerics) -> dict[str, Any]:
-    """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run."""
+    """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run.
+
+    Raises ValueError naming the file and the fields of a part that does not make sense, or of two that do not fit.
+    """
     parts = {}
     for name, values in sizes(base).items():
         part = _PARTS[name]
@@ -106,15 +105,35 @@ def configs(base: str, **numerics) -> dict[str, Any]:
             parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
         except (TypeError, ValueError) as error:  # TypeError: a field is missing
             raise ValueError(f"{directory_of(base) / 'config.json'}, {name}: {error}") from None
+    if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
+        head = f"{directory_of(base) / 'config.json'}: the parts do not fit each other:"
+        raise ValueError("\n  ".join([head, *faults]))
     return parts
+
+
+def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
+    """What one part makes and another takes must agree."""
+    if net.in_channels != vae.z_dim:
+        yield f"transformer.in_channels is {net.in_channels}; expected vae.z_dim, {vae.z_dim}"
+    if net.text_dim != text.dim:
+        yield f"transformer.text_dim is {net.text_dim}; expected text_encoder.dim, {text.dim}"
+    if net.text_len < text.text_len:  # a longer one is filled up with zero rows
+        yield f"transformer.text_len is {net.text_len}; expected at least text_encoder.text_len, {text.text_len}"
 
 
 def load_base(base: str, **numerics) -> Base:
     """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault."""
     directory, digest, nets = directory_of(base), hashlib.sha256(), {}
+    parts, tokenizer = configs(base, **numerics), load_tokenizer(directory)
+    largest, rows = max(tokenizer.get_vocab().values()), parts["text_encoder"].vocab_size
+    if largest >= rows:
+        raise ValueError(
+            f"{directory / 'config.json'}: text_encoder.vocab_size is {rows}, but the tokenizer in {directory} has ids "
+            f"up to {largest}; expected at least {largest + 1}: do both files belong to this base?"
+        )
     for path in sorted(directory / name for name in ("config.json", "tokenizer.json", "spiece.model")):
         digest.update(path.read_bytes() if path.is_file() else b"")
-    for name, config in configs(base, **numerics).items():
+    for name, config in parts.items():
         path = directory / f"{name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"base {base!r} has no {path}")
@@ -122,16 +141,12 @@ def load_base(base: str, **numerics) -> Base:
         digest.update(content)
         part = _PARTS[name]
         graphdef, _ = layers.graphdef_of(lambda part=part, config=config: part.module(config, rngs=nnx.Rngs(0)))
-        try:
-            tensors = safetensors.numpy.load(content)
-        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
-            raise ValueError(f"{path} cannot be read: {error}; expected a whole file of F32 or F16 tensors") from None
+        tensors = parse_safetensors(content, path)
         try:
             params = part.load(tensors, config)
         except ValueError as error:
             raise type(error)(f"{path}: {error}") from None
         nets[name] = Net(graphdef, params, config)
-    tokenizer = load_tokenizer(directory)
     return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
 
 

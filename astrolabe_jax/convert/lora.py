@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import LINEAR, Rule
-from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
 from astrolabe_jax.models.lora import TARGETS
 
 PREFIX = "base_model.model.blocks.{i}"
@@ -54,18 +54,28 @@ def save_peft(adapter: dict, directory: Path | str, rank: int, alpha: float) -> 
 def load_peft(directory: Path | str, expected: dict) -> tuple[dict, float]:
     """Read a PEFT directory -> (adapter tree like `expected`, scale alpha/R).
 
-    Raises ValueError for a variant of LoRA that the adapter tree cannot hold, engine.ConversionError for tensors that
-    do not fit `expected`, and FileNotFoundError.
+    Raises, naming the file: ValueError for one that cannot be read or holds a variant of LoRA that the adapter tree
+    cannot hold, engine.ConversionError for tensors that do not fit `expected`, and FileNotFoundError.
     """
-    directory = Path(directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
+    described, weights = (Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    for path in (described, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}; expected a PEFT directory with {described.name} and {weights.name}")
+    config = read_json(described)
     plain = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
     plain |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
     odd = {key: config[key] for key, value in plain.items() if config.get(key, value) != value}
     if config.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"{directory}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}")
-    tensors = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
-    return from_peft(tensors, expected), config["lora_alpha"] / config["r"]
+        raise ValueError(f"{described}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise ValueError(
+            f"{described} has r {rank!r} and lora_alpha {alpha!r}; expected the rank, a whole number, and a number"
+        )
+    try:
+        return from_peft(parse_safetensors(weights.read_bytes(), weights), expected), alpha / rank
+    except engine.ConversionError as error:
+        raise engine.ConversionError(f"{weights}: {error}") from None
 
 
 def peft_config(rank: int, alpha: float, target_modules: list[str]) -> dict:

@@ -1,4 +1,4 @@
-"""The registry of rewards: a name, and the function that scores videos.
+"""The registry of rewards: a name, the function that scores videos, and the prompts that it understands.
 
 A scorer is a function `(frames, prompts)` of decoded videos uint8 `[B, T, height, width, 3]` and B prompts that
 returns either B floats, or a mapping with B floats for each reward it computes (under the reward's name) and, if it
@@ -7,27 +7,34 @@ function of its arguments alone: runs are resumed and repeated. Larger is better
 
 To add a reward, write one file with such a function, and add one line to TABLE:
 
-    "brightness": "astrolabe_jax.rewards.brightness:score",
+    "brightness": Reward("astrolabe_jax.rewards.brightness:score"),
 
-The module is imported when the reward is first used, so that nobody needs the dependencies of rewards they do not
+Its modules are imported when the reward is first used, so that nobody needs the dependencies of rewards they do not
 use. Rewards that share a function are computed by one call.
 """
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-# Reward -> "module:function".
-TABLE = {
-    "shapes_vq": "astrolabe_jax.worlds.moving_shapes.rewards:score",
-    "shapes_mq": "astrolabe_jax.worlds.moving_shapes.rewards:score",
-    "shapes_ta": "astrolabe_jax.worlds.moving_shapes.rewards:score",
-}
+
+class Reward(NamedTuple):
+    """A line of TABLE; both functions are given as "module:function"."""
+
+    score: str  # the scorer
+    check: str | None = None  # takes one prompt, and raises ValueError if the scorer could not judge a video of it
+
+
+_MOVING_SHAPES = Reward(
+    "astrolabe_jax.worlds.moving_shapes.rewards:score", "astrolabe_jax.worlds.moving_shapes.vocabulary:parse"
+)
+TABLE = {"shapes_vq": _MOVING_SHAPES, "shapes_mq": _MOVING_SHAPES, "shapes_ta": _MOVING_SHAPES}
 
 
 def validate(names: Iterable[str]) -> None:
-    """Checks that every reward is known and its scorer can be imported.
+    """Checks that every reward is known and its functions can be imported.
 
     Raises:
       ValueError: naming the unknown rewards and the known ones, or the reward whose line in TABLE is wrong.
@@ -39,16 +46,30 @@ def validate(names: Iterable[str]) -> None:
     if unknown := [name for name in names if name not in TABLE]:
         raise ValueError(f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}")
     for name in names:
-        _scorer(name)
+        _functions(name)
 
 
-def score(names_and_weights: Mapping[str, float], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+def check_prompt(names: Iterable[str], prompt: str) -> None:
+    """Raises ValueError, naming the reward, if one of the (valid) names cannot judge videos of this prompt."""
+    for name in names:
+        _, check = _functions(name)
+        try:
+            if check:
+                check(prompt)
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from None
+
+
+def score(
+    names_and_weights: Mapping[str, float], frames: np.ndarray, prompts: Sequence[str], first: int = 0
+) -> dict[str, np.ndarray]:
     """Raw scores of every named reward; a weight of 0 is scored too, to be watched.
 
     Args:
       names_and_weights: reward -> weight; only the names are used here (advantages.py forms the total).
       frames: decoded videos, uint8 `[B, T, height, width, 3]`.
       prompts: B prompts.
+      first: number of the first video among those of its epoch, for errors.
 
     Returns:
       reward -> float32 `[B]`, in the order of the names.
@@ -56,7 +77,7 @@ def score(names_and_weights: Mapping[str, float], frames: np.ndarray, prompts: S
     Raises:
       ValueError: from `validate`, or for scores that are not B finite numbers, naming reward and sample.
     """
-    results = _results(names_and_weights, frames, prompts)
+    results = _results(names_and_weights, frames, prompts, first)
     return {name: results[name] for name in names_and_weights}
 
 
@@ -65,34 +86,40 @@ def parts(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str]) -> d
     return {name: values for name, values in _results(names, frames, prompts).items() if "/" in name}
 
 
-def _scorer(name: str) -> Callable:
-    module, _, function = TABLE[name].partition(":")
+def _functions(name: str) -> list[Callable | None]:
+    """Scorer and check of a reward."""
+    return [target and _import(name, target) for target in TABLE[name]]
+
+
+def _import(name: str, target: str) -> Callable:
+    module, _, function = target.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: cannot import {TABLE[name]!r}: {error}") from error
+        raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 
 
-def _results(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+def _results(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], first: int = 0) -> dict[str, np.ndarray]:
     """Checked scores and parts of the named rewards; each distinct scorer is called once."""
     names = list(names)
     validate(names)
     frames = np.asarray(frames)
     called, results = {}, {}
     for name in names:
-        if TABLE[name] not in called:
-            called[TABLE[name]] = _scorer(name)(frames, prompts)
-        returned = called[TABLE[name]]
+        scorer = TABLE[name].score
+        if scorer not in called:
+            called[scorer] = _import(name, scorer)(frames, prompts)
+        returned = called[scorer]
         returned = returned if isinstance(returned, Mapping) else {name: returned}
         if name not in returned:
-            raise ValueError(f"reward {name!r}: {TABLE[name]} returned only {', '.join(map(repr, returned))}")
+            raise ValueError(f"reward {name!r}: {scorer} returned only {', '.join(map(repr, returned))}")
         for key, values in returned.items():
             if key == name or key.startswith(f"{name}/"):
-                results[key] = _checked(key, values, prompts)
+                results[key] = _checked(key, values, prompts, first)
     return results
 
 
-def _checked(name: str, values, prompts: Sequence[str]) -> np.ndarray:
+def _checked(name: str, values, prompts: Sequence[str], first: int) -> np.ndarray:
     """`values` as float32 `[B]`; ValueError naming the reward, and the sample of a value that is not finite."""
     values = np.asarray(values, np.float32)
     if values.shape != (len(prompts),):
@@ -103,7 +130,7 @@ def _checked(name: str, values, prompts: Sequence[str]) -> np.ndarray:
     if len(bad := np.flatnonzero(~np.isfinite(values))):
         index = int(bad[0])
         raise ValueError(
-            f"reward {name!r} is {values[index]} for sample {index} (prompt {prompts[index]!r})"
+            f"reward {name!r} is {values[index]} for sample {first + index} (prompt {prompts[index]!r})"
             + (f" and for {len(bad) - 1} more" if len(bad) > 1 else "")
         )
     return values

@@ -81,3 +81,38 @@ def test_faults_name_the_file_and_the_field(directory):
         load_base(str(directory), **FLOAT32)
     with pytest.raises(FileNotFoundError, match="expected a shipped base .moving_shapes. or a directory"):
         load_base("no_such_base", **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [
+        ("transformer", "in_channels", 8, "transformer.in_channels is 8; expected vae.z_dim, 4"),
+        ("transformer", "text_dim", 32, "transformer.text_dim is 32; expected text_encoder.dim, 16"),
+        ("transformer", "text_len", 8, "transformer.text_len is 8; expected at least text_encoder.text_len, 16"),
+        ("text_encoder", "vocab_size", 9, "text_encoder.vocab_size is 9, but the tokenizer in .* has ids up to"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, value, expected):
+    """Before any weights are read: here there are none."""
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config[part][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"(?s)config.json: .*{expected}"):
+        load_base(str(directory), **FLOAT32)
+
+
+def test_a_transformer_may_take_longer_prompts_than_the_encoder_gives(directory):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["transformer"]["text_len"] = 32
+    path.write_text(json.dumps(config))
+    assert load_base(str(directory), **FLOAT32).transformer.config.text_len == 32
+
+
+def test_a_part_that_is_no_object_is_named(directory):
+    (directory / "config.json").write_text('{"transformer": 1, "vae": {}, "text_encoder": {}}')
+    with pytest.raises(ValueError, match="config.json: expected objects under the keys transformer, vae, text_encoder"):
+        load_base(str(directory), **FLOAT32)

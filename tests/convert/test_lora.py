@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,4 +87,72 @@ def test_variants_of_lora_are_refused(adapter, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
+        lora.load_peft(tmp_path, adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"r": None}, "adapter_config.json has r None and lora_alpha 3; expected the rank"),
+        ({"r": 0}, "adapter_config.json has r 0"),
+        ({"lora_alpha": "3"}, "adapter_config.json has r 3 and lora_alpha '3'"),
+    ],
+)
+def test_a_config_without_a_scale_is_named(adapter, tmp_path, change, expected):
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match=expected):
+        lora.load_peft(tmp_path, adapter)
+
+
+def cut(content):
+    return content[:-10]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "expected"),
+    [
+        ("adapter_config.json", cut, "adapter_config.json is not valid JSON"),
+        ("adapter_config.json", lambda _: b"[1]", "adapter_config.json holds a JSON list; expected an object"),
+        ("adapter_model.safetensors", cut, "adapter_model.safetensors cannot be read: .*whole"),
+        ("adapter_model.safetensors", lambda _: b"", "adapter_model.safetensors cannot be read: .*whole"),
+    ],
+)
+def test_a_broken_file_is_named(adapter, tmp_path, name, damage, expected):
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=expected):
+        lora.load_peft(tmp_path, adapter)
+
+
+def test_an_adapter_of_bfloat16_is_read_exactly(adapter, tmp_path):
+    """Runs with lora.dtype bfloat16 export such files."""
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapter)
+    lora.save_peft(rounded, tmp_path, RANK, alpha=RANK)
+    assert_same_bytes(lora.load_peft(tmp_path, rounded)[0], rounded)
+    exact = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded)
+    assert_same_bytes(lora.load_peft(tmp_path, adapter)[0], exact)
+
+
+def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
+    lora.save_peft(jax.tree.map(lambda leaf: leaf.astype(np.int8), adapter), tmp_path, RANK, alpha=RANK)
+    with pytest.raises(ValueError, match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected F64"):
+        lora.load_peft(tmp_path, adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(adapter, tmp_path, name):
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no .*{name}; expected a PEFT directory with"):
+        lora.load_peft(tmp_path, adapter)
+
+
+def test_tensors_that_do_not_fit_are_named_with_their_file(adapter, tmp_path):
+    smaller = {module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()}
+    lora.save_peft(smaller, tmp_path, 2, alpha=2)
+    with pytest.raises(engine.ConversionError, match="adapter_model.safetensors: .*\n.*changed shape"):
         lora.load_peft(tmp_path, adapter)

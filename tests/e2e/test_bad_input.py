@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 
-from astrolabe_jax import prepare, train
+from astrolabe_jax import prepare, rewards, train
 from astrolabe_jax.convert.lora import save_peft
 from tests.e2e import runs
 from tests.tiny_base import write_tiny_base
+
+GOOD = b"a red circle moving left on a grey background\n"
 
 
 def refusal(config, workdir) -> str:
@@ -24,16 +26,30 @@ def refusal(config, workdir) -> str:
         (None, "config.prompts.test: prompt file .*list.txt does not exist; give a text file"),
         (b"", "config.prompts.test: .*list.txt is empty; write one prompt a line"),
         (b"a cat\n\xff\n", r"config.prompts.test: .*list.txt is not UTF-8: byte 6 \(line 2\) is 0xff"),
-        (b"a cat\n\na dog\n", "config.prompts.test: .*list.txt, line 2 is empty"),
-        (b"a cat\n" + b"red " * 16, "config.prompts.test: .*list.txt, line 2 has 17 tokens, the text encoder takes 16"),
+        (GOOD + b"\na dog\n", "config.prompts.test: .*list.txt, line 2 is empty"),
+        (GOOD + b"red " * 16, "config.prompts.test: .*list.txt, line 2 has 17 tokens, the text encoder takes 16"),
+        (
+            GOOD + GOOD + b"a red cat moving left on a grey background\n",
+            "config.prompts.test: .*list.txt, line 3: reward 'shapes_mq': not a prompt of the moving-shapes world: "
+            "'a red cat .*; expected 'a COLOUR SHAPE moving",
+        ),
     ],
 )
-def test_prompt_files(base, tmp_path, content, expected):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_prompt_files(base, tmp_path, content, expected, split):
     if content is not None:
         (tmp_path / "list.txt").write_bytes(content)
-    config = runs.small_config(base, **{"prompts.test": str(tmp_path / "list.txt")})
-    assert re.search(expected, refusal(config, tmp_path / "run"))
+    config = runs.small_config(base, **{f"prompts.{split}": str(tmp_path / "list.txt")})
+    assert re.search(expected.replace("prompts.test", f"prompts.{split}"), refusal(config, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | {"any": rewards.Reward("math:fsum")})
+    (tmp_path / "list.txt").write_text("a cat\n")
+    config = runs.small_config(base, **{"prompts.test": str(tmp_path / "list.txt")})
+    config.rewards = {"any": 1.0}
+    assert prepare.prepare(config, tmp_path / "run").test_prompts == ("a cat",)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +57,20 @@ def test_prompt_files(base, tmp_path, content, expected):
     [
         ({"video.frames": 6}, "config.video.frames: 6 pixel frames: expected 1 modulo 4"),
         ({"model.block": 3}, "config.video.frames and config.model: 2 frames are not a whole number of blocks of 3"),
+        (
+            {"video.frames": 37, "eval.ceiling": True},
+            "config.video.frames: in 37 frames some shapes leave the picture; real videos have at most 33; .* "
+            "config.eval.ceiling=False",
+        ),
+        ({"loss.mask_block": 3}, "config.loss.mask_block: 2 frames are not a whole number of blocks of 3"),
+        (
+            {"model.window": 1, "loss.mask_block": 2},
+            "config.loss.mask_block: a window of 1 frames cannot hold a block of 2",
+        ),
+        (
+            {"model.window": 2, "model.sink": 1, "loss.mask_block": 2},
+            "config.loss.mask_block: a window of 2 frames cannot hold the sink of 1 and a block of 2",
+        ),
         ({"video.height": 40}, "config.video.height is 40; this model takes multiples of 16 pixels"),
         ({"model.window": 2, "model.sink": 2}, "config.model: a window of 2 frames cannot hold the sink of 2"),
         ({"sampler.steps": (1000, 500.5)}, "config.sampler: denoising step 500.5 is not a whole number"),
@@ -68,6 +98,62 @@ def test_another_adapter(base, tmp_path):
         runs.small_config(base, **changed), tmp_path / "a"
     )
     assert "changed shape" in refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
+
+
+@pytest.mark.parametrize("changes", [{"video.frames": 33, "eval.ceiling": True}, {"video.frames": 37}])
+def test_videos_may_be_as_long_as_the_ceiling_allows(base, tmp_path, changes):
+    prepare.prepare(runs.small_config(base, **changes), tmp_path / "run")
+
+
+def test_a_broken_adapter_is_named(base, tmp_path):
+    run = prepare.prepare(runs.small_config(base), tmp_path / "run")
+    config = runs.small_config(base, **{"lora.init": str(tmp_path / "lora")})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        save_peft(run.adapter, tmp_path / "lora", 2, 2.0)
+        path = tmp_path / "lora" / name
+        path.write_bytes(path.read_bytes()[:-30])
+        assert f"config.lora.init: {path} " in refusal(config, tmp_path / "a")
+
+
+def test_a_base_whose_parts_do_not_fit_is_named(base, tmp_path):
+    directory = shutil.copytree(base, tmp_path / "base")
+    content = json.loads((directory / "config.json").read_text())
+    content["transformer"]["in_channels"] = 8
+    (directory / "config.json").write_text(json.dumps(content))
+    message = refusal(runs.small_config(directory), tmp_path / "run")
+    assert message.startswith(f"config.base: {directory}/config.json: the parts do not fit each other:")
+    assert "transformer.in_channels is 8; expected vae.z_dim, 4" in message
+
+
+def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
+    (tmp_path / "there").mkdir()
+    prompts = {"train": GOOD + b"a blue square moving up slowly on a black background\n", "test": GOOD}
+    for split, content in prompts.items():
+        (tmp_path / "there" / f"{split}.txt").write_bytes(content)
+    shutil.copytree(base, tmp_path / "there" / "base")
+
+    def config(place, **changes):
+        files = {f"prompts.{split}": str(tmp_path / place / f"{split}.txt") for split in prompts}
+        return runs.small_config(tmp_path / place / "base", **files, **changes)
+
+    prepare.prepare(config("there"), tmp_path / "run")
+    (tmp_path / "there").rename(tmp_path / "here")
+    prepare.prepare(config("here"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config.base"] == str(tmp_path / "here" / "base")
+    assert "config.seed: 0 there, 1 now" in refusal(config("here", seed=1), tmp_path / "run")
+    for split, content in prompts.items():
+        path = tmp_path / "here" / f"{split}.txt"
+        path.write_bytes(content.replace(b"red", b"green"))
+        message = refusal(config("here"), tmp_path / "run")
+        assert "belongs to another run" in message and f"prompts.{split}: " in message
+        path.write_bytes(content)
+
+
+def test_a_truncated_record_of_the_run_is_named(base, tmp_path):
+    prepare.prepare(runs.small_config(base), tmp_path / "run")
+    record = tmp_path / "run" / "run.json"
+    record.write_bytes(record.read_bytes()[:100])
+    assert refusal(runs.small_config(base), tmp_path / "run").startswith(f"{record} is not valid JSON: ")
 
 
 def test_a_missing_or_broken_base_is_named(base, tmp_path):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import types
 
 import av
 import jax
@@ -56,7 +58,7 @@ def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
 def test_metrics_have_every_quantity_of_the_objective(straight):
     records = [json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    assert [record["epoch"] for record in epochs] == [0, 1, 2, 3] and [record["step"] for record in epochs] == [
+    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4] and [record["step"] for record in epochs] == [
         1,
         2,
         3,
@@ -93,6 +95,35 @@ def test_a_finished_run_is_not_repeated(straight, base, capsys):
     again = runs.start(runs.small_config(base), workdir)
     assert again == summary and runs.outcome(workdir) == before
     assert "going on after epoch 4 of 4" in capsys.readouterr().out
+
+
+def test_lost_metrics_are_named_and_what_can_be_measured_again_is(straight, base, tmp_path, capsys):
+    """metrics.jsonl cut off in its first line, and no summary yet: epochs are gone, both evaluations come back."""
+    config, workdir, summary = straight
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    (copy / "metrics.jsonl").write_bytes((copy / "metrics.jsonl").read_bytes()[:100])
+    (copy / "summary.json").unlink()
+    again = runs.start(runs.small_config(base), copy)
+    out = capsys.readouterr().out
+    assert f"{copy}/metrics.jsonl has lost the records of epoch 1-4: curves.png will lack them" in out
+    assert f"{copy}/metrics.jsonl has lost the evaluation before training: it is measured again" in out
+    assert again["eval"] == summary["eval"] and again["gain"] == summary["gain"]
+    made, wanted = runs.outcome(copy), runs.outcome(workdir)
+    assert made["files"] == wanted["files"]
+    assert made["metrics"] == [record for record in wanted["metrics"] if record["kind"] == "evaluation"]
+
+
+def test_only_lost_records_are_named(straight, base, capsys):
+    config, workdir, _ = straight
+    run = prepare.prepare(runs.small_config(base, **{"train.eval_every": 1}), workdir.parent / "other")
+    kept = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    metrics = types.SimpleNamespace(records=[record for record in kept if record["epoch"] != 2])
+    train._say_what_is_lost(run, 0, metrics)
+    train._say_what_is_lost(prepare.prepare(config, workdir), 4, types.SimpleNamespace(records=kept))
+    assert not capsys.readouterr().out
+    train._say_what_is_lost(run, 4, metrics)
+    assert "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("call", [1, 3, 5])  # in the evaluation before, in the second epoch, after the last checkpoint
@@ -144,12 +175,12 @@ def test_the_published_behaviour_runs(base, tmp_path):
 
 
 def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, monkeypatch):
-    table = dict(rewards.TABLE, odd="tests.e2e.test_run:odd_reward")
+    table = dict(rewards.TABLE, odd=rewards.Reward("tests.e2e.test_run:odd_reward"))
     monkeypatch.setattr(rewards, "TABLE", table)
-    config = runs.small_config(base)
+    config = runs.small_config(base, **{"eval.videos": 12})  # a batch of 8, and one of 4
     with config.unlocked():
         config.rewards.odd = 1.0
-    with pytest.raises(train.REFUSED, match="reward 'odd' is nan for sample 5 .prompt 'a "):
+    with pytest.raises(train.REFUSED, match="reward 'odd' is nan for sample 11 .prompt 'a "):
         runs.start(config, tmp_path / "run")
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -166,14 +197,34 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint
             yield videos._replace(latents=videos.latents.at[3].set(np.inf))
 
     monkeypatch.setattr(train, "generate", broken)
-    with pytest.raises(train.REFUSED, match="epoch 2, optimiser step 0: the loss of 1 of 8 samples .*sample 3: nan"):
+    with pytest.raises(train.REFUSED, match="epoch 3, step 1: the loss of 1 of 8 samples .*sample 3: nan"):
         runs.start(runs.small_config(base), tmp_path / "run")
     monkeypatch.undo()
     runs.start(runs.small_config(base), tmp_path / "run")
     runs.assert_same_run(config, workdir, tmp_path / "run")
 
 
+def test_latents_that_are_not_finite_are_refused_before_they_are_decoded(base, tmp_path, monkeypatch):
+    """The second batch of the evaluation is broken in two of its videos, and in one that only fills it up."""
+    sample, calls = generate._sample, []
+
+    def broken(*arguments):
+        calls.append(None)
+        latents = sample(*arguments)
+        return latents.at[2, 0, 0, 0, 0].set(np.nan).at[3].set(np.inf).at[6].set(np.nan) if len(calls) == 2 else latents
+
+    monkeypatch.setattr(generate, "_sample", broken)
+    config = runs.small_config(base, **{"eval.videos": 12})
+    with pytest.raises(
+        train.REFUSED, match="the latents of sample 10 .prompt 'a .* and those of 1 more are not finite"
+    ):
+        runs.start(config, tmp_path / "run")
+    assert len(calls) == 2 and not (tmp_path / "run" / "samples").exists()
+
+
 def odd_reward(frames, prompts):
+    """Not finite for the last video of a batch of four."""
     values = np.zeros(len(prompts))
-    values[5] = np.nan
+    if len(prompts) == 4:
+        values[3] = np.nan
     return values

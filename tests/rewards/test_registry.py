@@ -16,11 +16,12 @@ FRAMES = np.arange(3 * 2 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 4, 3)
 def add(monkeypatch):
     """Adds a reward as a user does: a module with a function, and one line in the table."""
 
-    def add(name, function, target=None):
+    def add(name, function, target=None, check=None):
         module = types.ModuleType(f"fake_{name}")
-        module.score = function
+        module.score, module.check = function, check
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(rewards.TABLE, name, target or f"{module.__name__}:score")
+        line = rewards.Reward(target or f"{module.__name__}:score", check and f"{module.__name__}:check")
+        monkeypatch.setitem(rewards.TABLE, name, line)
 
     return add
 
@@ -71,6 +72,36 @@ def test_a_wrong_line_is_named(add, target):
         rewards.validate(["broken"])
 
 
+def test_a_wrong_line_for_the_check_is_named(monkeypatch):
+    monkeypatch.setitem(rewards.TABLE, "broken", rewards.Reward("math:sqrt", "math:no_such_check"))
+    with pytest.raises(ValueError, match="reward 'broken': cannot import 'math:no_such_check'"):
+        rewards.validate(["broken"])
+
+
+def test_prompts_are_checked_by_the_rewards_that_care(add):
+    def short(prompt):
+        if len(prompt) > 5:
+            raise ValueError(f"{prompt!r} is long")
+
+    add("any", lambda frames, prompts: frames.mean((1, 2, 3, 4)))
+    add("brief", lambda frames, prompts: frames.mean((1, 2, 3, 4)), check=short)
+    rewards.check_prompt(["any", "brief"], "a cat")
+    rewards.check_prompt(["any"], "a longer cat")
+    with pytest.raises(ValueError, match="reward 'brief': 'a longer cat' is long"):
+        rewards.check_prompt(["any", "brief"], "a longer cat")
+
+
+@pytest.mark.parametrize("name", ["shapes_vq", "shapes_mq", "shapes_ta"])
+def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
+    frames = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    for prompt in ("a cat", "a blue circle moving left on a blue background"):
+        with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
+            rewards.check_prompt([name], prompt)
+        with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
+            rewards.score({name: 1.0}, frames, [prompt])
+    rewards.check_prompt([name], vocabulary.prompts("test")[0])
+
+
 def test_modules_are_imported_when_first_used():
     script = "import sys, astrolabe_jax.rewards; sys.exit(any('moving_shapes' in name for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -92,6 +123,12 @@ def test_scores_that_are_no_scores_are_refused(add, returned, message):
     add("bad", lambda frames, prompts: returned)
     with pytest.raises(ValueError, match=message):
         rewards.score({"bad": 1.0}, FRAMES, PROMPTS)
+
+
+def test_a_sample_is_named_by_its_number_in_the_epoch(add):
+    add("bad", lambda frames, prompts: [1.0, 2.0, np.nan])
+    with pytest.raises(ValueError, match=r"'bad' is nan for sample 26 \(prompt 'a cow'\)"):
+        rewards.score({"bad": 1.0}, FRAMES, PROMPTS, first=24)
 
 
 def test_the_shipped_rewards_score_their_world():

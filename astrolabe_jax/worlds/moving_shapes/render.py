@@ -1,5 +1,6 @@
 """Renders moving shapes: one shape on a plain background, moving steadily, with antialiased edges."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ EXTENTS = {
     "triangle": (0.65 * 3**0.5 * RADIUS, 1.3 * RADIUS, 0.65 * RADIUS),
 }
 MARGIN = 0.25  # pixels that always remain between a shape and the border
-JITTER = 6.0  # the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
+JITTER = 3.0  # the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
 
 
 class Path(NamedTuple):
@@ -32,7 +33,7 @@ class Path(NamedTuple):
         return self.start + np.arange(frames)[:, None] * self.step
 
 
-def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES) -> Path:
+def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER) -> Path:
     """A straight path at the asked speed whose middle is uniform around the centre, as far as the border allows."""
     step = np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
     travel = np.abs(step) * (frames - 1)
@@ -40,8 +41,26 @@ def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = 
     room = SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - travel / 2
     if (room < 0).any():
         raise ValueError(f"{frames} frames of {attributes.speed or 'medium'} motion leave a {SIZE}-pixel frame")
-    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + rng.uniform(-1, 1, 2) * np.minimum(room, JITTER)
+    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + rng.uniform(-1, 1, 2) * np.minimum(room, jitter)
     return Path(middle - step * (frames - 1) / 2, step)
+
+
+def check_frames(prompts: Iterable[str], frames: int) -> None:
+    """Raises ValueError, saying how many frames there may be, unless `sample` can show every prompt for `frames`."""
+    wanted = [vocabulary.parse(prompt) for prompt in prompts]
+    rng = np.random.default_rng(0)
+
+    def stay(frames: int) -> bool:
+        try:
+            for attributes in wanted:
+                sample_path(attributes, rng, frames)
+        except ValueError:
+            return False
+        return True
+
+    if not stay(frames):
+        most = next(filter(stay, range(frames, 0, -1)))
+        raise ValueError(f"in {frames} frames some shapes leave the picture; real videos have at most {most}")
 
 
 def edge_distance(shape: str, x, y, xp=np):
@@ -72,7 +91,7 @@ def render(attributes: Attributes, path: Path, frames: int = FRAMES) -> np.ndarr
     return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
 
 
-def sample(prompt: str, rng: np.random.Generator, frames: int = FRAMES) -> np.ndarray:
+def sample(prompt: str, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER) -> np.ndarray:
     """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
     attributes = vocabulary.parse(prompt)
-    return render(attributes, sample_path(attributes, rng, frames), frames)
+    return render(attributes, sample_path(attributes, rng, frames, jitter), frames)

@@ -84,6 +84,22 @@ def test_a_motion_too_long_for_the_frame_is_refused():
         render.sample_path(attributes, np.random.default_rng(0), frames=400)
 
 
+@pytest.mark.parametrize("prompts", [vocabulary.prompts("test"), vocabulary.prompts("test")[:1]])
+def test_the_frames_that_are_allowed_are_those_that_can_be_drawn(prompts):
+    def drawn(frames):
+        try:
+            return [render.sample(prompt, np.random.default_rng(0), frames) for prompt in prompts]
+        except ValueError:
+            return None
+
+    render.check_frames(prompts, render.FRAMES)
+    most = next(frames for frames in range(render.FRAMES, 400) if drawn(frames + 1) is None)
+    render.check_frames(prompts, most)
+    for frames in (most + 1, most + 40):
+        with pytest.raises(ValueError, match=f"in {frames} frames .* at most {most}$"):
+            render.check_frames(prompts, frames)
+
+
 @pytest.mark.parametrize("shape", vocabulary.SHAPES)
 def test_both_array_modules_draw_the_same_edge(shape):
     x, y = np.random.default_rng(0).uniform(-20, 20, (2, 50)).astype(np.float32)
