@@ -31,6 +31,7 @@ setup(
         "absl-py",
         "array_record>=0.8.6",  # the file format of tensorflow-datasets that needs no TensorFlow
         "av>=18",  # mp4
+        "ftfy>=6.3",  # part of the published tokenizer: without it token ids differ
         "matplotlib",  # curves
         "numpy>=2",
         "pillow",  # contact sheets
@@ -42,6 +43,6 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "test": ["ftfy", "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -2,6 +2,9 @@
 
     python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
 
+Measured on two CPU cores, seed 0: 282 s, held-out total 1.683 +- 0.132 -> 2.221 +- 0.039, gain 0.538 +- 0.128, 47 % of
+the way to the ceiling of 2.826 (real videos through the VAE); each of the three rewards rises.
+
 `:reference` sets the published behaviour of every switch, `:reference,context` that of one
 (astrolabe_jax.config.REFERENCE_SWITCHES).
 """
@@ -17,6 +20,8 @@ def get_config(variant: str = ""):
     config.rewards.shapes_vq = 1.0
     config.rewards.shapes_mq = 1.0
     config.rewards.shapes_ta = 1.0
+    config.optimiser.steps_per_pass = 4
+    config.optimiser.learning_rate = 2e-3
     if variant:
         name, *switches = variant.split(",")
         if name != "reference":

@@ -1,16 +1,75 @@
 """What the stages of the base model share: resumable training state, and the world's clips as batches."""
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
+import optax
+from absl import flags, logging
 from flax import serialization
+from optax.contrib import MuonDimensionNumbers, muon
 
 from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
+
+
+def check_recipe(directory: Path, stage: str, names: Mapping[str, object]) -> None:
+    """Refuses to resume states that other constants or flags made; `STAGE.recipe` keeps those of the directory.
+
+    Args:
+      names: the stage's module namespace; its upper-case names count, where the flags are not paths.
+
+    Raises:
+      ValueError: naming what changed.
+    """
+    path = directory / f"{stage}.recipe"
+    values = {
+        k: v.value if isinstance(v, flags.FlagHolder) else v for k, v in names.items() if k[0] != "_" and k.isupper()
+    }
+    recipe = {k: repr(v) for k, v in values.items() if k not in ("DIRECTORY", "OUTPUT")}
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(recipe, indent=1).encode())
+    before = json.loads(path.read_bytes())
+    changed = sorted(key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key))
+    if changed:
+        raise ValueError(f"{path}: {', '.join(changed)} changed since; restore them or take another --directory")
+
+
+def optimiser(
+    muon_rate: float, adam_rate: float, steps: int, kernel_ndim: int, end: float = 0.02
+) -> optax.GradientTransformation:
+    """Muon for kernels and Adam for the rest, with warm-up and cosine decay to `end` of the peaks.
+
+    A kernel is a matrix from all its input axes to the last one; `kernel_ndim` axes make a kernel, those before stack
+    layers. On the autoencoder Muon reached in 100 steps what Adam did not reach in 200.
+    """
+
+    def rates(peak):
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(50, steps // 10), steps, end * peak)
+
+    def matrices(params):
+        def numbers(path, x):
+            inputs = tuple(range(max(x.ndim - kernel_ndim, 0), x.ndim - 1))
+            return MuonDimensionNumbers(inputs, x.ndim - 1) if path[-1].key == "kernel" else None
+
+        return jax.tree_util.tree_map_with_path(numbers, params)
+
+    rule = muon(
+        rates(muon_rate),
+        consistent_rms=0.2,
+        adam_b2=0.99,
+        adam_learning_rate=rates(adam_rate),
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
+
+
+# Wider than the world's, so that a shape which a generator puts elsewhere is drawn all the same.
+JITTER = 2 * render.JITTER
 
 
 def train(path: Path, state, step: Callable, steps: int, save_every: int = 100, log_every: int = 25):
@@ -46,7 +105,7 @@ def random_clip(prompts: list[str], rng: np.random.Generator, cuts: bool = True)
     scenes = int(rng.integers(1, 5)) if cuts else 1
     latent_frames = (render.FRAMES - 1) // 4
     bounds = np.sort(rng.choice(np.arange(1, latent_frames), scenes - 1, replace=False)) * 4 + 1
-    videos = [render.sample(prompts[rng.integers(len(prompts))], rng) for _ in range(scenes)]
+    videos = [render.sample(prompts[rng.integers(len(prompts))], rng, jitter=JITTER) for _ in range(scenes)]
     edges = [0, *bounds, render.FRAMES]
     return np.concatenate([v[a:b] for v, a, b in zip(videos, edges[:-1], edges[1:], strict=True)])
 

@@ -7,6 +7,7 @@ distillation, as Causal Forcing does before its last stage). Each noise leads to
 the prompt leaves open is not averaged away.
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,16 +26,19 @@ from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 from experiments.moving_shapes_base import common, train_vae
 
-TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 800, "optimiser steps of the teacher")
-STUDENT_STEPS = flags.DEFINE_integer("student_steps", 500, "optimiser steps of the student")
 OUTPUT = flags.DEFINE_string("output", "astrolabe_jax/worlds/moving_shapes/base", "where the finished base goes")
 
 BATCH = 32
 VIDEOS = 3072  # encoded clips that the teacher learns from
 TRAJECTORIES = 1024  # videos whose teacher trajectories the student learns from
 ODE_STEPS = 16
-# Chance that a word of a caption is replaced by another of its kind.
-CAPTION_NOISE = {"colour": 0.2, "shape": 0.1, "direction": 0.1, "speed": 0.35, "background": 0.1}
+# Optimiser steps and peak rate of the teacher's rounds; a round starts from the averaged weights of the one before.
+TEACHER_ROUNDS = ((1200, 8e-3), (800, 6e-3))
+# Chance that a word of a caption is replaced by one of its kind: for the teacher, and in the student's last round.
+CAPTION_NOISE = {"colour": 0.2, "shape": 0.05, "direction": 0.05, "speed": 0.35, "background": 0.05}
+STUDENT_NOISE = {"colour": 0.25, "shape": 0.1, "direction": 0.05, "speed": 0.5, "background": 0.03}
+NO_NOISE = dict.fromkeys(CAPTION_NOISE, 0.0)
+STUDENT_ROUNDS = ((600, 4e-3, NO_NOISE), (250, 2e-3, STUDENT_NOISE))  # optimiser steps, peak rate, caption noise
 TEXT_LEN = 16
 LAYOUT = Layout(block=3)
 SCHEDULE = time.Schedule(shift=5.0)
@@ -48,14 +52,14 @@ TEXT = UMT5Config(
 )
 
 
-def noisy_caption(attributes: vocabulary.Attributes, rng: np.random.Generator) -> str:
-    """A caption of the clip with each word replaced by another of its kind with the chance of CAPTION_NOISE."""
+def noisy_caption(attributes: vocabulary.Attributes, chances: dict[str, float], rng: np.random.Generator) -> str:
+    """A caption of the clip with each word replaced, with the chance of its kind, by a random one of that kind."""
     kinds = dict(zip(attributes._fields, (
         vocabulary.COLOURS, vocabulary.SHAPES, vocabulary.DIRECTIONS, vocabulary.SPEEDS, vocabulary.BACKGROUNDS
     ), strict=True))  # fmt: skip
     while True:
         said = {
-            kind: rng.choice(list(words)) if rng.random() < CAPTION_NOISE[kind] else getattr(attributes, kind)
+            kind: rng.choice(list(words)) if rng.random() < chances[kind] else getattr(attributes, kind)
             for kind, words in kinds.items()
         }
         prompt = vocabulary.to_prompt(vocabulary.Attributes(**said))
@@ -83,12 +87,12 @@ def encoded_clips(vae: Net, path: Path, seed: int = 2) -> tuple[np.ndarray, list
     return np.load(path, mmap_mode="r"), prompts
 
 
-def _forward(nets, params, x, t, clean, ids, mask, layout=LAYOUT):
-    """Velocity of every block of `x`, each reading the clean video before it."""
+def _velocity(nets, params, clean, ids, mask):
+    """`(x, t) -> velocity` of every block of `x`, each reading the clean video before it."""
     model = layers.merge(nets["transformer"].graphdef, params["transformer"])
     text = model.encode_text(layers.merge(nets["text_encoder"].graphdef, params["text_encoder"]).embed(ids, mask))
-    context = model.context(clean, text, layout=layout)
-    return model(x, t, text, layout=layout, context=context)
+    context = model.context(clean, text, layout=LAYOUT)
+    return lambda x, t: model(x, t, text, layout=LAYOUT, context=context)
 
 
 def _noise_levels(key, batch: int, frames: int) -> jax.Array:
@@ -99,43 +103,46 @@ def _noise_levels(key, batch: int, frames: int) -> jax.Array:
 
 
 def _regression(nets, peak_rate: float, steps: int):
-    """Jitted step of AdamW with warm-up, cosine decay and averaged weights on the velocity error."""
-    rates = optax.warmup_cosine_decay_schedule(0.0, peak_rate, min(100, steps // 10), steps, peak_rate / 50)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rates, b2=0.99, weight_decay=1e-3))
+    """Jitted step with averaged weights on the velocity error."""
+    optimiser = common.optimiser(peak_rate, peak_rate / 4, steps, kernel_ndim=2)
 
     @jax.jit
     def update(state, x, sigma, clean, target, ids, mask):
         params, moments, average = state
 
         def loss(params):
-            velocity = _forward(nets, params, x, 1000 * sigma, clean, ids, mask)
+            velocity = _velocity(nets, params, clean, ids, mask)(x, 1000 * sigma)
             return jnp.mean((velocity - target) ** 2)
 
         value, gradients = jax.value_and_grad(loss)(params)
         changes, moments = optimiser.update(gradients, moments, params)
         params = optax.apply_updates(params, changes)
-        return (params, moments, optax.incremental_update(params, average, 0.005)), {"loss": value}
+        return (params, moments, optax.incremental_update(params, average, 0.02)), {"loss": value}
 
     return optimiser, update
 
 
-def train_teacher(nets, latents, prompts, tokenizer, path: Path, steps: int, seed: int = 3) -> dict:
+def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int = 3) -> dict:
     """Teacher-forced flow matching on encoded clips with noisy captions; returns the averaged parameters."""
-    optimiser, update = _regression(nets, 2e-3, steps)
     params = {name: net.params for name, net in nets.items()}
     attributes = [vocabulary.parse(prompt) for prompt in prompts]
 
-    def step(state, i):
+    def step(update, seed, state, i):
         rng, key = np.random.default_rng([seed, i]), jax.random.fold_in(jax.random.key(seed), i)
         chosen = rng.integers(VIDEOS, size=BATCH)
-        ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], rng) for j in chosen], TEXT_LEN)
+        ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], CAPTION_NOISE, rng) for j in chosen], TEXT_LEN)
         clean = jnp.asarray(latents[chosen], jnp.float32)
         noise_key, level_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, clean.shape)
         sigma = _noise_levels(level_key, *clean.shape[:2])
         return update(state, time.add_noise(clean, noise, sigma), sigma, clean, noise - clean, ids, mask)
 
-    return common.train(path, (params, optimiser.init(params), params), step, steps)[2]
+    for i, (steps, rate) in enumerate(TEACHER_ROUNDS):
+        optimiser, update = _regression(nets, rate, steps)
+        state = (params, optimiser.init(params), params)
+        path = directory / f"teacher{i + 1}.state"
+        params = common.train(path, state, partial(step, update, seed + 100 * i), steps)[2]
+    return params
 
 
 def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, seed: int = 4):
@@ -148,10 +155,11 @@ def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, 
 
         @jax.jit
         def solve(params, noise, clean, ids, mask):
+            velocity = _velocity(nets, params, clean, ids, mask)
+
             def euler(x, sigmas):
                 now, later = sigmas
-                t = jnp.full(x.shape[:2], 1000 * now)
-                return x + (later - now) * _forward(nets, params, x, t, clean, ids, mask), x
+                return x + (later - now) * velocity(x, jnp.full(x.shape[:2], 1000 * now)), x
 
             end, points = jax.lax.scan(euler, noise, (grid[:-1], grid[1:]))
             return points[np.array(kept)], end
@@ -172,13 +180,13 @@ def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, 
         return stored["points"], stored["ends"]
 
 
-def train_student(nets, teacher, latents, trajectories, prompts, tokenizer, path: Path, steps: int, seed: int = 5):
-    """Regresses the ends of trajectories from their points; starts from the teacher, whose text encoder it keeps."""
+def train_student(nets, teacher, latents, trajectories, prompts, tokenizer, directory: Path, seed: int = 5):
+    """Regresses the ends of trajectories from their points, starting from the teacher."""
     points, ends = trajectories
     levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE), np.float32) / 1000
-    optimiser, update = _regression(nets, 1e-3, steps)
+    attributes = [vocabulary.parse(prompt) for prompt in prompts]
 
-    def step(state, i):
+    def step(update, seed, chances, state, i):
         rng = np.random.default_rng([seed, i])
         chosen = rng.integers(TRAJECTORIES, size=BATCH)
         blocks = latents.shape[1] // LAYOUT.block
@@ -186,14 +194,21 @@ def train_student(nets, teacher, latents, trajectories, prompts, tokenizer, path
         x = points[chosen[:, None], level, np.arange(latents.shape[1])[None]].astype(np.float32)
         end, sigma = ends[chosen].astype(np.float32), levels[level]
         target = (x - end) / sigma[:, :, None, None, None]
-        ids, mask = tokenize(tokenizer, [prompts[j] for j in chosen], TEXT_LEN)
+        ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], chances, rng) for j in chosen], TEXT_LEN)
         return update(state, x, sigma, np.asarray(latents[chosen], np.float32), target, ids, mask)
 
-    return common.train(path, (teacher, optimiser.init(teacher), teacher), step, steps)[2]
+    params = teacher
+    for i, (steps, rate, chances) in enumerate(STUDENT_ROUNDS):
+        optimiser, update = _regression(nets, rate, steps)
+        state = (params, optimiser.init(params), params)
+        path = directory / f"student{i + 1}.state"
+        params = common.train(path, state, partial(step, update, seed + 100 * i, chances), steps)[2]
+    return params
 
 
 def main(_):
     directory = Path(train_vae.DIRECTORY.value)
+    common.check_recipe(directory, "generator", globals())
     graphdef, params = train_vae.train(directory, train_vae.STEPS.value)
     config = train_vae.with_statistics(graphdef, params)
     graphdef, _ = layers.graphdef_of(lambda: train_vae.Vae(config, nnx.Rngs(0)))
@@ -204,11 +219,10 @@ def main(_):
     tokenizer = load_tokenizer(directory)
 
     latents, prompts = encoded_clips(vae, directory / "latents.npy")
-    teacher = train_teacher(nets, latents, prompts, tokenizer, directory / "teacher.state", TEACHER_STEPS.value)
+    teacher = train_teacher(nets, latents, prompts, tokenizer, directory)
     trajectories = teacher_trajectories(nets, teacher, latents, prompts, tokenizer, directory / "trajectories.npz")
-    student = train_student(
-        nets, teacher, latents, trajectories, prompts, tokenizer, directory / "student.state", STUDENT_STEPS.value
-    )
+    student = train_student(nets, teacher, latents, trajectories, prompts, tokenizer, directory)
+    vae = vae._replace(params=train_vae.train_decoder(directory, graphdef, params, train_vae.DECODER_STEPS.value))
     trained = {name: net._replace(params=student[name]) for name, net in nets.items()}
     save_base(
         Path(OUTPUT.value), trained["transformer"], vae, trained["text_encoder"], tokenizer_json, dtype=np.float16

@@ -5,6 +5,7 @@ list; what is held out is held out from the generator and from reinforcement lea
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,12 +19,14 @@ from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from experiments.moving_shapes_base import common
 
 DIRECTORY = flags.DEFINE_string("directory", "runs/moving_shapes_base", "where states and results go")
-STEPS = flags.DEFINE_integer("vae_steps", 1600, "optimiser steps")
+STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimiser steps of the whole autoencoder")
+DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 2000, "optimiser steps of the decoder alone")
+RATE_STEPS = 2700  # length of the cosine decay; the decoder starts its own where the whole net stops
 # Short clips first, for many scenes at little cost; then full ones, without which the net does not extend in time.
-SHORT_STEPS, SHORT_BATCH, SHORT_FRAMES = 700, 16, 5
-FULL_BATCH = 4
-LATENT_NOISE = 0.1  # std of the noise that decoding must bear; with LATENT_WEIGHT a KL term of fixed variance
-LATENT_WEIGHT = 1e-4
+SHORT_STEPS, SHORT_BATCH, SHORT_FRAMES = 300, 8, 5
+FULL_BATCH = 2
+LATENT_NOISE = 0.2  # std of the noise that decoding must bear; with LATENT_WEIGHT a KL term of fixed variance
+LATENT_WEIGHT = 5e-4
 EDGE_WEIGHT = 1.0
 SHAPE_WEIGHT = 3.0  # the shape covers a tenth of a frame and is all that a person looks at
 AVERAGE_DECAY = 0.99
@@ -34,15 +37,21 @@ CONFIG = VaeConfig(dim=8, dim_mult=(1, 2, 6, 8), num_res_blocks=1, latent_mean=(
 def loss(vae: Vae, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
     """Weighted absolute error of pixels and of their spatial differences, plus the size of the latents."""
     (mean, _), _ = vae.moments(pixels)
+    total, metrics = reconstruction_loss(vae, mean, pixels, key)
+    size = jnp.mean(mean**2)
+    return total + LATENT_WEIGHT * size, metrics | {"latent": jnp.sqrt(size)}
+
+
+def reconstruction_loss(vae: Vae, mean: jax.Array, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+    """The part of `loss` that the decoder answers for, from latents before normalisation `[B, F, H, W, C]`."""
     z = mean + LATENT_NOISE * jax.random.normal(key, mean.shape)
     decoded, _ = vae.decode(jnp.moveaxis(z, -1, 2))
     error = decoded - pixels
     shape = jnp.any(jnp.abs(pixels - pixels[:, :, :1, :1]) > 0.05, axis=-1, keepdims=True)
     edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (2, 3))
-    size = jnp.mean(mean**2)
-    total = jnp.mean(jnp.abs(error) * (1 + SHAPE_WEIGHT * shape)) + EDGE_WEIGHT * edges + LATENT_WEIGHT * size
+    total = jnp.mean(jnp.abs(error) * (1 + SHAPE_WEIGHT * shape)) + EDGE_WEIGHT * edges
     mse = jnp.mean((jnp.clip(decoded, -1, 1) - pixels) ** 2)
-    return total, {"loss": total, "psnr": 10 * jnp.log10(4 / mse), "latent": jnp.sqrt(size)}
+    return total, {"loss": total, "psnr": 10 * jnp.log10(4 / mse)}
 
 
 def to_float(video: np.ndarray) -> np.ndarray:
@@ -51,22 +60,10 @@ def to_float(video: np.ndarray) -> np.ndarray:
 
 def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dict]:
     """Trains or resumes; returns the graph definition and the averaged parameters."""
+    common.check_recipe(directory, "vae", globals())
     graphdef, params = nnx.split(Vae(CONFIG, nnx.Rngs(seed)))
     params = nnx.to_pure_dict(params)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(50, steps // 10), steps, 2e-5)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-
-    @jax.jit
-    def update(state, pixels, key):
-        params, moments, average = state
-
-        def of_params(params):
-            return loss(nnx.merge(graphdef, params), pixels, key)
-
-        gradients, metrics = jax.grad(of_params, has_aux=True)(params)
-        changes, moments = optimiser.update(gradients, moments, params)
-        params = optax.apply_updates(params, changes)
-        return (params, moments, optax.incremental_update(params, average, 1 - AVERAGE_DECAY)), metrics
+    optimiser = common.optimiser(2e-3, 2e-3, RATE_STEPS, kernel_ndim=5)
 
     def step(state, i):
         rng, short = np.random.default_rng([seed, i]), i < SHORT_STEPS
@@ -74,8 +71,46 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
         pixels = to_float(videos[:, :SHORT_FRAMES] if short else videos)
         return update(state, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
+    update = _update(optimiser, lambda params, pixels, key: loss(nnx.merge(graphdef, params), pixels, key))
     state = common.train(directory / "vae.state", (params, optimiser.init(params), params), step, steps)
     return graphdef, state[2]
+
+
+def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: int, seed: int = 6) -> dict:
+    """Trains the decoder further on full clips while the encoder stays; returns the averaged parameters of both.
+
+    The latents that a generator learns from are fixed by then, so that this may run beside its training.
+    """
+    frozen = {name: params[name] for name in ("encoder", "conv1")}
+    moving = {name: params[name] for name in ("conv2", "decoder")}
+    optimiser = common.optimiser(1.5e-3, 1.5e-3, steps, kernel_ndim=5, end=0.0)
+
+    def of_decoder(moving, frozen, pixels, key):
+        vae = nnx.merge(graphdef, frozen | moving)
+        (mean, _), _ = vae.moments(pixels)
+        return reconstruction_loss(vae, jax.lax.stop_gradient(mean), pixels, key)
+
+    def step(state, i):
+        rng = np.random.default_rng([seed, i])
+        pixels = to_float(common.clips(common.ALL_PROMPTS, FULL_BATCH, rng, cuts=True))
+        return update(state, frozen, pixels, jax.random.fold_in(jax.random.key(seed), i))
+
+    update = _update(optimiser, of_decoder)
+    return frozen | common.train(directory / "decoder.state", (moving, optimiser.init(moving), moving), step, steps)[2]
+
+
+def _update(optimiser: optax.GradientTransformation, of_params: Callable) -> Callable:
+    """Jitted `(params, moments, average), *args -> (state, metrics)` that descends `of_params(params, *args)`."""
+
+    @jax.jit
+    def update(state, *args):
+        params, moments, average = state
+        gradients, metrics = jax.grad(of_params, has_aux=True)(params, *args)
+        changes, moments = optimiser.update(gradients, moments, params)
+        params = optax.apply_updates(params, changes)
+        return (params, moments, optax.incremental_update(params, average, 1 - AVERAGE_DECAY)), metrics
+
+    return update
 
 
 def with_statistics(graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: int = 128) -> VaeConfig:
@@ -92,6 +127,7 @@ def with_statistics(graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: 
 def main(_):
     directory = Path(DIRECTORY.value)
     graphdef, params = train(directory, STEPS.value)
+    train_decoder(directory, graphdef, params, DECODER_STEPS.value)
     config = with_statistics(graphdef, params)
     logging.info("latent std per channel: %s", np.round(config.latent_std, 2))
 

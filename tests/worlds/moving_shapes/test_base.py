@@ -1,0 +1,75 @@
+"""The shipped base model: small enough to ship, good enough to look at, and poor enough to be worth aligning."""
+
+import jax
+import numpy as np
+import pytest
+
+from astrolabe_jax import encode, sharding
+from astrolabe_jax.config import get_config
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.decode import decode
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
+from astrolabe_jax.worlds.moving_shapes import render, rewards, vocabulary
+
+VIDEOS = 32
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """What the base draws for random prompts of the training split: frames [VIDEOS, T, SIZE, SIZE, 3], prompts."""
+    base = bases.load_base("moving_shapes", dtype="float32", param_dtype="float32", remat=False, attention="xla")
+    mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
+    prompts = list(np.random.default_rng(0).choice(vocabulary.prompts("train"), VIDEOS, replace=False))
+    text = encode.encode_prompts(base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, mesh)
+    draw = noise_from_keys(jax.random.split(jax.random.key(0), VIDEOS), (base.vae.config.z_dim, 6, 6))
+    latents, _ = jax.jit(
+        lambda params, text: rollout(
+            base.transformer.graphdef,
+            params,
+            None,
+            text,
+            draw,
+            frames=base.vae.config.latent_frames(render.FRAMES),
+            latent_hw=(6, 6),
+            layout=Layout(block=3),
+            sampler=Sampler(),
+        )
+    )(base.transformer.params, text)
+    frames = decode(base.vae.graphdef, base.vae.params, latents, chunk=1, mesh=mesh)
+    return np.asarray(frames), prompts
+
+
+@pytest.fixture(scope="module")
+def scores(drawn):
+    """Scores and their parts [VIDEOS]."""
+    return rewards.score(*drawn)
+
+
+def test_size():
+    """Everything that ships with the package, at most 8 MB."""
+    files = list(bases.directory_of("moving_shapes").iterdir())
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert sum(file.stat().st_size for file in files) <= 8e6
+
+
+@pytest.mark.parametrize("part", ["visibility", "colour", "direction", "background"])
+def test_most_videos_show_what_the_prompt_says(scores, part):
+    assert np.mean(scores[f"shapes_ta/{part}"] > 0.5) > 0.5
+
+
+def test_shapes_are_told_apart(drawn, scores):
+    """The asked shape is seen more clearly than the two others would be."""
+    frames, prompts = drawn
+    shapes = list(vocabulary.SHAPES)
+    for turn in (1, 2):
+        attributes = [vocabulary.parse(prompt) for prompt in prompts]
+        others = [shapes[(shapes.index(a.shape) + turn) % 3] for a in attributes]
+        wrong = [vocabulary.to_prompt(a._replace(shape=o)) for a, o in zip(attributes, others, strict=True)]
+        told = rewards.score(frames, wrong)["shapes_ta/shape"].mean()
+        assert scores["shapes_ta/shape"].mean() > 1.5 * told
+
+
+@pytest.mark.parametrize("name", ["shapes_ta/colour", "shapes_ta/speed", "shapes_mq/steadiness"])
+def test_there_is_work_left(scores, name):
+    assert np.mean(scores[name]) < 0.9
