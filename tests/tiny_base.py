@@ -1,5 +1,6 @@
 """A random base model of the real classes at the smallest sizes, for tests that need every part but no quality."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,24 +11,13 @@ from astrolabe_jax.convert.base import Net, save_base
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
-from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from astrolabe_jax.worlds.moving_shapes import vocabulary
+from tests.models import tiny
 
-_FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 _WORDS = vocabulary.words()
-TRANSFORMER = WanConfig(
-    dim=24,
-    ffn_dim=48,
-    num_layers=2,
-    num_heads=2,
-    freq_dim=16,
-    text_dim=16,
-    text_len=16,
-    in_channels=4,
-    **_FLOAT32,
-)
+TRANSFORMER = dataclasses.replace(tiny.CONFIG, ffn_dim=48, text_dim=16, text_len=16)
 VAE = VaeConfig(dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
 TEXT = UMT5Config(
     vocab_size=3 + len(_WORDS),
@@ -37,7 +27,8 @@ TEXT = UMT5Config(
     num_heads=2,
     num_layers=2,
     text_len=16,
-    **_FLOAT32,
+    dtype="float32",
+    param_dtype="float32",
 )
 
 
