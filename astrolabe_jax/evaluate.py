@@ -25,7 +25,7 @@ def evaluate(run: Run, adapter: dict, progress: Progress, what: str) -> tuple[Ev
     """Scores of every held-out video, and the frames [eval.shown, T, height, width, 3] of the first ones."""
     batch, shown = held_out(run), run.config.eval.shown
     parts, frames = [], []
-    texts = encode_texts(run, batch, progress, run.workdir / "text")
+    texts = encode_texts(run, batch, progress)
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
     for videos in generate(run, adapter, batch, texts, keys, progress, what):
         parts.append(videos.rewards)

@@ -5,7 +5,6 @@ The videos do not depend on how they are cut into batches.
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,14 +38,12 @@ class Texts(NamedTuple):
     row: np.ndarray  # [B] int32, each video's prompt
 
 
-def encode_texts(run: Run, batch: PromptBatch, progress: Progress, cache_dir: Path | None = None) -> Texts:
-    """Encodes every distinct prompt once; with `cache_dir` once and for all."""
+def encode_texts(run: Run, batch: PromptBatch, progress: Progress) -> Texts:
+    """Encodes every distinct prompt once."""
     _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
     net, texts = run.base.text, [batch.texts[i] for i in first]
     with progress.phase("encode"):
-        embeddings = encode.encode_prompts(
-            net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh, cache_dir
-        )
+        embeddings = encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh)
     return Texts(embeddings, row.astype(np.int32))
 
 
@@ -83,7 +80,7 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
         try:
             values = rewards.score(run.config.rewards, frames, batch.texts, first)
         except ValueError as error:
-            raise RewardError(f"{error}; nothing was learnt from this epoch") from error
+            raise RewardError(f"{error}; nothing was learnt from these videos") from error
     return Videos(latents, frames, values)
 
 

@@ -1,6 +1,4 @@
-"""Prompts to embeddings: cleaning, tokenizers on disk, padding, the cache."""
-
-import dataclasses
+"""Prompts to embeddings: cleaning, tokenizers on disk, padding."""
 
 import jax
 import numpy as np
@@ -98,36 +96,6 @@ def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
 
 def test_no_prompts_give_an_empty_batch(tokenizer, model):
     assert encode.encode_prompts(*model, tokenizer, [], CONFIG, ONE).shape == (0, CONFIG.text_len, CONFIG.dim)
-
-
-def test_the_cache_is_read_back_bit_for_bit(tokenizer, model, tmp_path, monkeypatch):
-    first = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE, tmp_path)
-    (file,) = tmp_path.iterdir()
-    assert file.suffix == ".npz"
-
-    def not_again(*arguments, **options):
-        raise AssertionError("the encoder ran although the embeddings are on disk")
-
-    monkeypatch.setattr(encode, "_encode", not_again)
-    np.testing.assert_array_equal(encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE, tmp_path), first)
-
-
-@pytest.mark.parametrize("change", ["prompts", "weights", "config"])
-def test_the_cache_is_not_shared_between_different_contents(tokenizer, model, tmp_path, change):
-    graphdef, params = model
-    encode.encode_prompts(graphdef, params, tokenizer, PROMPTS, CONFIG, ONE, tmp_path)
-    prompts, config = PROMPTS, CONFIG
-    if change == "prompts":
-        prompts = PROMPTS[::-1]
-    elif change == "weights":
-        params = jax.tree.map(lambda leaf: leaf * 1.01, params)
-    else:
-        config = dataclasses.replace(CONFIG, max_distance=64)
-        graphdef, _ = layers.graphdef_of(lambda: UMT5(config, nnx.Rngs(0)))
-    fresh = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, ONE)
-    cached = encode.encode_prompts(graphdef, params, tokenizer, prompts, config, ONE, tmp_path)
-    np.testing.assert_array_equal(cached, fresh)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
