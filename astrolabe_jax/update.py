@@ -2,8 +2,8 @@
 
 Every policy is an adapter over one frozen base. A step noises each sample to one level, predicts its clean latent with
 `current`, `old` and `reference` from the same x_t, and accumulates the gradient of losses.py over microbatches. All
-draws derive from (seed, epoch, pass) and from one key per sample, so that a resumed epoch continues as it would have
-and a sample's noise does not depend on the microbatch it is in. Section numbers are those of spec/objective.md.
+draws derive from (seed, epoch, pass) and from one key per sample, so that a sample's noise does not depend on the
+microbatch it is in. Section numbers are those of spec/objective.md.
 """
 
 import dataclasses
@@ -311,21 +311,17 @@ def update(
     params,
     samples: Samples,
     epoch: int,
-    done: int = 0,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """The optimiser steps of an epoch: yields the state and the metrics (floats) after each. `state` is donated.
 
-    train_step: from make_train_step, with the same config and mesh. done: steps of this epoch that `state` has taken
-    already. epoch: from 0; errors count epochs and steps from 1, as people do, and samples from 0. Follow the last step
-    by blend_old. Raises FloatingPointError, naming the samples where it can, when a step's loss, gradient or result is
-    not finite; the step is not taken.
+    train_step: from make_train_step, with the same config and mesh. epoch: from 0; errors count epochs and steps from
+    1, as people do, and samples from 0. Follow the last step by blend_old. Raises FloatingPointError, naming the
+    samples where it can, when a step's loss, gradient or result is not finite; the step is not taken.
     """
     text = sharding.replicate(mesh, samples.text)
     for turn in range(config.optimiser.inner_epochs):
         plan = plan_pass(config, epoch, turn, samples.mask)
         for i, (order, t, kl_weight) in enumerate(zip(*plan, strict=True), start=turn * len(plan.order)):
-            if i < done:
-                continue
             latents, key = _gather(samples.latents, samples.key, order, turn, mesh)
             r, prompt = samples.r[order].astype(np.float32), samples.prompt[order]
             r, kl_weight, prompt, t = sharding.shard_batch(mesh, (r, kl_weight, prompt, t), axis=1)

@@ -82,8 +82,8 @@ class _Step(NamedTuple):
 def load(table: Sequence[Rule], tensors: Mapping[str, np.ndarray], expected: dict) -> dict:
     """Build the parameter tree `expected` (leaves with shape and dtype) from the tensors of a checkpoint.
 
-    Leaves take the dtype of `expected`. Tensors are read one leaf at a time, so memory-mapped ones stay on disk until
-    their leaf is built. Raises ConversionError on unused, missing or misshapen tensors and on unfilled leaves.
+    Leaves take the dtype of `expected`. Raises ConversionError on unused, missing or misshapen tensors and on unfilled
+    leaves.
     """
     tree: dict = {}
     for path, leaf in leaves(table, tensors, expected):

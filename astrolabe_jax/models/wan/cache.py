@@ -64,10 +64,9 @@ def init_cache(
     batch: int,
     frames: int,
     latent_hw: tuple[int, int],
-    dtype=None,
     slots: int | None = None,
 ) -> Cache:
-    """An empty cache for a video of `frames` frames. dtype: config.dtype unless given.
+    """An empty cache in config.dtype for a video of `frames` frames.
 
     It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also those evicted.
     """
@@ -81,8 +80,7 @@ def init_cache(
         )
     h, w = config.grid(latent_hw)
     shape = (config.num_layers, batch, slots * h * w, config.num_heads, config.head_dim)
-    dtype = config.dtype if dtype is None else dtype
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def frames_of(cache: Cache, frame_tokens: int) -> int:

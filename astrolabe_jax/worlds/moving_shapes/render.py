@@ -10,7 +10,6 @@ from astrolabe_jax.worlds.moving_shapes.vocabulary import Attributes
 
 SIZE = 48  # pixels, height and width
 FRAMES = 33  # pixel frames of a short video: 9 latent frames
-FPS = 16
 RADIUS = 9.0  # a circle's radius and half a square's side plus one; a triangle is inscribed in 1.3 times this circle
 # How far a shape reaches from its centroid: left and right, up, down.
 EXTENTS = {

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import encode, sharding
-from astrolabe_jax.config import get_config
+from astrolabe_jax import encode
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.decode import decode
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
 from astrolabe_jax.worlds.moving_shapes import render, rewards, vocabulary
+from tests.meshes import ONE
 
 VIDEOS = 32
 
@@ -19,9 +19,8 @@ VIDEOS = 32
 def drawn():
     """What the base draws for random prompts of the training split: frames [VIDEOS, T, SIZE, SIZE, 3], prompts."""
     base = bases.load_base("moving_shapes", dtype="float32", param_dtype="float32", remat=False, attention="xla")
-    mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     prompts = list(np.random.default_rng(0).choice(vocabulary.prompts("train"), VIDEOS, replace=False))
-    text = encode.encode_prompts(base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, mesh)
+    text = encode.encode_prompts(base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, ONE)
     draw = noise_from_keys(jax.random.split(jax.random.key(0), VIDEOS), (base.vae.config.z_dim, 6, 6))
     latents, _ = jax.jit(
         lambda params, text: rollout(
@@ -36,7 +35,7 @@ def drawn():
             sampler=Sampler(),
         )
     )(base.transformer.params, text)
-    frames = decode(base.vae.graphdef, base.vae.params, latents, chunk=1, mesh=mesh)
+    frames = decode(base.vae.graphdef, base.vae.params, latents, chunk=1, mesh=ONE)
     return np.asarray(frames), prompts
 
 
