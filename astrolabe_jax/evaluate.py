@@ -28,7 +28,7 @@ def evaluate(run: Run, adapter: dict, progress: Progress, what: str) -> tuple[Ev
     texts = encode_texts(run, batch, progress)
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
     for videos in generate(run, adapter, batch, texts, keys, progress, what):
-        parts.append(videos.rewards)
+        parts.append(videos.scores)
         if sum(map(len, frames)) < shown:
             frames.append(videos.frames)
     return _total(run, parts), np.concatenate(frames)[:shown]
@@ -50,7 +50,7 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
             padded = videos[np.resize(np.arange(len(videos)), size)]
             vae, placed = run.base.vae, sharding.shard_batch(run.mesh, padded)
             latents = jax.block_until_ready(_encode(vae.graphdef, vae.params, placed, mesh=run.mesh))
-        parts.append(score(run, latents, part, progress, start).rewards)
+        parts.append(score(run, latents, part, progress, start).scores)
     return _total(run, parts)
 
 

@@ -28,7 +28,7 @@ class Videos(NamedTuple):
 
     latents: jax.Array  # [B or more, F, C, H, W]
     frames: np.ndarray  # [B, T, height, width, 3] uint8
-    rewards: dict[str, np.ndarray]  # [B]
+    scores: dict[str, np.ndarray]  # [B] of every reward, and of its parts as REWARD/PART
 
 
 class Texts(NamedTuple):
@@ -78,10 +78,10 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
         frames = sharding.to_host(frames)[: len(batch.texts)]
     with progress.phase("rewards"):
         try:
-            values = rewards.score(run.config.rewards, frames, batch.texts, first)
+            scores = rewards.score(run.config.rewards, frames, batch.texts, first)
         except ValueError as error:
             raise RewardError(f"{error}; nothing was learnt from these videos") from error
-    return Videos(latents, frames, values)
+    return Videos(latents, frames, scores)
 
 
 def _refuse_non_finite(latents: jax.Array, batch: PromptBatch, first: int) -> None:

@@ -114,9 +114,10 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         prompts.sample_keys(batch, config.seed, purpose, epoch) for purpose in (Purpose.ROLLOUT, Purpose.LOSS)
     )
     what = f"epoch {epoch + 1}: sampling batch"
-    videos = [(v.latents, v.rewards) for v in generate(run, state.old, batch, texts, noise, progress, what)]
+    videos = [(v.latents, v.scores) for v in generate(run, state.old, batch, texts, noise, progress, what)]
     latents = jnp.concatenate([latents for latents, _ in videos])
-    rewards = {name: np.concatenate([part[name] for _, part in videos]) for name in config.rewards}
+    scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+    rewards = {name: scores[name] for name in config.rewards}
     result = adv.advantages(config, rewards, batch.index)
     risk, mask, record = _kl_mask(config, rewards, risk)
     with progress.phase("update"):
@@ -141,6 +142,7 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         **{name: float(np.mean([figures[name] for figures in steps])) for name in steps[0]},
         "total_reward": float(result.total.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
+        **{f"part/{name}": float(values.mean()) for name, values in scores.items() if name not in rewards},
         **result.metrics,
         "trained_prompt_num": min(len(run.train_prompts), distinct * (epoch + 1)),
         **record,

@@ -60,47 +60,21 @@ def check_prompt(names: Iterable[str], prompt: str) -> None:
             raise ValueError(f"reward {name!r}: {error}") from None
 
 
-def score(
-    names_and_weights: Mapping[str, float], frames: np.ndarray, prompts: Sequence[str], first: int = 0
-) -> dict[str, np.ndarray]:
-    """Raw scores of every named reward; a weight of 0 is scored too, to be watched.
+def score(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], first: int = 0) -> dict[str, np.ndarray]:
+    """Raw scores of every named reward, and of its parts; each distinct scorer is called once.
 
     Args:
-      names_and_weights: reward -> weight; only the names are used here (advantages.py forms the total).
+      names: rewards of TABLE.
       frames: decoded videos, uint8 `[B, T, height, width, 3]`.
       prompts: B prompts.
       first: number of the first video among those of its epoch, for errors.
 
     Returns:
-      reward -> float32 `[B]`, in the order of the names.
+      `REWARD` and `REWARD/PART` -> float32 `[B]`.
 
     Raises:
       ValueError: from `validate`, or for scores that are not B finite numbers, naming reward and sample.
     """
-    results = _results(names_and_weights, frames, prompts, first)
-    return {name: results[name] for name in names_and_weights}
-
-
-def parts(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """What the named rewards are made of, for reports: `REWARD/PART` -> float32 `[B]`; arguments as for `score`."""
-    return {name: values for name, values in _results(names, frames, prompts).items() if "/" in name}
-
-
-def _functions(name: str) -> list[Callable | None]:
-    """Scorer and check of a reward."""
-    return [target and _import(name, target) for target in TABLE[name]]
-
-
-def _import(name: str, target: str) -> Callable:
-    module, _, function = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
-
-
-def _results(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], first: int = 0) -> dict[str, np.ndarray]:
-    """Checked scores and parts of the named rewards; each distinct scorer is called once."""
     names = list(names)
     validate(names)
     frames = np.asarray(frames)
@@ -117,6 +91,19 @@ def _results(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], f
             if key == name or key.startswith(f"{name}/"):
                 results[key] = _checked(key, values, prompts, first)
     return results
+
+
+def _functions(name: str) -> list[Callable | None]:
+    """Scorer and check of a reward."""
+    return [target and _import(name, target) for target in TABLE[name]]
+
+
+def _import(name: str, target: str) -> Callable:
+    module, _, function = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 
 
 def _checked(name: str, values, prompts: Sequence[str], first: int) -> np.ndarray:

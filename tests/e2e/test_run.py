@@ -58,15 +58,11 @@ def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
 def test_metrics_have_every_quantity_of_the_objective(straight):
     records = [json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
-    assert [record["epoch"] for record in epochs] == [1, 2, 3, 4] and [record["step"] for record in epochs] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [(record["epoch"], record["step"]) for record in epochs] == [(i, i) for i in range(1, 5)]
     expected = {"total_loss", "policy_loss", "kl_loss", "x0_norm", "old_deviate", "old_kl_div", "kl_div", "group_size"}
     expected |= {"trained_prompt_num", "zero_std_ratio", "group_std", "total_reward", "grad_norm", "seconds"}
     expected |= {f"top_{share}" for share in (100, 75, 50, 25, 10)} | {f"reward/{name}" for name in straight[0].rewards}
+    expected |= {f"part/{name}/visibility" for name in straight[0].rewards}
     for record in epochs:
         assert expected <= set(record)
         assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))

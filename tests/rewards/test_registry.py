@@ -33,9 +33,9 @@ def test_a_reward_is_a_function_and_a_line(add):
 
     add("brightness", brightness)
     rewards.validate(["brightness"])
-    scores = rewards.score({"brightness": 0.5}, FRAMES, PROMPTS)
+    scores = rewards.score(["brightness"], FRAMES, PROMPTS)
     assert list(scores) == ["brightness"] and scores["brightness"].dtype == np.float32
-    np.testing.assert_allclose(scores["brightness"], FRAMES.reshape(3, -1).mean(1))  # raw: not weighted
+    np.testing.assert_allclose(scores["brightness"], FRAMES.reshape(3, -1).mean(1))
 
 
 def test_rewards_of_one_function_cost_one_call(add):
@@ -47,13 +47,12 @@ def test_rewards_of_one_function_cost_one_call(add):
 
     add("a", both)
     add("b", both, "fake_a:score")
-    scores = rewards.score({"b": 1.0, "a": 0.0}, FRAMES, PROMPTS)
-    assert {name: list(values) for name, values in scores.items()} == {"b": [4, 5, 6], "a": [1, 2, 3]}
-    assert list(scores) == ["b", "a"] and calls == [3]
-    assert {name: list(values) for name, values in rewards.parts(["b"], FRAMES, PROMPTS).items()} == {
-        "b/part": [7, 8, 9]
-    }
-    assert rewards.parts(["a"], FRAMES, PROMPTS) == {}
+    scores = rewards.score(["b", "a"], FRAMES, PROMPTS)
+    assert {name: list(values) for name, values in scores.items()} == {
+        "b": [4, 5, 6], "b/part": [7, 8, 9], "a": [1, 2, 3],
+    }  # fmt: skip
+    assert calls == [3]
+    assert list(rewards.score(["a"], FRAMES, PROMPTS)) == ["a"]
 
 
 def test_unknown_rewards_are_named_with_the_known_ones():
@@ -62,7 +61,7 @@ def test_unknown_rewards_are_named_with_the_known_ones():
     with pytest.raises(ValueError, match="no reward is configured"):
         rewards.validate({})
     with pytest.raises(ValueError, match="unknown reward 'vq'"):
-        rewards.score({"vq": 1.0}, FRAMES, PROMPTS)
+        rewards.score(["vq"], FRAMES, PROMPTS)
 
 
 @pytest.mark.parametrize("target", ["no_such_module_here:score", "math:score"])
@@ -98,7 +97,7 @@ def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
         with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
             rewards.check_prompt([name], prompt)
         with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
-            rewards.score({name: 1.0}, frames, [prompt])
+            rewards.score([name], frames, [prompt])
     rewards.check_prompt([name], vocabulary.prompts("test")[0])
 
 
@@ -122,21 +121,21 @@ def test_modules_are_imported_when_first_used():
 def test_scores_that_are_no_scores_are_refused(add, returned, message):
     add("bad", lambda frames, prompts: returned)
     with pytest.raises(ValueError, match=message):
-        rewards.score({"bad": 1.0}, FRAMES, PROMPTS)
+        rewards.score(["bad"], FRAMES, PROMPTS)
 
 
 def test_a_sample_is_named_by_its_number_in_the_epoch(add):
     add("bad", lambda frames, prompts: [1.0, 2.0, np.nan])
     with pytest.raises(ValueError, match=r"'bad' is nan for sample 26 \(prompt 'a cow'\)"):
-        rewards.score({"bad": 1.0}, FRAMES, PROMPTS, first=24)
+        rewards.score(["bad"], FRAMES, PROMPTS, first=24)
 
 
 def test_the_shipped_rewards_score_their_world():
     names = [name for name in rewards.TABLE if name.startswith("shapes_")]
     prompts = vocabulary.prompts("test")[:2]
     frames = np.stack([render.sample(prompt, np.random.default_rng(0)) for prompt in prompts])
-    scores = rewards.score(dict.fromkeys(names, 1.0), frames, prompts)
-    assert list(scores) == ["shapes_vq", "shapes_mq", "shapes_ta"]
-    assert all(values.shape == (2,) and values.min() > 0.9 for values in scores.values())
-    parts = rewards.parts(["shapes_ta"], frames, prompts)
-    assert {name.split("/")[1] for name in parts} == {"visibility", *vocabulary.Attributes._fields}
+    scores = rewards.score(names, frames, prompts)
+    assert [name for name in scores if "/" not in name] == ["shapes_vq", "shapes_mq", "shapes_ta"]
+    assert all(values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in names))
+    parts = {name.partition("/")[2] for name in scores if name.startswith("shapes_ta/")}
+    assert parts == {"visibility", *vocabulary.Attributes._fields}
