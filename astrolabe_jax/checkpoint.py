@@ -36,6 +36,7 @@ MAY_DIFFER = frozenset(
         "base",
         "prompts.train",
         "prompts.test",
+        "lora.init",
         "train.epochs",
         "train.checkpoint_every",
         "train.checkpoints_kept",
@@ -97,8 +98,6 @@ def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mappin
     record |= {"shapes": _shapes(state), "checksum": int(_checksum(state))}
     record |= {"digest": _digest(record)}
     with _manager(workdir, keep) as manager:
-        if epoch in manager.all_steps():
-            manager.delete(epoch)
         manager.save(
             epoch, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record))
         )
@@ -161,7 +160,11 @@ def _read(manager, epoch: int, template: Any, identity: Mapping[str, Any], path:
     with _reading(path):
         for file in path.rglob("*"):
             if not file.is_dir():
-                file.read_bytes()  # errors of the system, which later readers would wrap in errors of their own
+                with open(
+                    file, "rb"
+                ) as content:  # for errors of the system, which later readers would wrap in their own
+                    while content.read(1 << 24):
+                        pass
         record = manager.restore(epoch, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
         if record.pop("digest") != _digest(record):
             raise ValueError("its progress does not give its digest")

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,9 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         base = bases.load_base(config.base, **numerics)
     adapter = _first_adapter(config, base)
     identity = {"base": base.identity}
-    identity |= {f"prompts.{name}": _hash(lines) for name, lines in lists.items()}
+    identity |= {f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()}
+    if config.lora.init:
+        identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     checkpoint.claim(workdir, identity)
     mesh = sharding.make_mesh(config.mesh)
@@ -164,8 +166,8 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
     return adapter
 
 
-def _hash(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _hash(pieces: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(pieces)).hexdigest()
 
 
 @contextlib.contextmanager

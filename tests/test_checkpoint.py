@@ -37,12 +37,6 @@ def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_an_epoch_can_be_saved_again(tmp_path):
-    for seed in (1, 2):
-        checkpoint.save(tmp_path, 3, make_state(seed), PROGRESS, IDENTITY, keep=2)
-    assert_same(checkpoint.restore(tmp_path, make_state(0), IDENTITY).state, make_state(2))
-
-
 def test_restores_onto_other_devices(tmp_path):
     def placed(state, count):
         devices = jax.devices()[:count]

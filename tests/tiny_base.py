@@ -17,7 +17,7 @@ from astrolabe_jax.worlds.moving_shapes import vocabulary
 from tests.models import tiny
 
 _WORDS = vocabulary.words()
-TRANSFORMER = dataclasses.replace(tiny.CONFIG, ffn_dim=48, text_dim=16, text_len=16)
+TRANSFORMER = dataclasses.replace(tiny.CONFIG, text_dim=16, text_len=16)
 VAE = VaeConfig(dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
 TEXT = UMT5Config(
     vocab_size=3 + len(_WORDS),

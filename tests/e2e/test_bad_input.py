@@ -9,6 +9,7 @@ import pytest
 from astrolabe_jax import prepare, rewards, train
 from astrolabe_jax.convert.lora import save_peft
 from tests.e2e import runs
+from tests.models import tiny
 from tests.tiny_base import write_tiny_base
 
 GOOD = b"a red circle moving left on a grey background\n"
@@ -131,9 +132,11 @@ def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
     for split, content in prompts.items():
         (tmp_path / "there" / f"{split}.txt").write_bytes(content)
     shutil.copytree(base, tmp_path / "there" / "base")
+    save_peft(tiny.adapter(), tmp_path / "there" / "lora", rank=2, alpha=2.0)
 
     def config(place, **changes):
         files = {f"prompts.{split}": str(tmp_path / place / f"{split}.txt") for split in prompts}
+        files["lora.init"] = str(tmp_path / place / "lora")
         return runs.small_config(tmp_path / place / "base", **files, **changes)
 
     prepare.prepare(config("there"), tmp_path / "run")
@@ -147,6 +150,9 @@ def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
         message = refusal(config("here"), tmp_path / "run")
         assert "belongs to another run" in message and f"prompts.{split}: " in message
         path.write_bytes(content)
+    save_peft(tiny.adapter(seed=51), tmp_path / "here" / "lora", rank=2, alpha=2.0)
+    message = refusal(config("here"), tmp_path / "run")
+    assert "belongs to another run" in message and "lora.init: " in message
 
 
 def test_a_truncated_record_of_the_run_is_named(base, tmp_path):
