@@ -158,11 +158,10 @@ def _reading(path: Path):
 
 def _read(manager, epoch: int, template: Any, identity: Mapping[str, Any], path: Path) -> Restored:
     with _reading(path):
+        # For errors of the system, which later readers would wrap in errors of their own.
         for file in path.rglob("*"):
             if not file.is_dir():
-                with open(
-                    file, "rb"
-                ) as content:  # for errors of the system, which later readers would wrap in their own
+                with open(file, "rb") as content:
                     while content.read(1 << 24):
                         pass
         record = manager.restore(epoch, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress

@@ -194,10 +194,15 @@ def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluations: Mapping[str, Evaluation]) -> Path:
-    """samples/contact_sheet.png: the strips in samples/HEADING of every evaluation side by side, with their rewards."""
+    """samples/contact_sheet.png: the strips in samples/HEADING of every evaluation side by side, with their rewards.
+
+    Without strips there is no sheet.
+    """
     columns = {}
     for heading, evaluation in evaluations.items():
         shown = sorted((workdir / "samples" / heading).glob("*.png"))
+        if not shown:  # somebody has tidied up
+            continue
         captions = [
             "   ".join(f"{reward} {values[i]:.2f}" for reward, values in evaluation.items()) for i in range(len(shown))
         ]
@@ -205,8 +210,9 @@ def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluation
     means = ", ".join(f"{heading} {np.mean(e['total']):.3f}" for heading, e in evaluations.items())
     title = f"{name}: mean total reward on held-out prompts {means}"
     path = workdir / "samples" / "contact_sheet.png"
-    count = len(next(iter(columns.values()))[0])
-    pictures.write_png(path, pictures.contact_sheet(title, batch.texts[:count], columns))
+    if columns:
+        count = len(next(iter(columns.values()))[0])
+        pictures.write_png(path, pictures.contact_sheet(title, batch.texts[:count], columns))
     return path
 
 
@@ -364,7 +370,9 @@ def _read_jsonl(path: Path) -> list[dict]:
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and {"kind", "epoch"} <= record.keys():
+                records.append(record)
     return records
 
 

@@ -4,7 +4,6 @@ Everything an epoch does derives from (seed, epoch) and the state before it, so 
 goes on from its last checkpoint exactly as if nothing had happened.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from astrolabe_jax import advantages as adv
 from astrolabe_jax import checkpoint, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
+from astrolabe_jax.convert.files import read_json
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.generate import RewardError, encode_texts, generate
@@ -237,9 +237,11 @@ def _evaluate_if_due(run: Run, epoch: int, policy: dict, metrics: Metrics, progr
 
 def _finished(run: Run) -> dict[str, Any] | None:
     """The summary of a run that had reached its end before, with the seconds that it took then."""
-    path = run.workdir / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
-    return summary if summary and summary["epochs"] == run.config.train.epochs else None
+    try:
+        summary = read_json(run.workdir / "summary.json")
+    except (FileNotFoundError, ValueError):  # it is made again
+        return None
+    return summary if summary.get("epochs") == run.config.train.epochs else None
 
 
 def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dict[str, Any]:

@@ -110,6 +110,18 @@ def test_lost_metrics_are_named_and_what_can_be_measured_again_is(straight, base
     assert made["metrics"] == [record for record in wanted["metrics"] if record["kind"] == "evaluation"]
 
 
+def test_spoilt_reports_are_made_again(straight, base, tmp_path):
+    """A summary that is no JSON, a line of metrics that is no record, and strips that were thrown away."""
+    config, workdir, summary = straight
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    (copy / "summary.json").write_text("{")
+    (copy / "metrics.jsonl").write_text("1\n" + (copy / "metrics.jsonl").read_text())
+    shutil.rmtree(copy / "samples" / "before")
+    again = runs.start(runs.small_config(base), copy)
+    assert again["eval"] == summary["eval"] == json.loads((copy / "summary.json").read_text())["eval"]
+
+
 def test_only_lost_records_are_named(straight, base, capsys):
     config, workdir, _ = straight
     run = prepare.prepare(runs.small_config(base, **{"train.eval_every": 1}), workdir.parent / "other")
