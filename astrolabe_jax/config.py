@@ -40,6 +40,8 @@ def _generation(config: ConfigDict) -> None:
     config.model.max_global = 21  # latent frames that a global window sees
     config.model.sink = 0  # first latent frames that stay visible for ever
     config.model.positions = "absolute"  # rotary positions of a rolled window: absolute or relative
+    config.model.independent_first_frame = False  # latent frame 0 is a block of its own
+    config.model.faithful_sinks = False  # the published cache where a block meets the sink's slots (Layout)
     config.model.remat = True  # recompute each layer in the backward pass
     config.model.attention = "auto"  # attention back end: auto, xla or cudnn
 
@@ -144,6 +146,7 @@ REFERENCE_SWITCHES = {
     "sigma_source": {"sampler.sigma_source": "lookup"},
     "timestep_draw": {"loss.timestep_draw": "batch"},
     "lora_dtype": {"lora.dtype": "bfloat16"},
+    "sinks": {"model.faithful_sinks": True},
     "selective_kl": {
         "kl.rank_direction": "published",
         "kl.reduction": "microbatch",
@@ -229,12 +232,13 @@ _POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_thre
 _OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data")  # -1, or at least 1
 
 
-def validate(config: ConfigDict, reward_names: Collection[str], devices: int) -> None:
+def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
     """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
 
-    `reward_names` are those that the program knows. What depends on the base model or the prompts: prepare.py.
+    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with so many `devices`.
+    What depends on the base model or the prompts: prepare.py.
     """
-    faults = [*_field_faults(config), *_reward_faults(config, reward_names)]
+    faults = [*_field_faults(config), *_reward_faults(config, reward_names), *_attention_faults(config, backend)]
     if not faults:  # the sums below need sensible numbers
         faults = [*_batch_faults(config, devices), *_kl_faults(config)]
     if faults:
@@ -280,6 +284,15 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
         )
     if config.eval.shown > config.eval.videos:
         yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"
+
+
+def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
+    model = config.model
+    if model.attention == "cudnn" and (backend != "gpu" or model.dtype != "bfloat16"):
+        yield (
+            f"config.model.attention is 'cudnn' with model.dtype {model.dtype} on a {backend}; expected bfloat16 on a "
+            "gpu; or use auto"
+        )
 
 
 def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import Purpose
-from astrolabe_jax.update import training_forward
+from astrolabe_jax.update import training_layout
 
 
 class Run(NamedTuple):
@@ -54,7 +54,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     Raises ValueError or OSError whose message names the field, file or line at fault, and the next step.
     """
     workdir = Path(workdir)
-    validate(config, rewards.TABLE, jax.device_count())
+    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
     with _blame("config.rewards"):
         rewards.validate(config.rewards)
     numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
@@ -65,7 +65,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     with _blame("config.video.frames and config.model"):
         layout.check_frames(latent_shape[0])
     with _blame("config.loss.mask_block"):
-        training_forward(config, None, layout).layout.check_frames(latent_shape[0])
+        training_layout(config, layout).check_frames(latent_shape[0])
     lists = {
         "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
@@ -97,7 +97,15 @@ def _placed(base: Base, mesh: Mesh) -> Base:
 def _layout(config: ConfigDict) -> Layout:
     model = config.model
     with _blame("config.model"):
-        return Layout(model.block, model.window, model.sink, model.positions, max_global=model.max_global)
+        return Layout(
+            model.block,
+            model.window,
+            model.sink,
+            model.positions,
+            model.independent_first_frame,
+            model.max_global,
+            model.faithful_sinks,
+        )
 
 
 def _sampler(config: ConfigDict) -> Sampler:

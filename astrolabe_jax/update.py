@@ -90,12 +90,17 @@ class Forward:
         return model(x_t, t, text, adapter, self.lora_scale, layout=self.layout, context=context)
 
 
-def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Forward:
-    """The forward that `config` asks for, for a model that samples with `layout`."""
+def training_layout(config: ConfigDict, layout: Layout) -> Layout:
+    """The layout of the training mask that `config` asks for, for a model that samples with `layout`."""
     loss = config.loss
     block = layout.block if loss.mask_block == -1 else loss.mask_block
-    mask = dataclasses.replace(layout, block=block, sink=layout.sink if loss.mask_sink else 0)
-    return Forward(graphdef, mask, config.lora.alpha / config.lora.rank, loss.context, config.sampler.context_noise)
+    return dataclasses.replace(layout, block=block, sink=layout.sink if loss.mask_sink else 0)
+
+
+def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Forward:
+    """The forward that `config` asks for, for a model that samples with `layout`."""
+    mask, scale = training_layout(config, layout), config.lora.alpha / config.lora.rank
+    return Forward(graphdef, mask, scale, config.loss.context, config.sampler.context_noise)
 
 
 def make_optimiser(config: ConfigDict) -> optax.GradientTransformation:

@@ -9,16 +9,16 @@ from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, get_config, repeat
 from configs import moving_shapes
 
 
-def check(devices=1, **changes):
+def check(devices=1, backend="cpu", **changes):
     config = moving_shapes.get_config()
     config.update_from_flattened_dict(changes)
-    validate(config, rewards.TABLE, devices)
+    validate(config, rewards.TABLE, devices, backend)
 
 
 def test_the_recipe_and_its_reference_variants_are_valid():
     check()
     for variant in ("reference", *(f"reference,{switch}" for switch in REFERENCE_SWITCHES)):
-        validate(moving_shapes.get_config(variant), rewards.TABLE, 1)
+        validate(moving_shapes.get_config(variant), rewards.TABLE, 1, "cpu")
 
 
 @pytest.mark.parametrize("steps", [(1000, 750, 500, 250, 0), (1000, 666, 333, 0), (1000, 500), (1000,)])
@@ -69,20 +69,20 @@ def test_unknown_and_missing_rewards_are_named():
     with config.unlocked():
         config.rewards.shapes_qv = 1.0
     with pytest.raises(ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of shapes_mq"):
-        validate(config, rewards.TABLE, 1)
+        validate(config, rewards.TABLE, 1, "cpu")
     for weight in ("high", True, float("nan")):
         config = moving_shapes.get_config()
         del config.rewards["shapes_vq"]
         config.rewards.shapes_vq = weight
         with pytest.raises(ValueError, match=f"config.rewards.shapes_vq is {weight!r}; expected a finite weight"):
-            validate(config, rewards.TABLE, 1)
+            validate(config, rewards.TABLE, 1, "cpu")
     with pytest.raises(ValueError, match="config.rewards is empty; give at least one reward a weight"):
-        validate(get_config(), rewards.TABLE, 1)
+        validate(get_config(), rewards.TABLE, 1, "cpu")
     config = get_config()
     config.rewards.shapes_vq = 1.0
     config.kl.kind = "selective"
     with pytest.raises(ValueError, match="config.kl.kind 'selective' compares rewards; expected at least 2"):
-        validate(config, rewards.TABLE, 1)
+        validate(config, rewards.TABLE, 1, "cpu")
 
 
 def test_all_faults_are_listed_at_once():
@@ -95,6 +95,14 @@ def test_batches_must_fit_the_devices():
     check(devices=4)
     with pytest.raises(ValueError, match="config.sampler.batch is 24; expected a multiple of the 5 devices"):
         check(devices=5)
+
+
+def test_attention_that_the_machine_cannot_compute_is_refused():
+    cudnn = {"model.attention": "cudnn"}
+    check(backend="gpu", **cudnn, **{"model.dtype": "bfloat16"})
+    for backend, dtype in (("gpu", "float32"), ("cpu", "bfloat16")):
+        with pytest.raises(ValueError, match=f"attention is 'cudnn' with model.dtype {dtype} on a {backend}; expected"):
+            check(backend=backend, **cudnn, **{"model.dtype": dtype})
 
 
 def test_misspelt_fields_are_refused():
