@@ -1,4 +1,4 @@
-"""Stage 9, checkpoint: what a run needs to go on exactly (streaming.md 8), and the only place that knows Orbax.
+"""Stage checkpoint: what a run needs to go on exactly (streaming.md 8), and the only place that knows Orbax.
 
 A working directory holds
 

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
 
 def _generation(config: ConfigDict) -> None:
-    config.name = "run"  # shown in the summary and in TensorBoard
+    config.name = "run"  # shown in the summaries and on the contact sheet
     config.seed = 0  # every random draw derives from it
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.

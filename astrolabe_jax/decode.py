@@ -1,4 +1,4 @@
-"""Stage 3, decode: latents -> frames through the Wan VAE, streamed in time (vae_and_text.md A4)."""
+"""Stage decode: latents -> frames through the Wan VAE, streamed in time (vae_and_text.md A4)."""
 
 import functools
 from typing import Any

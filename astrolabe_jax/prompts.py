@@ -1,4 +1,4 @@
-"""Stage 0, prompts: which videos an epoch asks for.
+"""Stage prompts: which videos an epoch asks for.
 
 Everything is derived from (seed, epoch), so a resumed run draws what the uninterrupted one draws, and no position in
 the list has to be stored.

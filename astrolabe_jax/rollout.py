@@ -1,4 +1,4 @@
-"""Stage 3, rollout: text to latent videos, block by block, with the few-step sampler and a key-value cache.
+"""Stage rollout: text to latent videos, block by block, with the few-step sampler and a key-value cache.
 
 Each block starts from noise, is denoised in a few steps, then passes once more through the network clean, which leaves
 its clean keys and values in the cache for the blocks to come (spec/sampling.md 4). All functions are pure and made to

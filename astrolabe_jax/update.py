@@ -1,4 +1,4 @@
-"""Stage 6, update: an epoch's samples -> optimiser steps on the adapter `current`.
+"""Stage update: an epoch's samples -> optimiser steps on the adapter `current`.
 
 Every policy is an adapter over one frozen base. A step noises each sample to one level, predicts its clean latent with
 `current`, `old` and `reference` from the same x_t, and accumulates the gradient of losses.py over microbatches. All
