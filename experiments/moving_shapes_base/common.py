@@ -1,5 +1,6 @@
 """What the stages of the base model share: resumable training state, and the world's clips as batches."""
 
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -66,6 +67,30 @@ def optimiser(
         muon_weight_dimension_numbers=matrices,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), rule)
+
+
+def descent(of_params: Callable, optimiser: optax.GradientTransformation, average_decay: float) -> Callable:
+    """Jitted `(params, moments, average), *args -> (state, metrics)` that descends `of_params(params, *args)`.
+
+    of_params: gives `(loss, metrics)`. average: of the parameters, what is kept in the end.
+    """
+
+    @jax.jit
+    def update(state, *args):
+        params, moments, average = state
+        gradients, metrics = jax.grad(of_params, has_aux=True)(params, *args)
+        changes, moments = optimiser.update(gradients, moments, params)
+        params = optax.apply_updates(params, changes)
+        return (params, moments, optax.incremental_update(params, average, 1 - average_decay)), metrics
+
+    return update
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """`array` as a .npy file that is there whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(path, buffer.getvalue())
 
 
 # Wider than the world's, so that a shape which a generator puts elsewhere is drawn all the same.

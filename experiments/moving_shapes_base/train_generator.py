@@ -1,4 +1,4 @@
-"""Stages 2 and 3: a causal diffusion teacher by teacher-forced flow matching, then its four-step student.
+"""Stages 3 and 4: a causal diffusion teacher by teacher-forced flow matching, then its four-step student.
 
 The teacher learns from real clips with noisy captions: some words are replaced, as in web data, so that the base
 confuses colours and speeds and reinforcement learning has something to do. The student regresses the end of the
@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags, logging
 from flax import nnx
 
@@ -31,17 +30,18 @@ OUTPUT = flags.DEFINE_string("output", "astrolabe_jax/worlds/moving_shapes/base"
 BATCH = 32
 VIDEOS = 3072  # encoded clips that the teacher learns from
 TRAJECTORIES = 1024  # videos whose teacher trajectories the student learns from
-ODE_STEPS = 16
-# Optimiser steps and peak rate of the teacher's rounds; a round starts from the averaged weights of the one before.
-TEACHER_ROUNDS = ((1200, 8e-3), (800, 6e-3))
+ODE_STEPS = 16  # of the table; the levels that are not among them come on top
+AVERAGE_DECAY = 0.98
+TEACHER_STEPS, TEACHER_RATE = 2400, 8e-3
 # Chance that a word of a caption is replaced by one of its kind: for the teacher, and in the student's last round.
-CAPTION_NOISE = {"colour": 0.2, "shape": 0.05, "direction": 0.05, "speed": 0.35, "background": 0.05}
-STUDENT_NOISE = {"colour": 0.25, "shape": 0.1, "direction": 0.05, "speed": 0.5, "background": 0.03}
+CAPTION_NOISE = {"colour": 0.2, "shape": 0.0, "direction": 0.0, "speed": 0.3, "background": 0.0}
+STUDENT_NOISE = {"colour": 0.35, "shape": 0.0, "direction": 0.0, "speed": 0.4, "background": 0.0}
 NO_NOISE = dict.fromkeys(CAPTION_NOISE, 0.0)
 STUDENT_ROUNDS = ((600, 4e-3, NO_NOISE), (250, 2e-3, STUDENT_NOISE))  # optimiser steps, peak rate, caption noise
 TEXT_LEN = 16
 LAYOUT = Layout(block=3)
 SCHEDULE = time.Schedule(shift=5.0)
+LEVELS = np.array(time.warp((1000, 750, 500, 250), SCHEDULE), np.float32) / 1000  # of the sampler, as sigma
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32"}
 WORDS = vocabulary.words()
 TRANSFORMER = WanConfig(
@@ -81,9 +81,7 @@ def encoded_clips(vae: Net, path: Path, seed: int = 2) -> tuple[np.ndarray, list
             videos = np.stack([render.sample(prompt, rng) for prompt in prompts[start : start + BATCH]])
             chunks.append(np.asarray(encode(vae.params, train_vae.to_float(videos)), np.float16))
             logging.log_every_n_seconds(logging.INFO, "encoded %d of %d clips", 30, start, VIDEOS)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.save(file, np.concatenate(chunks))
-        path.with_suffix(".tmp").rename(path)
+        common.save_array(path, np.concatenate(chunks))
     return np.load(path, mmap_mode="r"), prompts
 
 
@@ -106,20 +104,12 @@ def _regression(nets, peak_rate: float, steps: int):
     """Jitted step with averaged weights on the velocity error."""
     optimiser = common.optimiser(peak_rate, peak_rate / 4, steps, kernel_ndim=2)
 
-    @jax.jit
-    def update(state, x, sigma, clean, target, ids, mask):
-        params, moments, average = state
+    def of_params(params, x, sigma, clean, target, ids, mask):
+        velocity = _velocity(nets, params, clean, ids, mask)(x, 1000 * sigma)
+        loss = jnp.mean((velocity - target) ** 2)
+        return loss, {"loss": loss}
 
-        def loss(params):
-            velocity = _velocity(nets, params, clean, ids, mask)(x, 1000 * sigma)
-            return jnp.mean((velocity - target) ** 2)
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        changes, moments = optimiser.update(gradients, moments, params)
-        params = optax.apply_updates(params, changes)
-        return (params, moments, optax.incremental_update(params, average, 0.02)), {"loss": value}
-
-    return optimiser, update
+    return optimiser, common.descent(of_params, optimiser, AVERAGE_DECAY)
 
 
 def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int = 3) -> dict:
@@ -127,7 +117,7 @@ def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int 
     params = {name: net.params for name, net in nets.items()}
     attributes = [vocabulary.parse(prompt) for prompt in prompts]
 
-    def step(update, seed, state, i):
+    def step(update, state, i):
         rng, key = np.random.default_rng([seed, i]), jax.random.fold_in(jax.random.key(seed), i)
         chosen = rng.integers(VIDEOS, size=BATCH)
         ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], CAPTION_NOISE, rng) for j in chosen], TEXT_LEN)
@@ -137,21 +127,17 @@ def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int 
         sigma = _noise_levels(level_key, *clean.shape[:2])
         return update(state, time.add_noise(clean, noise, sigma), sigma, clean, noise - clean, ids, mask)
 
-    for i, (steps, rate) in enumerate(TEACHER_ROUNDS):
-        optimiser, update = _regression(nets, rate, steps)
-        state = (params, optimiser.init(params), params)
-        path = directory / f"teacher{i + 1}.state"
-        params = common.train(path, state, partial(step, update, seed + 100 * i), steps)[2]
-    return params
+    optimiser, update = _regression(nets, TEACHER_RATE, TEACHER_STEPS)
+    state = (params, optimiser.init(params), params)
+    return common.train(directory / "teacher.state", state, partial(step, update), TEACHER_STEPS)[2]
 
 
 def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, seed: int = 4):
-    """Points `[N, 4, F, C, H, W]` of the teacher's ODE at the sampler's levels, and ends `[N, F, C, H, W]`."""
+    """Points `[N, 5, F, C, H, W]` of the teacher's ODE: at the sampler's four levels, and the ends."""
     if not path.exists():
-        levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE)) / 1000
-        grid = np.union1d(time.sigmas(SCHEDULE)[:: 1000 // ODE_STEPS], levels)[::-1]
+        grid = np.union1d(time.sigmas(SCHEDULE)[:: 1000 // ODE_STEPS], LEVELS)[::-1]
         grid = np.append(grid, 0.0).astype(np.float32)
-        kept = [int(np.abs(grid - level).argmin()) for level in levels]
+        kept = np.array([np.abs(grid - level).argmin() for level in LEVELS])
 
         @jax.jit
         def solve(params, noise, clean, ids, mask):
@@ -162,37 +148,31 @@ def teacher_trajectories(nets, params, latents, prompts, tokenizer, path: Path, 
                 return x + (later - now) * velocity(x, jnp.full(x.shape[:2], 1000 * now)), x
 
             end, points = jax.lax.scan(euler, noise, (grid[:-1], grid[1:]))
-            return points[np.array(kept)], end
+            return jnp.moveaxis(jnp.concatenate([points[kept], end[None]]), 0, 1)
 
-        points, ends = [], []
+        points = []
         for start in range(0, TRAJECTORIES, BATCH):
             part = slice(start, start + BATCH)
             clean = jnp.asarray(latents[part], jnp.float32)
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), start), clean.shape)
-            point, end = solve(params, noise, clean, *tokenize(tokenizer, prompts[part], TEXT_LEN))
-            points.append(np.asarray(jnp.moveaxis(point, 0, 1), np.float16))
-            ends.append(np.asarray(end, np.float16))
+            solved = solve(params, noise, clean, *tokenize(tokenizer, prompts[part], TEXT_LEN))
+            points.append(np.asarray(solved, np.float16))
             logging.log_every_n_seconds(logging.INFO, "solved %d of %d trajectories", 30, start, TRAJECTORIES)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, points=np.concatenate(points), ends=np.concatenate(ends))
-        path.with_suffix(".tmp").rename(path)
-    with np.load(path) as stored:
-        return stored["points"], stored["ends"]
+        common.save_array(path, np.concatenate(points))
+    return np.load(path)
 
 
 def train_student(nets, teacher, latents, trajectories, prompts, tokenizer, directory: Path, seed: int = 5):
     """Regresses the ends of trajectories from their points, starting from the teacher."""
-    points, ends = trajectories
-    levels = np.array(time.warp((1000, 750, 500, 250), SCHEDULE), np.float32) / 1000
     attributes = [vocabulary.parse(prompt) for prompt in prompts]
 
     def step(update, seed, chances, state, i):
         rng = np.random.default_rng([seed, i])
         chosen = rng.integers(TRAJECTORIES, size=BATCH)
         blocks = latents.shape[1] // LAYOUT.block
-        level = np.repeat(rng.integers(len(levels), size=(BATCH, blocks)), LAYOUT.block, axis=1)
-        x = points[chosen[:, None], level, np.arange(latents.shape[1])[None]].astype(np.float32)
-        end, sigma = ends[chosen].astype(np.float32), levels[level]
+        level = np.repeat(rng.integers(len(LEVELS), size=(BATCH, blocks)), LAYOUT.block, axis=1)
+        x = trajectories[chosen[:, None], level, np.arange(latents.shape[1])[None]].astype(np.float32)
+        end, sigma = trajectories[chosen, -1].astype(np.float32), LEVELS[level]
         target = (x - end) / sigma[:, :, None, None, None]
         ids, mask = tokenize(tokenizer, [noisy_caption(attributes[j], chances, rng) for j in chosen], TEXT_LEN)
         return update(state, x, sigma, np.asarray(latents[chosen], np.float32), target, ids, mask)
@@ -220,7 +200,7 @@ def main(_):
 
     latents, prompts = encoded_clips(vae, directory / "latents.npy")
     teacher = train_teacher(nets, latents, prompts, tokenizer, directory)
-    trajectories = teacher_trajectories(nets, teacher, latents, prompts, tokenizer, directory / "trajectories.npz")
+    trajectories = teacher_trajectories(nets, teacher, latents, prompts, tokenizer, directory / "trajectories.npy")
     student = train_student(nets, teacher, latents, trajectories, prompts, tokenizer, directory)
     vae = vae._replace(params=train_vae.train_decoder(directory, graphdef, params, train_vae.DECODER_STEPS.value))
     trained = {name: net._replace(params=student[name]) for name, net in nets.items()}

@@ -1,20 +1,19 @@
-"""Stage 1: the Wan autoencoder on full-length clips of the moving-shapes world.
+"""Stages 1 and 2: the Wan autoencoder on full-length clips of the moving-shapes world, then its decoder alone.
 
 It sees every combination, held-out ones included, as an autoencoder of real videos is trained on more than any prompt
 list; what is held out is held out from the generator and from reinforcement learning.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags, logging
 from flax import nnx
 
+from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from experiments.moving_shapes_base import common
 
@@ -61,8 +60,7 @@ def to_float(video: np.ndarray) -> np.ndarray:
 def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dict]:
     """Trains or resumes; returns the graph definition and the averaged parameters."""
     common.check_recipe(directory, "vae", globals())
-    graphdef, params = nnx.split(Vae(CONFIG, nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(params)
+    graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(seed)))
     optimiser = common.optimiser(2e-3, 2e-3, RATE_STEPS, kernel_ndim=5)
 
     def step(state, i):
@@ -71,7 +69,10 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
         pixels = to_float(videos[:, :SHORT_FRAMES] if short else videos)
         return update(state, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
-    update = _update(optimiser, lambda params, pixels, key: loss(nnx.merge(graphdef, params), pixels, key))
+    def of_params(params, pixels, key):
+        return loss(layers.merge(graphdef, params), pixels, key)
+
+    update = common.descent(of_params, optimiser, AVERAGE_DECAY)
     state = common.train(directory / "vae.state", (params, optimiser.init(params), params), step, steps)
     return graphdef, state[2]
 
@@ -86,7 +87,7 @@ def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: 
     optimiser = common.optimiser(1.5e-3, 1.5e-3, steps, kernel_ndim=5, end=0.0)
 
     def of_decoder(moving, frozen, pixels, key):
-        vae = nnx.merge(graphdef, frozen | moving)
+        vae = layers.merge(graphdef, frozen | moving)
         (mean, _), _ = vae.moments(pixels)
         return reconstruction_loss(vae, jax.lax.stop_gradient(mean), pixels, key)
 
@@ -95,27 +96,13 @@ def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: 
         pixels = to_float(common.clips(common.ALL_PROMPTS, FULL_BATCH, rng, cuts=True))
         return update(state, frozen, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
-    update = _update(optimiser, of_decoder)
+    update = common.descent(of_decoder, optimiser, AVERAGE_DECAY)
     return frozen | common.train(directory / "decoder.state", (moving, optimiser.init(moving), moving), step, steps)[2]
-
-
-def _update(optimiser: optax.GradientTransformation, of_params: Callable) -> Callable:
-    """Jitted `(params, moments, average), *args -> (state, metrics)` that descends `of_params(params, *args)`."""
-
-    @jax.jit
-    def update(state, *args):
-        params, moments, average = state
-        gradients, metrics = jax.grad(of_params, has_aux=True)(params, *args)
-        changes, moments = optimiser.update(gradients, moments, params)
-        params = optax.apply_updates(params, changes)
-        return (params, moments, optax.incremental_update(params, average, 1 - AVERAGE_DECAY)), metrics
-
-    return update
 
 
 def with_statistics(graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: int = 128) -> VaeConfig:
     """The configuration with the measured mean and std of each latent channel, as Wan normalises its latents."""
-    encode = jax.jit(lambda pixels: nnx.merge(graphdef, params).encode(pixels)[0])
+    encode = jax.jit(lambda pixels: layers.merge(graphdef, params).encode(pixels)[0])
     rng = np.random.default_rng(seed)
     latents = np.concatenate([
         np.asarray(encode(to_float(common.clips(common.ALL_PROMPTS, 8, rng, cuts=False)))) for _ in range(count // 8)
