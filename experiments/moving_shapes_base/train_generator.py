@@ -35,7 +35,7 @@ AVERAGE_DECAY = 0.98
 TEACHER_STEPS, TEACHER_RATE = 2400, 8e-3
 # Chance that a word of a caption is replaced by one of its kind: for the teacher, and in the student's last round.
 CAPTION_NOISE = {"colour": 0.2, "shape": 0.0, "direction": 0.0, "speed": 0.3, "background": 0.0}
-STUDENT_NOISE = {"colour": 0.35, "shape": 0.0, "direction": 0.0, "speed": 0.4, "background": 0.0}
+STUDENT_NOISE = {"colour": 0.5, "shape": 0.0, "direction": 0.0, "speed": 0.3, "background": 0.0}
 NO_NOISE = dict.fromkeys(CAPTION_NOISE, 0.0)
 STUDENT_ROUNDS = ((600, 4e-3, NO_NOISE), (250, 2e-3, STUDENT_NOISE))  # optimiser steps, peak rate, caption noise
 TEXT_LEN = 16
