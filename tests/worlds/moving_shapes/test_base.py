@@ -12,7 +12,7 @@ from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
 from astrolabe_jax.worlds.moving_shapes import render, rewards, vocabulary
 from tests.meshes import ONE
 
-VIDEOS = 32
+VIDEOS = 48
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +52,24 @@ def test_size():
     assert sum(file.stat().st_size for file in files) <= 8e6
 
 
-@pytest.mark.parametrize("part", ["visibility", "colour", "direction", "background"])
+@pytest.mark.parametrize("part", ["visibility", "direction", "background"])
 def test_most_videos_show_what_the_prompt_says(scores, part):
     assert np.mean(scores[f"shapes_ta/{part}"] > 0.5) > 0.5
 
 
-def test_shapes_are_told_apart(drawn, scores):
-    """The asked shape is seen more clearly than the two others would be."""
+@pytest.mark.parametrize(("shape", "share"), [("circle", 0.8), ("square", 0.4), ("triangle", 0.8)])
+def test_every_shape_is_told_from_the_two_others(drawn, scores, shape, share):
+    """The asked shape is seen more clearly than either of the others would be; squares have round corners."""
     frames, prompts = drawn
-    shapes = list(vocabulary.SHAPES)
-    for turn in (1, 2):
-        attributes = [vocabulary.parse(prompt) for prompt in prompts]
-        others = [shapes[(shapes.index(a.shape) + turn) % 3] for a in attributes]
-        wrong = [vocabulary.to_prompt(a._replace(shape=o)) for a, o in zip(attributes, others, strict=True)]
-        told = rewards.score(frames, wrong)["shapes_ta/shape"].mean()
-        assert scores["shapes_ta/shape"].mean() > 1.5 * told
+    attributes = [vocabulary.parse(prompt) for prompt in prompts]
+    asked = [i for i, a in enumerate(attributes) if a.shape == shape]
+    others = [
+        rewards.score(frames[asked], [vocabulary.to_prompt(attributes[i]._replace(shape=other)) for i in asked])
+        for other in vocabulary.SHAPES
+        if other != shape
+    ]
+    rival = np.maximum(*(values["shapes_ta/shape"] for values in others))
+    assert len(asked) >= 8 and np.mean(scores["shapes_ta/shape"][asked] > rival) > share
 
 
 @pytest.mark.parametrize("name", ["shapes_ta/colour", "shapes_ta/speed", "shapes_mq/steadiness"])
