@@ -110,6 +110,21 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "made_by"),
+    [
+        ("tokenizer.json", "{}", "tokenizers"),
+        ("tokenizer.json", tokenizers.word_tokenizer(WORDS)[:-20], "tokenizers"),
+        ("spiece.model", "", "sentencepiece"),
+        ("spiece.model", "corrupt", "sentencepiece"),
+    ],
+)
+def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
 def test_a_word_that_occurs_twice_is_refused():
     with pytest.raises(ValueError, match="red"):
         tokenizers.word_tokenizer(["red", "blue", "red"])
