@@ -1,6 +1,8 @@
 """Text to token ids, as the text encoder of Wan 2.1 takes them (spec/checkpoints.md section 4)."""
 
 import html
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,9 @@ def _read(path: Path) -> Any:
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
     # What transformers cannot parse it takes for another format, and an empty file for a vocabulary without words.
     sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return transformers.T5Tokenizer.from_pretrained(str(path.parent), **special)
+    with tempfile.TemporaryDirectory() as alone:  # else added_tokens.json and more beside it change ids
+        shutil.copy(path, alone)
+        return transformers.T5Tokenizer.from_pretrained(alone, **special)
 
 
 def word_tokenizer(words: Sequence[str]) -> str:
