@@ -10,9 +10,10 @@ tokenizer.json              or spiece.model
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -67,6 +68,12 @@ _PARTS = {
 }
 # A run chooses these; the others are the sizes that config.json must give.
 _NUMERICS = ("dtype", "param_dtype", "remat", "attention")
+# By the annotation of a size: what to expect of its value in JSON, and whether it is so (1 is a float there, too).
+_KINDS = {
+    int: ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    float: ("a finite number", lambda value: type(value) in (int, float) and -math.inf < value < math.inf),
+    bool: ("true or false", lambda value: type(value) is bool),
+}
 
 
 def directory_of(base: str) -> Path:
@@ -92,23 +99,38 @@ def sizes(base: str) -> dict[str, dict]:
 def configs(base: str, **numerics) -> dict[str, Any]:
     """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run.
 
-    Raises ValueError naming the file and the fields of a part that does not make sense, or of two that do not fit.
+    Raises ValueError naming the file and the fields of a part that do not make sense, or of two that do not fit.
     """
-    parts = {}
-    for name, values in sizes(base).items():
-        part = _PARTS[name]
-        fields = {field.name for field in dataclasses.fields(part.config)}
+    path, content, parts = directory_of(base) / "config.json", sizes(base), {}
+    if faults := [fault for name, values in content.items() for fault in _field_faults(name, values)]:
+        raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
+    for name, values in content.items():
+        config = _PARTS[name].config
+        chosen = {field.name: numerics[field.name] for field in dataclasses.fields(config) if field.name in numerics}
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        if unknown := set(values) - fields:
-            raise ValueError(f"{directory_of(base) / 'config.json'}: unknown fields of {name}: {sorted(unknown)}")
         try:
-            parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
+            parts[name] = config(**values, **chosen)
         except (TypeError, ValueError) as error:  # TypeError: a field is missing
-            raise ValueError(f"{directory_of(base) / 'config.json'}, {name}: {error}") from None
+            raise ValueError(f"{path}, {name}: {error}") from None
     if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
-        head = f"{directory_of(base) / 'config.json'}: the parts do not fit each other:"
-        raise ValueError("\n  ".join([head, *faults]))
+        raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
     return parts
+
+
+def _field_faults(part: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Every value must be of its field's annotated type; what else a config asks of it, the config checks itself."""
+    kinds = {field.name: field.type for field in dataclasses.fields(_PARTS[part].config)}
+    known = [name for name in kinds if name not in _NUMERICS]
+    for name, value in values.items():
+        if name not in known:
+            yield f"{part}.{name} is unknown; expected {', '.join(known)}"
+            continue
+        kind, *more = get_args(kinds[name]) or (kinds[name],)  # tuple[int, ...] has arguments, int has none
+        expected, fits = _KINDS[kind]
+        if more and not (isinstance(value, list) and all(map(fits, value))):
+            yield f"{part}.{name} is {value!r}; expected a list, each entry {expected}"
+        elif not more and not fits(value):
+            yield f"{part}.{name} is {value!r}; expected {expected}"
 
 
 def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
