@@ -20,10 +20,8 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from astrolabe_jax.convert import engine, umt5, vae, wan
 from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
-from astrolabe_jax.convert.umt5 import load_umt5, save_umt5
-from astrolabe_jax.convert.vae import load_vae, save_vae
-from astrolabe_jax.convert.wan import load_transformer, save_transformer
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
@@ -55,16 +53,13 @@ class Base(NamedTuple):
 class _Part(NamedTuple):
     module: Any
     config: Any
-    load: Any
-    save: Any
+    table: Any  # config -> rules of the conversion
 
 
 _PARTS = {
-    "transformer": _Part(
-        WanTransformer, WanConfig, load_transformer, lambda net: save_transformer(net.params, net.config)
-    ),
-    "vae": _Part(Vae, VaeConfig, load_vae, lambda net: save_vae(net.params, net.config)),
-    "text_encoder": _Part(UMT5, UMT5Config, load_umt5, lambda net: save_umt5(net.params)),
+    "transformer": _Part(WanTransformer, WanConfig, wan.table),
+    "vae": _Part(Vae, VaeConfig, vae.table),
+    "text_encoder": _Part(UMT5, UMT5Config, umt5.table),
 }
 # A run chooses these; the others are the sizes that config.json must give.
 _NUMERICS = ("dtype", "param_dtype", "remat", "attention")
@@ -143,6 +138,25 @@ def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
         yield f"transformer.text_len is {net.text_len}; expected at least text_encoder.text_len, {text.text_len}"
 
 
+def shapes(part: str, config: Any) -> Net:
+    """A part's net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
+    return Net(*layers.graphdef_of(lambda: _PARTS[part].module(config, rngs=nnx.Rngs(0))), config)
+
+
+def load_net(part: str, tensors: Mapping[str, np.ndarray], config: Any) -> Net:
+    """A part's net from tensors in the original naming, in config.param_dtype.
+
+    Raises engine.ConversionError, listing every missing, unused and misshapen tensor.
+    """
+    net = shapes(part, config)
+    return net._replace(params=engine.load(_PARTS[part].table(config), tensors, net.params))
+
+
+def save_net(part: str, params: dict, config: Any) -> dict[str, np.ndarray]:
+    """The exact inverse of `load_net`, in the dtype of the params."""
+    return engine.save(_PARTS[part].table(config), params)
+
+
 def load_base(base: str, **numerics) -> Base:
     """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault."""
     directory, digest, nets = directory_of(base), hashlib.sha256(), {}
@@ -161,14 +175,11 @@ def load_base(base: str, **numerics) -> Base:
             raise FileNotFoundError(f"base {base!r} has no {path}")
         content = path.read_bytes()
         digest.update(content)
-        part = _PARTS[name]
-        graphdef, _ = layers.graphdef_of(lambda part=part, config=config: part.module(config, rngs=nnx.Rngs(0)))
         tensors = parse_safetensors(content, path)
         try:
-            params = part.load(tensors, config)
-        except ValueError as error:
-            raise type(error)(f"{path}: {error}") from None
-        nets[name] = Net(graphdef, params, config)
+            nets[name] = load_net(name, tensors, config)
+        except engine.ConversionError as error:
+            raise engine.ConversionError(f"{path}: {error}") from None
     return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
 
 
@@ -177,7 +188,7 @@ def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_
     directory.mkdir(parents=True, exist_ok=True)
     described = {}
     for name, net in (("transformer", transformer), ("vae", vae), ("text_encoder", text)):
-        tensors = {key: np.asarray(value, dtype) for key, value in _PARTS[name].save(net).items()}
+        tensors = {key: np.asarray(value, dtype) for key, value in save_net(name, net.params, net.config).items()}
         write_atomic(directory / f"{name}.safetensors", safetensors.numpy.save(tensors))
         values = dataclasses.asdict(net.config)
         described[name] = {key: value for key, value in values.items() if key not in _NUMERICS}
