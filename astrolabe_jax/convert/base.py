@@ -197,7 +197,7 @@ def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_
 
 
 def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
-    """Random weights for each part's config: real classes at any size, for tests and for training a base."""
+    """Nets as their classes initialise them, by the names of their parts: where the training of a base starts."""
     nets = {}
     for i, (name, config) in enumerate(parts.items()):
         key = jax.random.fold_in(jax.random.key(seed), i)
