@@ -110,17 +110,34 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "made_by"),
+    [
+        ("tokenizer.json", "{}", "tokenizers"),
+        ("tokenizer.json", tokenizers.word_tokenizer(WORDS)[:-20], "tokenizers"),
+        ("spiece.model", "", "sentencepiece"),
+        ("spiece.model", "corrupt", "sentencepiece"),
+    ],
+)
+def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
 def test_a_word_that_occurs_twice_is_refused():
     with pytest.raises(ValueError, match="red"):
         tokenizers.word_tokenizer(["red", "blue", "red"])
 
 
-def test_a_directory_with_only_a_sentencepiece_model_works(tmp_path):
+def test_a_sentencepiece_model_is_read_alone(tmp_path):
+    """What transformers would read beside it, and let change ids, is not part of a base's identity."""
     (tmp_path / "corpus.txt").write_text("\n".join(["a red circle moving left", "a blue circle moving right"] * 20))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=24, minloglevel=2,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
     )  # fmt: skip
+    (tmp_path / "added_tokens.json").write_text('{"red": 24}')
     tokenizer = tokenizers.load_tokenizer(tmp_path)
     ids, mask = tokenizers.tokenize(tokenizer, ["a red circle"], 30)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))

@@ -10,19 +10,18 @@ tokenizer.json              or spiece.model
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 import safetensors.numpy
 from flax import nnx
 
+from astrolabe_jax.convert import engine, umt5, vae, wan
 from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
-from astrolabe_jax.convert.umt5 import load_umt5, save_umt5
-from astrolabe_jax.convert.vae import load_vae, save_vae
-from astrolabe_jax.convert.wan import load_transformer, save_transformer
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
@@ -54,19 +53,22 @@ class Base(NamedTuple):
 class _Part(NamedTuple):
     module: Any
     config: Any
-    load: Any
-    save: Any
+    table: Any  # config -> rules of the conversion
 
 
 _PARTS = {
-    "transformer": _Part(
-        WanTransformer, WanConfig, load_transformer, lambda net: save_transformer(net.params, net.config)
-    ),
-    "vae": _Part(Vae, VaeConfig, load_vae, lambda net: save_vae(net.params, net.config)),
-    "text_encoder": _Part(UMT5, UMT5Config, load_umt5, lambda net: save_umt5(net.params)),
+    "transformer": _Part(WanTransformer, WanConfig, wan.table),
+    "vae": _Part(Vae, VaeConfig, vae.table),
+    "text_encoder": _Part(UMT5, UMT5Config, umt5.table),
 }
 # A run chooses these; the others are the sizes that config.json must give.
 _NUMERICS = ("dtype", "param_dtype", "remat", "attention")
+# By the annotation of a size: what to expect of its value in JSON, and whether it is so (1 is a float there, too).
+_KINDS = {
+    int: ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    float: ("a finite number", lambda value: type(value) in (int, float) and -math.inf < value < math.inf),
+    bool: ("true or false", lambda value: type(value) is bool),
+}
 
 
 def directory_of(base: str) -> Path:
@@ -92,23 +94,38 @@ def sizes(base: str) -> dict[str, dict]:
 def configs(base: str, **numerics) -> dict[str, Any]:
     """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run.
 
-    Raises ValueError naming the file and the fields of a part that does not make sense, or of two that do not fit.
+    Raises ValueError naming the file and the fields of a part that do not make sense, or of two that do not fit.
     """
-    parts = {}
-    for name, values in sizes(base).items():
-        part = _PARTS[name]
-        fields = {field.name for field in dataclasses.fields(part.config)}
+    path, content, parts = directory_of(base) / "config.json", sizes(base), {}
+    if faults := [fault for name, values in content.items() for fault in _field_faults(name, values)]:
+        raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
+    for name, values in content.items():
+        config = _PARTS[name].config
+        chosen = {field.name: numerics[field.name] for field in dataclasses.fields(config) if field.name in numerics}
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        if unknown := set(values) - fields:
-            raise ValueError(f"{directory_of(base) / 'config.json'}: unknown fields of {name}: {sorted(unknown)}")
         try:
-            parts[name] = part.config(**values, **{key: numerics[key] for key in fields & set(numerics)})
+            parts[name] = config(**values, **chosen)
         except (TypeError, ValueError) as error:  # TypeError: a field is missing
-            raise ValueError(f"{directory_of(base) / 'config.json'}, {name}: {error}") from None
+            raise ValueError(f"{path}, {name}: {error}") from None
     if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
-        head = f"{directory_of(base) / 'config.json'}: the parts do not fit each other:"
-        raise ValueError("\n  ".join([head, *faults]))
+        raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
     return parts
+
+
+def _field_faults(part: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Every value must be of its field's annotated type; what else a config asks of it, the config checks itself."""
+    kinds = {field.name: field.type for field in dataclasses.fields(_PARTS[part].config)}
+    known = [name for name in kinds if name not in _NUMERICS]
+    for name, value in values.items():
+        if name not in known:
+            yield f"{part}.{name} is unknown; expected {', '.join(known)}"
+            continue
+        kind, *more = get_args(kinds[name]) or (kinds[name],)  # tuple[int, ...] has arguments, int has none
+        expected, fits = _KINDS[kind]
+        if more and not (isinstance(value, list) and all(map(fits, value))):
+            yield f"{part}.{name} is {value!r}; expected a list, each entry {expected}"
+        elif not more and not fits(value):
+            yield f"{part}.{name} is {value!r}; expected {expected}"
 
 
 def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
@@ -119,6 +136,25 @@ def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
         yield f"transformer.text_dim is {net.text_dim}; expected text_encoder.dim, {text.dim}"
     if net.text_len < text.text_len:  # a longer one is filled up with zero rows
         yield f"transformer.text_len is {net.text_len}; expected at least text_encoder.text_len, {text.text_len}"
+
+
+def shapes(part: str, config: Any) -> Net:
+    """A part's net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
+    return Net(*layers.graphdef_of(lambda: _PARTS[part].module(config, rngs=nnx.Rngs(0))), config)
+
+
+def load_net(part: str, tensors: Mapping[str, np.ndarray], config: Any) -> Net:
+    """A part's net from tensors in the original naming, in config.param_dtype.
+
+    Raises engine.ConversionError, listing every missing, unused and misshapen tensor.
+    """
+    net = shapes(part, config)
+    return net._replace(params=engine.load(_PARTS[part].table(config), tensors, net.params))
+
+
+def save_net(part: str, params: dict, config: Any) -> dict[str, np.ndarray]:
+    """The exact inverse of `load_net`, in the dtype of the params."""
+    return engine.save(_PARTS[part].table(config), params)
 
 
 def load_base(base: str, **numerics) -> Base:
@@ -139,14 +175,11 @@ def load_base(base: str, **numerics) -> Base:
             raise FileNotFoundError(f"base {base!r} has no {path}")
         content = path.read_bytes()
         digest.update(content)
-        part = _PARTS[name]
-        graphdef, _ = layers.graphdef_of(lambda part=part, config=config: part.module(config, rngs=nnx.Rngs(0)))
         tensors = parse_safetensors(content, path)
         try:
-            params = part.load(tensors, config)
-        except ValueError as error:
-            raise type(error)(f"{path}: {error}") from None
-        nets[name] = Net(graphdef, params, config)
+            nets[name] = load_net(name, tensors, config)
+        except engine.ConversionError as error:
+            raise engine.ConversionError(f"{path}: {error}") from None
     return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
 
 
@@ -155,7 +188,7 @@ def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_
     directory.mkdir(parents=True, exist_ok=True)
     described = {}
     for name, net in (("transformer", transformer), ("vae", vae), ("text_encoder", text)):
-        tensors = {key: np.asarray(value, dtype) for key, value in _PARTS[name].save(net).items()}
+        tensors = {key: np.asarray(value, dtype) for key, value in save_net(name, net.params, net.config).items()}
         write_atomic(directory / f"{name}.safetensors", safetensors.numpy.save(tensors))
         values = dataclasses.asdict(net.config)
         described[name] = {key: value for key, value in values.items() if key not in _NUMERICS}
@@ -164,7 +197,7 @@ def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_
 
 
 def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
-    """Random weights for each part's config: real classes at any size, for tests and for training a base."""
+    """Nets as their classes initialise them, by the names of their parts: where the training of a base starts."""
     nets = {}
     for i, (name, config) in enumerate(parts.items()):
         key = jax.random.fold_in(jax.random.key(seed), i)

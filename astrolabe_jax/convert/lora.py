@@ -72,6 +72,9 @@ def load_peft(directory: Path | str, expected: dict) -> tuple[dict, float]:
         raise ValueError(
             f"{described} has r {rank!r} and lora_alpha {alpha!r}; expected the rank, a whole number, and a number"
         )
+    wanted = next(iter(expected.values()))["a"].shape[-1]
+    if rank != wanted:  # one line, where the tensors would give one each
+        raise ValueError(f"{described} has r {rank}; expected rank {wanted}: set the rank of this run to {rank}")
     try:
         return from_peft(parse_safetensors(weights.read_bytes(), weights), expected), alpha / rank
     except engine.ConversionError as error:

@@ -1,24 +1,7 @@
 """Wan VAE: original names and layouts <-> the parameter tree of models/wan/vae.py (spec/checkpoints.md section 3)."""
 
-from collections.abc import Mapping
-
-import numpy as np
-from flax import nnx
-
-from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Transform
-from astrolabe_jax.models import layers
-from astrolabe_jax.models.wan.vae import Vae, VaeConfig
-
-
-def load_vae(tensors: Mapping[str, np.ndarray], config: VaeConfig) -> dict:
-    """Tensors in the original naming -> params of `Vae(config)`; raises engine.ConversionError on any misfit."""
-    return engine.load(table(config), tensors, expected_params(config))
-
-
-def save_vae(params: dict, config: VaeConfig) -> dict[str, np.ndarray]:
-    """The exact inverse of `load_vae`."""
-    return engine.save(table(config), params)
+from astrolabe_jax.models.wan.vae import VaeConfig
 
 
 def table(config: VaeConfig) -> list[Rule]:
@@ -80,8 +63,3 @@ def _attention(source: str, target: str) -> list[Rule]:
 
 def _conv(source: str, target: str, transform: Transform) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.kernel", transform), Rule(f"{source}.bias", f"{target}.bias")]
-
-
-def expected_params(config: VaeConfig) -> dict:
-    """Shapes and dtypes of the params, without allocating them."""
-    return layers.graphdef_of(lambda: Vae(config, nnx.Rngs(0)))[1]

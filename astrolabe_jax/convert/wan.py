@@ -3,40 +3,22 @@
 Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block) and section 6 (layouts).
 """
 
-from collections.abc import Mapping
-
 import numpy as np
-from flax import nnx
 
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule
-from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.config import WanConfig
-from astrolabe_jax.models.wan.transformer import WanTransformer
-
-
-def load_transformer(tensors: Mapping[str, np.ndarray], config: WanConfig) -> dict:
-    """Tensors in the original naming -> params of `WanTransformer(config)`, in config.param_dtype.
-
-    Raises engine.ConversionError, listing every missing, unused and misshapen tensor.
-    """
-    return engine.load(table(config.patch_size), tensors, expected_params(config))
 
 
 def save_transformer(params: dict, config: WanConfig) -> dict[str, np.ndarray]:
-    """The exact inverse of `load_transformer`, in the dtype of the params."""
-    return engine.save(table(config.patch_size), params)
+    """Params of `WanTransformer(config)` -> tensors in the original naming, in the dtype of the params."""
+    return engine.save(table(config), params)
 
 
-def expected_params(config: WanConfig) -> dict:
-    """Shapes and dtypes of the params, without allocating them."""
-    return layers.graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))[1]
-
-
-def table(patch: tuple[int, int, int]) -> list[Rule]:
-    """The rules of one DiT whose patches are `patch` (time, height, width) latent cells."""
+def table(config: WanConfig) -> list[Rule]:
+    """The rules of one DiT; all but that of its patches are the same at every size."""
     return [
-        Rule("patch_embedding.weight", "patch_embedding.kernel", engine.patch_kernel(patch)),
+        Rule("patch_embedding.weight", "patch_embedding.kernel", engine.patch_kernel(config.patch_size)),
         Rule("patch_embedding.bias", "patch_embedding.bias"),
         *_linear("text_embedding.0", "text_embedding.fc1"),
         *_linear("text_embedding.2", "text_embedding.fc2"),

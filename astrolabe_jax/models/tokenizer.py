@@ -1,12 +1,15 @@
 """Text to token ids, as the text encoder of Wan 2.1 takes them (spec/checkpoints.md section 4)."""
 
 import html
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import numpy as np
+import sentencepiece
 import tokenizers
 
 PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
@@ -42,23 +45,38 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], text_len: int) -> tuple[np.
 def load_tokenizer(directory: Path | str) -> Any:
     """The tokenizer of a directory that holds tokenizer.json or, failing that, spiece.model; pad id 0, end id 1.
 
-    AutoTokenizer is not used: for UMT5 it refuses a bare spiece.model with a misleading message.
+    Raises FileNotFoundError or ValueError naming the file.
     """
-    import transformers  # seconds to import, and only this function needs it
-
-    directory = Path(directory)
-    special = {"pad_token": PAD_TOKEN, "eos_token": END_TOKEN, "unk_token": UNKNOWN_TOKEN}
-    if (directory / "tokenizer.json").exists():
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"), **special)
-    elif (directory / "spiece.model").exists():
-        tokenizer = transformers.T5Tokenizer.from_pretrained(str(directory), **special)
-    else:
+    files = [Path(directory) / name for name in ("tokenizer.json", "spiece.model")]
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
         raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor spiece.model")
-    ending = tokenizer("", add_special_tokens=True)["input_ids"]
+    try:
+        tokenizer = _read(path)
+        ending = tokenizer("", add_special_tokens=True)["input_ids"]
+    except Exception as error:  # the tokenizers library has no class of its own
+        made_by = "tokenizers" if path.suffix == ".json" else "sentencepiece"
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected a whole {path.name} of the library {made_by}: copy it again"
+        ) from None
     if tokenizer.pad_token_id != 0 or ending != [1]:
         found = f"pad id {tokenizer.pad_token_id}, empty text {ending}"
-        raise ValueError(f"{directory}: {found}; expected pad id 0 and [1] (the end token), as in UMT5")
+        raise ValueError(f"{path}: {found}; expected pad id 0 and [1] (the end token), as in UMT5")
     return tokenizer
+
+
+def _read(path: Path) -> Any:
+    """AutoTokenizer is not used: for UMT5 it refuses a bare spiece.model with a misleading message."""
+    import transformers  # seconds to import, and only this function needs it
+
+    special = {"pad_token": PAD_TOKEN, "eos_token": END_TOKEN, "unk_token": UNKNOWN_TOKEN}
+    if path.suffix == ".json":
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    # What transformers cannot parse it takes for another format, and an empty file for a vocabulary without words.
+    sentencepiece.SentencePieceProcessor(model_file=str(path))
+    with tempfile.TemporaryDirectory() as alone:  # else added_tokens.json and more beside it change ids
+        shutil.copy(path, alone)
+        return transformers.T5Tokenizer.from_pretrained(alone, **special)
 
 
 def word_tokenizer(words: Sequence[str]) -> str:

@@ -37,6 +37,11 @@ class UMT5Config:
             raise ValueError(f"UMT5Config.dim_attn {self.dim_attn} is not divisible by num_heads {self.num_heads}")
         if self.num_buckets % 4:
             raise ValueError(f"UMT5Config.num_buckets is {self.num_buckets}; it must be a multiple of 4")
+        if self.max_distance < self.num_buckets // 4:
+            raise ValueError(
+                f"UMT5Config.max_distance is {self.max_distance}; expected at least a quarter of num_buckets, "
+                f"{self.num_buckets // 4}: that many distances have a bucket of their own"
+            )
 
 
 XXL = UMT5Config()

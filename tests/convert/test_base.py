@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax.convert.base import load_base, save_base
+from astrolabe_jax.convert.base import configs, load_base, save_base
 from astrolabe_jax.convert.engine import ConversionError
 from tests.tiny_base import write_tiny_base
 
@@ -66,7 +66,7 @@ def test_faults_name_the_file_and_the_field(directory):
     with pytest.raises(ValueError, match="config.json, transformer: .*dim"):
         load_base(str(directory), **FLOAT32)
     rewrite(lambda c: c["vae"].update(colour=1))
-    with pytest.raises(ValueError, match="unknown fields of vae: .'colour'."):
+    with pytest.raises(ValueError, match="config.json: .*\n  vae.colour is unknown; expected dim, z_dim"):
         load_base(str(directory), **FLOAT32)
     rewrite(lambda c: c["transformer"].update(num_layers=3))
     with pytest.raises(ConversionError, match="transformer.safetensors: .*\n.*missing tensor: blocks.2"):
@@ -102,6 +102,38 @@ def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, valu
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"(?s)config.json: .*{expected}"):
         load_base(str(directory), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [
+        ("transformer", "dim", 128.0, "a whole number"),
+        ("transformer", "num_heads", 0, "a whole number, at least 1"),
+        ("transformer", "num_layers", True, "a whole number"),
+        ("transformer", "eps", "x", "a finite number"),
+        ("transformer", "eps", float("nan"), "a finite number"),
+        ("transformer", "patch_size", 2, "a list, each entry a whole number"),
+        ("transformer", "patch_size", [1, 2], r"\(1, rows, columns\)"),
+        ("transformer", "dtype", "float32", "dim, ffn_dim"),
+        ("vae", "dim", 8.5, "a whole number"),
+        ("vae", "dim", 0, "a whole number, at least 1"),
+        ("vae", "dim_mult", [1, None], "a list, each entry a whole number"),
+        ("vae", "temporal_downsample", [0, 1, 1], "a list, each entry true or false"),
+        ("vae", "latent_mean", [0, 0, 0, "x"], "a list, each entry a finite number"),
+        ("vae", "latent_std", [1, 1, 1, 0], "above 0"),
+        ("text_encoder", "vocab_size", "a", "a whole number"),
+        ("text_encoder", "num_buckets", 0, "a whole number, at least 1"),
+        ("text_encoder", "max_distance", 7, "at least a quarter of num_buckets, 8"),
+        ("text_encoder", "text_len", [16], "a whole number"),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_named(directory, part, field, value, expected):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config[part][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"(?s)config.json.*{part}.*{field} is .*expected {expected}"):
+        configs(str(directory), **FLOAT32)
 
 
 def test_a_transformer_may_take_longer_prompts_than_the_encoder_gives(directory):

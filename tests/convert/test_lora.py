@@ -151,8 +151,12 @@ def test_a_missing_file_is_named(adapter, tmp_path, name):
         lora.load_peft(tmp_path, adapter)
 
 
-def test_tensors_that_do_not_fit_are_named_with_their_file(adapter, tmp_path):
+def test_another_rank_is_named_and_tensors_that_do_not_fit_with_their_file(adapter, tmp_path):
     smaller = {module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()}
     lora.save_peft(smaller, tmp_path, 2, alpha=2)
+    with pytest.raises(ValueError, match="adapter_config.json has r 2; expected rank 3: set the rank of this run to 2"):
+        lora.load_peft(tmp_path, adapter)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": RANK}))  # the config does not tell the truth
     with pytest.raises(engine.ConversionError, match="adapter_model.safetensors: .*\n.*changed shape"):
         lora.load_peft(tmp_path, adapter)

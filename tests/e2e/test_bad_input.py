@@ -98,7 +98,8 @@ def test_another_adapter(base, tmp_path):
     assert "has alpha / rank 2, config.lora.alpha / rank is 1" in refusal(
         runs.small_config(base, **changed), tmp_path / "a"
     )
-    assert "changed shape" in refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
+    message = refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
+    assert "config.lora.init: " in message and "adapter_config.json has r 2; expected rank 4" in message
 
 
 @pytest.mark.parametrize("changes", [{"video.frames": 33, "eval.ceiling": True}, {"video.frames": 37}])

@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from astrolabe_jax import schedule
-from astrolabe_jax.convert.wan import load_transformer
+from astrolabe_jax.convert.base import load_net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.models.wan.transformer import WanTransformer
 from astrolabe_jax.schedule import Schedule
 from tests.golden.files import GoldenFile
 
@@ -21,9 +19,7 @@ class Dit:
     """Graph definition and params, with the two functions that the stored outputs need."""
 
     def __init__(self, file: GoldenFile):
-        self.config = wan_config(file.config)
-        self.graphdef, _ = layers.graphdef_of(lambda: WanTransformer(self.config, rngs=nnx.Rngs(0)))
-        self.params = load_transformer(file.dit_weights(), self.config)
+        self.graphdef, self.params, self.config = load_net("transformer", file.dit_weights(), wan_config(file.config))
 
     def forward(self, x, t, prompts, layout: Layout, adapter: Any = None, scale: float = 1.0, params=None):
         """Velocity [B, F, C, H, W] of the uncached block-causal forward; prompts [B, S, E], t [B, F]."""

@@ -4,11 +4,10 @@ import functools
 from collections.abc import Iterator
 
 import jax
-from flax import nnx
 
-from astrolabe_jax.convert.umt5 import load_umt5
+from astrolabe_jax.convert.base import load_net
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.umt5 import UMT5, UMT5Config, relative_buckets
+from astrolabe_jax.models.umt5 import UMT5Config, relative_buckets
 from tests.golden.entry import EXACT, FORWARD, Entry, Unsupported
 from tests.golden.files import GoldenFile
 
@@ -20,8 +19,7 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
 
     @functools.cache
     def run(method: str):
-        graphdef, _ = layers.graphdef_of(lambda: UMT5(config, nnx.Rngs(0)))
-        params = load_umt5(weights, config)
+        graphdef, params, _ = load_net("text_encoder", weights, config)
         return jax.jit(lambda params: getattr(layers.merge(graphdef, params), method)(ids, mask))(params)
 
     yield Entry("hidden", lambda: run("__call__"), FORWARD)

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from astrolabe_jax.convert.vae import load_vae
+from astrolabe_jax.convert.base import load_net
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+from astrolabe_jax.models.wan.vae import VaeConfig
 from tests.golden.entry import EXACT, FORWARD, Entry, Unsupported
 from tests.golden.files import GoldenFile
 
 
 def entries(file: GoldenFile) -> Iterator[Entry]:
     config = _config(file)
-    graphdef, _ = layers.graphdef_of(lambda: Vae(config, nnx.Rngs(0)))
-    params = load_vae(file.under("weights/"), config)
+    graphdef, params, _ = load_net("vae", file.under("weights/"), config)
     pixels = np.moveaxis(file["pixels"], 1, -1)
     # The reference drops a remainder of frames that fills no latent frame; our encoder refuses it.
     pixels = pixels[:, : config.pixel_frames(1 + (pixels.shape[1] - 1) // config.temporal_stride)]

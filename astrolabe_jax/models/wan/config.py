@@ -36,8 +36,10 @@ class WanConfig:
             raise ValueError(f"head width is {self.head_dim}; rotary positions of three axes need at least 6")
         if self.freq_dim % 2:
             raise ValueError(f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width")
-        if self.patch_size[0] != 1:
-            raise ValueError(f"WanConfig.patch_size is {self.patch_size}; a patch must cover one latent frame")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ValueError(
+                f"WanConfig.patch_size is {self.patch_size}; expected (1, rows, columns): a patch covers one frame"
+            )
         if self.attention not in ("auto", "xla", "cudnn"):
             raise ValueError(f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'")
 

@@ -51,6 +51,8 @@ class VaeConfig:
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) != self.z_dim:
                 raise ValueError(f"VaeConfig.{name} has {len(getattr(self, name))} entries; z_dim is {self.z_dim}")
+        if min(self.latent_std) <= 0:
+            raise ValueError(f"VaeConfig.latent_std is {self.latent_std}; latents are divided by it: expected above 0")
 
     @property
     def spatial_stride(self) -> int:
