@@ -274,8 +274,14 @@ def test_files_that_are_not_understood_are_reported(folder):
     assert main([str(folder)]) == 1
 
 
-def test_a_folder_without_files_fails(tmp_path):
-    assert main([str(tmp_path)]) == 1
+def test_a_folder_without_files_or_with_weights_only_fails(tmp_path, folder):
+    assert main([str(tmp_path / "none")]) == 1
+    assert main([str(folder)]) == 1
+
+
+def test_a_handled_file_that_holds_weights_is_not_passed_over(folder, rollout, weights):
+    np.savez(folder / "c_x.npz", **rollout, **{"patch_embedding.weight": weights["patch_embedding.weight"]})
+    assert failures(folder / "c_x.npz") == {"patch_embedding.weight": "not covered"}
 
 
 @pytest.mark.parametrize(
