@@ -30,7 +30,7 @@ CONVERSION = Tolerance(1e-6, "array")  # float32 sums that may cancel: the scale
 class Entry(NamedTuple):
     """One stored output `key`, and how to compute ours; `compute` runs under the runner's protection.
 
-    A key that ends with '/' stands for all arrays under it: `compute` gives {name: array}, and the worst one counts.
+    A key that ends with '/' stands for all arrays stored under it: `compute` gives {name: array}, the worst one counts.
     """
 
     key: str
