@@ -129,7 +129,7 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Call
         decay = update.old_decay(config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant)
         return new._replace(old=update.average(new.old, new.current, decay))
 
-    yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), CONVERSION)
+    yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), GRADIENT)
     yield Entry(f"{name}/grad/", lambda: to_peft(gradient()), GRADIENT)
 
     def adapter_after(group: str, field: str):

@@ -256,6 +256,7 @@ def test_outputs_of_an_optimiser_step_may_be_left_out(folder):
     arrays = step_file(path, left_out=("x/micro0/", "x/grad/", "x/ema_after/"))
     stored = {key: value for key, value in arrays.items() if not key.startswith(layer)}
     wrong = next(key for key in stored if key.startswith("x/default_after/"))
+    stored["x/grad_norm"] = stored["x/grad_norm"] * (1 + 1e-5)  # the norm is as exact as the gradient
     np.savez(path, **stored | {wrong: stored[wrong] + 1e-2})
     lines = list(run_file(path))
     assert len(lines) == 11  # xt of micro0, the 7 of micro1, grad_norm and 2 adapters
