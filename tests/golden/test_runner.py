@@ -275,17 +275,18 @@ def test_outputs_may_be_left_out_but_not_all_of_them(folder, rollout):
 def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollout, capsys):
     np.savez(folder / "c_x.npz", **rollout)
     assert main([str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rollout) - 4 + 1  # one for each output, none for 3 inputs and the config, and the total
-    assert all(line.endswith("ok") for line in lines[:-1])
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rollout) - 4  # one for each output, none for 3 inputs and the config
+    assert all(line.endswith("  ok") for line in lines) and total == f"{len(lines)} ok"
 
     wrong = rollout["call_x0"].copy()
     wrong[1, 0, 0, 1, 0, 1, 2] += 1e-3  # one number of one call
     np.savez(folder / "c_x.npz", **rollout | {"call_x0": wrong})
     assert main([str(folder)]) == 1
-    bad = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
-    assert bad[0].split() == ["c_x.npz", "call_x0", "1.00e-03", "1e-04", "FAIL", "outside", "the", "tolerance"]
-    assert len(bad) == 2  # and the total
+    *perturbed, total = capsys.readouterr().out.splitlines()
+    (bad,) = (line for line in perturbed if "FAIL" in line)
+    assert bad.split() == ["c_x.npz", "call_x0", "1.00e-03", "1e-04", "FAIL", "outside", "the", "tolerance"]
+    assert total == f"{len(lines) - 1} ok, 1 failed"
 
 
 def test_an_array_that_nothing_reads_is_reported(folder, rollout):
