@@ -344,6 +344,8 @@ def test_a_handled_file_that_holds_weights_is_not_passed_over(folder, rollout, w
         ([1000.0, 1.1e-3], [1000.0, 1e-3], Tolerance(1e-6, "array"), True),
         ([True, False], [True, True], EXACT, False),
         (["a", "b"], ["a", "c"], EXACT, False),
+        (["abcd"], ["abc"], EXACT, False),
+        (["abc"], ["abc"], EXACT, True),
     ],
 )
 def test_comparison(got, want, tolerance, accepted):
