@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     for line in run(Path(arguments[0])):
         print(line, flush=True)
         total, failed = total + 1, failed + (not line.ok)
-    print(f"{total - failed} ok, {failed} FAIL")
+    print(f"{total - failed} ok" + (f", {failed} failed" if failed else ""))
     return int(failed > 0)
 
 

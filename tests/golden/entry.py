@@ -30,7 +30,7 @@ CONVERSION = Tolerance(1e-6, "array")  # float32 sums that may cancel: the scale
 class Entry(NamedTuple):
     """One stored output `key`, and how to compute ours; `compute` runs under the runner's protection.
 
-    A key that ends with '/' stands for all arrays under it: `compute` gives {name: array}, and the worst one counts.
+    A key that ends with '/' stands for all arrays stored under it: `compute` gives {name: array}, the worst one counts.
     """
 
     key: str
@@ -44,7 +44,7 @@ def difference(got: Any, want: np.ndarray, tolerance: Tolerance) -> tuple[float,
     if got.shape != want.shape:
         return np.inf, False, f"shape {got.shape}, expected {want.shape}"
     if want.dtype.kind in "US":
-        error = float(np.sum(got.astype(want.dtype) != want))
+        error = float(np.sum(got.astype(want.dtype.kind) != want))  # of any length: want's would cut ours short
         return error, error == 0, "" if error == 0 else "text differs"
     if want.size == 0:
         return 0.0, True, ""

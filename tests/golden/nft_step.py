@@ -1,7 +1,7 @@
 """fh_*: one optimiser step of the published training loop, from two microbatches to the blended behaviour policy."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -31,16 +31,22 @@ class Variant(NamedTuple):
     forward: update.Forward
     params: dict
     state: update.TrainState
-    micros: list[dict]  # the stored inputs of each microbatch
+    micros: list[dict]  # the stored inputs of each microbatch, with r and kl_weight
 
 
 def entries(file: GoldenFile) -> Iterator[Entry]:
     dit = Dit(file)
     for name, settings in file.config["variants"].items():
-        variant = _variant(file, dit, name, settings)
-        for i in range(len(variant.micros)):
-            yield from _micro_entries(file, f"{name}/micro{i}/", variant, i)
-        yield from _step_entries(file, name, variant)
+        yield from _variant_entries(file, name, _variant(file, dit, name, settings))
+
+
+def _variant_entries(file: GoldenFile, name: str, variant: Variant) -> Iterator[Entry]:
+    micros = range(len(variant.micros))
+    differentiate = jax.jit(jax.grad(functools.partial(_objective, variant), has_aux=True))
+    result = functools.cache(lambda i: differentiate(variant.state.current, variant.micros[i]))
+    for i in micros:
+        yield from _micro_entries(f"{name}/micro{i}/", variant, i, lambda i=i: result(i)[1])
+    yield from _step_entries(file, name, variant, lambda: [result(i)[0] for i in micros])
 
 
 def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
@@ -55,6 +61,7 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
     for micro in micros:
         mask = micro["reward_mask"] if settings["select_kl"] else np.ones(len(micro["x0"]), bool)
         micro["kl_weight"] = losses.kl_weights(mask)
+        micro["r"] = advantages.optimality(micro["advantages"], config.advantages.clip)
     layout = training_layout(settings["mask_block"], -1, micros[0]["x0"].shape[1])
     forward = update.training_forward(config, dit.graphdef, layout)
     state = update.TrainState(current, old, current, current, optimiser.init(current), step)
@@ -63,10 +70,12 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
         candidates = [initial["old_ref"]] if "old_ref" in initial else [current, old]
     else:  # the base without an adapter: one that adds nothing
         candidates = [jax.tree.map(jnp.zeros_like, current)]
-    want = file[f"{name}/micro0/ref_pred"]
-    # The format does not say which of the initial adapters `old_ref` copies; the stored prediction does.
-    gaps = [np.abs(_prediction(variant, adapter, 0) - want).max() for adapter in candidates]
-    return variant._replace(state=state._replace(reference=candidates[int(np.argmin(gaps))]))
+    # The format does not say which of the initial adapters `old_ref` copies; a stored prediction does.
+    for i in range(len(micros)):
+        if len(candidates) > 1 and f"{name}/micro{i}/ref_pred" in file:
+            want = file[f"{name}/micro{i}/ref_pred"]
+            candidates = [min(candidates, key=lambda adapter: np.abs(_prediction(variant, adapter, i) - want).max())]
+    return variant._replace(state=state._replace(reference=candidates[0]))
 
 
 def _config(stored: dict, variant: str) -> ConfigDict:
@@ -96,27 +105,22 @@ def _config(stored: dict, variant: str) -> ConfigDict:
     return config
 
 
-def _micro_entries(file: GoldenFile, prefix: str, variant: Variant, i: int) -> Iterator[Entry]:
+def _micro_entries(prefix: str, variant: Variant, i: int, terms: Callable[[], dict]) -> Iterator[Entry]:
     micro, state = variant.micros[i], variant.state
     yield Entry(f"{prefix}xt", lambda: add_noise(micro["x0"], micro["noise"], micro["t"] / T_MAX), CONVERSION)
     for name, adapter in (("old", state.old), ("forward", state.current), ("ref", state.reference)):
         yield Entry(f"{prefix}{name}_pred", lambda a=adapter: _prediction(variant, a, i), FORWARD)
-    terms = functools.cache(lambda: jax.jit(lambda state: _terms(variant, state, i))(state))
     for name, term in (("loss", "total_loss"), ("policy_loss", "policy_loss"), ("kl_loss", "kl_loss")):
         yield Entry(f"{prefix}{name}", lambda term=term: terms()[term].mean(), FORWARD)
 
 
-def _step_entries(file: GoldenFile, name: str, variant: Variant) -> Iterator[Entry]:
+def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Callable[[], list]) -> Iterator[Entry]:
     state, config = variant.state, variant.config
 
     @functools.cache
     def gradient():
-        def objective(current):
-            here = state._replace(current=current)
-            return sum(_terms(variant, here, i)["total_loss"].mean() for i in range(len(variant.micros)))
-
         # The script divides every loss by the number of microbatches it accumulates.
-        return jax.tree.map(lambda leaf: leaf / len(variant.micros), jax.jit(jax.grad(objective))(state.current))
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *gradients())
 
     @functools.cache
     def after():
@@ -125,17 +129,20 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant) -> Iterator[Ent
         decay = update.old_decay(config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant)
         return new._replace(old=update.average(new.old, new.current, decay))
 
-    yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), CONVERSION)
-    stored_gradient = {key: file[f"{name}/grad/{key}"] for key in file.suffixes(f"{name}/grad/")}
+    yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), GRADIENT)
     yield Entry(f"{name}/grad/", lambda: to_peft(gradient()), GRADIENT)
+
+    def adapter_after(group: str, field: str):
+        ours, want = to_peft(getattr(after(), field)), file.under(f"{name}/{group}/")
+        gradients = to_peft(gradient()) | file.under(f"{name}/grad/")  # the stored ones, where there are any
+        settled = {
+            key: _settled(ours[key], want[key], gradients[key], config.optimiser.learning_rate)
+            for key in ours.keys() & want.keys()
+        }
+        return ours | settled
+
     for group, field in (("default_after", "current"), ("ema_after", "ema"), ("old_after", "old")):
-        want = {key: file[f"{name}/{group}/{key}"] for key in stored_gradient}
-
-        def result(field=field, want=want):
-            ours = to_peft(getattr(after(), field))
-            return {key: _settled(ours[key], want[key], stored_gradient[key], file.config["lr"]) for key in want}
-
-        yield Entry(f"{name}/{group}/", result, FORWARD)
+        yield Entry(f"{name}/{group}/", lambda group=group, field=field: adapter_after(group, field), FORWARD)
 
 
 def _settled(ours, want, gradient, rate):
@@ -144,24 +151,22 @@ def _settled(ours, want, gradient, rate):
     return np.where(noise, want, ours)
 
 
-def _terms(variant: Variant, state: update.TrainState, i: int) -> dict:
-    """update.sample_terms of microbatch i with the stored noise in place of drawn noise."""
-    micro = variant.micros[i]
+def _objective(variant: Variant, current: dict, micro: dict) -> tuple[jax.Array, dict]:
+    """The loss of a microbatch and update.sample_terms, with the stored noise in place of drawn noise."""
     samples = jnp.arange(len(micro["x0"]))
-    r = advantages.optimality(micro["advantages"], variant.config.advantages.clip)
     batch = update.Batch(
-        latents=jnp.asarray(micro["x0"]),
-        r=jnp.asarray(r, jnp.float32),
-        kl_weight=jnp.asarray(micro["kl_weight"], jnp.float32),
+        latents=micro["x0"],
+        r=micro["r"].astype(jnp.float32),
+        kl_weight=micro["kl_weight"],
         prompt=samples,
         t=jnp.full(samples.shape, micro["t"], jnp.float32),
         key=samples,
     )
-    noise = jnp.asarray(micro["noise"])
-    return update.sample_terms(
-        variant.config, variant.forward, lambda sample, shape: noise[sample], state, variant.params,
-        jnp.asarray(micro["prompt_embeds"]), batch,
+    terms = update.sample_terms(
+        variant.config, variant.forward, lambda sample, shape: micro["noise"][sample],
+        variant.state._replace(current=current), variant.params, micro["prompt_embeds"], batch,
     )  # fmt: skip
+    return terms["total_loss"].mean(), terms
 
 
 def _prediction(variant: Variant, adapter: dict, i: int):

@@ -1,19 +1,20 @@
 """c_*: cached rollouts, call by call. Scene and prompt switching belong to the next issue.
 
 The stored cache indices are those of the reference's buffer: after a call the buffer has seen every frame up to the
-block's end, and holds at most its capacity. Our ring buffer has no such indices; they follow from the block alone.
+block's end, and holds at most its capacity. Our ring buffer has no such indices; they follow from the blocks that our
+rollout went through and from the slots of its cache.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from astrolabe_jax import schedule
-from astrolabe_jax.models.wan.cache import init_cache, reference_order
-from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.models.wan.cache import frames_of, init_cache, reference_order
+from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.rollout import Sampler, Trace, noise_from_array, rollout
 from astrolabe_jax.schedule import Schedule
 from tests.golden.dit import Dit
@@ -30,8 +31,9 @@ class Result(NamedTuple):
     """One rollout of ours, in the terms of the stored file."""
 
     latents: Any
-    given: list[Trace]  # blocks of initial latents
-    sampled: list[Trace]
+    given: list[tuple[Block, Trace]]  # blocks of initial latents
+    sampled: list[tuple[Block, Trace]]
+    slots: int  # frames that the cache has room for
     cache_k: Any
     cache_v: Any
 
@@ -41,21 +43,24 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     _refuse_unsupported(scenario)
     result = functools.cache(lambda: _run(file))
     warped = _steps(scenario)
-    total = scenario["init"] + scenario["frames"]
-    block, calls = scenario["block"], len(warped) + 1
-    starts = np.arange(scenario["init"], total, block)
-    ends = np.repeat(starts[:, None] + block, calls, axis=1)
-    capacity = _capacity(scenario)
+    calls, capacity = len(warped) + 1, _capacity(scenario) * fsl
 
     def trace(name: str):
-        return np.stack([np.asarray(getattr(record, name)) for record in result().sampled])
+        return np.stack([np.asarray(getattr(record, name)) for _, record in result().sampled])
+
+    def index(frame_of: Callable[[Block], int]):
+        """[blocks, calls] tokens: an index into the video or the cache, which all calls of a block share."""
+        return np.stack([np.full(len(record.timestep), frame_of(block)) * fsl for block, record in result().sampled])
+
+    def held(block: Block):
+        return min(block.stop, result().slots)
 
     yield Entry("denoising_step_list", lambda: warped, TABLE)
     yield Entry("call_timestep", lambda: trace("timestep"), TABLE)
-    yield Entry("call_start_token", lambda: (ends - block) * fsl, EXACT)
-    yield Entry("call_global_end", lambda: ends * fsl, EXACT)
-    yield Entry("call_local_end", lambda: np.minimum(ends, capacity) * fsl, EXACT)
-    yield Entry("call_scene_cut", lambda: np.zeros(ends.shape, bool), EXACT)
+    yield Entry("call_start_token", lambda: index(lambda block: block.start), EXACT)
+    yield Entry("call_global_end", lambda: index(lambda block: block.stop), EXACT)
+    yield Entry("call_local_end", lambda: index(held), EXACT)
+    yield Entry("call_scene_cut", lambda: np.zeros(trace("timestep").shape, bool), EXACT)
     for key, name in (("call_x0", "x0"), ("call_flow", "velocity")):
         if key in file:
             # A file with `flow: false` leaves the clean pass out.
@@ -63,12 +68,12 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
             yield Entry(key, lambda name=name, n=stored: trace(name)[:, :n], ROLLOUT)
     for group in file.groups():
         if group.startswith("ctx"):
-            yield from _context_entries(file, group, result, block * fsl)
+            yield from _context_entries(file, group, result)
     yield Entry("latents", lambda: result().latents, ROLLOUT)
-    yield Entry("cache0_k", lambda: _padded(result().cache_k, capacity * fsl), ROLLOUT)
-    yield Entry("cache0_v", lambda: _padded(result().cache_v, capacity * fsl), ROLLOUT)
-    yield Entry("cache0_global_end", lambda: [total * fsl], EXACT)
-    yield Entry("cache0_local_end", lambda: [min(total, capacity) * fsl], EXACT)
+    yield Entry("cache0_k", lambda: _padded(result().cache_k, capacity), ROLLOUT)
+    yield Entry("cache0_v", lambda: _padded(result().cache_v, capacity), ROLLOUT)
+    yield Entry("cache0_global_end", lambda: index(lambda block: block.stop)[-1, -1:], EXACT)
+    yield Entry("cache0_local_end", lambda: [result().cache_k.shape[1]], EXACT)
 
 
 def _refuse_unsupported(scenario: dict) -> None:
@@ -118,11 +123,12 @@ def _run(file: GoldenFile) -> Result:
             sampler=sampler, initial_latents=initial, cache=cache, trace=True,
         )  # fmt: skip
         stored = reference_order(cache, 0, layout, total, dit.config, latent_hw, rotated=not scenario["infer"])
-        return latents, traces, *stored
+        return latents, traces, cache, *stored
 
-    latents, traces, cache_k, cache_v = run(dit.params, text, _noise(file), _initial_latents(file))
-    blocks = given // scenario["block"]
-    return Result(latents, traces[:blocks], traces[blocks:], cache_k, cache_v)
+    latents, traces, cache, cache_k, cache_v = run(dit.params, text, _noise(file), _initial_latents(file))
+    passes = list(zip(layout.blocks(total), traces, strict=True))
+    first = given // scenario["block"]
+    return Result(latents, passes[:first], passes[first:], frames_of(cache, config["fsl"]), cache_k, cache_v)
 
 
 def _noise(file: GoldenFile) -> np.ndarray:
@@ -142,23 +148,27 @@ def _initial_latents(file: GoldenFile) -> np.ndarray | None:
     return file["latents"][:, :given] if given else None
 
 
-def _context_entries(file: GoldenFile, group: str, result, block_tokens: int) -> Iterator[Entry]:
+def _context_entries(file: GoldenFile, group: str, result: Callable[[], Result]) -> Iterator[Entry]:
     """ctxJ/*: the pass over the J-th block of initial latents, before the first denoising call."""
-    index = int(group.removeprefix("ctx"))
+
+    def given():
+        return result().given[int(group.removeprefix("ctx"))]
+
+    tokens = file.config["fsl"]
     for key in file.keys(f"{group}/"):
         name = key.rpartition("/")[2]
         if "input" in name:
-            yield Entry(key, lambda: result().given[index].inputs[0], ROLLOUT)
+            yield Entry(key, lambda: given()[1].inputs[0], ROLLOUT)
         elif "flow" in name:
-            yield Entry(key, lambda: result().given[index].velocity[0], ROLLOUT)
+            yield Entry(key, lambda: given()[1].velocity[0], ROLLOUT)
         elif "x0" in name:
-            yield Entry(key, lambda: result().given[index].x0[0], ROLLOUT)
+            yield Entry(key, lambda: given()[1].x0[0], ROLLOUT)
         elif "time" in name:  # one value for the block, in the reference as [B, 1]
-            yield Entry(key, lambda shape=file[key].shape: np.full(shape, result().given[index].timestep[0]), EXACT)
+            yield Entry(key, lambda shape=file[key].shape: np.full(shape, given()[1].timestep[0]), EXACT)
         elif "start" in name:
-            yield Entry(key, lambda shape=file[key].shape: np.full(shape, index * block_tokens), EXACT)
-        elif "before" in name:
-            yield Entry(key, lambda shape=file[key].shape: np.zeros(shape), EXACT)
+            yield Entry(key, lambda shape=file[key].shape: np.full(shape, given()[0].start * tokens), EXACT)
+        elif "before" in name:  # given blocks come first
+            yield Entry(key, lambda shape=file[key].shape: given() and np.zeros(shape), EXACT)
 
 
 def _prompt_index(key: str) -> int:

@@ -7,9 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.golden import oracle
+from astrolabe_jax.convert.lora import to_peft
+from astrolabe_jax.models.lora import adapter_shapes
+from tests.golden import nft_step, oracle
 from tests.golden.__main__ import main
+from tests.golden.dit import wan_config
 from tests.golden.entry import EXACT, TABLE, Tolerance, difference
+from tests.golden.files import GoldenFile
 from tests.golden.runner import run_file
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -219,6 +223,47 @@ def test_both_orders_of_the_reward_axes_are_read(folder, epochs):
     assert "epochs, keys, samples" in failures(path)["selkl/x/rank_diff"]
 
 
+def step_file(path: Path, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """An fh_* file without some outputs, its reference policy `old`. The numbers are ours: this is about the runner."""
+    rng = np.random.default_rng(5)
+    config = SIZES | {
+        "variants": {"x": {"mask_block": 1, "select_kl": True}}, "kl_beta": {"x": 0.01}, "beta": 0.1, "shift": 5.0,
+        "accumulation": 2, "adv_clip_max": 5, "decay_type": 1, "ema_decay": 0.9, "lora": {"alpha": 4, "r": 2},
+        "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    arrays = {"config": np.array(json.dumps(config)), "x/global_step": np.array(30)}
+    for policy in ("default", "old"):
+        adapter = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 4, adapter_shapes(wan_config(config), 2))
+        arrays |= {f"init/{policy}/{key}": value.astype(np.float32) for key, value in to_peft(adapter).items()}
+    for i, t in enumerate((1000, 500)):
+        x0, noise = rng.normal(size=(2, 2, 2, 2, 2, 4)).astype(np.float32)
+        inputs = {"x0": x0, "noise": noise, "prompt_embeds": rng.normal(size=(2, 3, 5)).astype(np.float32)}
+        inputs |= {"advantages": rng.normal(size=2), "t": np.array(t), "reward_mask": np.array([True, False])}
+        inputs["xt"] = (1 - t / 1000) * x0 + t / 1000 * noise
+        arrays |= {f"x/micro{i}/{name}": value for name, value in inputs.items()}
+    old_ref = {key.replace("/old/", "/old_ref/"): arrays[key] for key in arrays if key.startswith("init/old/")}
+    np.savez(path, **arrays, **old_ref)
+    for key, compute, _ in nft_step.entries(GoldenFile(path)):
+        if not key.startswith(left_out):
+            ours = compute()
+            arrays |= {key + name: value for name, value in ours.items()} if key.endswith("/") else {key: ours}
+    return arrays
+
+
+def test_outputs_of_an_optimiser_step_may_be_left_out(folder):
+    """Without the stored gradient, and with only one prediction to tell which policy the reference is."""
+    path, layer = folder / "fh_x.npz", "x/old_after/base_model.model.blocks.1."
+    arrays = step_file(path, left_out=("x/micro0/", "x/grad/", "x/ema_after/"))
+    stored = {key: value for key, value in arrays.items() if not key.startswith(layer)}
+    wrong = next(key for key in stored if key.startswith("x/default_after/"))
+    stored["x/grad_norm"] = stored["x/grad_norm"] * (1 + 1e-5)  # the norm is as exact as the gradient
+    np.savez(path, **stored | {wrong: stored[wrong] + 1e-2})
+    lines = list(run_file(path))
+    assert len(lines) == 11  # xt of micro0, the 7 of micro1, grad_norm and 2 adapters
+    bad = {line.entry: line.reason for line in lines if not line.ok}
+    assert bad == {"x/default_after/": f"outside the tolerance: {wrong.removeprefix('x/default_after/')}"}
+
+
 def test_outputs_may_be_left_out_but_not_all_of_them(folder, rollout):
     inputs = {key: rollout[key] for key in ("noise", "renoise", "prompt_embeds/p0", "config")}
     np.savez(folder / "c_x.npz", **inputs, latents=rollout["latents"])
@@ -230,17 +275,18 @@ def test_outputs_may_be_left_out_but_not_all_of_them(folder, rollout):
 def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollout, capsys):
     np.savez(folder / "c_x.npz", **rollout)
     assert main([str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rollout) - 4 + 1  # one for each output, none for 3 inputs and the config, and the total
-    assert all(line.endswith("ok") for line in lines[:-1])
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rollout) - 4  # one for each output, none for 3 inputs and the config
+    assert all(line.endswith("  ok") for line in lines) and total == f"{len(lines)} ok"
 
     wrong = rollout["call_x0"].copy()
     wrong[1, 0, 0, 1, 0, 1, 2] += 1e-3  # one number of one call
     np.savez(folder / "c_x.npz", **rollout | {"call_x0": wrong})
     assert main([str(folder)]) == 1
-    bad = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
-    assert bad[0].split() == ["c_x.npz", "call_x0", "1.00e-03", "1e-04", "FAIL", "outside", "the", "tolerance"]
-    assert len(bad) == 2  # and the total
+    *perturbed, total = capsys.readouterr().out.splitlines()
+    (bad,) = (line for line in perturbed if "FAIL" in line)
+    assert bad.split() == ["c_x.npz", "call_x0", "1.00e-03", "1e-04", "FAIL", "outside", "the", "tolerance"]
+    assert total == f"{len(lines) - 1} ok, 1 failed"
 
 
 def test_an_array_that_nothing_reads_is_reported(folder, rollout):
@@ -257,13 +303,13 @@ def test_a_scenario_that_cannot_run_is_reported_and_covers_nothing(folder, rollo
         assert found["latents"] == "not covered"
 
 
-def test_an_exception_fails_the_entry_and_not_the_run(folder, rollout):
-    damaged = dict(rollout)
-    damaged["renoise"] = rollout["renoise"][:, :, :-1]  # does not hold the frames of a block
+def test_an_exception_fails_the_entry_and_not_the_run(folder, weights):
+    arrays = rollout_file(weights, init=2)
+    damaged = arrays | {"renoise": arrays["renoise"][:, :, :-1]}  # does not hold the frames of a block
     np.savez(folder / "c_x.npz", **damaged)
     found = failures(folder / "c_x.npz")
-    assert found["latents"].startswith("ValueError: ")
-    assert "denoising_step_list" not in found
+    assert all(reason.startswith("ValueError: ") for reason in found.values())
+    assert arrays.keys() - found.keys() == {"denoising_step_list", "noise", "renoise", "prompt_embeds/p0", "config"}
 
 
 def test_files_that_are_not_understood_are_reported(folder):
@@ -274,8 +320,14 @@ def test_files_that_are_not_understood_are_reported(folder):
     assert main([str(folder)]) == 1
 
 
-def test_a_folder_without_files_fails(tmp_path):
-    assert main([str(tmp_path)]) == 1
+def test_a_folder_without_files_or_with_weights_only_fails(tmp_path, folder):
+    assert main([str(tmp_path / "none")]) == 1
+    assert main([str(folder)]) == 1
+
+
+def test_a_handled_file_that_holds_weights_is_not_passed_over(folder, rollout, weights):
+    np.savez(folder / "c_x.npz", **rollout, **{"patch_embedding.weight": weights["patch_embedding.weight"]})
+    assert failures(folder / "c_x.npz") == {"patch_embedding.weight": "not covered"}
 
 
 @pytest.mark.parametrize(
@@ -292,6 +344,8 @@ def test_a_folder_without_files_fails(tmp_path):
         ([1000.0, 1.1e-3], [1000.0, 1e-3], Tolerance(1e-6, "array"), True),
         ([True, False], [True, True], EXACT, False),
         (["a", "b"], ["a", "c"], EXACT, False),
+        (["abcd"], ["abc"], EXACT, False),
+        (["abc"], ["abc"], EXACT, True),
     ],
 )
 def test_comparison(got, want, tolerance, accepted):
