@@ -10,7 +10,7 @@ from astrolabe_jax import recipes
 
 CONFIG = recipes.define()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before starting; runs of several processes are not supported yet")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before starting; not supported yet")
 flags.mark_flag_as_required("config")
 
 
