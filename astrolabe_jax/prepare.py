@@ -19,7 +19,7 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_peft
 from astrolabe_jax.models.lora import adapter_shapes, init_adapter
-from astrolabe_jax.models.tokenizer import clean, load_tokenizer
+from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule, warp
@@ -130,12 +130,11 @@ def _latent_shape(config: ConfigDict, sizes: dict[str, Any]) -> tuple[int, int, 
 
 
 def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
-    def tokens(text):
-        return len(tokenizer(clean(text), add_special_tokens=True)["input_ids"])
-
     with _blame(f"config.prompts.{name}"):
         check = functools.partial(rewards.check_prompt, list(config.rewards))
-        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
+        lines = prompts.load(
+            config.prompts[name], lambda line: len(token_ids(tokenizer, line)), sizes["text_encoder"].text_len, check
+        )
         if len(lines) < least:
             raise ValueError(
                 f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} different ones; "

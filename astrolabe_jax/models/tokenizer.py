@@ -24,12 +24,17 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
+def token_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of one prompt, cleaned, with its end token."""
+    return tokenizer(clean(prompt), add_special_tokens=True)["input_ids"]
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], text_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cleaned prompts -> (ids, mask), both [G, text_len] int32: padded on the right, mask 1 up to the end token.
+    """Prompts -> (ids, mask), both [G, text_len] int32: padded on the right, mask 1 up to the end token.
 
     Raises ValueError naming every prompt that does not fit.
     """
-    rows = [tokenizer(clean(prompt), add_special_tokens=True)["input_ids"] for prompt in prompts]
+    rows = [token_ids(tokenizer, prompt) for prompt in prompts]
     sizes = [(i, len(row)) for i, row in enumerate(rows) if len(row) > text_len]
     if sizes:
         culprits = "; ".join(f"prompt {i} has {size}: {prompts[i][:60]!r}" for i, size in sizes)
