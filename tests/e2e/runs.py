@@ -22,6 +22,7 @@ SMALL = {
     "lora.rank": 2,
     "lora.alpha": 2.0,
     "optimiser.learning_rate": 1e-2,
+    "optimiser.inner_epochs": 1,
     "optimiser.steps_per_pass": 1,
     "optimiser.microbatch": 8,
     "train.epochs": 4,
