@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax import nnx
 
 from astrolabe_jax.convert import engine, umt5, vae, wan
-from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
+from astrolabe_jax.convert.files import read_json, read_safetensors, write_atomic
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
@@ -173,9 +173,9 @@ def load_base(base: str, **numerics) -> Base:
         path = directory / f"{name}.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"base {base!r} has no {path}")
-        content = path.read_bytes()
-        digest.update(content)
-        tensors = parse_safetensors(content, path)
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+        tensors = read_safetensors(path)
         try:
             nets[name] = load_net(name, tensors, config)
         except engine.ConversionError as error:

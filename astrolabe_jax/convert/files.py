@@ -6,10 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-
-# What safetensors.numpy reads of weights, and bfloat16, which it does not.
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+import safetensors.numpy
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
@@ -36,17 +33,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def parse_safetensors(content: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The tensors in the content of the file `path`, in their own dtypes; ValueError naming it if it cannot be read."""
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file of weights, in their own dtypes; ValueError naming it if it cannot be read."""
+    expected = "expected a whole safetensors file of float64, float32, float16 or bfloat16 tensors"
     try:
-        stored = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}; expected a whole safetensors file") from None
-    tensors = {}
-    for name, part in stored:
-        if part["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"{path} holds a tensor of dtype {part['dtype']}, {name}; expected {', '.join(_DTYPES)}: store it so"
-            )
-        tensors[name] = np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"])
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, AttributeError) as error:  # AttributeError: numpy has no such dtype
+        raise ValueError(f"{path} cannot be read: {error}; {expected}") from None
+    for name, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"{path} holds a tensor of dtype {tensor.dtype}, {name}; {expected}: store it so")
     return tensors

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import LINEAR, Rule
-from astrolabe_jax.convert.files import parse_safetensors, read_json, write_atomic
+from astrolabe_jax.convert.files import read_json, read_safetensors, write_atomic
 from astrolabe_jax.models.lora import TARGETS
 
 PREFIX = "base_model.model.blocks.{i}"
@@ -76,7 +76,7 @@ def load_peft(directory: Path | str, expected: dict) -> tuple[dict, float]:
     if rank != wanted:  # one line, where the tensors would give one each
         raise ValueError(f"{described} has r {rank}; expected rank {wanted}: set the rank of this run to {rank}")
     try:
-        return from_peft(parse_safetensors(weights.read_bytes(), weights), expected), alpha / rank
+        return from_peft(read_safetensors(weights), expected), alpha / rank
     except engine.ConversionError as error:
         raise engine.ConversionError(f"{weights}: {error}") from None
 
