@@ -12,6 +12,33 @@ import jax.numpy as jnp
 MIN_NORMALISER = 1e-5  # floor of DiffusionNFT's adaptive normaliser
 
 
+def objective(
+    kind: str, x0, forward, old, reference, r, kl_weight, *, beta: float, kl_lambda: float, x_t, sigma, clip_max: float
+) -> dict[str, jax.Array]:
+    """Every term of the objective from the predictions of the three policies: {name: [B]}, float32.
+
+    kind 'astrolabe': predictions are clean latents; x_t, sigma and clip_max are not read. 'diffusion_nft': they are
+    velocities, and so are the deviations. r, kl_weight, sigma [B]; see `kl_weights`. `total_loss` carries the gradient.
+    """
+    if kind == "astrolabe":
+        policy = astrolabe_loss(x0, forward, old, r, beta)
+    else:
+        policy = diffusion_nft_loss(x0, x_t, forward, old, sigma, r, beta, clip_max)
+    kl_div = deviation(forward, reference)
+    kl = kl_weight * kl_div
+    return {
+        "total_loss": total_loss(policy["policy"], kl, kl_lambda),
+        "policy_loss": policy["policy"],
+        "positive_loss": policy["positive"],
+        "negative_loss": policy["negative"],
+        "kl_loss": kl,
+        "kl_div": kl_div,
+        "old_deviate": deviation(forward, old),
+        "old_kl_div": deviation(old, reference),
+        "x0_norm": deviation(x0, jnp.zeros_like(x0)),
+    }
+
+
 def interpolate(forward: jax.Array, old: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
     """The implicit positive and negative policies, of which `forward` and `old` are the parameters (section 5.3).
 

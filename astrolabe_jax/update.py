@@ -169,11 +169,7 @@ def make_train_step(
 def sample_terms(
     config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch
 ) -> dict[str, jax.Array]:
-    """Every term of the objective for one microbatch (Batch without its first axis): {name: [B]}, float32.
-
-    `total_loss` carries the gradient. With the astrolabe loss predictions are clean latents, with diffusion_nft they
-    are velocities, and so are the deviations f - o, o - q and f - q of current f, old o and reference q.
-    """
+    """losses.objective of one microbatch (Batch without its first axis): {name: [B]}, float32."""
     loss, schedule = config.loss, Schedule(shift=config.sampler.shift)
     x0 = micro.latents.astype(jnp.float32)
     eps = jax.vmap(lambda key: noise(key, x0.shape[1:]))(micro.key)
@@ -185,25 +181,11 @@ def sample_terms(
         velocity = forward.velocity(params, adapter, text, x0, x_t, micro.t)
         return velocity_to_x0(x_t, velocity, sigma) if loss.kind == "astrolabe" else velocity
 
-    o, q = (predict(jax.lax.stop_gradient(adapter)) for adapter in (state.old, state.reference))
-    f = predict(state.current)
-    if loss.kind == "astrolabe":
-        policy = losses.astrolabe_loss(x0, f, o, micro.r, loss.mix_beta)
-    else:
-        policy = losses.diffusion_nft_loss(x0, x_t, f, o, sigma, micro.r, loss.mix_beta, config.advantages.clip)
-    kl_div = losses.deviation(f, q)
-    kl = micro.kl_weight * kl_div
-    return {
-        "total_loss": losses.total_loss(policy["policy"], kl, loss.kl_weight),
-        "policy_loss": policy["policy"],
-        "positive_loss": policy["positive"],
-        "negative_loss": policy["negative"],
-        "kl_loss": kl,
-        "kl_div": kl_div,
-        "old_deviate": losses.deviation(f, o),
-        "old_kl_div": losses.deviation(o, q),
-        "x0_norm": losses.deviation(x0, jnp.zeros_like(x0)),
-    }
+    old, reference = (predict(jax.lax.stop_gradient(adapter)) for adapter in (state.old, state.reference))
+    return losses.objective(
+        loss.kind, x0, predict(state.current), old, reference, micro.r, micro.kl_weight, beta=loss.mix_beta,
+        kl_lambda=loss.kl_weight, x_t=x_t, sigma=sigma, clip_max=config.advantages.clip,
+    )  # fmt: skip
 
 
 def apply_gradient(

@@ -1,6 +1,6 @@
 """What a handler yields, and how a result is compared with the stored output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,9 @@ class Entry(NamedTuple):
     key: str
     compute: Callable[[], Any]
     tolerance: Tolerance
+
+
+Entries = Iterator["Entry | Entries"]  # what a handler yields: an inner iterator is a group that may fail alone
 
 
 def difference(got: Any, want: np.ndarray, tolerance: Tolerance) -> tuple[float, bool, str]:

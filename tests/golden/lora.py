@@ -7,25 +7,29 @@ from astrolabe_jax.convert.lora import from_peft
 from astrolabe_jax.convert.wan import save_transformer
 from astrolabe_jax.models.lora import adapter_shapes, merge_adapter, parameter_count
 from tests.golden.dit import Dit, to_x0, training_layout
-from tests.golden.entry import EXACT, FORWARD, Entry
+from tests.golden.entry import EXACT, FORWARD, Entries, Entry
 from tests.golden.files import GoldenFile
 
 SHIFT = 5.0  # of every released model; the file stores none
 
 
-def entries(file: GoldenFile) -> Iterator[Entry]:
+def entries(file: GoldenFile) -> Entries:
     dit = Dit(file)
     for group in file.groups():
-        stored = json.loads(str(file[f"{group}/adapter_config_json"]))
-        rank, scale = stored["r"], stored["lora_alpha"] / stored["r"]
-        adapter = from_peft(file.under(f"{group}/adapter/"), adapter_shapes(dit.config, rank))
-        yield Entry(f"{group}/num_trainable", lambda adapter=adapter: parameter_count(adapter), EXACT)
-        merged = merge_adapter(dit.params, adapter, scale)
-        for name in file.keys(f"{group}/merged"):  # merged weights, under their original names
-            tensor = name.rpartition("/")[2]
-            yield Entry(name, lambda m=merged, t=tensor: save_transformer(m, dit.config)[t], FORWARD)
-        for block in [name for name in file.groups(f"{group}/") if name.startswith("block")]:
-            yield from _forwards(file, dit, f"{group}/{block}", adapter, scale, merged)
+        yield _group(file, dit, group)
+
+
+def _group(file: GoldenFile, dit: Dit, group: str) -> Entries:
+    stored = json.loads(str(file[f"{group}/adapter_config_json"]))
+    rank, scale = stored["r"], stored["lora_alpha"] / stored["r"]
+    adapter = from_peft(file.under(f"{group}/adapter/"), adapter_shapes(dit.config, rank))
+    yield Entry(f"{group}/num_trainable", lambda: parameter_count(adapter), EXACT)
+    merged = merge_adapter(dit.params, adapter, scale)
+    for name in file.keys(f"{group}/merged"):  # merged weights, under their original names
+        tensor = name.rpartition("/")[2]
+        yield Entry(name, lambda tensor=tensor: save_transformer(merged, dit.config)[tensor], FORWARD)
+    for block in [name for name in file.groups(f"{group}/") if name.startswith("block")]:
+        yield _forwards(file, dit, f"{group}/{block}", adapter, scale, merged)
 
 
 def _forwards(file: GoldenFile, dit: Dit, prefix: str, adapter, scale: float, merged) -> Iterator[Entry]:

@@ -16,7 +16,7 @@ from astrolabe_jax.convert.lora import from_peft, to_peft
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.schedule import T_MAX, add_noise
 from tests.golden.dit import Dit, to_x0, training_layout
-from tests.golden.entry import CONVERSION, FORWARD, Entry, Tolerance
+from tests.golden.entry import CONVERSION, FORWARD, Entries, Entry, Tolerance
 from tests.golden.files import GoldenFile
 
 GRADIENT = Tolerance(2e-5, "array")  # gradients are far smaller than activations
@@ -34,13 +34,14 @@ class Variant(NamedTuple):
     micros: list[dict]  # the stored inputs of each microbatch, with r and kl_weight
 
 
-def entries(file: GoldenFile) -> Iterator[Entry]:
+def entries(file: GoldenFile) -> Entries:
     dit = Dit(file)
     for name, settings in file.config["variants"].items():
-        yield from _variant_entries(file, name, _variant(file, dit, name, settings))
+        yield _variant_entries(file, dit, name, settings)
 
 
-def _variant_entries(file: GoldenFile, name: str, variant: Variant) -> Iterator[Entry]:
+def _variant_entries(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Iterator[Entry]:
+    variant = _variant(file, dit, name, settings)
     micros = range(len(variant.micros))
     differentiate = jax.jit(jax.grad(functools.partial(_objective, variant), has_aux=True))
     result = functools.cache(lambda i: differentiate(variant.state.current, variant.micros[i]))

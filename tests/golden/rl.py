@@ -8,51 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import advantages, losses, update
-from tests.golden.entry import CONVERSION, EXACT, TABLE, Entry
+from tests.golden.entry import CONVERSION, EXACT, TABLE, Entries, Entry
 from tests.golden.files import GoldenFile
 
 EMA_CAP = 0.9
 KL_THRESHOLD, KL_MAX_EPOCHS = 0.15, 15  # the reference's starting threshold and its forced reset
 
 
-def entries(file: GoldenFile) -> Iterator[Entry]:
+def entries(file: GoldenFile) -> Entries:
     for case in file.groups("loss/"):
-        yield from _loss(file, f"loss/{case}/", file.config[case])
+        yield _loss(file, case)
     for case in file.groups("selkl/"):
-        yield from _selective_kl(file, f"selkl/{case}/", file.config[f"selkl_{case}"])
+        yield _selective_kl(file, case)
     if file.keys("adv/"):
-        yield from _advantages(file)
+        yield _advantages(file)
     for key in file.keys("decay/type"):
         yield Entry(key, lambda key=key: _old_decays(key.rpartition("/")[2], file["decay/step"]), TABLE)
     for case in file.groups("ema/"):
-        yield from _ema(file, f"ema/{case}/", int(case.removeprefix("start")))
+        yield _ema(file, case)
     for kind in file.groups("old_update/"):
-        yield Entry(f"old_update/{kind}/old", lambda kind=kind: _old_update(file, kind), CONVERSION)
-        for name in ("old_init", "global_step", "src"):
-            file[f"old_update/{kind}/{name}"]
+        yield _old_update(file, kind)
 
 
 def objective(x0, old, forward, reference, r, mask, settings: dict) -> dict:
     """Every term of the published loss of one microbatch; `settings` names beta, kl_beta and select_kl."""
-    policy = losses.astrolabe_loss(x0, forward, old, r, settings["beta"])
     restrained = mask if settings["select_kl"] else np.ones(len(r), bool)
-    kl = losses.kl_weights(restrained) * losses.deviation(forward, reference)
-    total = losses.total_loss(policy["policy"], kl, settings["kl_beta"])
-    return {
-        "loss": total.mean(),
-        "total_loss": total.mean(),
-        "policy_loss": policy["policy"].mean(),
-        "kl_loss": kl.mean(),
-        "loss_pos": policy["positive"],
-        "loss_neg": policy["negative"],
-        "x0_norm": losses.deviation(x0, jnp.zeros_like(x0)).mean(),
-        "old_deviate": losses.deviation(forward, old).mean(),
-        "old_kl_div": losses.deviation(old, reference).mean(),
-        "kl_div": losses.deviation(forward, reference).mean(),
-    }
+    terms = losses.objective(
+        "astrolabe", x0, forward, old, reference, r, losses.kl_weights(restrained), beta=settings["beta"],
+        kl_lambda=settings["kl_beta"], x_t=None, sigma=None, clip_max=None,
+    )  # fmt: skip
+    means = {name: values.mean() for name, values in terms.items()}
+    return means | {"loss": means["total_loss"], "loss_pos": terms["positive_loss"], "loss_neg": terms["negative_loss"]}
 
 
-def _loss(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
+def _loss(file: GoldenFile, case: str) -> Iterator[Entry]:
+    prefix, settings = f"loss/{case}/", file.config[case]
     names = ("x0", "old", "forward", "ref")
     x0, old, forward, reference = (jnp.asarray(file[prefix + name]) for name in names)
     mask = file[prefix + "reward_mask"]
@@ -70,7 +60,8 @@ def _loss(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
             yield Entry(key, lambda name=name: results()[name], CONVERSION)
 
 
-def _selective_kl(file: GoldenFile, prefix: str, settings: dict) -> Iterator[Entry]:
+def _selective_kl(file: GoldenFile, case: str) -> Iterator[Entry]:
+    prefix, settings = f"selkl/{case}/", file.config[f"selkl_{case}"]
     results = functools.cache(lambda: _controllers(file, prefix, settings))
     inputs = {"rewards", "reward_keys", "kl"}
     exact = {"mask", "refreshed", "reset_after", "prev_epoch"}
@@ -140,7 +131,8 @@ def _old_decays(kind: str, steps: np.ndarray) -> list[float]:
     return [update.old_decay(kind, int(step), constant=0.0) for step in steps]
 
 
-def _ema(file: GoldenFile, prefix: str, start: int) -> Iterator[Entry]:
+def _ema(file: GoldenFile, case: str) -> Iterator[Entry]:
+    prefix, start = f"ema/{case}/", int(case.removeprefix("start"))
     params, steps = file[f"{prefix}params"], np.arange(len(file[f"{prefix}params"]))
     initial = jnp.asarray(file[f"{prefix}init"])
 
@@ -156,10 +148,15 @@ def _ema(file: GoldenFile, prefix: str, start: int) -> Iterator[Entry]:
     yield Entry(f"{prefix}decay", lambda: update.ema_decay(steps, EMA_CAP), TABLE)
 
 
-def _old_update(file: GoldenFile, kind: str) -> np.ndarray:
+def _old_update(file: GoldenFile, kind: str) -> Iterator[Entry]:
     prefix = f"old_update/{kind}/"
-    old, rows = jnp.asarray(file[f"{prefix}old_init"]), []
-    for step, source in zip(file[f"{prefix}global_step"], file[f"{prefix}src"], strict=True):
-        old = update.average(old, jnp.asarray(source), update.old_decay(kind, int(step), constant=0.0))
-        rows.append(old)
-    return np.stack(rows)
+    initial, steps, sources = (file[prefix + name] for name in ("old_init", "global_step", "src"))
+
+    def averages():
+        old, rows = jnp.asarray(initial), []
+        for decay, source in zip(_old_decays(kind, steps), sources, strict=True):
+            old = update.average(old, jnp.asarray(source), decay)
+            rows.append(old)
+        return np.stack(rows)
+
+    yield Entry(f"{prefix}old", averages, CONVERSION)

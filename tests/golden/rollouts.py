@@ -142,10 +142,10 @@ def _noise(file: GoldenFile) -> np.ndarray:
 def _initial_latents(file: GoldenFile) -> np.ndarray | None:
     """The given frames, which are also the first frames of the output."""
     given = file.config["scenario"]["init"]
-    for key in file.keys():
-        if "init" in key:
-            return file[key]
-    return file["latents"][:, :given] if given else None
+    if not given:
+        return None
+    key = next((key for key in file.keys() if "init" in key), None)
+    return file["latents"][:, :given] if key is None else file[key]
 
 
 def _context_entries(file: GoldenFile, group: str, result: Callable[[], Result]) -> Iterator[Entry]:

@@ -1,8 +1,9 @@
 """Walk a golden folder: pick a handler per file, compare every entry, and let nothing pass unseen.
 
-A handler is a function GoldenFile -> iterator of Entry, one for every output that a file of its kind may hold; those
-that this file lacks are passed over. An exception while an entry is computed fails that entry; one in the handler
-itself, or no output at all, fails the file; an array that no handler read or compared fails as 'not covered'.
+A handler is a function GoldenFile -> Entries: an Entry for every output that a file of its kind may hold (those that
+this file lacks are passed over), and iterators of entries, one for each group. An exception while an entry is computed
+fails that entry; one in an iterator is a failure and ends that group alone. A file that gives no result fails, and so
+does every array that no handler read or compared, as 'not covered'.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.golden.entry import Entry, Tolerance, difference
+from tests.golden.entry import Entries, Entry, Tolerance, difference
 from tests.golden.files import GoldenFile
 
 # Prefix of the file name (MANIFEST) -> module of its handler. Modules are imported when needed, so that one that
@@ -66,22 +67,28 @@ def run_file(path: Path) -> Iterator[Line]:
     except Exception as error:  # an unreadable or unknown file is a result, not a crash
         yield _failure(path.name, "-", error)
         return
-    compared = False
-    try:
-        for entry in handler(file):
-            if entry.key in file:  # outputs may be left out of a file; what it holds must be covered
-                compared = True
-                yield _check(file, entry)
-    except Exception as error:
-        yield _failure(path.name, "-", error)
-    else:
-        if not compared:
-            yield Line(path.name, "-", np.inf, "-", False, "no output to compare")
+    empty = True
+    for line in _lines(file, handler(file)):
+        empty = False
+        yield line
+    if empty:
+        yield Line(path.name, "-", np.inf, "-", False, "no output to compare")
     for key in file.unused():
         yield Line(path.name, key, np.inf, "-", False, "not covered")
 
 
-def find_handler(path: Path) -> Callable[[GoldenFile], Iterator[Entry]]:
+def _lines(file: GoldenFile, entries: Entries) -> Iterator[Line]:
+    try:
+        for entry in entries:
+            if not isinstance(entry, Entry):
+                yield from _lines(file, entry)
+            elif entry.key in file:  # outputs may be left out of a file; what it holds must be covered
+                yield _check(file, entry)
+    except Exception as error:
+        yield _failure(file.path.name, "-", error)
+
+
+def find_handler(path: Path) -> Callable[[GoldenFile], Entries]:
     """The handler for the kind of file that the name's prefix announces."""
     kind = _kind(path)
     if kind not in HANDLERS:

@@ -12,7 +12,7 @@ import numpy as np
 
 from astrolabe_jax import schedule
 from astrolabe_jax.schedule import T_MAX, Schedule
-from tests.golden.entry import CONVERSION, TABLE, Entry, Unsupported
+from tests.golden.entry import CONVERSION, TABLE, Entries, Entry, Unsupported
 from tests.golden.files import GoldenFile
 
 GROUP = re.compile(r"(?:shift(?P<shift>[\d.]+))?_?(?:set(?P<steps>\d+))?")
@@ -27,12 +27,16 @@ FIELDS = {"num_inference_steps": "num_steps"} | {
 INPUTS = ("x0", "noise", "flow", "t", "t_int", "t_mid")
 
 
-def entries(file: GoldenFile) -> Iterator[Entry]:
+def entries(file: GoldenFile) -> Entries:
     for group in file.groups():
-        table = _schedule(file.config, group)
-        yield from _tables(file, group, table)
-        if f"{group}/x0" in file:
-            yield from _conversions(file, group, table)
+        yield _group(file, group)
+
+
+def _group(file: GoldenFile, group: str) -> Entries:
+    table = _schedule(file.config, group)
+    yield _tables(file, group, table)
+    if f"{group}/x0" in file:
+        yield _conversions(file, group, table)
 
 
 def _schedule(config: dict, group: str) -> Schedule:

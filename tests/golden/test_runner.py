@@ -1,5 +1,6 @@
 """The runner on folders made here by the numpy oracle, intact and damaged, and on the shared folder where it exists."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -210,6 +211,35 @@ def selective_kl_file(epochs: int) -> dict[str, np.ndarray]:
     return {f"selkl/x/{name}": array for name, array in arrays.items()} | {"config": np.array(json.dumps(config))}
 
 
+def lora_file() -> dict[str, np.ndarray]:
+    """An h_* file that holds an adapter and its size."""
+    shapes = adapter_shapes(wan_config(SIZES), 2)
+    adapter = to_peft(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
+    arrays = {f"r2/adapter/{key}": value for key, value in adapter.items()}
+    described = {"r2/adapter_config_json": np.array(json.dumps({"r": 2, "lora_alpha": 4}))}
+    count = {"r2/num_trainable": np.array(sum(value.size for value in adapter.values()))}
+    return arrays | described | count | {"config": np.array(json.dumps(SIZES))}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "odd"),
+    [
+        ("a_x.npz", lambda: scheduler_file({}), "other/sigmas"),
+        ("f_x.npz", lambda: selective_kl_file(3), "loss/other/r"),
+        ("f_x.npz", lambda: selective_kl_file(3), "selkl/other/mask"),
+        ("f_x.npz", lambda: selective_kl_file(3), "ema/other/decay"),
+        ("h_x.npz", lora_file, "other/num_trainable"),
+    ],
+)
+def test_a_group_that_cannot_run_fails_alone(folder, name, make, odd):
+    arrays = make()
+    np.savez(folder / name, **{odd: np.zeros(3)}, **arrays)
+    lines = list(run_file(folder / name))
+    assert {line.entry for line in lines if not line.ok} == {"-", odd}
+    np.savez(folder / name, **arrays)
+    assert sum(line.ok for line in lines) == len(list(run_file(folder / name)))
+
+
 @pytest.mark.parametrize("epochs", [3, len(KEYS)])
 def test_both_orders_of_the_reward_axes_are_read(folder, epochs):
     arrays, path = selective_kl_file(epochs), folder / "f_x.npz"
@@ -243,7 +273,7 @@ def step_file(path: Path, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
         arrays |= {f"x/micro{i}/{name}": value for name, value in inputs.items()}
     old_ref = {key.replace("/old/", "/old_ref/"): arrays[key] for key in arrays if key.startswith("init/old/")}
     np.savez(path, **arrays, **old_ref)
-    for key, compute, _ in nft_step.entries(GoldenFile(path)):
+    for key, compute, _ in itertools.chain.from_iterable(nft_step.entries(GoldenFile(path))):
         if not key.startswith(left_out):
             ours = compute()
             arrays |= {key + name: value for name, value in ours.items()} if key.endswith("/") else {key: ours}
@@ -292,6 +322,11 @@ def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollou
 def test_an_array_that_nothing_reads_is_reported(folder, rollout):
     np.savez(folder / "c_x.npz", **rollout, call_entropy=np.zeros(3))
     assert failures(folder / "c_x.npz") == {"call_entropy": "not covered"}
+
+
+def test_initial_latents_without_a_place_are_reported(folder, rollout):
+    np.savez(folder / "c_x.npz", **rollout, initial_latents=rollout["latents"][:, :2])
+    assert failures(folder / "c_x.npz") == {"initial_latents": "not covered"}
 
 
 def test_a_scenario_that_cannot_run_is_reported_and_covers_nothing(folder, rollout):
