@@ -1,4 +1,4 @@
-"""advantages.py against worked numbers, the published code's numbers, and the meaning of its terms."""
+"""advantages.py against worked numbers and the meaning of its terms."""
 
 import json
 
