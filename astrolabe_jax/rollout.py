@@ -162,7 +162,7 @@ def rollout_block(
     return latents, cache
 
 
-def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int], dtype=jnp.float32) -> Draw:
+def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int]) -> Draw:
     """Counter-based noise, one key [B] per sample: normal(fold_in(fold_in(key, block start frame), step)).
 
     shape (C, H, W). A sample's noise depends on its key, frame and step only, not on the batch or the length.
@@ -170,7 +170,7 @@ def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int], dtype=j
 
     def draw(start, step, frames):
         def one(key):
-            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, start), step), (frames, *shape), dtype)
+            return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, start), step), (frames, *shape))
 
         return jax.vmap(one)(sample_keys)
 

@@ -1,5 +1,7 @@
 """Prompts to embeddings: cleaning, tokenizers on disk, padding."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,15 +11,13 @@ from flax import nnx
 from astrolabe_jax import encode, sharding
 from astrolabe_jax.models import layers
 from astrolabe_jax.models import tokenizer as tokenizers
-from astrolabe_jax.models.umt5 import UMT5, UMT5Config
+from astrolabe_jax.models.umt5 import UMT5
 from tests.meshes import ONE, mesh_of
+from tests.models import tiny
 
 WORDS = ["a", "red", "blue", "circle", "moving", "left"]
 PROMPTS = ["a red circle", "a blue circle moving left", "", "red"]
-CONFIG = UMT5Config(
-    vocab_size=3 + len(WORDS), dim=8, dim_attn=8, dim_ffn=12, num_heads=2, num_layers=2, text_len=7,
-    dtype="float32", param_dtype="float32",
-)  # fmt: skip
+CONFIG = dataclasses.replace(tiny.TEXT, vocab_size=3 + len(WORDS), text_len=7)
 
 
 @pytest.fixture(scope="module")

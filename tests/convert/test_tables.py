@@ -7,29 +7,23 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import base, engine, umt5, vae, wan
-from astrolabe_jax.models.umt5 import XXL, UMT5Config
-from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, WanConfig
+from astrolabe_jax.models.umt5 import XXL
+from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B
 from astrolabe_jax.models.wan.vae import VaeConfig
+from tests.models import tiny
 
-TINY_WAN = WanConfig(
-    dim=12, ffn_dim=20, num_layers=2, num_heads=2, freq_dim=8, text_dim=6, text_len=4, in_channels=4,
-    dtype="float32", param_dtype="float32",
-)  # fmt: skip
-TINY_UMT5 = UMT5Config(
-    vocab_size=11, dim=8, dim_attn=8, dim_ffn=12, num_heads=2, num_layers=2, text_len=6,
-    dtype="float32", param_dtype="float32",
-)  # fmt: skip
-TINY_VAE = VaeConfig(dim=2, z_dim=3, num_res_blocks=1, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
-
-CONFIGS = {"transformer": TINY_WAN, "vae": TINY_VAE, "text_encoder": TINY_UMT5}
+CONFIGS = {
+    "transformer": tiny.CONFIG,
+    "vae": VaeConfig(dim=2, z_dim=3, num_res_blocks=1, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3),
+    "text_encoder": tiny.TEXT,
+}
 
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def drawn(request):
     """(part, net, tensors), every leaf random, so that no two tensors can be exchanged unseen."""
     net = base.shapes(request.param, CONFIGS[request.param])
-    rng = np.random.default_rng(0)
-    net = net._replace(params=jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), net.params))
+    net = net._replace(params=tiny.random_params(net.params, np.random.default_rng(0)))
     return request.param, net, base.save_net(request.param, net.params, net.config)
 
 

@@ -179,19 +179,6 @@ def test_timesteps_are_per_frame():
     assert np.abs(base[:, 2] - moved[:, 2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("positions", ["absolute", "relative"])
-def test_start_shifts_all_positions_alike(positions):
-    graphdef, params = tiny.model()
-    layout = Layout(block=1, window=3, sink=1, positions=positions)
-
-    @jax.jit
-    def forward(start):
-        net = merge(graphdef, params)
-        return net(tiny.latents(5), jnp.full((1, 5), 300.0), net.encode_text(tiny.text()), layout=layout, start=start)
-
-    np.testing.assert_allclose(forward(0), forward(2000), atol=2e-4)
-
-
 def test_short_text_is_padded_with_zeros():
     graphdef, params = tiny.model()
     short = tiny.text()[:, :2]

@@ -9,18 +9,15 @@ import pytest
 from flax import nnx
 
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.umt5 import UMT5, XXL, UMT5Config, relative_buckets
+from astrolabe_jax.models.umt5 import UMT5, XXL, relative_buckets
+from tests.models.tiny import TEXT
 
-TINY = UMT5Config(
-    vocab_size=40, dim=16, dim_attn=8, dim_ffn=24, num_heads=2, num_layers=3, text_len=12,
-    dtype="float32", param_dtype="float32",
-)  # fmt: skip
 LENGTHS = (1, 5, 12)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    graphdef, params = layers.split(UMT5(TINY, nnx.Rngs(0)))
+    graphdef, params = layers.split(UMT5(TEXT, nnx.Rngs(0)))
 
     def run(method, params, ids, mask):
         return getattr(layers.merge(graphdef, params), method)(ids, mask)
@@ -30,8 +27,8 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def batch():
-    ids = np.random.default_rng(1).integers(2, TINY.vocab_size, (len(LENGTHS), TINY.text_len)).astype(np.int32)
-    mask = (np.arange(TINY.text_len) < np.array(LENGTHS)[:, None]).astype(np.int32)
+    ids = np.random.default_rng(1).integers(2, TEXT.vocab_size, (len(LENGTHS), TEXT.text_len)).astype(np.int32)
+    mask = (np.arange(TEXT.text_len) < np.array(LENGTHS)[:, None]).astype(np.int32)
     return np.where(mask == 1, ids, 0), mask
 
 
@@ -45,7 +42,7 @@ def test_rows_beyond_the_prompt_are_zero_and_no_others(encoder, batch):
 def test_what_stands_in_the_padding_does_not_matter(encoder, batch):
     run, params = encoder
     ids, mask = batch
-    noise = np.random.default_rng(2).integers(0, TINY.vocab_size, ids.shape)
+    noise = np.random.default_rng(2).integers(0, TEXT.vocab_size, ids.shape)
     np.testing.assert_array_equal(
         run("embed", params, ids, mask), run("embed", params, np.where(mask == 1, ids, noise).astype(np.int32), mask)
     )
@@ -91,7 +88,7 @@ def test_buckets_are_the_published_table():
 
 def test_sixteen_bit_activations_stay_close_to_float32(encoder, batch):
     _, params = encoder
-    half = dataclasses.replace(TINY, dtype="bfloat16")
+    half = dataclasses.replace(TEXT, dtype="bfloat16")
     graphdef, _ = layers.graphdef_of(lambda: UMT5(half, nnx.Rngs(0)))
     got = jax.jit(lambda p: layers.merge(graphdef, p).embed(*batch))(params)
     assert got.dtype == jnp.bfloat16
@@ -102,4 +99,4 @@ def test_sixteen_bit_activations_stay_close_to_float32(encoder, batch):
 @pytest.mark.parametrize(("field", "value"), [("num_heads", 3), ("num_buckets", 6)])
 def test_sizes_that_do_not_fit_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"UMT5Config.*{field}"):
-        dataclasses.replace(TINY, **{field: value})
+        dataclasses.replace(TEXT, **{field: value})

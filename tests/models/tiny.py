@@ -1,4 +1,4 @@
-"""A tiny random DiT for tests: every weight random (the head too, which starts at zero in training), float32.
+"""A tiny random DiT for tests, every weight random (the head too, which starts at zero in training), float32.
 
 Numbers come from numpy: drawing them eagerly with jax would compile one program for each shape.
 """
@@ -11,6 +11,7 @@ from flax import nnx
 
 from astrolabe_jax.models.layers import graphdef_of
 from astrolabe_jax.models.lora import adapter_shapes
+from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer
 
@@ -27,21 +28,36 @@ CONFIG = WanConfig(
     param_dtype="float32",
     remat=False,
 )
+TEXT = UMT5Config(
+    vocab_size=40,
+    dim=16,
+    dim_attn=8,
+    dim_ffn=24,
+    num_heads=2,
+    num_layers=3,
+    text_len=12,
+    dtype="float32",
+    param_dtype="float32",
+)
 LATENT_HW = (4, 4)
 FRAME = (CONFIG.in_channels, *LATENT_HW)
 
 
 @functools.cache
 def model(config: WanConfig = CONFIG):
-    """(graphdef, params) with every parameter normal, times 0.3, and norm scales around one."""
+    """Its graph definition and `random_params`."""
     graphdef, shapes = graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(7)
+    return graphdef, random_params(shapes, np.random.default_rng(7))
+
+
+def random_params(shapes: dict, rng: np.random.Generator) -> dict:
+    """Every parameter normal, times 0.3: around one in norms, around zero elsewhere."""
 
     def draw(path, leaf):
-        centre = 1.0 if jax.tree_util.keystr(path).endswith("['scale']") else 0.0
+        centre = 1.0 if path[-1].key in ("scale", "gamma") else 0.0
         return (centre + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-    return graphdef, jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -63,8 +63,9 @@ def block_causal_attention(
             keys.append(piece)
             values.append(v_source[:, tokens])
         queries = q[:, block.start * frame_tokens : block.stop * frame_tokens]
-        outputs.append(attention(queries, _join(keys), _join(values), mask, backend))
-    return _join(outputs)
+        keys, values = jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+        outputs.append(attention(queries, keys, values, mask, backend))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _ranges_and_mask(block, frame_tokens):
@@ -85,7 +86,3 @@ def _cut(ranges, *at):
     for cut in at:
         ranges = [piece for lo, hi in ranges for piece in ([(lo, cut), (cut, hi)] if lo < cut < hi else [(lo, hi)])]
     return ranges
-
-
-def _join(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

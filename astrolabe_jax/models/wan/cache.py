@@ -122,7 +122,7 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
         raw = min(view.layout.kept, ranges[0][1]) * length
         sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
         keys = [sink, keys[0][:, raw:], *keys[1:]]
-    return _join(keys), _join(values)
+    return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
 def reference_order(
@@ -181,7 +181,3 @@ def _visible_slots(view):
     if view.layout.faithful_sinks:
         end = min(max(end, view.layout.sink), view.slots)
     return view.layout.visible(end)
-
-
-def _join(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

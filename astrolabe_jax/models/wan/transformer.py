@@ -154,35 +154,26 @@ class WanTransformer(nnx.Module):
         return KeyValues(k, v)
 
     def __call__(
-        self,
-        x,
-        t,
-        text: KeyValues,
-        adapter=None,
-        lora_scale=1.0,
-        *,
-        layout: Layout,
-        context: KeyValues | None = None,
-        start=0,
+        self, x, t, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, context: KeyValues | None = None
     ):
         """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be short.
 
         x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same adapter.
-        layout: blocks, window and sink counted from the call's first frame; the published training mask has no sink
-        and no `max_global` (spec/model.md 7.1). context: from `context`; earlier blocks are then read clean (teacher
-        forcing) and each block sees only itself noisy. start: position of the first frame (int or traced).
+        layout: blocks, window and sink; the published training mask has no sink and no `max_global` (spec/model.md
+        7.1). context: from `context`; earlier blocks are then read clean (teacher forcing) and each block sees only
+        itself noisy.
         """
-        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, start, keep=False)
+        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, keep=False)
         return velocity
 
-    def context(self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0, start=0):
+    def context(self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0):
         """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run block-causally at timestep t.
 
         They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as they are, or under
         stop_gradient. t: the rollout's context noise, a scalar.
         """
         t = jnp.full(clean.shape[:2], t, jnp.float32)
-        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, start, keep=True)
+        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, keep=True)
         return KeyValues(*kept)
 
     def step(
@@ -220,16 +211,16 @@ class WanTransformer(nnx.Module):
         tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
 
-    def _forward(self, x, t, text, adapter, lora_scale, layout, context, start, keep):
+    def _forward(self, x, t, text, adapter, lora_scale, layout, context, keep):
         tokens, grid = self._embed(x)
         frames, length = x.shape[1], grid[0] * grid[1]
         blocks = layout.blocks(frames)
         head_dim = self.config.head_dim
-        table = rope_table(start + jnp.arange(frames), grid, head_dim)
+        table = rope_table(jnp.arange(frames), grid, head_dim)
         sink = min(layout.kept, frames) if layout.sink_moves else 0
         sink_tables = None
         if sink:
-            sink_tables = [rope_table(start + block.shift + jnp.arange(sink), grid, head_dim) for block in blocks]
+            sink_tables = [rope_table(block.shift + jnp.arange(sink), grid, head_dim) for block in blocks]
 
         def attend(q, k, v, cache, layer, context):
             k = self._stored_keys(k, table, sink, length)
