@@ -3,8 +3,8 @@
     python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
 
 Measured on one CPU core, seeds 0, 1, 2: about 4.5 minutes; held-out total 2.03, 2.02, 2.05 -> 2.37, 2.34, 2.33, gains
-0.34, 0.32, 0.28 (+- 0.06), 37 to 43 % of the way to the ceiling of 2.82 (real videos through the VAE); each of the three
-rewards rises.
+0.34, 0.32, 0.28 (+- 0.06), 37 to 43 % of the way to the ceiling of 2.82 (real videos through the VAE); each of the
+three rewards rises.
 
 `:reference` sets the published behaviour of every switch, `:reference,context` that of one
 (astrolabe_jax.config.REFERENCE_SWITCHES).
