@@ -5,6 +5,9 @@ transformer.safetensors     spec/checkpoints.md section 2
 vae.safetensors             section 3
 text_encoder.safetensors    section 4
 tokenizer.json              or spiece.model
+
+Weights may also be files of torch, .pth or .pt, that hold one flat state dict, as Wan2.1_VAE.pth and
+models_t5_umt5-xxl-enc-bf16.pth do.
 """
 
 import dataclasses
@@ -22,6 +25,7 @@ from flax import nnx
 
 from astrolabe_jax.convert import engine, umt5, vae, wan
 from astrolabe_jax.convert.files import read_json, read_safetensors, write_atomic
+from astrolabe_jax.convert.torch_file import read_state_dict
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
@@ -61,6 +65,7 @@ _PARTS = {
     "vae": _Part(Vae, VaeConfig, vae.table),
     "text_encoder": _Part(UMT5, UMT5Config, umt5.table),
 }
+_READERS = {".safetensors": read_safetensors, ".pth": read_state_dict, ".pt": read_state_dict}
 # A run chooses these; the others are the sizes that config.json must give.
 _NUMERICS = ("dtype", "param_dtype", "remat", "attention")
 # By the annotation of a size: what to expect of its value in JSON, and whether it is so (1 is a float there, too).
@@ -170,17 +175,24 @@ def load_base(base: str, **numerics) -> Base:
     for path in sorted(directory / name for name in ("config.json", "tokenizer.json", "spiece.model")):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for name, config in parts.items():
-        path = directory / f"{name}.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"base {base!r} has no {path}")
+        path = _weights(directory, name)
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
-        tensors = read_safetensors(path)
+        tensors = _READERS[path.suffix](path)
         try:
             nets[name] = load_net(name, tensors, config)
         except engine.ConversionError as error:
             raise engine.ConversionError(f"{path}: {error}") from None
     return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
+
+
+def _weights(directory: Path, part: str) -> Path:
+    paths = [directory / f"{part}{suffix}" for suffix in _READERS]
+    found = [path for path in paths if path.is_file()]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in paths)
+        raise FileNotFoundError(f"{directory} has {len(found)} files of the {part}; expected one of {names}")
+    return found[0]
 
 
 def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_json: str, dtype=np.float32) -> None:

@@ -1,0 +1,302 @@
+"""Reads the .pt and .pth files of torch without torch, and without running anything in them (spec/checkpoints.md 1.2).
+
+Such a file is an uncompressed zip with one root folder: `data.pkl`, a pickle that describes nested containers and
+tensors, and `data/KEY`, the bytes of the storages that tensors view. The pickle is interpreted here, one opcode at a
+time, and only those that containers, scalars and tensors need are known: nothing is imported and nothing is called but
+what this file does for the names of GLOBALS and STORAGES. Tensors are views of the memory-mapped file.
+"""
+
+import pickletools
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+STORAGES = {
+    "torch DoubleStorage": np.float64,
+    "torch FloatStorage": np.float32,
+    "torch HalfStorage": np.float16,
+    "torch BFloat16Storage": jnp.bfloat16,
+    "torch LongStorage": np.int64,
+    "torch IntStorage": np.int32,
+    "torch ShortStorage": np.int16,
+    "torch CharStorage": np.int8,
+    "torch ByteStorage": np.uint8,
+    "torch BoolStorage": np.bool_,
+}
+TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+DICT = "collections OrderedDict"
+GLOBALS = {TENSOR, PARAMETER, DICT, *STORAGES}
+MOST_PICKLE = 64 << 20  # bytes of data.pkl; the published files have less than 1 MB
+MOST_DEPTH = 32  # containers inside each other
+MOST_AXES = 8
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
+
+
+class TorchFileError(ValueError):
+    """The file is not one that torch.save writes, or holds more than tensors, containers and scalars."""
+
+
+class _Global(NamedTuple):
+    name: str  # "module name"
+
+
+class _Storage(NamedTuple):
+    content: np.ndarray  # [elements], a view of the file
+
+
+def read_torch(path: Path | str) -> Any:
+    """What torch.save wrote: nested dicts, lists and tuples of scalars and of read-only arrays that view the file.
+
+    Attributes of containers (a state dict's `_metadata`) are dropped. Raises TorchFileError naming the file and what
+    is wrong with it, FileNotFoundError, or OSError.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = _members(archive, path.stat().st_size)
+            pickled = archive.read(members.pop("data.pkl").info)
+            if (order := members.pop("byteorder", None)) and archive.read(order.info) != b"little":
+                raise TorchFileError("its numbers are not little-endian")
+        content = np.memmap(path, np.uint8, "r")
+        storages = {name.removeprefix("data/"): content[m.start : m.stop] for name, m in members.items()}
+        tree = _Machine(storages).run(pickled)
+        _check_tree(tree)
+        return tree
+    except TorchFileError as error:
+        raise TorchFileError(f"{path}: {error}") from None
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError) as error:
+        raise TorchFileError(f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {error}") from None
+
+
+def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
+    """The tensors of a file that holds one flat dict of them; errors as for `read_torch`."""
+    tree = read_torch(path)
+    odd = [] if isinstance(tree, dict) else ["it"]
+    odd = odd or [name for name, value in tree.items() if type(name) is not str or not isinstance(value, np.ndarray)]
+    if odd:
+        raise TorchFileError(f"{path}: {odd[0]} is no tensor with a name; expected one flat state dict")
+    return tree
+
+
+class _Member(NamedTuple):
+    info: zipfile.ZipInfo
+    start: int  # bytes in the file
+    stop: int
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
+    """Members of the archive by their names under its root folder, each with its place in the file."""
+    members, roots = {}, set()
+    for info in archive.infolist():
+        root, _, name = info.filename.partition("/")
+        roots.add(root)
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            raise TorchFileError(f"member {info.filename!r} is compressed or encrypted; torch.save does neither")
+        if name in members:
+            raise TorchFileError(f"member {info.filename!r} occurs twice")
+        start = _content_start(archive, info)
+        if start + info.file_size > size:
+            raise TorchFileError(f"member {info.filename!r} reaches beyond the end of the file")
+        members[name] = _Member(info, start, start + info.file_size)
+    if len(roots) != 1 or "data.pkl" not in members:
+        raise TorchFileError("expected one root folder with a data.pkl, as torch.save writes it")
+    if members["data.pkl"].info.file_size > MOST_PICKLE:
+        raise TorchFileError(f"data.pkl has {members['data.pkl'].info.file_size} bytes; expected at most {MOST_PICKLE}")
+    places = sorted((member.start, member.stop) for member in members.values())
+    if any(stop > start for (_, stop), (start, _) in zip(places[:-1], places[1:], strict=True)):
+        raise TorchFileError("its members overlap")
+    return members
+
+
+def _content_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Offset of a member's content, behind its local header, whose extra field may differ from the directory's."""
+    if info.header_offset < 0:
+        raise TorchFileError(f"member {info.filename!r} lies before the file")
+    archive.fp.seek(info.header_offset)
+    signature, name, extra = _LOCAL_HEADER.unpack(archive.fp.read(_LOCAL_HEADER.size))
+    if signature != b"PK\x03\x04":
+        raise TorchFileError(f"member {info.filename!r} has no header")
+    return info.header_offset + _LOCAL_HEADER.size + name + extra
+
+
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+
+
+class _Machine:
+    """The pickle machine: a stack, marks in it, and a memo."""
+
+    def __init__(self, storages: dict[str, np.ndarray]):
+        self._storages = storages
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, pickled: bytes) -> Any:
+        """The object that the pickle describes."""
+        for name, argument in _opcodes(pickled):
+            if name == "STOP":
+                result = self._pop()
+                if self._stack:
+                    raise TorchFileError("data.pkl leaves objects behind")
+                return result
+            self._step(name, argument)
+        raise TorchFileError("data.pkl has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        push = self._stack.append
+        if name in _LITERALS:
+            push(argument)
+        elif name in _CONSTANTS:
+            push(_CONSTANTS[name])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+        elif name == "MARK":
+            push(_MARK)
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self._top()
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self._top()
+        elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in self._memo:
+                raise TorchFileError(f"data.pkl uses object {argument} before it is there")
+            push(self._memo[argument])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            push(tuple(reversed([self._pop() for _ in range(int(name[-1]))])))
+        elif name == "TUPLE":
+            push(tuple(self._marked()))
+        elif name in ("APPEND", "APPENDS"):
+            items = [self._pop()] if name == "APPEND" else self._marked()
+            self._top(list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [self._pop(), self._pop()][::-1] if name == "SETITEM" else self._marked()
+            self._set_items(items)
+        elif name == "GLOBAL":
+            push(_known(argument))
+        elif name == "BINPERSID":
+            push(self._storage(self._pop()))
+        elif name == "REDUCE":
+            arguments, function = self._pop(), self._pop()
+            push(_call(function, arguments))
+        elif name == "BUILD":  # attributes, such as a state dict's _metadata
+            self._pop()
+            self._top(dict)
+        elif name not in ("PROTO", "FRAME"):
+            raise TorchFileError(f"data.pkl uses opcode {name}, which tensors and containers do not need; not read")
+
+    def _pop(self) -> Any:
+        if not self._stack or self._stack[-1] is _MARK:
+            raise TorchFileError("data.pkl takes an object that is not there")
+        return self._stack.pop()
+
+    def _top(self, kind: type = object) -> Any:
+        if not self._stack or self._stack[-1] is _MARK or not isinstance(self._stack[-1], kind):
+            raise TorchFileError(f"data.pkl expects a {kind.__name__} that is not there")
+        return self._stack[-1]
+
+    def _marked(self) -> list:
+        """Everything above the last mark, which is taken away too."""
+        items = []
+        while self._stack and self._stack[-1] is not _MARK:
+            items.append(self._stack.pop())
+        if not self._stack:
+            raise TorchFileError("data.pkl takes objects from a mark that is not there")
+        self._stack.pop()
+        return items[::-1]
+
+    def _set_items(self, items: list) -> None:
+        target = self._top(dict)
+        if len(items) % 2:
+            raise TorchFileError("data.pkl has a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in (str, int):
+                raise TorchFileError(f"a key is a {type(key).__name__}; expected text or a whole number")
+            target[key] = value
+
+    def _storage(self, reference: Any) -> _Storage:
+        """('storage', class, key, location, elements) -> the elements in the file."""
+        if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
+            raise TorchFileError("a storage is not described as torch.save does it")
+        _, kind, key, _, count = reference
+        if not isinstance(kind, _Global) or kind.name not in STORAGES:
+            raise TorchFileError(f"storage {key!r} is no {', '.join(STORAGES)}")
+        if not isinstance(key, str) or key not in self._storages:
+            raise TorchFileError(f"storage {key!r} has no content in the file")
+        content, dtype = self._storages[key], np.dtype(STORAGES[kind.name])
+        if type(count) is not int or count * dtype.itemsize != len(content):
+            raise TorchFileError(
+                f"storage {key!r} has {len(content)} bytes; expected {count} elements of {dtype.itemsize} bytes"
+            )
+        return _Storage(content.view(dtype))
+
+
+def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            yield opcode.name, argument
+    except (ValueError, IndexError) as error:  # of the parser: TorchFileError is raised by who takes the opcodes
+        raise TorchFileError(f"data.pkl is no pickle: {str(error)[:200]}") from None
+
+
+def _known(name: str) -> _Global:
+    if name not in GLOBALS:
+        raise TorchFileError(
+            f"data.pkl asks for {name.replace(' ', '.')!r}, which could run code; only tensors, containers and scalars "
+            "are read. Save the state dict alone: torch.save(model.state_dict(), ...)"
+        )
+    return _Global(name)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """What the functions among GLOBALS return."""
+    name = function.name if isinstance(function, _Global) else ""
+    count = len(arguments) if isinstance(arguments, tuple) else -1
+    if name == DICT and count == 0:
+        return {}
+    if name == PARAMETER and count >= 1 and isinstance(arguments[0], np.ndarray):
+        return arguments[0]
+    if name == TENSOR and count >= 4 and isinstance(arguments[0], _Storage):
+        return _view(arguments[0].content, *arguments[1:4])
+    raise TorchFileError(f"data.pkl calls {name or 'what cannot be called'} as torch.save does not")
+
+
+def _view(content: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    """The tensor of a storage; offset and strides in elements, which must stay in the storage and not overlap."""
+    numbers = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides) or len(shape) > MOST_AXES:
+        raise TorchFileError(f"a tensor has offset {offset!r}, shape {shape!r} and strides {strides!r}")
+    if 0 in shape:
+        try:
+            return np.zeros(shape, content.dtype)
+        except ValueError as error:
+            raise TorchFileError(f"a tensor has the impossible shape {shape}: {error}") from None
+    stop = offset
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride <= stop - offset:
+            raise TorchFileError(f"elements of a tensor of shape {shape} and strides {strides} share memory")
+        stop += stride * max(size - 1, 0)
+    if stop >= len(content):
+        raise TorchFileError(f"a tensor of shape {shape} at {offset} reaches beyond its storage of {len(content)}")
+    bytes_apart = [stride * content.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(content[offset:], shape, bytes_apart, writeable=False)
+
+
+def _check_tree(tree: Any) -> None:
+    """A tree of containers, no deeper than MOST_DEPTH, each in one place: whoever walks it comes to an end."""
+    seen, left = set(), [(tree, 0)]
+    while left:
+        node, depth = left.pop()
+        if isinstance(node, _Global | _Storage):
+            raise TorchFileError("it holds a class or a bare storage; expected tensors, containers and scalars")
+        if isinstance(node, dict | list | tuple) and node:
+            if id(node) in seen:
+                raise TorchFileError("a container stands in two places")
+            if depth == MOST_DEPTH:
+                raise TorchFileError(f"its containers are more than {MOST_DEPTH} deep")
+            seen.add(id(node))
+            left += [(child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)]
