@@ -35,7 +35,7 @@ CONFIG = VaeConfig(dim=8, dim_mult=(1, 2, 6, 8), num_res_blocks=1, latent_mean=(
 
 def loss(vae: Vae, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
     """Weighted absolute error of pixels and of their spatial differences, plus the size of the latents."""
-    (mean, _), _ = vae.moments(pixels)
+    mean, _ = vae.encode_mean(pixels)
     total, metrics = reconstruction_loss(vae, mean, pixels, key)
     size = jnp.mean(mean**2)
     return total + LATENT_WEIGHT * size, metrics | {"latent": jnp.sqrt(size)}
@@ -88,7 +88,7 @@ def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: 
 
     def of_decoder(moving, frozen, pixels, key):
         vae = layers.merge(graphdef, frozen | moving)
-        (mean, _), _ = vae.moments(pixels)
+        mean, _ = vae.encode_mean(pixels)
         return reconstruction_loss(vae, jax.lax.stop_gradient(mean), pixels, key)
 
     def step(state, i):

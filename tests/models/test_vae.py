@@ -1,5 +1,6 @@
 """Wan VAE: streams equal whole clips, causality, sizes, errors. Parity with the published code: tests/golden d_*."""
 
+import dataclasses
 import functools
 import math
 
@@ -85,14 +86,18 @@ def test_a_black_input_has_finite_gradients(vae):
 
 
 def test_latents_are_normalised(vae):
-    """Encoding divides by the std after subtracting the mean; decoding undoes it."""
+    """Encoding subtracts the mean and divides by the std; decoding undoes it, as a net with neither shows."""
     pixels = jax.random.uniform(jax.random.key(5), (1, 5, 8, 8, 3), minval=-1)
-    (mean, _), _ = _run(*vae, "moments", pixels)
+    mean, _ = _run(*vae, "encode_mean", pixels)
     latents, _ = _run(*vae, "encode", pixels)
     expected = (mean - jnp.asarray(CONFIG.latent_mean)[None, None, None, None]) / jnp.asarray(CONFIG.latent_std)[
         None, None, None, None
     ]
     np.testing.assert_allclose(jnp.moveaxis(latents, 2, -1), expected, rtol=1e-5, atol=1e-6)
+    plain = dataclasses.replace(CONFIG, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
+    graphdef, _ = layers.graphdef_of(lambda: Vae(plain, nnx.Rngs(0)))
+    decoded = _run(graphdef, vae[1], "decode", jnp.moveaxis(mean, -1, 2))[0]
+    np.testing.assert_allclose(_run(*vae, "decode", latents)[0], decoded, atol=1e-4)
 
 
 def test_the_published_size():

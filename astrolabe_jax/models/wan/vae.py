@@ -327,15 +327,15 @@ class Vae(nnx.Module):
         if pixels.shape[1] < start or (pixels.shape[1] - start) % stride:
             expected = f"1 modulo {stride}" if start else f"a multiple of {stride}"
             raise ValueError(f"Vae.encode: got {pixels.shape[1]} frames in a chunk, expected {expected}")
-        (mean, _), stream = self.moments(pixels, stream)
+        mean, stream = self.encode_mean(pixels, stream)
         shift, scale = self._statistics()
         return jnp.moveaxis((mean - shift) / scale, -1, 2), stream
 
-    def moments(self, pixels: jax.Array, stream: Stream | None = None) -> tuple[tuple[jax.Array, jax.Array], Stream]:
-        """Mean and log variance `[B, F, H, W, C]`, float32, before normalisation; only training uses the variance."""
+    def encode_mean(self, pixels: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, Stream]:
+        """The mean `[B, F, H, W, C]`, float32, before normalisation; of the encoder's variance nobody makes use."""
         history = _History(stream)
         moments = self.conv1.pointwise(self.encoder(pixels.astype(self.config.dtype), history))
-        return tuple(jnp.split(moments.astype(jnp.float32), 2, axis=-1)), tuple(history.new)
+        return moments[..., : self.config.z_dim].astype(jnp.float32), tuple(history.new)
 
     def decode(self, latents: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, Stream]:
         """Normalised latents `[B, F, C, H, W]` -> pixels `[B, T, height, width, 3]`, float32, not clamped."""

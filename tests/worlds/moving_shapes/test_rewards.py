@@ -320,6 +320,9 @@ def test_blur_lowers_quality_most():
     versions = [blurred(TRUTH, sigma) for sigma in (0, 0.5, 1, 1.5, 2, 3)]
     assert_descending("shapes_vq", versions, margin=0.03)
     assert_descending("shapes_ta", versions, slack=1e-3)
+    sharp, soft = (rewards.score(version, PROMPTS) for version in (TRUTH, versions[-1]))
+    lost = {name: np.mean(sharp[name] - soft[name]) for name in rewards.EXPONENTS}
+    assert lost["shapes_vq"] > 2 * max(lost["shapes_mq"], lost["shapes_ta"])
 
 
 def test_noise_lowers_all():
