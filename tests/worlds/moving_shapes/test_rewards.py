@@ -255,7 +255,7 @@ def test_quality_sees_dirt_blotches_and_colours_off_the_palette():
 
 def test_only_the_renderers_edge_is_fully_crisp():
     crispness = [rewards.score(blurred(TRUTH, s), PROMPTS)["shapes_vq/crispness"] for s in (0, 0.5, 1, 2, 4)]
-    assert crispness[0].min() > 0.98 and crispness[1].max() < 0.97
+    assert crispness[0].min() > 0.98 and crispness[0].min() - crispness[1].max() > 0.02
     assert all((worse < better).all() for better, worse in zip(crispness[:-1], crispness[1:], strict=True))
 
 
