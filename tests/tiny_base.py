@@ -19,10 +19,7 @@ PARTS = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT}
 
 
 def write_tiny_base(directory: Path, seed: int = 0) -> Path:
-    """Writes the base (about 0.4 MB) and returns its directory; give it as `config.base`.
-
-    The transformer's head is random, too: at zero, where training starts, every video would be its noise.
-    """
+    """Writes the base (about 0.4 MB) and returns its directory; give it as `config.base`."""
     rng = np.random.default_rng(seed)
     nets = [shapes(part, config) for part, config in PARTS.items()]
     nets = [net._replace(params=tiny.random_params(net.params, rng)) for net in nets]

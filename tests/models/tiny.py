@@ -1,4 +1,4 @@
-"""A tiny random DiT for tests, every weight random (the head too, which starts at zero in training), float32.
+"""A tiny random DiT for tests: every weight random (the head too, which starts at zero in training), float32.
 
 Numbers come from numpy: drawing them eagerly with jax would compile one program for each shape.
 """
@@ -7,13 +7,11 @@ import functools
 
 import jax
 import numpy as np
-from flax import nnx
 
-from astrolabe_jax.models.layers import graphdef_of
+from astrolabe_jax.convert.base import shapes
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
-from astrolabe_jax.models.wan.transformer import WanTransformer
 
 CONFIG = WanConfig(
     dim=24,
@@ -45,19 +43,19 @@ FRAME = (CONFIG.in_channels, *LATENT_HW)
 
 @functools.cache
 def model(config: WanConfig = CONFIG):
-    """Its graph definition and `random_params`."""
-    graphdef, shapes = graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    return graphdef, random_params(shapes, np.random.default_rng(7))
+    """Graph definition and `random_params`."""
+    graphdef, params, _ = shapes("transformer", config)
+    return graphdef, random_params(params, np.random.default_rng(7))
 
 
-def random_params(shapes: dict, rng: np.random.Generator) -> dict:
-    """Every parameter normal, times 0.3: around one in norms, around zero elsewhere."""
+def random_params(params: dict, rng: np.random.Generator) -> dict:
+    """For shapes: every parameter normal, times 0.3, around one in norms and around zero elsewhere."""
 
     def draw(path, leaf):
         centre = 1.0 if path[-1].key in ("scale", "gamma") else 0.0
         return (centre + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-    return jax.tree.map_with_path(draw, shapes)
+    return jax.tree.map_with_path(draw, params)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
