@@ -3,16 +3,9 @@
 Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block) and section 6 (layouts).
 """
 
-import numpy as np
-
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule
 from astrolabe_jax.models.wan.config import WanConfig
-
-
-def save_transformer(params: dict, config: WanConfig) -> dict[str, np.ndarray]:
-    """Params of `WanTransformer(config)` -> tensors in the original naming, in the dtype of the params."""
-    return engine.save(table(config), params)
 
 
 def table(config: WanConfig) -> list[Rule]:

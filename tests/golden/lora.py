@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterator
 
+from astrolabe_jax.convert.base import save_net
 from astrolabe_jax.convert.lora import from_peft
-from astrolabe_jax.convert.wan import save_transformer
 from astrolabe_jax.models.lora import adapter_shapes, merge_adapter, parameter_count
 from tests.golden.dit import Dit, to_x0, training_layout
 from tests.golden.entry import EXACT, FORWARD, Entries, Entry
@@ -27,7 +27,7 @@ def _group(file: GoldenFile, dit: Dit, group: str) -> Entries:
     merged = merge_adapter(dit.params, adapter, scale)
     for name in file.keys(f"{group}/merged"):  # merged weights, under their original names
         tensor = name.rpartition("/")[2]
-        yield Entry(name, lambda tensor=tensor: save_transformer(merged, dit.config)[tensor], FORWARD)
+        yield Entry(name, lambda tensor=tensor: save_net("transformer", merged, dit.config)[tensor], FORWARD)
     for block in [name for name in file.groups(f"{group}/") if name.startswith("block")]:
         yield _forwards(file, dit, f"{group}/{block}", adapter, scale, merged)
 
