@@ -6,8 +6,8 @@ vae.safetensors             section 3
 text_encoder.safetensors    section 4
 tokenizer.json              or spiece.model
 
-Weights may also be files of torch, .pth or .pt, that hold one flat state dict, as Wan2.1_VAE.pth and
-models_t5_umt5-xxl-enc-bf16.pth do.
+Weights may also be files of torch, .pth or .pt, and all may have the nesting and the prefixes of published files
+(convert/weights.py): vae.pth may be Wan2.1_VAE.pth, transformer.pt may be self_forcing_dmd.pt.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ import safetensors.numpy
 from flax import nnx
 
 from astrolabe_jax.convert import engine, umt5, vae, wan
-from astrolabe_jax.convert.files import read_json, read_safetensors, write_atomic
-from astrolabe_jax.convert.torch_file import read_state_dict
+from astrolabe_jax.convert.files import read_json, write_atomic
+from astrolabe_jax.convert.weights import READERS, read_weights
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5, UMT5Config
@@ -65,7 +65,6 @@ _PARTS = {
     "vae": _Part(Vae, VaeConfig, vae.table),
     "text_encoder": _Part(UMT5, UMT5Config, umt5.table),
 }
-_READERS = {".safetensors": read_safetensors, ".pth": read_state_dict, ".pt": read_state_dict}
 # A run chooses these; the others are the sizes that config.json must give.
 _NUMERICS = ("dtype", "param_dtype", "remat", "attention")
 # By the annotation of a size: what to expect of its value in JSON, and whether it is so (1 is a float there, too).
@@ -178,7 +177,7 @@ def load_base(base: str, **numerics) -> Base:
         path = _weights(directory, name)
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
-        tensors = _READERS[path.suffix](path)
+        tensors = read_weights(path)
         try:
             nets[name] = load_net(name, tensors, config)
         except engine.ConversionError as error:
@@ -187,7 +186,7 @@ def load_base(base: str, **numerics) -> Base:
 
 
 def _weights(directory: Path, part: str) -> Path:
-    paths = [directory / f"{part}{suffix}" for suffix in _READERS]
+    paths = [directory / f"{part}{suffix}" for suffix in READERS]
     found = [path for path in paths if path.is_file()]
     if len(found) != 1:
         names = ", ".join(path.name for path in paths)

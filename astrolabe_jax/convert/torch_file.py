@@ -73,16 +73,6 @@ def read_torch(path: Path | str) -> Any:
         raise TorchFileError(f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {error}") from None
 
 
-def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
-    """The tensors of a file that holds one flat dict of them; errors as for `read_torch`."""
-    tree = read_torch(path)
-    odd = [] if isinstance(tree, dict) else ["it"]
-    odd = odd or [name for name, value in tree.items() if type(name) is not str or not isinstance(value, np.ndarray)]
-    if odd:
-        raise TorchFileError(f"{path}: {odd[0]} is no tensor with a name; expected one flat state dict")
-    return tree
-
-
 class _Member(NamedTuple):
     info: zipfile.ZipInfo
     start: int  # bytes in the file

@@ -3,7 +3,6 @@
 import collections
 import os
 import pickle
-import shutil
 import zipfile
 
 import ml_dtypes
@@ -12,14 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.files import read_safetensors
-from astrolabe_jax.convert.torch_file import MOST_DEPTH, TorchFileError, read_state_dict, read_torch
+from astrolabe_jax.convert.torch_file import MOST_DEPTH, TorchFileError, read_torch
 from tests.convert import torch_files
 from tests.convert.torch_files import Storage, Tensor, whole
-from tests.tiny_base import write_tiny_base
-
-NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -187,33 +181,3 @@ def test_any_program_is_read_or_refused(tmp_path, pieces):
         read_torch(tmp_path / "fuzz.pt")
     except TorchFileError:
         pass
-
-
-def test_a_base_may_hold_files_of_torch(tmp_path):
-    """Wan2.1_VAE.pth as vae.pth, and the text encoder's file likewise, give the very parameters of safetensors."""
-    whole_base = write_tiny_base(tmp_path / "base")
-    mixed = shutil.copytree(whole_base, tmp_path / "mixed")
-    for part, suffix in (("vae", ".pth"), ("text_encoder", ".pt")):
-        tensors = read_safetensors(mixed / f"{part}.safetensors")
-        torch_files.write(mixed / f"{part}{suffix}", {name: whole(tensor) for name, tensor in tensors.items()})
-        (mixed / f"{part}.safetensors").unlink()
-    one, other = (bases.load_base(str(directory), **NUMERICS) for directory in (whole_base, mixed))
-    for name in ("transformer", "vae", "text"):
-        for a, b in zip(*(map(np.asarray, _leaves(getattr(base, name).params)) for base in (one, other)), strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert one.identity != other.identity
-    shutil.copy(whole_base / "vae.safetensors", mixed)
-    with pytest.raises(
-        FileNotFoundError, match="mixed has 2 files of the vae; expected one of vae.safetensors, vae.pth"
-    ):
-        bases.load_base(str(mixed), **NUMERICS)
-
-
-def _leaves(tree):
-    return [leaf for node in tree.values() for leaf in (_leaves(node) if isinstance(node, dict) else [node])]
-
-
-def test_only_a_flat_state_dict_is_weights(tmp_path):
-    path = torch_files.write(tmp_path / "a.pth", {"generator": {"w": whole(np.ones(1))}})
-    with pytest.raises(TorchFileError, match="a.pth: generator is no tensor with a name; expected one flat state dict"):
-        read_state_dict(path)

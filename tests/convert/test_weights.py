@@ -1,0 +1,116 @@
+"""Every published nesting and prefix gives the very parameters of the plain file, and nothing is guessed."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert.files import read_safetensors
+from astrolabe_jax.convert.weights import read_weights
+from tests.convert import torch_files
+from tests.tiny_base import write_tiny_base
+
+NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
+FSDP, REMAT = "model._fsdp_wrapped_module.", "_checkpoint_wrapped_module."
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A base with plain safetensors, and its parameters."""
+    directory = write_tiny_base(tmp_path_factory.mktemp("plain"))
+    return directory, bases.load_base(str(directory), **NUMERICS)
+
+
+def renamed(tensors, prefix, inner=""):
+    """Names as training leaves them; `inner` wraps every block, too."""
+    return {
+        prefix + name.replace(".", f".{inner}", 2) if name.startswith("blocks.") else prefix + name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def torch_tree(tensors):
+    return {name: torch_files.whole(tensor) for name, tensor in tensors.items()}
+
+
+LAYOUTS = {
+    "self_forcing": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, "model."))},
+    "causal_forcing_chunkwise": lambda tensors: {"generator": torch_tree(renamed(tensors, "model."))},
+    "causal_forcing_framewise": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, FSDP))},
+    "wrapped_blocks": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, FSDP, REMAT))},
+    "longlive_base": lambda tensors: {"generator": torch_tree(renamed(tensors | {"freqs": np.ones(2)}, "model."))},
+    "compiled": lambda tensors: {"state_dict": torch_tree(renamed(tensors, "module._orig_mod."))},
+    "flat": torch_tree,
+}  # fmt: skip
+
+
+def assert_same_transformer(directory, want):
+    got = bases.load_base(str(directory), **NUMERICS).transformer.params
+    jax.tree.map(np.testing.assert_array_equal, got, want.transformer.params)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_published_layouts_of_torch_files(plain, tmp_path, layout, suffix):
+    directory, want = plain
+    directory = shutil.copytree(directory, tmp_path / "base")
+    tensors = read_safetensors(directory / "transformer.safetensors")
+    (directory / "transformer.safetensors").unlink()
+    torch_files.write(directory / f"transformer{suffix}", LAYOUTS[layout](tensors))
+    assert_same_transformer(directory, want)
+
+
+def test_krea_is_safetensors_with_a_prefix(plain, tmp_path):
+    directory, want = plain
+    directory = shutil.copytree(directory, tmp_path / "base")
+    path = directory / "transformer.safetensors"
+    path.write_bytes(safetensors.numpy.save(renamed(read_safetensors(path), "model.diffusion_model.")))
+    assert_same_transformer(directory, want)
+
+
+def test_a_whole_base_of_torch_files(plain, tmp_path):
+    """Wan2.1_VAE.pth and the text encoder's .pth are flat; the identity is that of the files, not of their numbers."""
+    directory, want = plain
+    directory = shutil.copytree(directory, tmp_path / "base")
+    for part in ("transformer", "vae", "text_encoder"):
+        path = directory / f"{part}.safetensors"
+        torch_files.write(directory / f"{part}.pth", torch_tree(read_safetensors(path)))
+        path.unlink()
+    got = bases.load_base(str(directory), **NUMERICS)
+    for name in ("transformer", "vae", "text"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params)
+    assert got.identity != want.identity
+    shutil.copy(plain[0] / "vae.safetensors", directory)
+    with pytest.raises(FileNotFoundError, match="base has 2 files of the vae; expected one of vae.safetensors, "):
+        bases.load_base(str(directory), **NUMERICS)
+
+
+def test_the_average_is_read_where_there_are_several(tmp_path, caplog):
+    tree = {
+        name: torch_tree({"model.w": np.full(2, value)}) for name, value in (("generator", 1.0), ("generator_ema", 2.0))
+    }
+    path = torch_files.write(tmp_path / "a.pt", tree | {"critic": torch_tree({"w": np.zeros(2)}), "step": 7})
+    np.testing.assert_array_equal(read_weights(path)["w"], [2, 2])
+    assert "a.pt holds generator_ema and generator: generator_ema is read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"generator": {"model.w": 1, "w": 2}}, "holds the same weight twice: model.w and w"),
+        ({"critic": {"w": 1}, "step": 3}, "'critic' is no tensor; expected one state dict, or one under generator_ema"),
+        ([1], "holds a list; expected a state dict"),
+        ({}, "holds a dict; expected a state dict"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, tree, message):
+    def tensors(node):
+        if isinstance(node, dict):
+            return {name: tensors(value) for name, value in node.items()}
+        return torch_files.whole(np.full(1, float(node))) if node in (1, 2) else node
+
+    with pytest.raises(ValueError, match=f"a.pt.* {message}"):
+        read_weights(torch_files.write(tmp_path / "a.pt", tensors(tree)))
