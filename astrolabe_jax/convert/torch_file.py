@@ -34,6 +34,8 @@ GLOBALS = {TENSOR, PARAMETER, DICT, *STORAGES}
 MOST_PICKLE = 64 << 20  # bytes of data.pkl; the published files have less than 1 MB
 MOST_DEPTH = 32  # containers inside each other
 MOST_AXES = 8
+# What zipfile and struct raise for content that they cannot make sense of; there is no common class.
+NOT_AN_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
 
 
@@ -69,7 +71,7 @@ def read_torch(path: Path | str) -> Any:
         return tree
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError) as error:
+    except NOT_AN_ARCHIVE as error:
         raise TorchFileError(f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {error}") from None
 
 

@@ -41,6 +41,13 @@ def test_a_base_written_again_is_the_same(directory, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, net.params, other.params)
 
 
+def set_size(directory, part, field, value):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config[part][field] = value
+    path.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "vae.safetensors", "config.json"])
 def test_every_file_is_part_of_the_identity(directory, name):
     before = load_base(str(directory), **FLOAT32).identity
@@ -96,10 +103,7 @@ def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, valu
     """Before any weights are read: here there are none."""
     for path in directory.glob("*.safetensors"):
         path.unlink()
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config[part][field] = value
-    path.write_text(json.dumps(config))
+    set_size(directory, part, field, value)
     with pytest.raises(ValueError, match=f"(?s)config.json: .*{expected}"):
         load_base(str(directory), **FLOAT32)
 
@@ -128,10 +132,7 @@ def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, valu
     ],
 )
 def test_a_size_that_makes_no_sense_is_named(directory, part, field, value, expected):
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config[part][field] = value
-    path.write_text(json.dumps(config))
+    set_size(directory, part, field, value)
     with pytest.raises(ValueError, match=f"(?s)config.json.*{part}.*{field} is .*expected {expected}"):
         configs(str(directory), **FLOAT32)
 
