@@ -24,7 +24,8 @@ class Scene(NamedTuple):
     """One prompt of a video."""
 
     prompt: str
-    blocks: int
+    seconds: float
+    blocks: int  # as many as go into them
     cut: bool  # hard cut at its end
 
 
@@ -52,7 +53,7 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
         seconds = float(tags[0][1]) if tags else DEFAULT_SECONDS
         if seconds == 0:
             raise _error(text, start + tags[0].start(), tags[0].group(), "lasts no time; give a duration above 0")
-        scenes.append(Scene(prompt, _blocks(seconds, block, fps, stride), bool(tags and tags[0][2])))
+        scenes.append(Scene(prompt, seconds, _blocks(seconds, block, fps, stride), bool(tags and tags[0][2])))
         start += len(part) + 1
     return scenes
 
@@ -67,7 +68,7 @@ def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Sc
     for part in text.split("|"):
         tag = _TAG.search(part)
         blocks = _blocks(float(tag[1]), block, fps, stride) if tag else DEFAULT_BLOCKS
-        scenes.append(Scene(_without_tags(part), blocks, "#" in part))
+        scenes.append(Scene(_without_tags(part), blocks * stride * block / fps, blocks, "#" in part))
     return scenes
 
 
@@ -125,11 +126,75 @@ class Step(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """How scenes follow each other."""
+    """How scenes follow each other; config.scenes."""
 
-    transition: str = "flush"  # flush (spec/sampling.md 7.3) or recache (8)
+    transition: str = "flush"  # flush (spec/sampling.md 7.3), recache (8), or cut: every boundary is a hard cut
+    cut: str = "sink"  # what a hard cut keeps: the sink, or nothing
     global_sink: bool = True  # recache: the sink keeps the keys of the first prompt
     published: bool = False  # reproduce the published flush (sampling.md 11.3 to 11.5)
+
+
+class Shot(NamedTuple):
+    """A part of a video that shares nothing with what came before it."""
+
+    prompts: tuple[str, ...]  # of its scenes
+    steps: tuple[Step, ...]
+    latent_frames: int  # given ones included
+    frames: int  # pixel frames that are shown; the last block may have more
+
+
+def shots(
+    scenes: Sequence[Scene], layout: Layout, rules: Rules, fps: int, stride: int = 4, frames: int = 0, given: int = 0
+) -> list[Shot]:
+    """The shots of a video: a hard cut that keeps nothing begins a new one.
+
+    Scenes last as many blocks as go into their durations, the last one of a shot lasts until the shot has all its
+    seconds to the frame, behind `given` latent frames that are there before. `frames`: pixel frames of the whole video;
+    0 for what the durations give. Raises ValueError if that is over before the last scene begins, or for a video that
+    the layout cannot hold.
+    """
+    last = len(scenes) - 1
+    ends = [k for k, scene in enumerate(scenes) if k == last or _starts_anew(scene, layout, rules)]
+    made, begin, left = [], 0, frames
+    for end in ends:
+        part, before = scenes[begin : end + 1], 0 if begin else given
+        shown = round(sum(scene.seconds for scene in part) * fps) + (1 + stride * (before - 1) if before else 0)
+        if frames and end == last:
+            shown = left
+        left -= shown
+        count = _whole_blocks(layout, before, 1 + math.ceil((shown - 1) / stride))
+        blocks = [block for block in layout.blocks(count) if block.start >= before]
+        if shown < 1 or len(blocks) <= sum(scene.blocks for scene in part[:-1]):
+            raise ValueError(
+                f"{frames} frames are over before scene {last + 1} begins; ask for more frames, or shorter"
+            )
+        layout.check_frames(count)
+        cuts = [scene.cut or rules.transition == "cut" for scene in part]
+        slots = cache_slots(layout, rules, count)
+        steps = timeline(blocks, scenes_by_length(part, len(blocks)), cuts, layout, slots, rules)
+        made.append(Shot(tuple(scene.prompt for scene in part), tuple(steps), count, shown))
+        begin = end + 1
+    return made
+
+
+def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:
+    """Frames of the cache for a shot; the published buffer, whose last places a flush takes, has its full size."""
+    if rules.published:
+        return latent_frames if layout.window == -1 else layout.window
+    return min(layout.capacity, latent_frames)
+
+
+def _starts_anew(scene: Scene, layout: Layout, rules: Rules) -> bool:
+    """Whether nothing is kept behind a scene."""
+    cut = scene.cut or rules.transition == "cut"
+    nothing = rules.cut == "nothing" or (layout.positions == "relative" and layout.kept == 0)
+    return cut and nothing and not rules.published
+
+
+def _whole_blocks(layout: Layout, given: int, frames: int) -> int:
+    """The least number of latent frames, at least `frames`, that ends with a block behind `given`."""
+    first = 1 if layout.independent_first_frame else 0
+    return max(first + -(-(frames - first) // layout.block) * layout.block, given + layout.block)
 
 
 def timeline(

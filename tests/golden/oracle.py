@@ -176,9 +176,7 @@ def recache(weights, config, scenario, buffer: Buffer, latents, prompts):
     end = latents.shape[1]
     start = 0 if scenario["local"] == -1 else max(end - scenario["local"], 0)
     x, t = latents[:, start:], np.full((latents.shape[0], end - start), float(scenario["ctx"]))
-    return x, cached_pass(
-        weights, config, scenario, buffer, x, t, prompts, start, force=not scenario["gsink"]
-    ), start
+    return x, cached_pass(weights, config, scenario, buffer, x, t, prompts, start, force=not scenario["gsink"]), start
 
 
 def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, scene_of=None, cuts=()) -> dict:

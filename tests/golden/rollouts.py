@@ -173,9 +173,7 @@ def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> R
         return noise[:, :, step.frame - given : step.frame - given + step.count]
 
     initial = _initial_latents(file)
-    pieces = list(
-        stream.stream(policy, text, steps, block_noise, slots, scenario["B"], latent_hw, initial, trace=True)
-    )
+    pieces = list(stream.stream(policy, text, steps, block_noise, slots, scenario["B"], latent_hw, initial, trace=True))
     made, sampled = [], []
     for piece in pieces:
         if piece.step is None:
