@@ -31,8 +31,12 @@ def _generation(config: ConfigDict) -> None:
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.
     config.base = "moving_shapes"
+    # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth), or
+    # a base directory. Empty: the base's own.
+    config.transformer = ""
 
     config.model = ConfigDict()
+    config.model.size = ""  # sizes of a published model, wan_1.3b or wan_14b; empty: those in the base's config.json
     config.model.dtype = "float32"  # compute dtype of transformer, text encoder and VAE: float32 or bfloat16
     config.model.param_dtype = "float32"  # storage dtype of the frozen base
     config.model.block = 3  # P, latent frames per block of the rollout
@@ -183,6 +187,7 @@ def repeats(config: ConfigDict) -> int:
 
 
 _CHOICES = {
+    "model.size": ("", "wan_1.3b", "wan_14b"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.positions": ("absolute", "relative"),

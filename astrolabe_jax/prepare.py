@@ -59,8 +59,8 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         rewards.validate(config.rewards)
     numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
     with _blame("config.base"):
-        sizes = bases.configs(config.base, **numerics)
-        tokenizer = load_tokenizer(bases.directory_of(config.base))
+        sizes = bases.configs(config.base, config.model.size, **numerics)
+        tokenizer = load_tokenizer(bases.tokenizer_of(config.base))
     layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
     with _blame("config.video.frames and config.model"):
         layout.check_frames(latent_shape[0])
@@ -71,8 +71,15 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
     _check_ceiling(config, lists["test"])
-    with _blame("config.base"):
-        base = bases.load_base(config.base, **numerics)
+    mesh = sharding.make_mesh(config.mesh)
+    with _blame("config.base and config.transformer" if config.transformer else "config.base"):
+        base = bases.load_base(
+            config.base,
+            size=config.model.size,
+            transformer=config.transformer,
+            place=functools.partial(_place, mesh),
+            **numerics,
+        )
     adapter = _first_adapter(config, base)
     identity = {"base": base.identity}
     identity |= {f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()}
@@ -80,18 +87,17 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     checkpoint.claim(workdir, identity)
-    mesh = sharding.make_mesh(config.mesh)
-    base = _placed(base, mesh)
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
 
 
-def _placed(base: Base, mesh: Mesh) -> Base:
-    """The base with its parameters on the mesh: the VAE whole on every device, the large nets split over `fsdp`."""
-    places = {"transformer": sharding.shard_params, "text": sharding.shard_params, "vae": sharding.replicate}
-    nets = {name: getattr(base, name) for name in places}
-    return base._replace(**{name: net._replace(params=places[name](mesh, net.params)) for name, net in nets.items()})
+def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
+    """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split over `fsdp`."""
+    if part == "vae":
+        return sharding.replicate(mesh, leaf)
+    tree = functools.reduce(lambda node, key: {key: node}, reversed(path), leaf)  # the rule goes by the path
+    return jax.tree.leaves(sharding.shard_params(mesh, tree))[0]
 
 
 def _layout(config: ConfigDict) -> Layout:

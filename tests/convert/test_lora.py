@@ -140,7 +140,7 @@ def test_an_adapter_of_bfloat16_is_read_exactly(adapter, tmp_path):
 def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
     lora.save_peft(jax.tree.map(lambda leaf: leaf.astype(np.int8), adapter), tmp_path, RANK, alpha=RANK)
     with pytest.raises(
-        ValueError, match="adapter_model.safetensors holds a tensor of dtype int8, .*; expected .* float32"
+        ValueError, match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected .* float32"
     ):
         lora.load_peft(tmp_path, adapter)
 
