@@ -31,8 +31,12 @@ def _generation(config: ConfigDict) -> None:
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.
     config.base = "moving_shapes"
+    # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth),
+    # or a base directory. Empty: the base's own.
+    config.transformer = ""
 
     config.model = ConfigDict()
+    config.model.size = ""  # sizes of a published model, wan_1.3b or wan_14b; empty: those in the base's config.json
     config.model.dtype = "float32"  # compute dtype of transformer, text encoder and VAE: float32 or bfloat16
     config.model.param_dtype = "float32"  # storage dtype of the frozen base
     config.model.block = 3  # P, latent frames per block of the rollout
@@ -68,6 +72,8 @@ def _generation(config: ConfigDict) -> None:
     # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with `repeated` times K
     # videos each. 1: all groups are distinct; -1: every batch of the epoch.
     config.prompts.repeated = 1
+    # Videos per epoch, G K, for which a recipe's rates were chosen: a run with others says so. 0: no opinion.
+    config.prompts.tuned_for = 0
 
 
 def _objective(config: ConfigDict) -> None:
@@ -135,6 +141,8 @@ def _running(config: ConfigDict) -> None:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
     config.mesh.fsdp = 1  # devices that the parameters are split over
+    # Videos that a device works on at once; larger batches are cut into pieces, with equal arithmetic. -1: no limit.
+    config.mesh.samples_per_device = -1
 
 
 # The published behaviour, one switch each (objective.md section 14); `--config=FILE:reference` sets all.
@@ -175,7 +183,19 @@ def repeats(config: ConfigDict) -> int:
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
 
+def piece(config: ConfigDict, batch: int, devices: int) -> int:
+    """Videos of a `batch`, which the devices divide, that are worked on at once, over all `devices`.
+
+    It is the largest divisor of the batch that gives no device more than mesh.samples_per_device.
+    """
+    each, limit = batch // devices, config.mesh.samples_per_device
+    if limit == -1:
+        return batch
+    return devices * max(size for size in range(1, min(limit, each) + 1) if each % size == 0)
+
+
 _CHOICES = {
+    "model.size": ("", "wan_1.3b", "wan_14b"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.positions": ("absolute", "relative"),
@@ -209,6 +229,7 @@ _BOUNDS = {
     "video.decode_chunk": (1, math.inf),
     "prompts.groups": (1, math.inf),
     "prompts.candidates": (1, math.inf),
+    "prompts.tuned_for": (0, math.inf),
     "loss.kl_weight": (0, math.inf),
     "kl.reset_epochs": (1, math.inf),
     "lora.rank": (1, math.inf),
@@ -229,7 +250,8 @@ _BOUNDS = {
 }
 _POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_threshold", "lora.alpha", "optimiser.eps",
              "optimiser.clip_norm")  # fmt: skip
-_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data")  # -1, or at least 1
+# -1, or at least 1
+_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data", "mesh.samples_per_device")
 
 
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
