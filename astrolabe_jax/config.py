@@ -254,13 +254,16 @@ _POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_thre
 _OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data", "mesh.samples_per_device")
 
 
-def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
+def validate(
+    config: ConfigDict, reward_names: Collection[str], devices: int, backend: str, announced: Collection[str] = ()
+) -> None:
     """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
 
-    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with so many `devices`.
-    What depends on the base model or the prompts: prepare.py.
+    `reward_names` are those that the program knows, `announced` those that a later one will; `backend` is JAX's, 'cpu',
+    'gpu' or 'tpu', with so many `devices`. What depends on the base model or the prompts: prepare.py.
     """
-    faults = [*_field_faults(config), *_reward_faults(config, reward_names), *_attention_faults(config, backend)]
+    faults = [*_field_faults(config), *_reward_faults(config, reward_names, announced)]
+    faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
         faults = [*_batch_faults(config, devices), *_kl_faults(config)]
     if faults:
@@ -317,12 +320,18 @@ def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
         )
 
 
-def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
+def _reward_faults(config: ConfigDict, reward_names: Collection[str], announced: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
         yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
     for name, weight in config.rewards.items():
-        if name not in reward_names:
+        if name not in reward_names and name in announced:
+            yield (
+                f"config.rewards.{name}: this version does not have this published reward yet; a reward of your own is "
+                "one function and one line in astrolabe_jax/rewards/__init__.py, and the word rewards=NAME[+NAME...] "
+                f"in a recipe's argument takes it, or one of {known}, instead of the published ones"
+            )
+        elif name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
         if not _finite(weight):
             yield f"config.rewards.{name} is {weight!r}; expected a finite weight"

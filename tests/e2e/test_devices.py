@@ -1,4 +1,4 @@
-"""One epoch of the demo, from prompts to update, on one device and on several, whole and in pieces: the same videos, losses and policies."""
+"""One epoch of the demo, from prompts to update, is the same on one device, on several, and cut into pieces."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from tests.policies import assert_same_state
 
 
 def first_epoch(base, workdir, mesh, monkeypatch, **changes):
-    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its frames encoded again."""
+    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its frames once more."""
     monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
     run = prepare.prepare(runs.small_config(base, **changes), workdir)
     videos, sample = [], train.generate
