@@ -43,6 +43,8 @@ MAY_DIFFER = frozenset(
         "train.checkpoints_kept",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.samples_per_device",
+        "prompts.tuned_for",
         "model.attention",
     )
 )

@@ -31,8 +31,13 @@ def _generation(config: ConfigDict) -> None:
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.
     config.base = "moving_shapes"
+<<<<<<< HEAD
     # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth), or
     # a base directory. Empty: the base's own.
+=======
+    # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth),
+    # or a base directory. Empty: the base's own.
+>>>>>>> recipes
     config.transformer = ""
 
     config.model = ConfigDict()
@@ -78,6 +83,8 @@ def _generation(config: ConfigDict) -> None:
     # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with `repeated` times K
     # videos each. 1: all groups are distinct; -1: every batch of the epoch.
     config.prompts.repeated = 1
+    # Videos per epoch, G K, for which a recipe's rates were chosen: a run with others says so. 0: no opinion.
+    config.prompts.tuned_for = 0
 
 
 def _objective(config: ConfigDict) -> None:
@@ -145,6 +152,8 @@ def _running(config: ConfigDict) -> None:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
     config.mesh.fsdp = 1  # devices that the parameters are split over
+    # Videos that a device works on at once; larger batches are cut into pieces, with equal arithmetic. -1: no limit.
+    config.mesh.samples_per_device = -1
 
 
 # The published behaviour, one switch each (objective.md section 14); `--config=FILE:reference` sets all.
@@ -186,6 +195,17 @@ def repeats(config: ConfigDict) -> int:
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
 
+def piece(config: ConfigDict, batch: int, devices: int) -> int:
+    """Videos of a `batch`, which the devices divide, that are worked on at once, over all `devices`.
+
+    It is the largest divisor of the batch that gives no device more than mesh.samples_per_device.
+    """
+    each, limit = batch // devices, config.mesh.samples_per_device
+    if limit == -1:
+        return batch
+    return devices * max(size for size in range(1, min(limit, each) + 1) if each % size == 0)
+
+
 _CHOICES = {
     "model.size": ("", "wan_1.3b", "wan_14b"),
     "model.dtype": ("float32", "bfloat16"),
@@ -223,6 +243,7 @@ _BOUNDS = {
     "video.decode_chunk": (1, math.inf),
     "prompts.groups": (1, math.inf),
     "prompts.candidates": (1, math.inf),
+    "prompts.tuned_for": (0, math.inf),
     "loss.kl_weight": (0, math.inf),
     "kl.reset_epochs": (1, math.inf),
     "lora.rank": (1, math.inf),
@@ -243,16 +264,20 @@ _BOUNDS = {
 }
 _POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_threshold", "lora.alpha", "optimiser.eps",
              "optimiser.clip_norm")  # fmt: skip
-_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data")  # -1, or at least 1
+# -1, or at least 1
+_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data", "mesh.samples_per_device")
 
 
-def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
+def validate(
+    config: ConfigDict, reward_names: Collection[str], devices: int, backend: str, announced: Collection[str] = ()
+) -> None:
     """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
 
-    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with so many `devices`.
-    What depends on the base model or the prompts: prepare.py.
+    `reward_names` are those that the program knows, `announced` those that a later one will; `backend` is JAX's, 'cpu',
+    'gpu' or 'tpu', with so many `devices`. What depends on the base model or the prompts: prepare.py.
     """
-    faults = [*_field_faults(config), *_reward_faults(config, reward_names), *_attention_faults(config, backend)]
+    faults = [*_field_faults(config), *_reward_faults(config, reward_names, announced)]
+    faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
         faults = [*_batch_faults(config, devices), *_kl_faults(config)]
     if faults:
@@ -316,12 +341,18 @@ def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
         )
 
 
-def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
+def _reward_faults(config: ConfigDict, reward_names: Collection[str], announced: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
         yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
     for name, weight in config.rewards.items():
-        if name not in reward_names:
+        if name not in reward_names and name in announced:
+            yield (
+                f"config.rewards.{name}: this version does not have this published reward yet; a reward of your own is "
+                "one function and one line in astrolabe_jax/rewards/__init__.py, and the word rewards=NAME[+NAME...] "
+                f"in a recipe's argument takes it, or one of {known}, instead of the published ones"
+            )
+        elif name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
         if not _finite(weight):
             yield f"config.rewards.{name} is {weight!r}; expected a finite weight"

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import prompts, sharding
 from astrolabe_jax.advantages import total_reward
+from astrolabe_jax.config import piece
 from astrolabe_jax.generate import encode_texts, generate, score
 from astrolabe_jax.models import layers
 from astrolabe_jax.prepare import Run
@@ -42,7 +43,7 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     world = prompts.world_of(run.config.prompts.test)
     if world is None or not run.config.eval.ceiling:
         return None
-    batch, size, parts = held_out(run), run.config.sampler.batch, []
+    batch, size, parts = held_out(run), piece(run.config, run.config.sampler.batch, run.mesh.size), []
     for start in range(0, len(batch.texts), size):
         part = batch.part(slice(start, start + size))
         videos = np.stack([world.sample(*_draw(run, part, j), run.config.video.frames) for j in range(len(part.texts))])

@@ -1,6 +1,7 @@
-"""Stages rollout, decode and rewards for a list of videos, one sampling batch at a time: training and evaluation alike.
+"""Stages rollout, decode and rewards for a list of videos, one piece at a time: training and evaluation alike.
 
-The videos do not depend on how they are cut into batches.
+A piece is a sampling batch, or as much of it as the devices may hold at once (config.piece). The videos do not depend
+on how they are cut into pieces.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import encode, rewards, sharding
+from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Progress
@@ -24,7 +26,7 @@ class RewardError(Exception):
 
 
 class Videos(NamedTuple):
-    """A sampling batch. `latents` may go on beyond the B videos asked for, which filled up the batch."""
+    """A piece. `latents` may go on beyond the B videos asked for, which filled it up."""
 
     latents: jax.Array  # [B or more, F, C, H, W]
     frames: np.ndarray  # [B, T, height, width, 3] uint8
@@ -54,10 +56,10 @@ def generate(
 
     Raises RewardError for a reward that is not finite, FloatingPointError for latents that are not.
     """
-    size, count = run.config.sampler.batch, len(batch.texts)
+    size, count = piece(run.config, run.config.sampler.batch, run.mesh.size), len(batch.texts)
     starts = range(0, count, size)
     for i, start in enumerate(starts):
-        videos = np.resize(np.arange(start, min(start + size, count)), size)  # the last batch is filled up
+        videos = np.resize(np.arange(start, min(start + size, count)), size)  # the last piece is filled up
         with progress.phase("rollout"):
             placed = sharding.shard_batch(run.mesh, (texts.embeddings[texts.row[videos]], keys[videos]))
             latents = jax.block_until_ready(_sample(run, adapter, *placed))

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, prompts, rewards, sharding
+from astrolabe_jax import checkpoint, prompts, published, rewards, sharding
 from astrolabe_jax.config import flatten, repeats, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -54,11 +54,12 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     Raises ValueError or OSError whose message names the field, file or line at fault, and the next step.
     """
     workdir = Path(workdir)
-    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
+    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
     with _blame("config.rewards"):
         rewards.validate(config.rewards)
     numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
     with _blame("config.base"):
+<<<<<<< HEAD
         sizes = bases.configs(config.base, config.model.size, **numerics)
         tokenizer = load_tokenizer(bases.tokenizer_of(config.base))
     layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
@@ -66,6 +67,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         layout.check_frames(latent_shape[0])
     with _blame("config.loss.mask_block"):
         training_layout(config, layout).check_frames(latent_shape[0])
+=======
+        sizes = bases.configs(config.base, **numerics)
+        tokenizer = load_tokenizer(bases.directory_of(config.base))
+    layout, sampler, latent_shape = geometry(config, sizes)
+>>>>>>> recipes
     lists = {
         "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
@@ -92,12 +98,33 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     )
 
 
+<<<<<<< HEAD
 def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
     """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split over `fsdp`."""
     if part == "vae":
         return sharding.replicate(mesh, leaf)
     tree = functools.reduce(lambda node, key: {key: node}, reversed(path), leaf)  # the rule goes by the path
     return jax.tree.leaves(sharding.shard_params(mesh, tree))[0]
+=======
+def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
+    """Blocks, denoising steps and the shape (F, C, H, W) of a video's latents for nets of these sizes (bases.configs).
+
+    Raises ValueError, naming the fields, where they do not fit each other.
+    """
+    layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
+    with _blame("config.video.frames and config.model"):
+        layout.check_frames(latent_shape[0])
+    with _blame("config.loss.mask_block"):
+        training_layout(config, layout).check_frames(latent_shape[0])
+    return layout, sampler, latent_shape
+
+
+def _placed(base: Base, mesh: Mesh) -> Base:
+    """The base with its parameters on the mesh: the VAE whole on every device, the large nets split over `fsdp`."""
+    places = {"transformer": sharding.shard_params, "text": sharding.shard_params, "vae": sharding.replicate}
+    nets = {name: getattr(base, name) for name in places}
+    return base._replace(**{name: net._replace(params=places[name](mesh, net.params)) for name, net in nets.items()})
+>>>>>>> recipes
 
 
 def _layout(config: ConfigDict) -> Layout:
@@ -123,7 +150,7 @@ def _sampler(config: ConfigDict) -> Sampler:
         return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
 
 
-def _latent_shape(config: ConfigDict, sizes: dict[str, Any]) -> tuple[int, int, int, int]:
+def _latent_shape(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """(F, C, H, W) of a video; refuses sizes that the VAE or the patches do not divide."""
     video, vae, net = config.video, sizes["vae"], sizes["transformer"]
     with _blame("config.video.frames"):

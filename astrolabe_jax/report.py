@@ -29,7 +29,7 @@ from tensorboardX import SummaryWriter
 
 import astrolabe_jax
 from astrolabe_jax import pictures
-from astrolabe_jax.config import flatten, repeats, samples
+from astrolabe_jax.config import flatten, piece, repeats, samples
 from astrolabe_jax.convert.files import write_atomic
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import init_cache
@@ -139,15 +139,33 @@ class Metrics:
 
 def opening(run: Run) -> str:
     """The summary of what will run: a title and aligned rows."""
-    rows = _describe(run)
+    devices = f"{run.mesh.size} x {jax.devices()[0].device_kind}, {jax.process_count()} process"
+    return titled(run.config.name, describe(run, devices) | {"workdir": str(run.workdir)})
+
+
+def titled(title: str, rows: Mapping[str, str]) -> str:
+    """The program's version and a title, then the rows, aligned."""
     width = max(map(len, rows))
-    title = f"astrolabe_jax {astrolabe_jax.__version__}: {run.config.name}"
-    return "\n".join([title, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+    lines = [f"astrolabe_jax {astrolabe_jax.__version__}: {title}"]
+    return "\n".join([*lines, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+
+
+def warnings(run: Run) -> list[str]:
+    """What a run says once, at its start, about settings that may be meant but are seldom."""
+    config, count = run.config, samples(run.config)
+    if config.prompts.tuned_for in (0, count):
+        return []
+    return [
+        f"warning: an epoch has {count} videos, the recipe's {config.prompts.tuned_for}: its learning rate and KL "
+        f"weight were chosen for those; go back to them (config.prompts.groups x candidates), or choose rates for "
+        f"{count} and say so with --config.prompts.tuned_for={count}"
+    ]
 
 
 def memory(run: Run) -> dict[str, int]:
     """Bytes per device of the large arrays, from their shapes; activations come on top."""
-    config, batch, devices = run.config, run.config.sampler.batch, run.mesh.size
+    config, devices = run.config, run.mesh.size
+    batch = piece(config, config.sampler.batch, devices)
     cache = jax.eval_shape(
         lambda: init_cache(run.base.transformer.config, run.layout, batch, run.latent_shape[0], run.latent_shape[2:])
     )
@@ -324,8 +342,8 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _describe(run: Run) -> dict[str, str]:
-    """The rows of the opening summary."""
+def describe(run: Run, devices: str) -> dict[str, str]:
+    """The rows of the opening summary; shapes suffice: plan.py has a run without weights, prompts and devices."""
     config, base, mesh = run.config, run.base, run.mesh
     frames, channels, rows, columns = run.latent_shape
     sizes = {name: parameter_count(getattr(base, name).params) for name in ("transformer", "text", "vae")}
@@ -335,9 +353,13 @@ def _describe(run: Run) -> dict[str, str]:
     prompts_, optimiser = config.prompts, config.optimiser
     updates = optimiser.inner_epochs * optimiser.steps_per_pass
     sizes_ = memory(run)
+    sampled, trained = (piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimiser.microbatch))
+    accumulated = samples(config) // (optimiser.steps_per_pass * trained)
+    train_prompts, test_prompts = (f"{len(lines)} " if lines else "" for lines in (run.train_prompts, run.test_prompts))
     return {
-        "model": f"{config.base}: transformer {count(sizes['transformer'])} ({net.num_layers} layers of {net.dim}), "
-        f"text encoder {count(sizes['text'])}, VAE {count(sizes['vae'])} parameters; {config.model.dtype}",
+        "model": f"{config.transformer or config.base}: transformer {count(sizes['transformer'])} "
+        f"({net.num_layers} layers of {net.dim}), text encoder {count(sizes['text'])}, "
+        f"VAE {count(sizes['vae'])} parameters; {config.model.dtype}",
         "policy": f"LoRA of rank {config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
         f"steps at {steps}; blocks of {config.model.block} latent frames, each sees {window}",
         "videos": f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
@@ -345,15 +367,15 @@ def _describe(run: Run) -> dict[str, str]:
         "rewards": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()),
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
-        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts of {len(run.train_prompts)}, "
+        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} of {train_prompts}prompts, "
         f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at {optimiser.learning_rate:g}",
+        "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // mesh.size} per device; "
+        f"{accumulated} of {trained} for the gradient of a step, {trained // mesh.size} per device",
         "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on {config.eval.videos} videos of "
-        f"{len(run.test_prompts)} held-out prompts; a checkpoint every {config.train.checkpoint_every} epochs",
-        "devices": f"{mesh.size} x {jax.devices()[0].device_kind} (data {mesh.shape['data']} x fsdp "
-        f"{mesh.shape['fsdp']}), {jax.process_count()} process",
+        f"{test_prompts}held-out prompts; a checkpoint every {config.train.checkpoint_every} epochs",
+        "devices": f"{devices}; data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
         "memory": f"{sum(sizes_.values()) / 2**20:,.0f} MiB per device and activations: "
         + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes_.items()),
-        "workdir": str(run.workdir),
     }
 
 

@@ -70,6 +70,8 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
     """
     config, count = run.config, run.config.train.epochs
     say(report.opening(run))
+    for line in report.warnings(run):
+        say(line)
     if point.epoch:
         say(f"going on after epoch {point.epoch} of {count}")
     began = saved = point.epoch

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import losses, sharding
+from astrolabe_jax.config import piece
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.schedule import T_MAX, Schedule, add_noise, sigma_of, velocity_to_x0, warp
@@ -50,7 +51,7 @@ class Samples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The samples of one optimiser step as m microbatches of B."""
+    """The samples of one optimiser step as m microbatches, or pieces of them, of B."""
 
     latents: jax.Array  # [m, B, F, C, H, W]
     r: jax.Array  # [m, B]
@@ -290,6 +291,12 @@ def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Pl
     return Plan(order.reshape(shape), t.reshape(shape), kl_weight.reshape(shape))
 
 
+def cut(config: ConfigDict, plan: Plan, devices: int) -> Plan:
+    """The plan with microbatches in pieces that the devices can hold: the same samples, timesteps and weights."""
+    size = piece(config, plan.order.shape[2], devices)
+    return Plan(*(part.reshape(len(part), -1, size) for part in plan))
+
+
 def update(
     train_step: Callable,
     config: ConfigDict,
@@ -307,7 +314,7 @@ def update(
     """
     text = sharding.replicate(mesh, samples.text)
     for turn in range(config.optimiser.inner_epochs):
-        plan = plan_pass(config, epoch, turn, samples.mask)
+        plan = cut(config, plan_pass(config, epoch, turn, samples.mask), mesh.size)
         for i, (order, t, kl_weight) in enumerate(zip(*plan, strict=True), start=turn * len(plan.order)):
             latents, key = _gather(samples.latents, samples.key, order, turn, mesh)
             r, prompt = samples.r[order].astype(np.float32), samples.prompt[order]

@@ -17,16 +17,16 @@ SOURCES = {
 
 # From the ground up: a module imports only from lower layers, or from its own where that is allowed.
 LAYERS = {
-    "ground": ("types", "config", "recipes", "stop", "__init__", "convert.files"),
+    "ground": ("types", "config", "published", "recipes", "stop", "__init__", "convert.files"),
     "time and place": ("schedule", "sharding"),
     "nets": ("models",),
     "rooms": ("convert", "rewards", "worlds", "pictures"),
-    "stages": ("prompts", "encode", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
+    "stages": ("prompts", "encode", "scenes", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
     "run": ("prepare", "report"),
-    "videos": ("generate",),
+    "videos": ("generate", "stream"),
     "evaluation": ("evaluate",),
     "conductor": ("train",),
-    "entry": ("main", "convert.__main__"),
+    "entry": ("main", "plan", "sample", "convert.__main__"),
 }
 ORDER = list(LAYERS)
 WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
@@ -84,9 +84,9 @@ def test_two_modules_know_orbax():
     assert knowing == ["checkpoint", "convert.store"]
 
 
-def test_recipes_import_only_the_config():
+def test_recipes_import_only_the_config_and_the_published_runs():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
-        assert imports(path) <= {"config"}
+        assert imports(path) <= {"config", "published"}
 
 
 def test_functions_and_files_stay_short():
@@ -115,7 +115,7 @@ def fields_read(fields: set[str]) -> set[str]:
         tree = ast.parse(path.read_text())
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-            if module != "config" or function.name in ("samples", "repeats"):
+            if module not in ("config", "published") or function.name in ("samples", "repeats", "piece"):
                 given = "mesh" if function.name == "make_mesh" else ""  # what its parameter `config` is
                 found |= _read_in(function, {"config": given}, fields, strings)
     return found

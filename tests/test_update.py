@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from astrolabe_jax import sharding, update
@@ -19,7 +21,7 @@ from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
 from astrolabe_jax.schedule import velocity_to_x0
-from tests.meshes import ONE
+from tests.meshes import ONE, mesh_of
 from tests.models import tiny
 from tests.policies import assert_same_state
 
@@ -268,10 +270,46 @@ def test_a_non_finite_adapter_leaves_the_state_alone():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
 
 
-def run_epoch(config, samples, state=None):
+@functools.cache
+def whole_epoch(reduction, draw):
+    """Two steps of one microbatch each, on one device, nothing cut."""
+    return run_epoch(cut_config(reduction, draw, -1), make_samples(4 * SAMPLES))
+
+
+def cut_config(reduction, draw, limit):
+    fields = {"kl__reduction": reduction, "loss__timestep_draw": draw, "mesh__samples_per_device": limit}
+    return make_config(optimiser__microbatch=2 * SAMPLES, optimiser__steps_per_pass=2, **fields)
+
+
+@pytest.mark.parametrize(("devices", "limit"), [(1, 3), (2, 5), (8, 1)])
+@pytest.mark.parametrize(("reduction", "draw"), [("epoch", "stratified"), ("microbatch", "batch")])
+def test_devices_that_hold_less_take_the_same_steps_in_pieces(devices, limit, reduction, draw):
+    """Sums over smaller pieces: losses, gradients and policies agree to rounding."""
+    config = cut_config(reduction, draw, limit)
+    steps = run_epoch(config, make_samples(4 * SAMPLES), mesh=mesh_of(devices=jax.devices()[:devices]))
+    for got, want in zip(steps, whole_epoch(reduction, draw), strict=True):
+        for name in got[1]:
+            np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-5, err_msg=name)
+        assert_same_state(got[0], want[0])
+
+
+@given(devices=st.sampled_from([1, 2, 4, 8]), each=st.integers(1, 12), limit=st.integers(1, 16) | st.just(-1))
+def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, each, limit):
+    config = make_config(optimiser__microbatch=devices * each, kl__reduction="microbatch", loss__timestep_draw="batch")
+    config.mesh.samples_per_device = limit
+    mask = np.arange(3 * devices * each) % 3 > 0
+    whole = plan(config, mask=mask)
+    pieces = update.cut(config, whole, devices)
+    for part, wanted in zip(pieces, whole, strict=True):
+        np.testing.assert_array_equal(part.reshape(-1), wanted.reshape(-1))
+    size, rest = divmod(pieces.order.shape[2], devices)
+    fitting = [p for p in range(1, each + 1) if each % p == 0 and (limit == -1 or p <= limit)]
+    assert rest == 0 and size == max(fitting)
+
+
+def run_epoch(config, samples, state=None, mesh=ONE):
     """Every (state, metrics) that `update` yields for epoch 2, on the host."""
-    mesh = ONE
-    state = make_state(config) if state is None else sharding.replicate(mesh, state)
+    state = make_state(config, mesh) if state is None else sharding.replicate(mesh, state)
     step = compiled(make_config().to_json(), mesh)  # how steps and passes divide an epoch is not compiled in
     steps = update.update(step, config, mesh, state, tiny.model()[1], samples, 2)
     return [jax.device_get((state, metrics)) for state, metrics in steps]

@@ -1,4 +1,4 @@
-"""One epoch of the demo, from prompts to update, on one device and on eight: the same videos, losses and policies."""
+"""One epoch of the demo, from prompts to update, is the same on one device, on several, and cut into pieces."""
 
 import jax
 import numpy as np
@@ -13,10 +13,10 @@ from tests.meshes import ONE, mesh_of
 from tests.policies import assert_same_state
 
 
-def first_epoch(base, workdir, mesh, monkeypatch):
-    """(run, latents, frames, record, state after) of the production epoch, and latents of its frames encoded again."""
+def first_epoch(base, workdir, mesh, monkeypatch, **changes):
+    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its frames once more."""
     monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
-    run = prepare.prepare(runs.small_config(base), workdir)
+    run = prepare.prepare(runs.small_config(base, **changes), workdir)
     videos, sample = [], train.generate
 
     def kept(*arguments):
@@ -29,11 +29,16 @@ def first_epoch(base, workdir, mesh, monkeypatch):
     step = make_train_step(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
     point, record = train._epoch(run, train.resume(run), step, Progress({}, lambda: None))
     monkeypatch.undo()
-    (part,) = videos
-    again = evaluate._encode(
-        run.base.vae.graphdef, run.base.vae.params, sharding.shard_batch(run.mesh, part.frames), mesh=run.mesh
-    )
-    return run, part.latents, part.frames, record, point.state, again
+    vae = run.base.vae
+    again = [
+        evaluate._encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, part.frames), mesh=run.mesh)
+        for part in videos
+    ]
+    for array in (*again, *(part.latents for part in videos)):  # whole videos on every device, evenly
+        assert array.sharding.is_equivalent_to(sharding.batch_sharding(mesh), array.ndim)
+    frames = np.concatenate([part.frames for part in videos])
+    latents, again = (np.concatenate(parts) for parts in ([part.latents for part in videos], again))
+    return run, len(videos), latents, frames, record, point.state, again
 
 
 def random_adapter(run):
@@ -49,17 +54,20 @@ def on_one_device(base, tmp_path_factory):
         return first_epoch(base, tmp_path_factory.mktemp("one") / "run", ONE, monkeypatch)
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
-def test_an_epoch_is_the_same_on_eight_devices(on_one_device, base, tmp_path, monkeypatch, data, fsdp):
-    mesh = mesh_of(data, fsdp)
-    run, latents, frames, record, state, again = first_epoch(base, tmp_path / "run", mesh, monkeypatch)
-    _, want_latents, want_frames, want_record, want_state, want_again = on_one_device
+@pytest.mark.parametrize("data, fsdp, limit, pieces", [(8, 1, -1, 1), (2, 4, -1, 1), (2, 1, 3, 2)])
+def test_an_epoch_is_the_same_on_other_devices_and_in_pieces(
+    on_one_device, base, tmp_path, monkeypatch, data, fsdp, limit, pieces
+):
+    mesh = mesh_of(data, fsdp, jax.devices()[: data * fsdp])
+    run, parts, latents, frames, record, state, again = first_epoch(
+        base, tmp_path / "run", mesh, monkeypatch, **{"mesh.samples_per_device": limit}
+    )
+    assert parts == pieces
+    _, _, want_latents, want_frames, want_record, want_state, want_again = on_one_device
 
     whole = {name: all(leaf.is_fully_replicated for leaf in jax.tree.leaves(getattr(run.base, name).params))
              for name in ("transformer", "text", "vae")}  # fmt: skip
     assert whole == {"transformer": fsdp == 1, "text": fsdp == 1, "vae": True}
-    for array in (latents, again):
-        assert array.sharding.is_equivalent_to(sharding.batch_sharding(mesh), array.ndim)  # one video to a device
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
 
     np.testing.assert_allclose(latents, want_latents, atol=2e-5)
