@@ -31,13 +31,8 @@ def _generation(config: ConfigDict) -> None:
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.
     config.base = "moving_shapes"
-<<<<<<< HEAD
-    # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth), or
-    # a base directory. Empty: the base's own.
-=======
     # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth),
     # or a base directory. Empty: the base's own.
->>>>>>> recipes
     config.transformer = ""
 
     config.model = ConfigDict()

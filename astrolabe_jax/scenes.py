@@ -72,6 +72,11 @@ def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Sc
     return scenes
 
 
+def is_plain(text: str) -> bool:
+    """Whether a prompt has neither scenes nor durations, nor what looks like one."""
+    return "|" not in text and not _LOOKS_LIKE_A_TAG.search(text)
+
+
 def _blocks(seconds: float, block: int, fps: int, stride: int) -> int:
     return max(1, math.floor(seconds * fps / (stride * block)))
 
@@ -159,6 +164,8 @@ def shots(
     for end in ends:
         part, before = scenes[begin : end + 1], 0 if begin else given
         shown = round(sum(scene.seconds for scene in part) * fps) + (1 + stride * (before - 1) if before else 0)
+        least = _whole_blocks(layout, before, before + layout.block * (sum(scene.blocks for scene in part) - 1) + 1)
+        shown = max(shown, 1 + stride * (least - 1)) if any(scene.blocks for scene in part) else shown
         if frames and end == last:
             shown = left
         left -= shown

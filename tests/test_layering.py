@@ -22,7 +22,7 @@ LAYERS = {
     "nets": ("models",),
     "rooms": ("convert", "rewards", "worlds", "pictures"),
     "stages": ("prompts", "encode", "scenes", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
-    "run": ("prepare", "report"),
+    "run": ("prepare", "report", "requests"),
     "videos": ("generate", "stream"),
     "evaluation": ("evaluate",),
     "conductor": ("train",),

@@ -65,6 +65,17 @@ def write_atomic(path: Path, payload: bytes) -> None:
         file.write(payload)
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    """The JSON objects, one a line, of a file some of whose lines may be half written or spoilt; none of no file."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; ValueError naming the file if there is none in it."""
     try:
