@@ -195,6 +195,13 @@ def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
     return {name: step.shape for step in _resolve(table, expected) for name in step.names}
 
 
+def overlap(table: Sequence[Rule], names: Iterable[str]) -> int:
+    """How many of the names are sources of the table, of any layer."""
+    stacked = [re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source]
+    plain, layer = {rule.source for rule in table}, re.compile("|".join(stacked) or r"(?!)")
+    return sum(name in plain or layer.fullmatch(name) is not None for name in names)
+
+
 def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
     """Nested dict -> {key path: leaf}, in the order of the tree."""
     flat = {}
