@@ -120,7 +120,7 @@ def open_lora(
     one that cannot be read or holds a variant of LoRA that the adapter tree cannot hold, engine.ConversionError for
     tensors that do not fit, and FileNotFoundError.
     """
-    weights, config, source = _find(Path(path))
+    weights, config, source = find(Path(path))
     found = open_weights(weights, containers=("generator_lora", *CONTAINERS)).tensors
     if source is None and weights.suffix == ".safetensors" and DIFFUSERS_METADATA in safetensors_metadata(weights):
         source, config = weights, _diffusers_config(weights)
@@ -143,7 +143,7 @@ def open_lora(
     return adapter, 1.0 if scale is None else scale
 
 
-def _find(path: Path) -> tuple[Path, dict | None, Path | None]:
+def find(path: Path) -> tuple[Path, dict | None, Path | None]:
     """(file of weights, PEFT config or None, the config's path) of an adapter."""
     if path.is_file():
         return path, None, None
