@@ -17,8 +17,8 @@ from astrolabe_jax import checkpoint, prompts, published, rewards, sharding
 from astrolabe_jax.config import flatten, repeats, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
-from astrolabe_jax.convert.lora import load_peft
-from astrolabe_jax.models.lora import adapter_shapes, init_adapter
+from astrolabe_jax.convert.lora import load_lora
+from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
@@ -194,7 +194,7 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
         key = jax.random.fold_in(jax.random.key(config.seed), Purpose.ADAPTER)
         return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
     with blame("config.lora.init"):
-        adapter, scale = load_peft(lora.init, adapter_shapes(net, lora.rank, dtype))
+        adapter, scale = load_lora(lora.init, net, lora.rank, dtype)
         if scale != lora.alpha / lora.rank:
             raise ValueError(
                 f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is {lora.alpha / lora.rank:g}; "

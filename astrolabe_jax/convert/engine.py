@@ -77,7 +77,7 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """A leaf that is not read yet: np.asarray reads it, layer by layer."""
+    """A leaf that is not read yet: np.asarray reads it, layer by layer, stack[i] one layer."""
 
     shape: Shape
     dtype: np.dtype
@@ -88,6 +88,9 @@ class Stack:
     def size(self) -> int:
         """Elements; the writer of Orbax asks for it."""
         return math.prod(self.shape)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return np.asarray(self.pieces[i])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if not self.stacked:
@@ -159,6 +162,20 @@ def stacks(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) ->
     return {step.path: _stack(step, tensors) for step in steps}
 
 
+def with_dtypes(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> dict:
+    """The tree `expected` with each leaf in the dtype of its tensors; ConversionError where layers differ in it."""
+    found, faults = {}, []
+    for step in _resolve(table, expected):
+        dtypes = {str(tensors[name].dtype) for name in step.names}
+        if len(dtypes) > 1:
+            faults.append(
+                f"dtypes of {step.names[0]} and its other layers: {', '.join(sorted(dtypes))}; give one --dtype"
+            )
+        found[step.path] = Stack(tuple(step.leaf.shape), np.dtype(tensors[step.names[0]].dtype), step.stacked, ())
+    _refuse(faults)
+    return nested(found.items())
+
+
 def _stack(step: _Step, tensors: Mapping[str, Any]) -> Stack:
     shape, dtype = tuple(step.leaf.shape), np.dtype(step.leaf.dtype)
     part = shape[1:] if step.stacked else shape
@@ -195,6 +212,13 @@ def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
     return {name: step.shape for step in _resolve(table, expected) for name in step.names}
 
 
+def overlap(table: Sequence[Rule], names: Iterable[str]) -> int:
+    """How many of the names are sources of the table, of any layer."""
+    stacked = [re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source]
+    plain, layer = {rule.source for rule in table}, re.compile("|".join(stacked) or r"(?!)")
+    return sum(name in plain or layer.fullmatch(name) is not None for name in names)
+
+
 def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
     """Nested dict -> {key path: leaf}, in the order of the tree."""
     flat = {}
@@ -223,6 +247,11 @@ def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
 
 def check(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that lacks a tensor, holds one nobody reads, or holds one of another shape."""
+    _refuse(mismatches(wanted, tensors))
+
+
+def mismatches(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[str]:
+    """What `check` refuses, one line for each tensor."""
     faults = [f"missing tensor: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
     faults += [f"unused tensor: {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
     faults += [
@@ -230,7 +259,7 @@ def check(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
         for name, shape in wanted.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
-    _refuse(faults)
+    return faults
 
 
 class Shapes:

@@ -8,7 +8,6 @@ missing or misspelt is reported in the format of the file.
 import dataclasses
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -171,7 +170,7 @@ def rules(part: str, config: Any, form: str = "original") -> list[engine.Rule]:
 def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     """(part, format) whose names these are; ValueError if they are those of none."""
     overlaps = {
-        (part, form): _overlap(rules(part, entry.published, form), tensors)
+        (part, form): engine.overlap(rules(part, entry.published, form), tensors)
         for part, entry in PARTS.items()
         for form in entry.formats
     }
@@ -186,14 +185,8 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
 def format_of(part: str, tensors: Mapping[str, Any]) -> str:
     """The format of a part whose names these are, most of them."""
     entry = PARTS[part]
-    overlaps = {form: _overlap(rules(part, entry.published, form), tensors) for form in entry.formats}
+    overlaps = {form: engine.overlap(rules(part, entry.published, form), tensors) for form in entry.formats}
     return max(overlaps, key=overlaps.get)
-
-
-def _overlap(table: list[engine.Rule], names: Mapping[str, Any]) -> int:
-    stacked = [re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source]
-    plain, layer = {rule.source for rule in table}, re.compile("|".join(stacked) or r"(?!)")
-    return sum(name in plain or layer.fullmatch(name) is not None for name in names)
 
 
 def without_aliases(part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Self-Forcing has `generator_ema` and `model.`, Causal Forcing adds `_fsdp_wrappe
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ READERS = {
     ".bin": read_torch,
 }
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")  # the first that is there is read
-ADAPTERS = ("generator_lora", "critic_lora")  # of LongLive's lora.pt; read where they are asked for
 _PREFIXES = re.compile(r"^(model\.|diffusion_model\.|module\.|generator\.|net\.|base_model\.model\.)+")
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 NOT_WEIGHTS = frozenset({"freqs"})  # the rotary table, which some writers store
@@ -49,11 +48,11 @@ def read_weights(path: Path | str, entry: str = "") -> dict[str, Lazy]:
     return open_weights(path, entry).tensors
 
 
-def open_weights(path: Path | str, entry: str = "") -> Weights:
+def open_weights(path: Path | str, entry: str = "", containers: Sequence[str] = CONTAINERS) -> Weights:
     """Opens a published file; a tensor is read when it is asked for.
 
     Where a training checkpoint holds several state dicts, `entry` names the one to read; without it the first of
-    CONTAINERS is read, and a warning says so. Raises ValueError naming the file for one that cannot be read or whose
+    `containers` is read, and a warning says so. Raises ValueError naming the file for one that cannot be read or whose
     names do not make one state dict, or OSError.
     """
     path = Path(path)
@@ -61,7 +60,7 @@ def open_weights(path: Path | str, entry: str = "") -> Weights:
     if suffix is None:
         raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
     tree = READERS[suffix](path)
-    found, state = _state_dict(tree, path, entry)
+    found, state = _state_dict(tree, path, entry, containers)
     names: dict[str, list[str]] = {}
     prefixes = {}
     for name in state:
@@ -77,8 +76,8 @@ def open_weights(path: Path | str, entry: str = "") -> Weights:
     return Weights(tensors, tuple(map(str, tree)) if found else (), found, tuple(prefixes))
 
 
-def _state_dict(tree: Any, path: Path, entry: str) -> tuple[str, Mapping[str, Lazy]]:
-    """The entry that was read and the dict of tensors in it: `entry`, or the innermost one through CONTAINERS."""
+def _state_dict(tree: Any, path: Path, entry: str, containers: Sequence[str]) -> tuple[str, Mapping[str, Lazy]]:
+    """The entry that was read and the dict of tensors in it: `entry`, or the innermost one through `containers`."""
     if not isinstance(tree, dict) or not tree:
         raise ValueError(f"{path} holds a {type(tree).__name__}; expected a state dict, with names and tensors")
     first, _, rest = entry.partition(".")
@@ -86,15 +85,15 @@ def _state_dict(tree: Any, path: Path, entry: str) -> tuple[str, Mapping[str, La
     if not odd and not entry:
         return "", tree
     inner = [str(name) for name, value in tree.items() if isinstance(value, dict)]
-    found = [name for name in ([first] if entry else CONTAINERS) if name in inner]
+    found = [name for name in ([first] if entry else containers) if name in inner]
     if not found and entry:
         raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(inner) or 'none'}")
     if not found:
         raise ValueError(
-            f"{path}: {odd[0]!r} is no tensor; expected one state dict, or one under {', '.join(CONTAINERS)}; "
+            f"{path}: {odd[0]!r} is no tensor; expected one state dict, or one under {', '.join(containers)}; "
             f"it holds {', '.join(map(str, list(tree)[:8]))}"
         )
     if len(found) > 1:
         logging.warning("%s holds %s: %s is read", path, " and ".join(found), found[0])
-    deeper, state = _state_dict(tree[found[0]], path, rest)
+    deeper, state = _state_dict(tree[found[0]], path, rest, containers)
     return f"{found[0]}.{deeper}".rstrip("."), state
