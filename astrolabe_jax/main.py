@@ -1,7 +1,6 @@
 """python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]"""
 
 import os
-import sys
 
 import jax
 from absl import app, flags, logging
@@ -14,16 +13,10 @@ DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before sta
 flags.mark_flag_as_required("config")
 
 
-def fail(message, status: int) -> None:
-    """One message, no traceback."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
 def main(argv: list[str]) -> None:
     """Prepares (status 2: what was asked for cannot be done) and trains (status 1: a number was not finite)."""
     if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+        recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
@@ -37,20 +30,12 @@ def main(argv: list[str]) -> None:
             run = prepare.prepare(CONFIG.value, WORKDIR.value)
             point = train.resume(run)
         except (ValueError, OSError) as error:
-            fail(error, 2)
+            recipes.fail(error, 2)
         try:
             train.train(run, point, check)
         except train.REFUSED as error:
-            fail(error, 1)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """The flags; whatever is wrong with a recipe or its fields becomes one message."""
-    try:
-        return flags.FLAGS(argv)
-    except recipes.ERRORS as error:
-        fail(recipes.message(error), 2)
+            recipes.fail(error, 1)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=recipes.parse)

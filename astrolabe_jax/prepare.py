@@ -57,9 +57,9 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
     with _blame("config.rewards"):
         rewards.validate(config.rewards)
-    numerics = {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
+    chosen = numerics(config)
     with _blame("config.base"):
-        sizes = bases.configs(config.base, **numerics)
+        sizes = bases.configs(config.base, **chosen)
         tokenizer = load_tokenizer(bases.directory_of(config.base))
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
@@ -68,7 +68,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     }
     _check_ceiling(config, lists["test"])
     with _blame("config.base"):
-        base = bases.load_base(config.base, **numerics)
+        base = bases.load_base(config.base, **chosen)
     adapter = _first_adapter(config, base)
     identity = {"base": base.identity}
     identity |= {f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()}
@@ -81,6 +81,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
+
+
+def numerics(config: ConfigDict) -> dict[str, Any]:
+    """What a run chooses about nets whose sizes are given: the keywords of bases.configs."""
+    return {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
 
 
 def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:

@@ -1,6 +1,7 @@
 """The flag --config: a recipe, its overrides --config.FIELD=VALUE, and what is said when one of them is wrong."""
 
 import re
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,6 +18,20 @@ def define() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, text, lock_config=False, accept_new_attributes=True)
 
 
+def parse(argv: list[str]) -> list[str]:
+    """The flags; whatever is wrong with a recipe or its fields becomes one message and status 2."""
+    try:
+        return flags.FLAGS(argv)
+    except ERRORS as error:
+        fail(message(error), 2)
+
+
+def fail(message: str | Exception, status: int) -> None:
+    """Ends a program with one message, without traceback."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
 def message(error: Exception) -> str:
     """What to tell the user about one of ERRORS: one line, without tracebacks."""
     text = str(error)
@@ -24,4 +39,5 @@ def message(error: Exception) -> str:
         text = re.sub(r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text)
         return "unknown config field " + text.replace("\\nDid", ": did").replace("\\", "").replace("'", "")
     # With a recipe's own error comes its traceback, which ends in the message.
-    return text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
+    last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
+    return last.removeprefix("ValueError: ")

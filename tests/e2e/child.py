@@ -10,7 +10,7 @@ import sys
 
 from absl import app
 
-from astrolabe_jax import main
+from astrolabe_jax import main, recipes
 
 
 def arm(where: str) -> None:
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     where = sys.argv.pop(1)
     if where != "-":
         arm(where)
-    app.run(main.main, flags_parser=main.parse)
+    app.run(main.main, flags_parser=recipes.parse)
