@@ -301,7 +301,8 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
     flat = flatten(config)
     for field, choices in _CHOICES.items():
         if flat[field] not in choices:
-            yield f"config.{field} is {flat[field]!r}; expected one of {', '.join(choices)}"
+            names = ", ".join(choice or "''" for choice in choices)
+            yield f"config.{field} is {flat[field]!r}; expected one of {names}"
     for field, (least, most) in _BOUNDS.items():
         if not least <= flat[field] <= most or math.isinf(flat[field]):
             upper = "" if most == math.inf else f" and at most {most}"

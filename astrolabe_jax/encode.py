@@ -34,19 +34,26 @@ def encode_prompts(
     ValueError for a prompt of more than S tokens (the published code truncates it silently).
     """
     ids, mask = tokenize(tokenizer, prompts, config.text_len)
-    chunks, size = [], -(-_BATCH // mesh.size) * mesh.size
+    chunks, size = [], call_size(mesh)
     for start in range(0, len(ids), size):
         part = [array[start : start + size] for array in (ids, mask)]
         fill = size - len(part[0])
         part = [np.concatenate([array, np.repeat(array[:1], fill, axis=0)]) for array in part]
-        encoded = _encode(graphdef, params, *sharding.shard_batch(mesh, part), mesh=mesh)
+        encoded = embed(graphdef, params, *sharding.shard_batch(mesh, part), mesh=mesh)
         chunks.append(sharding.to_host(encoded).astype(np.float32)[: size - fill])
     return np.concatenate(chunks) if chunks else np.zeros((0, config.text_len, config.dim), np.float32)
 
 
+def call_size(mesh: Mesh) -> int:
+    """Prompts of one call of `embed`."""
+    return -(-_BATCH // mesh.size) * mesh.size
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _encode(graphdef, params, ids, mask, *, mesh):
-    def embed(params, ids, mask):
+def embed(graphdef: Any, params: dict, ids: jax.Array, mask: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Token ids and mask [B, S] -> embeddings [B, S, E], in the encoder's dtype, samples split over all devices."""
+
+    def of_samples(params, ids, mask):
         return sharding.by_sample(layers.merge(graphdef, params).embed(ids, mask))
 
-    return sharding.on_mesh(mesh, embed)(params, ids, mask)
+    return sharding.on_mesh(mesh, of_samples)(params, ids, mask)

@@ -62,7 +62,7 @@ def generate(
         videos = np.resize(np.arange(start, min(start + size, count)), size)  # the last piece is filled up
         with progress.phase("rollout"):
             placed = sharding.shard_batch(run.mesh, (texts.embeddings[texts.row[videos]], keys[videos]))
-            latents = jax.block_until_ready(_sample(run, adapter, *placed))
+            latents = jax.block_until_ready(sample(run, run.base.transformer.params, adapter, *placed))
         yield score(run, latents, batch.part(slice(start, start + size)), progress, start)
         progress.tick(what, i + 1, len(starts))
 
@@ -104,11 +104,14 @@ def _finite(latents: jax.Array) -> jax.Array:
     return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
 
 
-def _sample(run: Run, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Array:
-    net = run.base.transformer
+def sample(run: Run, params: dict, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Array:
+    """The jitted rollout of a piece: latents [B, F, C, H, W] from text [B, S, E] and a key [B] per video.
+
+    params: the transformer's, on the mesh.
+    """
     return _rollout(
-        net.graphdef,
-        net.params,
+        run.base.transformer.graphdef,
+        params,
         adapter,
         text,
         keys,

@@ -78,14 +78,15 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     )
 
 
-def _numerics(config: ConfigDict) -> dict[str, Any]:
+def numerics(config: ConfigDict) -> dict[str, Any]:
+    """What a run chooses about nets whose sizes are given: the keywords of bases.configs."""
     return {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
 
 
 def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
     """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are read."""
     with blame("config.base"):
-        sizes = bases.configs(config.base, config.model.size, **_numerics(config))
+        sizes = bases.configs(config.base, config.model.size, **numerics(config))
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
@@ -97,7 +98,7 @@ def load_base(config: ConfigDict, mesh: Mesh) -> Base:
             size=config.model.size,
             transformer=config.transformer,
             place=functools.partial(_place, mesh),
-            **_numerics(config),
+            **numerics(config),
         )
 
 

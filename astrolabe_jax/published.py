@@ -21,12 +21,8 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax.config import get_config, with_reference
 
-# Name of a reward here -> its published name.
-REWARDS = {
-    "hpsv3": "video_hpsv3_local",
-    "videoalign_mq": "videoalign_mq_score",
-    "videoalign_ta": "videoalign_ta_score",
-}
+# Published as video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.
+REWARDS = ("hpsv3", "videoalign_mq", "videoalign_ta")
 
 
 class Preset(NamedTuple):

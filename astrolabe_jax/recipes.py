@@ -49,4 +49,5 @@ def message(error: Exception) -> str:
         text = re.sub(r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text)
         return "unknown config field " + text.replace("\\nDid", ": did").replace("\\", "").replace("'", "")
     # With a recipe's own error comes its traceback, which ends in the message.
-    return text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
+    last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
+    return last.removeprefix("ValueError: ")

@@ -355,7 +355,8 @@ def describe(run: Run, devices: str) -> dict[str, str]:
     sizes_ = memory(run)
     sampled, trained = (piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimiser.microbatch))
     accumulated = samples(config) // (optimiser.steps_per_pass * trained)
-    train_prompts, test_prompts = (f"{len(lines)} " if lines else "" for lines in (run.train_prompts, run.test_prompts))
+    # A run that is only planned does not know its prompts.
+    of_train, of_test = (f" of {len(lines)}" if lines else "" for lines in (run.train_prompts, run.test_prompts))
     return {
         "model": f"{config.transformer or config.base}: transformer {count(sizes['transformer'])} "
         f"({net.num_layers} layers of {net.dim}), text encoder {count(sizes['text'])}, "
@@ -367,12 +368,12 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         "rewards": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()),
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
-        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} of {train_prompts}prompts, "
+        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "
         f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at {optimiser.learning_rate:g}",
         "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // mesh.size} per device; "
         f"{accumulated} of {trained} for the gradient of a step, {trained // mesh.size} per device",
-        "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on {config.eval.videos} videos of "
-        f"{test_prompts}held-out prompts; a checkpoint every {config.train.checkpoint_every} epochs",
+        "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on {config.eval.videos} videos "
+        f"of held-out prompts{of_test}; a checkpoint every {config.train.checkpoint_every} epochs",
         "devices": f"{devices}; data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
         "memory": f"{sum(sizes_.values()) / 2**20:,.0f} MiB per device and activations: "
         + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes_.items()),

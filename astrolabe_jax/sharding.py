@@ -3,7 +3,7 @@
 The batch is split over all devices, so that each runs its own samples; what is large and frozen is split over the
 `fsdp` axis besides, and gathered layer by layer where it is used (transformer and text encoder; the VAE is small and
 replicated). All placing functions take host arrays that are equal on every process, and each process uploads only the
-parts of its own devices.
+parts of its own devices; of a ShapeDtypeStruct they make one with a sharding.
 """
 
 import functools
@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 AXES = ("data", "fsdp")
+_AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 FSDP = "fsdp"
 
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all others, which are
@@ -32,16 +33,25 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
     `data` -1 takes what `fsdp` leaves. ValueError unless data x fsdp is the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    return jax.make_mesh(_mesh_shape(config, len(devices)), AXES, axis_types=_AXIS_TYPES, devices=devices)
+
+
+def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+    """`make_mesh` for so many devices that are not there: programs are traced on it, not run."""
+    return AbstractMesh(_mesh_shape(config, devices), AXES, axis_types=_AXIS_TYPES)
+
+
+def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
     data, fsdp = config.data, config.fsdp
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices")
-    data = len(devices) // fsdp if data == -1 else data
-    if data * fsdp != len(devices):
+    if fsdp < 1 or devices % fsdp:
+        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices")
+    data = devices // fsdp if data == -1 else data
+    if data * fsdp != devices:
         raise ValueError(
-            f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {len(devices)}; "
+            f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {devices}; "
             "set mesh.data to -1 to use what fsdp leaves"
         )
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return data, fsdp
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
@@ -142,6 +152,8 @@ def to_host(tree: Any) -> Any:
 
 
 def _place(leaf, sharding):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))

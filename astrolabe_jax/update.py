@@ -113,10 +113,14 @@ def make_optimiser(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def init_state(config: ConfigDict, adapter: dict, mesh: Mesh) -> TrainState:
-    """The state before the first epoch: every policy is the starting adapter. Each has buffers of its own."""
-    adapter = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(config.lora.dtype)), adapter)
-    state = TrainState(adapter, adapter, adapter, adapter, make_optimiser(config).init(adapter), np.zeros((), np.int32))
-    return sharding.replicate(mesh, state)
+    """The state before the first epoch, on the mesh. Every policy has buffers of its own."""
+    return sharding.replicate(mesh, first_state(config, jax.tree.map(np.asarray, adapter)))
+
+
+def first_state(config: ConfigDict, adapter: dict) -> TrainState:
+    """Every policy is the starting adapter; may be traced."""
+    adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.lora.dtype)), adapter)
+    return TrainState(adapter, adapter, adapter, adapter, make_optimiser(config).init(adapter), np.zeros((), np.int32))
 
 
 def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -11,8 +11,9 @@ come; until then the word rewards=NAME[+NAME...] puts others in their place.
 
 Needs wan_models/Wan2.1-T2V-1.3B/, checkpoints/casualforcing/{chunkwise,framewise}/causal_forcing.pt and
 dataset/vidprom/{train,test}.txt.
-Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold. Time: not measured.
-Expected, of the paper's full run on 48 H200 (its Table 1): HPSv3 9.48 -> 10.84, motion quality 1.69 -> 1.80; not measured here.
+Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold.
+Time: not measured. Expected, of the paper's full run (Table 1, 48 H200): HPSv3 9.48 -> 10.84,
+motion quality 1.69 -> 1.80; not measured here.
 """
 
 from astrolabe_jax.published import recipe

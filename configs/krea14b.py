@@ -10,8 +10,8 @@ come; until then the word rewards=NAME[+NAME...] puts others in their place.
 
 Needs wan_models/Wan2.1-T2V-1.3B/ (VAE, text encoder, tokenizer), checkpoints/krea-realtime-video-14b.safetensors and
 dataset/vidprom/{train,test}.txt.
-Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold, mesh.fsdp splits the frozen base. Time: not measured.
-Expected, of the paper: pictures only, no numbers.
+Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold, mesh.fsdp splits the frozen base.
+Time: not measured. Expected, of the paper: pictures only, no numbers.
 """
 
 from astrolabe_jax.published import recipe

@@ -9,8 +9,9 @@ The words of an argument: astrolabe_jax/published.py. The rewards hpsv3, videoal
 come; until then the word rewards=NAME[+NAME...] puts others in their place.
 
 Needs wan_models/Wan2.1-T2V-1.3B/, checkpoints/self_forcing_dmd.pt and dataset/vidprom/{train,test}.txt.
-Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold. Time: not measured.
-Expected, of the paper's full run on 48 H200 (its Table 1): HPSv3 9.36 -> 10.72, motion quality 1.65 -> 1.71; not measured here.
+Hardware: the batches are those of 8 to 48 GPUs; `plan` says what each has to hold.
+Time: not measured. Expected, of the paper's full run (Table 1, 48 H200): HPSv3 9.36 -> 10.72,
+motion quality 1.65 -> 1.71; not measured here.
 """
 
 from astrolabe_jax.published import recipe

@@ -90,7 +90,7 @@ def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
     got = encode.encode_prompts(graphdef, placed, tokenizer, many, CONFIG, mesh)
     np.testing.assert_allclose(got, encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE), atol=2e-6)
     ids_mask = sharding.shard_batch(mesh, tokenizers.tokenize(tokenizer, many[:8], CONFIG.text_len))
-    spec = encode._encode(graphdef, placed, *ids_mask, mesh=mesh).sharding
+    spec = encode.embed(graphdef, placed, *ids_mask, mesh=mesh).sharding
     assert spec.is_equivalent_to(sharding.batch_sharding(mesh), 3)
 
 

@@ -1,0 +1,109 @@
+"""plan.py describes the run that prepare.py would make, without its files."""
+
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+from astrolabe_jax import plan, prepare, report, train
+from tests.e2e import runs
+from tests.tiny_base import write_tiny_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.mark.parametrize("changes", [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}])
+def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
+    config = runs.small_config(base, **changes | {"prompts.groups": 4})
+    run, planned = prepare.prepare(config, tmp_path / "run"), plan.abstract_run(config, jax.device_count())
+    assert report.memory(planned) == report.memory(run)
+    rows, wanted = report.describe(planned, "8"), report.describe(run, "8")
+    unknown = {"epoch": f" of {len(run.train_prompts)}", "run": f" of {len(run.test_prompts)}"}
+    assert rows == {name: text.replace(unknown.get(name, "\0"), "") for name, text in wanted.items()}
+
+
+def test_the_traced_programs_are_those_of_an_epoch(base, tmp_path):
+    """The shapes of the plan are those that an epoch hands from stage to stage."""
+    config = runs.small_config(base, **{"optimiser.steps_per_pass": 2, "optimiser.microbatch": 4, "mesh.fsdp": 2})
+    with pytest.raises(ValueError, match="config.optimiser.microbatch is 4; expected a multiple of the 8 devices"):
+        plan.abstract_run(config, 8)
+    shapes = plan.trace(plan.abstract_run(config, 4))
+    want = {
+        "text encoder": ((8, 16, 16), "float32"),
+        "rollout": ((8, 2, 4, 2, 2), "float32"),
+        "decoder": ((8, 5, 16, 16, 3), "uint8"),
+        "train step": ((4,), "float32"),
+    }
+    assert {name: (out.shape, str(out.dtype)) for name, out in shapes.items()} == want
+
+
+def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
+    config = runs.small_config(base, **{"prompts.tuned_for": 384, "train.epochs": 1, "eval.videos": 2})
+    run = prepare.prepare(config, tmp_path / "run")
+    assert report.warnings(run)[0].startswith("warning: an epoch has 8 videos, the recipe's 384: its learning rate")
+
+    def stopped():
+        raise train.Stopped("enough")
+
+    assert train.train(run, train.resume(run), stopped) is None
+    assert capsys.readouterr().out.count("warning: ") == 1
+    for fine in (0, 8):
+        assert not report.warnings(run._replace(config=runs.small_config(base, **{"prompts.tuned_for": fine})))
+
+
+def program(*flags):
+    environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-m", "astrolabe_jax.plan", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_program_plans_without_files():
+    done = program("--config=configs/longlive.py:longlive_video_mq_16gpu,reference=context", "--devices=4")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "plan of longlive_video_mq_16gpu\n" in done.stdout
+    for part in (
+        "transformer 1.42 B (30 layers of 1536), text encoder 5.68 B, VAE 127 M parameters; bfloat16",
+        "LoRA of rank 256, 350 M parameters",
+        "noisy context",
+        "256 videos (16 prompts, 16 each)",
+        "32 of 8 videos to sample, 2 per device; 32 of 8 for the gradient of a step, 2 per device",
+        "4, planned; data 4 x fsdp 1",
+        "traced the rollout: float32 [8, 21, 16, 60, 104]",
+        "traced the decoder: uint8 [8, 81, 480, 832, 3]",
+        "traced the train step: float32 [256]",
+    ):
+        assert part in done.stdout, part
+
+
+def refusal(config, devices, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main(["plan"], *(types.SimpleNamespace(value=value) for value in (config, devices)))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "expected"),
+    [
+        ({"base": "nowhere"}, 1, "error: base 'nowhere': no nowhere/config.json; expected"),
+        ({"video.frames": 6}, 1, "error: config.video.frames: 6 pixel frames"),
+        ({"model.size": "wan_2b"}, 1, "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b"),
+        ({}, 3, "config.sampler.batch is 8; expected a multiple of the 3 devices"),
+        ({"mesh.fsdp": 4}, 2, "config.mesh has data -1 x fsdp 4; expected their product to be the 2 devices"),
+    ],
+)
+def test_bad_configs_end_with_a_message(base, capsys, changes, devices, expected):
+    assert expected in refusal(runs.small_config(**{"base": base} | changes), devices, capsys)
+
+
+def test_a_word_that_no_recipe_knows_is_one_line_of_the_program():
+    done = program("--config=configs/krea14b.py:gadro")
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: configs/krea14b.py does not know 'gadro'; expected hpsv3, multi_reward, paper, ")

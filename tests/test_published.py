@@ -1,0 +1,328 @@
+"""Every published run against the tables of spec objective.md 11 and 12, written down here a second time."""
+
+import functools
+import re
+
+import pytest
+
+from astrolabe_jax import plan, published, report, rewards
+from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, piece, repeats, samples, validate, with_reference
+from astrolabe_jax.convert import base as bases
+from configs import causal_forcing, krea14b, longlive, self_forcing
+
+RECIPES = {
+    "self_forcing": self_forcing,
+    "causal_forcing": causal_forcing,
+    "longlive": longlive,
+    "krea14b": krea14b,
+}
+# name, devices, rewards (H: HPSv3, M: motion quality, T: text alignment), lambda, learning rate, eval_freq, special
+ROWS = """
+self_forcing_video_hpsv3                        8  H      1e-4 1e-5 10
+self_forcing_video_hpsv3_16gpu                  16 H      1e-3 1e-5 30
+self_forcing_video_hpsv3_24gpu                  24 H      1e-3 1e-5 30
+self_forcing_video_hpsv3_48gpu                  48 H      1e-4 1e-5 10
+self_forcing_video_multi_reward                 8  H+M    1e-4 1e-5 10
+self_forcing_video_multi_reward_16gpu           16 H+M    1e-3 1e-5 30
+self_forcing_video_multi_reward_24gpu           24 H+M    1e-3 1e-5 30
+self_forcing_video_multi_reward_48gpu           48 H+M    1e-4 1e-5 10
+casual_forcing_video_hpsv3                      8  H      1e-4 1e-5 30
+casual_forcing_video_hpsv3_16gpu                16 H      1e-4 1e-5 10
+casual_forcing_video_hpsv3_24gpu                24 H      1e-4 1e-5 10
+casual_forcing_video_hpsv3_48gpu                48 H      1e-4 1e-5 30
+casual_forcing_video_hpsv3_mq_ta_48gpu          48 H+M+T  1e-4 1e-5 30
+casual_forcing_video_hpsv3_ta_48gpu             48 .1H+T  1e-4 1e-5 30
+casual_forcing_video_multi_reward               8  H+M    1e-4 2e-5 30
+casual_forcing_video_multi_reward_16gpu         16 H+M    1e-4 1e-5 10
+casual_forcing_video_multireward_48gpu          48 H+M    5e-4 1e-5 30
+casual_forcing_video_ta_48gpu                   48 T      1e-4 2e-5 30
+longlive_video_hpsv3                            8  H      1e-4 1e-5 10
+longlive_video_hpsv3_16gpu                      16 H      1e-4 1e-5 10
+longlive_video_hpsv3_24gpu                      24 H      1e-4 1e-5 10
+longlive_video_hpsv3_48gpu                      48 H      1e-4 1e-5 30
+longlive_video_hpsv3_with_lora_init             8  H      1e-4 1e-5 10 lora
+longlive_video_hpsv3_with_lora_init_24gpu       24 H      1e-4 1e-5 10 lora
+longlive_video_hpsv3_with_lora_init_48gpu       48 H      1e-4 1e-5 30 lora
+longlive_video_multi_reward                     8  H+M    1e-4 1e-5 10
+longlive_video_multi_reward_16gpu               16 H+M    1e-4 1e-5 10
+longlive_video_multi_reward_with_lora_init      8  H+M    1e-4 1e-5 10 lora
+longlive_video_multireward_48gpu                48 H+M    1e-4 1e-5 30
+longlive_video_mq                               8  M      1e-4 1e-5 20
+longlive_video_mq_16gpu                         16 M      1e-4 1e-5 20
+longlive_video_long                             8  H      1e-4 1e-5 10 long
+longlive_video_hpsv3_gardo                      8  H+M    1e-4 1e-5 10 selective
+longlive_video_hpsv3_gardo_24gpu                24 H+M    1e-4 1e-5 10 selective
+longlive_video_hpsv3_gardo_48gpu                48 H+M    1e-4 1e-5 30 selective
+longlive_video_hpsv3_streaming_with_lora_init   8  H      1e-4 1e-5 30 lora
+krea14b_video_hpsv3                             8  H      1e-4 1e-5 30
+krea14b_video_hpsv3_16gpu                       16 H      1e-4 1e-5 30
+krea14b_video_hpsv3_24gpu                       24 H      1e-4 1e-5 30
+krea14b_video_hpsv3_48gpu                       48 H      1e-4 1e-5 30
+krea14b_video_multi_reward                      8  H+M    1e-4 1e-5 30
+krea14b_video_multi_reward_24gpu                24 H+M    1e-4 1e-5 30
+"""
+ROWS = {name: rest for name, *rest in map(str.split, ROWS.strip().splitlines())}
+STREAMING = "longlive_video_hpsv3_streaming_with_lora_init"
+NAMES = {"H": "hpsv3", "M": "videoalign_mq", "T": "videoalign_ta"}
+# (preset, D): b, K, groups, samples per epoch, sampling batches, distinct prompts as coded, eval batch
+BATCHES = {
+    ("wan", 8): (3, 24, 16, 384, 16, 1, 3),
+    ("wan", 16): (2, 16, 16, 256, 8, 2, 2),
+    ("wan", 24): (4, 24, 48, 1152, 12, 4, 4),
+    ("wan", 48): (4, 24, 48, 1152, 6, 8, 4),
+    ("krea14b", 8): (1, 8, 8, 64, 8, 1, 1),
+    ("krea14b", 16): (1, 16, 16, 256, 16, 1, 1),
+    ("krea14b", 24): (1, 24, 24, 576, 24, 1, 1),
+    ("krea14b", 48): (1, 16, 48, 768, 16, 3, 1),
+}
+MODELS = {  # transformer, size, window, sink
+    "self_forcing": ("checkpoints/self_forcing_dmd.pt", "wan_1.3b", -1, 0),
+    "causal_forcing": ("checkpoints/casualforcing/chunkwise/causal_forcing.pt", "wan_1.3b", -1, 0),
+    "longlive": ("checkpoints/longlive_models/models/longlive_base.pt", "wan_1.3b", 12, 3),
+    "krea14b": ("checkpoints/krea-realtime-video-14b.safetensors", "wan_14b", -1, 0),
+}
+COMMON = {
+    "base": "wan_models/Wan2.1-T2V-1.3B",
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.block": 3,
+    "model.max_global": 21,
+    "sampler.steps": [1000, 750, 500, 250],
+    "sampler.warp": True,
+    "sampler.shift": 5.0,
+    "video.height": 480,
+    "video.width": 832,
+    "video.fps": 16,
+    "loss.kind": "astrolabe",
+    "loss.mix_beta": 0.1,
+    "advantages.clip": 5.0,
+    "advantages.std": "global",
+    "lora.rank": 256,
+    "lora.alpha": 256.0,
+    "optimiser.weight_decay": 1e-4,
+    "optimiser.clip_norm": 1.0,
+    "optimiser.old_decay": "type1",
+    "optimiser.inner_epochs": 1,
+    "optimiser.steps_per_pass": 1,
+    "prompts.train": "dataset/vidprom/train.txt",
+    "prompts.test": "dataset/vidprom/test.txt",
+    "seed": 42,
+}
+
+
+def family_of(name):
+    return next(family for family in RECIPES if name.startswith(family.replace("causal", "casual")))
+
+
+def rewards_of(text):
+    """H+M -> {'hpsv3': 1.0, 'videoalign_mq': 1.0}, .1H -> {'hpsv3': 0.1}"""
+    return {NAMES[part[-1]]: float(part[:-1] or 1) for part in text.split("+")}
+
+
+def load(name):
+    return RECIPES[family_of(name)].get_config(name)
+
+
+def test_the_table_holds_exactly_the_published_runs():
+    assert len(ROWS) == 42 and [row.name for row in published.ROWS] == list(ROWS)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != STREAMING])
+def test_a_published_run_is_what_the_specification_says(name):
+    devices, weights, kl_weight, learning_rate, every, *special = ROWS[name]
+    family, config = family_of(name), load(name)
+    preset = "krea14b" if family == "krea14b" else "wan"
+    each, candidates, groups, count, batches, prompts, eval_batch = BATCHES[preset, int(devices)]
+    transformer, size, window, sink = MODELS[family]
+    expected = COMMON | {
+        "name": name,
+        "transformer": transformer,
+        "model.size": size,
+        "model.window": window,
+        "model.sink": sink,
+        "loss.kl_weight": float(kl_weight),
+        "optimiser.learning_rate": float(learning_rate),
+        "train.eval_every": int(every),
+        "prompts.groups": groups,
+        "prompts.candidates": candidates,
+        "sampler.batch": each * int(devices),
+        "optimiser.microbatch": each * int(devices),
+        "mesh.samples_per_device": each,
+        "eval.videos": 20 * eval_batch * int(devices),
+        "lora.init": "checkpoints/longlive_models/models/lora.pt" if "lora" in special else "",
+        "video.frames": 237 if "long" in special else 81,
+        "kl.kind": "selective" if "selective" in special else "uniform",
+        "kl.main_reward": "hpsv3" if "selective" in special else "",
+    }
+    flat = flatten(config)
+    assert {field: flat[field] for field in expected} == expected
+    assert dict(config.rewards) == rewards_of(weights)
+    assert samples(config) == config.prompts.tuned_for == count and count // config.sampler.batch == batches
+    published_prompts = with_reference(config, "repeated_prompts")
+    assert groups // repeats(published_prompts) == prompts
+
+
+def test_the_run_that_needs_streaming_is_kept_and_refused_by_name():
+    row = next(row for row in published.ROWS if row.name == STREAMING)
+    devices, weights, kl_weight, learning_rate, every, _ = ROWS[STREAMING]
+    assert row[3:] == (int(devices), float(kl_weight), float(learning_rate), int(every), True)
+    assert published.VARIANTS[row.variant].rewards == rewards_of(weights)
+    assert list(published.STREAMING.values()) == [960, 240, 21, 240, "random_choice", (21,)]
+    for argument in (STREAMING, "streaming", "streaming,lora_init,devices=24"):
+        with pytest.raises(
+            ValueError, match="streaming trains on windows of 21 latent frames .* lacks the training on"
+        ):
+            longlive.get_config(argument)
+
+
+@pytest.mark.parametrize("devices", [8, 16, 24, 48])
+@pytest.mark.parametrize("family", RECIPES)
+def test_the_papers_run(family, devices):
+    config = RECIPES[family].get_config(f"paper,devices={devices}")
+    expected = {
+        "name": f"{family}_paper" + (f"_{devices}gpu" if devices > 8 else ""),
+        "kl.kind": "selective",
+        "kl.main_reward": "hpsv3",
+        "loss.mix_beta": 1.0,
+        "loss.kl_weight": 1e-4,
+        "optimiser.learning_rate": 1e-5,
+        "optimiser.old_decay": "constant",
+        "optimiser.old_decay_constant": 0.9,
+        "prompts.groups": 48,
+        "prompts.candidates": 24,
+        "advantages.clip": 5.0,
+        "advantages.std": "global",
+        "lora.rank": 256,
+        "loss.context": "clean",
+        "loss.timesteps": "warped",
+    }
+    flat = flatten(config)
+    assert {field: flat[field] for field in expected} == expected
+    assert dict(config.rewards) == rewards_of("H+M+T") and samples(config) == config.prompts.tuned_for == 1152
+    validate(config, published.REWARDS, devices, "cpu")
+
+
+# Words of a recipe's argument.
+
+
+def test_words_and_names_give_the_same_run():
+    for row in published.ROWS:
+        if row.name != STREAMING:
+            words = f"{row.words},devices={row.devices}"
+            assert RECIPES[row.family].get_config(words).to_json() == load(row.name).to_json()
+    assert longlive.get_config().to_json() == load("longlive_video_hpsv3").to_json()
+    assert longlive.get_config("lora_init").name == "longlive_video_hpsv3_with_lora_init"
+
+
+def test_the_framewise_model():
+    config = causal_forcing.get_config("framewise,multi_reward")
+    chunkwise = flatten(causal_forcing.get_config("multi_reward"))
+    changed = {field: value for field, value in flatten(config).items() if value != chunkwise[field]}
+    assert changed == {
+        "name": "casual_forcing_video_multi_reward_framewise",
+        "transformer": "checkpoints/casualforcing/framewise/causal_forcing.pt",
+        "model.block": 1,
+    }
+
+
+def test_rewards_of_ones_own():
+    config = longlive.get_config("gardo,rewards=shapes_mq+shapes_vq")
+    assert dict(config.rewards) == {"shapes_mq": 1.0, "shapes_vq": 1.0} and config.kl.main_reward == "shapes_mq"
+    assert config.name == "longlive_video_hpsv3_gardo with shapes_mq+shapes_vq"
+    validate(config, rewards.TABLE, 8, "cpu")
+
+
+def test_published_rewards_are_refused_with_the_way_out():
+    with pytest.raises(ValueError) as error:
+        validate(load("longlive_video_mq"), rewards.TABLE, 8, "cpu", published.REWARDS)
+    assert re.search(
+        "config.rewards.videoalign_mq: this version does not have this published reward yet; a reward of your own is "
+        "one function and one line in .*rewards=NAME.* one of shapes_mq, shapes_ta, shapes_vq",
+        str(error.value),
+    )
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_reference_sets_the_published_behaviour(family):
+    get_config = RECIPES[family].get_config
+    plain, every = flatten(get_config()), flatten(get_config("reference"))
+    fields = {field for switch in REFERENCE_SWITCHES.values() for field in switch}
+    assert {field for field in plain if every[field] != plain[field]} == fields
+    two = flatten(get_config("hpsv3,reference=timesteps+context"))
+    assert {field for field in plain if two[field] != plain[field]} == {"loss.timesteps", "loss.context"}
+    for argument in ("reference", "reference=timesteps+context"):
+        validate(get_config(argument), published.REWARDS, 8, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "expected"),
+    [
+        (longlive, "gadro", "configs/longlive.py does not know 'gadro'; expected hpsv3, .*gardo.*lora_init.*devices=N"),
+        (self_forcing, "lora_init", "does not know 'lora_init'; expected hpsv3, multi_reward, paper, devices=N"),
+        (longlive, "framewise", "does not know 'framewise'"),
+        (longlive, "krea14b_video_hpsv3", "does not know 'krea14b_video_hpsv3'"),
+        (longlive, "devices=eight", "does not know 'devices=eight'"),
+        (longlive, "rewards=", "does not know 'rewards='"),
+        (longlive, "hpsv3,", "does not know ''"),
+        (longlive, "gardo,devices=16", "no run gardo,devices=16 was published; there are .*gardo,devices=8|24|48"),
+        (causal_forcing, "ta", r"no run ta,devices=8 was published; there are .*; ta,devices=48; paper,devices=8\|16"),
+        (longlive, "mq,lora_init", "no run mq,lora_init,devices=8 was published"),
+        (longlive, "gardo,mq", "configs/longlive.py:gardo,mq: 'mq' gives variant a second time"),
+        (longlive, "longlive_video_mq_16gpu,devices=8", "'devices=8' gives devices a second time"),
+        (longlive, "reference=contxt", "unknown reference switch 'contxt'; expected one of context"),
+    ],
+)
+def test_unknown_words_and_unpublished_runs_are_refused_on_one_line(recipe, argument, expected):
+    with pytest.raises(ValueError, match=expected) as error:
+        recipe.get_config(argument)
+    assert "\n" not in str(error.value)
+
+
+# The same arithmetic on any number of devices.
+
+
+@pytest.mark.parametrize("name", ROWS.keys() - {STREAMING})
+def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
+    config = load(name)
+    limit, batch = config.mesh.samples_per_device, config.sampler.batch
+    for devices in (1, 2, 4, 8, 16, 24, 48):
+        if batch % devices:
+            with pytest.raises(ValueError, match=f"config.sampler.batch is {batch}; expected a multiple of"):
+                validate(config, published.REWARDS, devices, "cpu")
+        else:
+            validate(config, published.REWARDS, devices, "cpu")
+            size = piece(config, batch, devices)
+            assert size <= limit * devices and batch % size == 0 and size % devices == 0
+    assert piece(config, batch, int(ROWS[name][0])) == batch
+
+
+# The programs of every recipe.
+
+# Fields that shape a program; those of the recipes that are alike in them are traced once.
+SHAPING = ("model.", "sampler.steps", "video.", "lora.rank", "lora.dtype", "loss.context", "loss.mask", "mesh.samples")
+VARIANTS = {name: (family_of(name), name) for name in ROWS if name != STREAMING}
+VARIANTS |= {f"{family}:{words}": (family, words) for family in RECIPES for words in ("paper,devices=48", "reference")}
+VARIANTS |= {"causal_forcing:framewise": ("causal_forcing", "framewise")}
+TRACED = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nets_are_described_once():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(bases, "shapes", functools.cache(bases.shapes))
+        yield
+
+
+@pytest.mark.parametrize("family, argument", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_recipe_is_planned(family, argument):
+    """Validated for its own devices, and its programs traced on them."""
+    config = RECIPES[family].get_config(argument)
+    devices = plan.planned_devices(config)
+    run = plan.abstract_run(config, devices)
+    rows = report.describe(run, str(devices))
+    assert f"{config.mesh.samples_per_device} per device" in rows["pieces"] and not report.warnings(run)
+    key = tuple(str(value) for field, value in flatten(config).items() if field.startswith(SHAPING))
+    if key not in TRACED:
+        TRACED[key] = plan.trace(run)
+    assert TRACED[key]["rollout"].shape[1:] == run.latent_shape
+    assert TRACED[key]["decoder"].shape[1:] == (config.video.frames, 480, 832, 3)
