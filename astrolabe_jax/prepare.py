@@ -22,6 +22,7 @@ from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
+from astrolabe_jax.scenes import Rules
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import Purpose
 from astrolabe_jax.update import training_layout
@@ -148,6 +149,12 @@ def sampler_of(config: ConfigDict) -> Sampler:
     with blame("config.sampler"):
         steps = warp(steps, schedule) if settings.warp else steps
         return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
+
+
+def rules_of(config: ConfigDict) -> Rules:
+    """How scenes follow each other."""
+    scenes = config.scenes
+    return Rules(scenes.transition, scenes.cut, scenes.global_sink, scenes.published)
 
 
 def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int]:

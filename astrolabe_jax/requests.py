@@ -4,7 +4,7 @@ Everything is checked here, before any weights are read.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,123 +46,99 @@ class Given(NamedTuple):
     latents: np.ndarray | None = None  # [count, C, H, W]
 
 
-class Limits(NamedTuple):
-    """How long a prompt may be."""
+class Asked(NamedTuple):
+    """What the user asks for."""
 
-    tokens: Callable[[str], int]
-    most: int
+    prompt: str | None = None  # exactly one of these two
+    prompt_file: str | None = None
+    candidates: int = 1  # videos per prompt
+    frames: int = 0  # pixel frames of each video, or 0
+    score: bool = False  # so the rewards must understand the prompts
 
 
-def read_requests(
-    config: ConfigDict,
-    prompt: str | None,
-    prompt_file: str | None,
-    candidates: int,
-    frames: int,
-    layout: Layout,
-    stride: int,
-    given: int,
-    limits: Limits,
-    score: bool,
-) -> list[Request]:
-    """The videos that are asked for, `candidates` of each prompt.
+class Terms(NamedTuple):
+    """What the model makes of it."""
 
-    prompt, prompt_file: exactly one. frames: pixel frames of each video, or 0. stride: pixel frames of a latent frame.
-    given: latent frames that are there before. score: the rewards must understand the prompts.
+    layout: Layout
+    rules: Rules
+    stride: int  # pixel frames of a latent frame
+    given: int  # latent frames that are there before
+    tokens: Callable[[str], int]  # of a prompt
+    most: int  # of them
+
+
+def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Request]:
+    """The videos that are asked for.
 
     Raises ValueError that names the prompt, and in it the scene or the character; OSError for files.
     """
-    if (prompt is None) == (prompt_file is None):
+    if (asked.prompt is None) == (asked.prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
-    if score:
+    if asked.score:
         rewards.validate(config.rewards)
-    rules = Rules(**config.scenes)
     requests = []
-    for index, (where, text, scenes, length) in enumerate(
-        _scenes(config, prompt, prompt_file, frames, layout, stride, given)
-    ):
+    for index, (where, text, scenes, frames) in enumerate(_scenes(config, asked, terms)):
         try:
-            made = shots(scenes, layout, rules, config.video.fps, stride, length, given)
+            made = shots(scenes, terms.layout, terms.rules, config.video.fps, terms.stride, frames, terms.given)
             for number, scene in enumerate(scenes, start=1):
-                _check_prompt(config, scene.prompt, number, limits, score)
+                _check_prompt(config, scene.prompt, number, asked, terms)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        requests += [Request(index, candidate, text, tuple(made)) for candidate in range(candidates)]
+        requests += [Request(index, candidate, text, tuple(made)) for candidate in range(asked.candidates)]
     return requests
 
 
-def _check_prompt(config: ConfigDict, prompt: str, number: int, limits: Limits, score: bool) -> None:
-    if (count := limits.tokens(prompt)) > limits.most:
+def _check_prompt(config: ConfigDict, prompt: str, number: int, asked: Asked, terms: Terms) -> None:
+    if (count := terms.tokens(prompt)) > terms.most:
         raise ValueError(
-            f"scene {number} has {count} tokens, the text encoder takes {limits.most} with the end token; shorten it: "
+            f"scene {number} has {count} tokens, the text encoder takes {terms.most} with the end token; shorten it: "
             f"{prompt[:60]!r}..."
         )
-    if score:
+    if asked.score:
         rewards.check_prompt(config.rewards, prompt)
 
 
-def _scenes(
-    config: ConfigDict,
-    prompt: str | None,
-    prompt_file: str | None,
-    frames: int,
-    layout: Layout,
-    stride: int,
-    given: int,
-) -> list[tuple[str, str, list[Scene], int]]:
+def _scenes(config: ConfigDict, asked: Asked, terms: Terms) -> Iterator[tuple[str, str, list[Scene], int]]:
     """(where it stands, text, scenes, pixel frames or 0 for those of the durations) of every video."""
-    fps, length = config.video.fps, frames or config.video.frames
-    if prompt_file is not None and prompt_file.endswith(".jsonl"):
-        _check_length(length, layout, stride, frames)
-        return [
-            (where, " | ".join(texts), _switched(texts, switches, layout, stride, fps, length, given, where), length)
-            for where, texts, switches in _read_switched(Path(prompt_file))
-        ]
-    if prompt is not None:
-        if not prompt.strip():
-            raise ValueError("--prompt is empty; write a prompt")
-        texts = [prompt]
+    fps, frames, block = config.video.fps, asked.frames or config.video.frames, terms.layout.block
+    if asked.prompt_file is not None and asked.prompt_file.endswith(".jsonl"):
+        _check_length(frames, asked, terms)
+        for where, texts, switches in _read_switched(Path(asked.prompt_file)):
+            yield where, " | ".join(texts), _switched(texts, switches, terms, fps, frames, where), frames
+        return
+    if asked.prompt is None:
+        texts = [line for line in prompts.load(asked.prompt_file, lambda line: 0, 0)]
+        places = [f"{asked.prompt_file}, line {i}" for i in range(1, len(texts) + 1)]
+    elif asked.prompt.strip():
+        texts, places = [asked.prompt], ["--prompt"]
     else:
-        texts = prompts.load(prompt_file, lambda line: 0, 0)
-    if config.scenes.published:
-        _check_length(length, layout, stride, frames)
-        several = any("|" in text for text in texts)  # else nothing is parsed
-        return [
-            (f"prompt {i}", text, parse_published(text, layout.block, fps, stride) if several else [_one(text)], length)
-            for i, text in enumerate(texts)
-        ]
-    made = []
-    for i, text in enumerate(texts):
-        where = f"--prompt, {text[:60]!r}" if prompt is not None else f"{prompt_file}, line {i + 1}"
+        raise ValueError("--prompt is empty; write a prompt")
+    several = any("|" in text for text in texts)
+    for where, text in zip(places, texts, strict=True):
+        plain = not several if terms.rules.published else is_plain(text)
+        length = frames if plain or terms.rules.published else asked.frames
         try:
-            scenes = [_one(text.strip())] if is_plain(text) else parse(text, layout.block, fps, stride)
+            if length:
+                _check_length(length, asked, terms)
+            if plain:
+                scenes = [Scene(text.strip(), 0.0, 0, False)]
+            else:
+                scenes = (parse_published if terms.rules.published else parse)(text, block, fps, terms.stride)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if is_plain(text) or frames:
-            _check_length(length, layout, stride, frames)
-        made.append((where, text, scenes, length if is_plain(text) else frames))
-    return made
+        yield where, text, scenes, length
 
 
-def _one(text: str) -> Scene:
-    return Scene(text, 0.0, 0, False)
-
-
-def _check_length(frames: int, layout: Layout, stride: int, asked: int) -> None:
+def _check_length(frames: int, asked: Asked, terms: Terms) -> None:
     """Refuses a number of frames that is not whole blocks, and says which are."""
-    name = "--frames" if asked else "config.video.frames"
-    first = layout.independent_first_frame
-    block = stride * layout.block
-    after = 1 if first else 1 - stride  # pixel frames of k blocks: after + k block
-    if frames < 1 or (frames - after) % block:
-        fits = sorted(
-            {
-                max(after + (frames - after) // block * block, after + block),
-                after + (frames - after) // block * block + block,
-            }
-        )
+    block = terms.stride * terms.layout.block
+    after = 1 if terms.layout.independent_first_frame else 1 - terms.stride  # k blocks have after + k block frames
+    if (frames - after) % block or frames < 1:
+        below = after + (frames - after) // block * block
+        fits = [str(count) for count in (below, below + block) if count > 0]
         raise ValueError(
-            f"{name} is {frames}; blocks of {layout.block} latent frames make {' or '.join(map(str, fits))} frames"
+            f"{'--frames' if asked.frames else 'config.video.frames'} is {frames}; whole blocks of {terms.layout.block} "
+            f"latent frames make {' or '.join(fits)} frames"
         )
 
 
@@ -200,17 +176,10 @@ def _are(values: Any, kind: type, empty: bool = False) -> bool:
 
 
 def _switched(
-    texts: Sequence[str],
-    switches: Sequence[int],
-    layout: Layout,
-    stride: int,
-    fps: int,
-    frames: int,
-    given: int,
-    where: str,
+    texts: Sequence[str], switches: Sequence[int], terms: Terms, fps: int, frames: int, where: str
 ) -> list[Scene]:
     """Scenes of as many blocks as lie between the switches."""
-    blocks = [block for block in layout.blocks(1 + (frames - 1) // stride) if block.start >= given]
+    blocks = [block for block in terms.layout.blocks(1 + (frames - 1) // terms.stride) if block.start >= terms.given]
     scene_of = scenes_by_frame(switches, [block.start for block in blocks])
     counts = [scene_of.count(scene) for scene in range(len(texts))]
     if 0 in counts:
@@ -218,8 +187,8 @@ def _switched(
             f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its switch an "
             "earlier frame, or ask for more frames"
         )
-    block = stride * layout.block
-    return [Scene(text, count * block / fps, count, False) for text, count in zip(texts, counts, strict=True)]
+    seconds = terms.stride * terms.layout.block / fps
+    return [Scene(text, count * seconds, count, False) for text, count in zip(texts, counts, strict=True)]
 
 
 def read_given(

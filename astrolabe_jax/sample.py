@@ -41,7 +41,7 @@ from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.pictures import Mp4Writer
 from astrolabe_jax.report import TICK_SECONDS, clock, say
-from astrolabe_jax.requests import Given, Limits, Request, read_given, read_requests
+from astrolabe_jax.requests import Asked, Given, Request, Terms, read_given, read_requests
 from astrolabe_jax.rollout import noise_from_keys
 from astrolabe_jax.scenes import Rules, Shot, cache_slots
 from astrolabe_jax.stop import Stopped, listening
@@ -82,7 +82,7 @@ def load(config: ConfigDict, lora: str | None, given: Given) -> Model:
     fields = {name: value for name, value in flatten(config).items() if name.startswith(CONTENT)}
     identity |= {name: value for name, value in fields.items() if name not in NO_CONTENT}
     policy = Policy(net.graphdef, net.params, None, 1.0, net.config, layout, denoising, mesh)
-    rules = Rules(**config.scenes)
+    rules = prepare.rules_of(config)
     sizes = {"vae": base.vae.config, "transformer": net.config}
     return Model(config, base, policy, rules, prepare.latent_size(config, sizes), latents, identity)
 
@@ -341,12 +341,10 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         sizes, tokenizer = prepare.open_base(config)
         layout, size = prepare.layout_of(config), prepare.latent_size(config, sizes)
         first = read_given(options["image"], options["video"], options["latents"], config, layout, sizes["vae"], size)
-        text = sizes["text_encoder"]
-        requests = read_requests(
-            config, options["prompt"], options["prompt_file"], options["candidates"], options["frames"], layout,
-            sizes["vae"].temporal_stride, first.count,
-            Limits(lambda prompt: len(token_ids(tokenizer, prompt)), text.text_len), options["score"],
-        )  # fmt: skip
+        asked = Asked(*(options[name] for name in Asked._fields))
+        stride, most = sizes["vae"].temporal_stride, sizes["text_encoder"].text_len
+        rules, tokens = prepare.rules_of(config), lambda prompt: len(token_ids(tokenizer, prompt))
+        requests = read_requests(config, asked, Terms(layout, rules, stride, first.count, tokens, most))
         directory.mkdir(parents=True, exist_ok=True)
         model = load(config, options["lora"], first)
     except (ValueError, OSError) as error:
