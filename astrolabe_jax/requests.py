@@ -136,10 +136,9 @@ def _check_length(frames: int, asked: Asked, terms: Terms) -> None:
     if (frames - after) % block or frames < 1:
         below = after + (frames - after) // block * block
         fits = [str(count) for count in (below, below + block) if count > 0]
-        raise ValueError(
-            f"{'--frames' if asked.frames else 'config.video.frames'} is {frames}; whole blocks of {terms.layout.block} "
-            f"latent frames make {' or '.join(fits)} frames"
-        )
+        name = "--frames" if asked.frames else "config.video.frames"
+        whole = f"whole blocks of {terms.layout.block} latent frames make {' or '.join(fits)} frames"
+        raise ValueError(f"{name} is {frames}; {whole}")
 
 
 def _read_switched(path: Path) -> list[tuple[str, list[str], list[int]]]:

@@ -185,7 +185,13 @@ def failures(path: Path) -> dict[str, str]:
     return {line.entry: line.reason for line in lines if not line.ok}
 
 
-@pytest.mark.parametrize("name", SCENARIOS | CHANGES)
+QUICK = {*SCENARIOS, "flush_of_a_full_window", "flush_inference_class_refilled_in_part", "cut_of_the_training_class",
+         "switch_of_a_full_window", "switch_of_the_inference_class_without_global_sink"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SCENARIOS | CHANGES]
+)
 def test_rollouts_equal_the_oracle(folder, weights, name):
     np.savez(folder / "c_x.npz", **rollout_file(weights, **(SCENARIOS | CHANGES)[name]))
     assert failures(folder / "c_x.npz") == {}
