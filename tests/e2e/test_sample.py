@@ -150,15 +150,14 @@ def test_videos_begin_with_what_is_given(base, tmp_path):
     latents = np.zeros((2, 4, 2, 2), np.float32)
     np.save(tmp_path / "a.npy", latents)
     given = {"image": "a.png", "video": "a.mp4", "latents": "a.npy"}
-    plain, frames = ask(base, tmp_path / "plain", prompt=RED, frames=9)[0], {}
+    plain, frames = frames_of(ask(base, tmp_path / "plain", prompt=RED, frames=9)[0]), {}
     for name, file in given.items():
         (row,) = ask(base, tmp_path / name, prompt=RED, frames=9, **{name: str(tmp_path / file)})
         frames[name] = frames_of(row)
-        assert frames[name].shape == frames_of(plain).shape and row["metadata"]["scenes"][0]["frames"] == 9
-        assert np.abs(frames[name][0] - frames_of(plain)[0]).max() > 5
+        assert frames[name].shape == plain.shape and row["metadata"]["scenes"][0]["frames"] == 9
+        assert np.abs(frames[name][0] - plain[0]).max() > 5
     # The picture, and the video of it, begin with the same latent frame.
-    assert np.abs(frames["image"][0] - frames["video"][0]).max() <= 40
-    assert np.abs(frames["image"][5:] - frames["video"][5:]).max() > 0
+    assert np.abs(frames["image"][0] - frames["video"][0]).mean() < 5 < np.abs(frames["image"][0] - plain[0]).mean()
 
 
 def test_switched_prompts(base, tmp_path):
