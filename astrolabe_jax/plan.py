@@ -65,32 +65,20 @@ def trace(run: Run) -> dict[str, Any]:
 
     Raises ValueError if they are not those that the next stage expects.
     """
-    config, mesh, text = run.config, run.mesh, run.base.text
+    config, mesh, text, vae, video = run.config, run.mesh, run.base.text, run.base.vae, run.config.video
+    net, adapter = run.base.transformer, sharding.replicate(mesh, run.adapter)
     tokens = _shape(encode.call_size(mesh), text.config.text_len, dtype=jnp.int32)
     embeddings = jax.eval_shape(functools.partial(encode.embed, text.graphdef, mesh=mesh), text.params, tokens, tokens)
-    batch, video = piece(config, config.sampler.batch, mesh.size), config.video
-    net, vae, adapter = run.base.transformer, run.base.vae, sharding.replicate(mesh, run.adapter)
-    prompts = _shape(batch, *embeddings.shape[1:])
-    latents = jax.eval_shape(functools.partial(generate.sample, run), net.params, adapter, prompts, _keys(batch))
-    frames = jax.eval_shape(
-        functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh), vae.params, latents
+    batch, prompt = piece(config, config.sampler.batch, mesh.size), embeddings.shape[1:]
+    latents = jax.eval_shape(
+        functools.partial(generate.sample, run), net.params, adapter, _shape(batch, *prompt), _keys(batch)
     )
+    draw = functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh)
+    frames = jax.eval_shape(draw, vae.params, latents)
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
-    shape = update.cut(config, update.plan_pass(config, 0, 0, np.ones(samples(config), bool)), mesh.size).order.shape[
-        1:
-    ]
-    per_video = _shape(*shape)
     step = update.make_train_step(config, net.graphdef, run.layout, mesh)
-    distinct = _shape(config.prompts.groups // repeats(config), *embeddings.shape[1:])
-    drawn = update.Batch(
-        _shape(*shape, *run.latent_shape),
-        per_video,
-        per_video,
-        _shape(*shape, dtype=jnp.int32),
-        per_video,
-        _keys(*shape),
-    )
-    after, metrics = jax.eval_shape(step, state, net.params, distinct, drawn)
+    texts = _shape(config.prompts.groups // repeats(config), *prompt)
+    after, metrics = jax.eval_shape(step, state, net.params, texts, _step_batch(run))
     after = jax.eval_shape(update.blend_old, after, _shape())
     made = {
         "text encoder": (embeddings, (tokens.shape[0], text.config.text_len, net.config.text_dim)),
@@ -104,6 +92,14 @@ def trace(run: Run) -> dict[str, Any]:
     if [(x.shape, x.dtype) for x in jax.tree.leaves(after)] != [(x.shape, x.dtype) for x in jax.tree.leaves(state)]:
         raise ValueError("train step: the state changes its shapes or dtypes; this is a fault of the program")
     return {name: out for name, (out, _) in made.items()}
+
+
+def _step_batch(run: Run) -> update.Batch:
+    """The samples of the first optimiser step."""
+    whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool))
+    shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
+    numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
+    return update.Batch(_shape(*shape, *run.latent_shape), numbers, numbers, indices, numbers, _keys(*shape))
 
 
 def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
