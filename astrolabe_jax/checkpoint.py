@@ -34,6 +34,7 @@ MAY_DIFFER = frozenset(
     for field in (
         "name",
         "base",
+        "transformer",
         "prompts.train",
         "prompts.test",
         "lora.init",

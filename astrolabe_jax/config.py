@@ -64,6 +64,12 @@ def _generation(config: ConfigDict) -> None:
     config.video.fps = 16  # of the files in samples/
     config.video.decode_chunk = 1  # latent frames decoded at once; more is faster only on large accelerators
 
+    config.scenes = ConfigDict()  # of sample.py: how prompts follow each other within a video
+    config.scenes.transition = "flush"  # flush (keep the first and the last two frames), recache, or cut: always hard
+    config.scenes.cut = "sink"  # what a hard cut keeps: sink (with absolute positions a flush and a jump), or nothing
+    config.scenes.global_sink = True  # recache: the sink keeps the keys of the first prompt
+    config.scenes.published = False  # read strings and flush as the published command line does (sampling.md 7, 11)
+
     config.prompts = ConfigDict()
     config.prompts.train = "world:moving_shapes/train"  # a text file with one prompt a line, or world:NAME/SPLIT
     config.prompts.test = "world:moving_shapes/test"  # prompts of the evaluation
@@ -155,6 +161,7 @@ REFERENCE_SWITCHES = {
     "timestep_draw": {"loss.timestep_draw": "batch"},
     "lora_dtype": {"lora.dtype": "bfloat16"},
     "sinks": {"model.faithful_sinks": True},
+    "scenes": {"scenes.published": True},
     "selective_kl": {
         "kl.rank_direction": "published",
         "kl.reduction": "microbatch",
@@ -201,6 +208,8 @@ _CHOICES = {
     "model.positions": ("absolute", "relative"),
     "model.attention": ("auto", "xla", "cudnn"),
     "sampler.sigma_source": ("exact", "lookup"),
+    "scenes.transition": ("flush", "recache", "cut"),
+    "scenes.cut": ("sink", "nothing"),
     "advantages.std": ("global", "prompt"),
     "loss.kind": ("astrolabe", "diffusion_nft"),
     "loss.context": ("clean", "noisy"),
@@ -266,6 +275,13 @@ def validate(
     faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
         faults = [*_batch_faults(config, devices), *_kl_faults(config)]
+    if faults:
+        raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
+
+
+def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
+    """As `validate`, for videos alone: nothing is asked of rewards, batches and objective."""
+    faults = [*_field_faults(config), *_attention_faults(config, backend)] or [*_mesh_faults(config, devices)]
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
 
@@ -367,13 +383,17 @@ def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
             f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a whole number of them "
             f"in each of the {optimiser.steps_per_pass} steps of a pass"
         )
+    yield from _mesh_faults(config, devices)
+    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", optimiser.microbatch)):
+        if size % devices:
+            yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
+
+
+def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     mesh = config.mesh
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
     if data * mesh.fsdp != devices:
         yield f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be the {devices} devices"
-    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", optimiser.microbatch)):
-        if size % devices:
-            yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
 
 
 def _kl_faults(config: ConfigDict) -> Iterator[str]:

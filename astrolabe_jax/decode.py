@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.wan.vae import Stream
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"))
@@ -20,6 +21,20 @@ def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int, mesh:
     the mesh; every device decodes its own with a whole copy of the VAE.
     """
     return sharding.on_mesh(mesh, _decode)(graphdef, params, latents, chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="stream")
+def decode_chunk(graphdef: Any, params: dict, latents: jax.Array, stream: Stream | None, *, mesh: Mesh):
+    """The next latents [B, n, C, H, W] of a video -> (frames [B, T, height, width, 3] uint8, stream).
+
+    stream: None for the first chunk, then what the last call gave. The chunks together are the frames of `decode`.
+    """
+
+    def step(params, latents, stream):
+        pixels, stream = layers.merge(graphdef, params).decode(sharding.by_sample(latents), stream)
+        return sharding.by_sample(to_uint8(pixels)), stream
+
+    return sharding.on_mesh(mesh, step)(params, latents, stream)
 
 
 def _decode(graphdef, params, latents, chunk):

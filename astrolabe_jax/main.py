@@ -1,9 +1,7 @@
 """python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]"""
 
-import os
-
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from astrolabe_jax import recipes
 
@@ -17,10 +15,7 @@ def main(argv: list[str]) -> None:
     """Prepares (status 2: what was asked for cannot be done) and trains (status 1: a number was not finite)."""
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    logging.set_verbosity(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
+    recipes.set_up()
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     from astrolabe_jax import prepare, stop, train  # after jax.distributed: no array may exist before it

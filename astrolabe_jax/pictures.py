@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.convert.files import atomic, write_atomic
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
@@ -18,20 +18,70 @@ STRIP_HEIGHT = 80  # likewise on the contact sheet
 INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Frames [T, height, width, 3] uint8 as H.264, yuv420p, which every player shows. Same frames, same bytes."""
-    frames = _enlarge(frames, VIDEO_HEIGHT)
-    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
-    options = {"crf": "16", "x264-params": "threads=1:mbtree=0"}  # with mbtree, x264 varies from call to call
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+class Mp4Writer:
+    """A video that can be watched while it is made: H.264, yuv420p, which every player shows. Same frames, same bytes.
+
+    Frames go into NAME.partial.mp4, in fragments of about two seconds; `close` makes it the plain file NAME.mp4. Left
+    without `close`, or by an exception, NAME.mp4 is not there.
+    """
+
+    def __init__(self, path: Path, fps: int):
+        self._path, self._partial, self._fps = path, path.with_name(f"{path.stem}.partial.mp4"), fps
+        self._container = self._stream = None
+
+    def __enter__(self) -> "Mp4Writer":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.close()
+        elif self._container is not None:
+            self._container.close()
+
+    def add(self, frames: np.ndarray) -> None:
+        """Frames [T, height, width, 3] uint8, all of one size. Small ones are enlarged to VIDEO_HEIGHT."""
+        frames = _enlarge(frames, VIDEO_HEIGHT)
+        height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
+        if self._container is None:
+            self._open(height, width)
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    write_atomic(path, buffer.getvalue())
+            self._container.mux(self._stream.encode(picture))
+
+    def close(self) -> None:
+        """Ends the video and puts it in place whole."""
+        self._container.mux(self._stream.encode())
+        self._container.close()
+        with atomic(self._path) as file, av.open(self._partial) as source, av.open(file, "w", format="mp4") as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:  # the last one only says that there are no more
+                    packet.stream = stream
+                    target.mux(packet)
+        self._partial.unlink()
+
+    def _open(self, height: int, width: int) -> None:
+        fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        self._container = av.open(self._partial, "w", format="mp4", options=fragments)
+        # With mbtree, x264 varies from call to call.
+        options = {"crf": "16", "g": str(2 * self._fps), "x264-params": "threads=1:mbtree=0"}
+        self._stream = self._container.add_stream("libx264", rate=Fraction(self._fps), options=options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Frames [T, height, width, 3] uint8 as one file."""
+    with Mp4Writer(path, fps) as writer:
+        writer.add(frames)
+
+
+def read_video(path: Path) -> np.ndarray:
+    """Frames [T, height, width, 3] uint8 of a video file; ValueError naming it if there are none."""
+    try:
+        with av.open(path) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from None
 
 
 def strip(frames: np.ndarray) -> np.ndarray:

@@ -17,11 +17,12 @@ from astrolabe_jax import checkpoint, prompts, published, rewards, sharding
 from astrolabe_jax.config import flatten, repeats, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
-from astrolabe_jax.convert.lora import load_peft
-from astrolabe_jax.models.lora import adapter_shapes, init_adapter
+from astrolabe_jax.convert.lora import load_lora
+from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
+from astrolabe_jax.scenes import Rules
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import Purpose
 from astrolabe_jax.update import training_layout
@@ -55,20 +56,17 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     """
     workdir = Path(workdir)
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
-    with _blame("config.rewards"):
+    with blame("config.rewards"):
         rewards.validate(config.rewards)
-    chosen = numerics(config)
-    with _blame("config.base"):
-        sizes = bases.configs(config.base, **chosen)
-        tokenizer = load_tokenizer(bases.directory_of(config.base))
+    sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
         "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
     _check_ceiling(config, lists["test"])
-    with _blame("config.base"):
-        base = bases.load_base(config.base, **chosen)
+    mesh = sharding.make_mesh(config.mesh)
+    base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
     identity = {"base": base.identity}
     identity |= {f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()}
@@ -76,8 +74,6 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     checkpoint.claim(workdir, identity)
-    mesh = sharding.make_mesh(config.mesh)
-    base = _placed(base, mesh)
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
@@ -88,29 +84,52 @@ def numerics(config: ConfigDict) -> dict[str, Any]:
     return {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
 
 
+def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
+    """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are read."""
+    with blame("config.base"):
+        sizes = bases.configs(config.base, config.model.size, **numerics(config))
+        return sizes, load_tokenizer(bases.tokenizer_of(config.base))
+
+
+def load_base(config: ConfigDict, mesh: Mesh) -> Base:
+    """The base model of a config, with its parameters on the mesh. Raises ValueError or OSError."""
+    with blame("config.base and config.transformer" if config.transformer else "config.base"):
+        return bases.load_base(
+            config.base,
+            size=config.model.size,
+            transformer=config.transformer,
+            place=functools.partial(_place, mesh),
+            **numerics(config),
+        )
+
+
+def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
+    """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split over `fsdp`."""
+    if part == "vae":
+        return sharding.replicate(mesh, leaf)
+    tree = functools.reduce(lambda node, key: {key: node}, reversed(path), leaf)  # the rule goes by the path
+    return jax.tree.leaves(sharding.shard_params(mesh, tree))[0]
+
+
 def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
     """Blocks, denoising steps and the shape (F, C, H, W) of a video's latents for nets of these sizes (bases.configs).
 
     Raises ValueError, naming the fields, where they do not fit each other.
     """
-    layout, sampler, latent_shape = _layout(config), _sampler(config), _latent_shape(config, sizes)
-    with _blame("config.video.frames and config.model"):
-        layout.check_frames(latent_shape[0])
-    with _blame("config.loss.mask_block"):
-        training_layout(config, layout).check_frames(latent_shape[0])
-    return layout, sampler, latent_shape
+    layout, sampler, size = layout_of(config), sampler_of(config), latent_size(config, sizes)
+    with blame("config.video.frames"):
+        frames = sizes["vae"].latent_frames(config.video.frames)
+    with blame("config.video.frames and config.model"):
+        layout.check_frames(frames)
+    with blame("config.loss.mask_block"):
+        training_layout(config, layout).check_frames(frames)
+    return layout, sampler, (frames, *size)
 
 
-def _placed(base: Base, mesh: Mesh) -> Base:
-    """The base with its parameters on the mesh: the VAE whole on every device, the large nets split over `fsdp`."""
-    places = {"transformer": sharding.shard_params, "text": sharding.shard_params, "vae": sharding.replicate}
-    nets = {name: getattr(base, name) for name in places}
-    return base._replace(**{name: net._replace(params=places[name](mesh, net.params)) for name, net in nets.items()})
-
-
-def _layout(config: ConfigDict) -> Layout:
+def layout_of(config: ConfigDict) -> Layout:
+    """Blocks, window and sink."""
     model = config.model
-    with _blame("config.model"):
+    with blame("config.model"):
         return Layout(
             model.block,
             model.window,
@@ -122,29 +141,34 @@ def _layout(config: ConfigDict) -> Layout:
         )
 
 
-def _sampler(config: ConfigDict) -> Sampler:
+def sampler_of(config: ConfigDict) -> Sampler:
+    """The denoising steps."""
     settings = config.sampler
     schedule = Schedule(shift=settings.shift)
     steps = tuple(float(t) for t in settings.steps)
-    with _blame("config.sampler"):
+    with blame("config.sampler"):
         steps = warp(steps, schedule) if settings.warp else steps
         return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
 
 
-def _latent_shape(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of a video; refuses sizes that the VAE or the patches do not divide."""
+def rules_of(config: ConfigDict) -> Rules:
+    """How scenes follow each other."""
+    scenes = config.scenes
+    return Rules(scenes.transition, scenes.cut, scenes.global_sink, scenes.published)
+
+
+def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of a latent frame; refuses heights and widths that the VAE or the patches do not divide."""
     video, vae, net = config.video, sizes["vae"], sizes["transformer"]
-    with _blame("config.video.frames"):
-        frames = vae.latent_frames(video.frames)
     unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
     for name, step in zip(("height", "width"), unit, strict=True):
         if video[name] % step:
             raise ValueError(f"config.video.{name} is {video[name]}; this model takes multiples of {step} pixels")
-    return frames, net.in_channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride
+    return net.in_channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride
 
 
 def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
-    with _blame(f"config.prompts.{name}"):
+    with blame(f"config.prompts.{name}"):
         check = functools.partial(rewards.check_prompt, list(config.rewards))
         lines = prompts.load(
             config.prompts[name], lambda line: len(token_ids(tokenizer, line)), sizes["text_encoder"].text_len, check
@@ -177,8 +201,8 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
     if not lora.init:
         key = jax.random.fold_in(jax.random.key(config.seed), Purpose.ADAPTER)
         return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
-    with _blame("config.lora.init"):
-        adapter, scale = load_peft(lora.init, adapter_shapes(net, lora.rank, dtype))
+    with blame("config.lora.init"):
+        adapter, scale = load_lora(lora.init, net, lora.rank, dtype)
         if scale != lora.alpha / lora.rank:
             raise ValueError(
                 f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is {lora.alpha / lora.rank:g}; "
@@ -192,7 +216,7 @@ def _hash(pieces: Iterable[bytes]) -> str:
 
 
 @contextlib.contextmanager
-def _blame(field: str) -> Iterator[None]:
+def blame(field: str) -> Iterator[None]:
     """Puts the field at fault in front of an error's message."""
     try:
         yield

@@ -1,9 +1,11 @@
 """The flag --config: a recipe, its overrides --config.FIELD=VALUE, and what is said when one of them is wrong."""
 
+import os
 import re
 import sys
 
-from absl import flags
+import jax
+from absl import flags, logging
 from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
@@ -24,6 +26,14 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except ERRORS as error:
         fail(message(error), 2)
+
+
+def set_up() -> None:
+    """What every program does before it uses JAX: compiled programs are kept on the disk."""
+    logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
 
 
 def fail(message: str | Exception, status: int) -> None:

@@ -30,7 +30,7 @@ from tensorboardX import SummaryWriter
 import astrolabe_jax
 from astrolabe_jax import pictures
 from astrolabe_jax.config import flatten, piece, repeats, samples
-from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.convert.files import read_jsonl, write_atomic
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import init_cache
 from astrolabe_jax.prepare import Run
@@ -117,7 +117,7 @@ class Metrics:
 
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
         path = workdir / "metrics.jsonl"
-        self.records = [record for record in _read_jsonl(path) if keep(record)]
+        self.records = [record for record in read_jsonl(path) if {"kind", "epoch"} <= record.keys() and keep(record)]
         write_atomic(path, "".join(_line(record) for record in self.records).encode())
         self._file = open(path, "a", encoding="utf-8")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=epoch + 1)
@@ -386,17 +386,6 @@ def _bytes(tree: Any) -> int:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _read_jsonl(path: Path) -> list[dict]:
-    """The records of a file some of whose lines may be half written or spoilt."""
-    records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "epoch"} <= record.keys():
-                records.append(record)
-    return records
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -147,19 +147,55 @@ def rollout_block(
     layout: Layout,
     sampler: Sampler,
     lora_scale=1.0,
-) -> tuple[jax.Array, Cache]:
+    positions=None,
+    aligned: bool = True,
+) -> tuple[jax.Array, Cache, Trace]:
     """Sample one block for streaming: its latents [B, P, C, H, W] and the cache with its clean keys.
 
     noise [steps, B, P, C, H, W]: the initial noise, then the noise added before each later step. start: first frame of
     the block. A Python int (static) while the cache grows; it may be traced once start + P >= the window, so that one
-    compiled program serves the rest of the stream. Donate the cache.
+    compiled program serves the rest of the stream. Donate the cache. positions, aligned: see WanTransformer.step.
     """
     run = _Run(graphdef, params, adapter, lora_scale, text, layout, sampler)
     steps = len(sampler.steps_at(start))
     if noise.shape[0] != steps:
         raise ValueError(f"noise is {noise.shape}, expected [{steps} steps, B, P, C, H, W]")
-    latents, cache, _ = run.sampled_block(cache, noise, start)
-    return latents, cache
+    return run.sampled_block(cache, noise, start, positions, aligned)
+
+
+def cache_block(
+    graphdef, params, adapter, text: KeyValues, latents, cache, start, *, layout, sampler, lora_scale=1.0
+) -> tuple[Cache, Trace]:
+    """Put a block of given latents [B, P, C, H, W] into the cache, at timestep 0; arguments as in rollout_block."""
+    return _Run(graphdef, params, adapter, lora_scale, text, layout, sampler).given_block(cache, latents, start)
+
+
+def recache(
+    graphdef,
+    params,
+    adapter,
+    text: KeyValues,
+    latents,
+    cache: Cache,
+    end,
+    positions,
+    *,
+    layout: Layout,
+    sampler: Sampler,
+    lora_scale=1.0,
+    skip: int = 0,
+) -> tuple[Cache, Trace]:
+    """Make the cached keys anew for another prompt, from the clean latents [B, n, C, H, W] before frame `end`.
+
+    Source: spec/sampling.md 8. end, positions, skip: see WanTransformer.recache; other arguments as in rollout_block.
+    """
+    model, t = merge(graphdef, params), sampler.context_noise
+    velocity, cache = model.recache(
+        latents, jnp.full(latents.shape[:2], t, jnp.float32), text, cache, end, positions, adapter, lora_scale,
+        layout=layout, skip=skip,
+    )  # fmt: skip
+    x0 = velocity_to_x0(latents, velocity, sampler.sigma(t))
+    return cache, Trace(np.full(1, t, np.float32), latents[None], velocity[None], x0[None])
 
 
 def noise_from_keys(sample_keys: jax.Array, shape: tuple[int, int, int]) -> Draw:
@@ -197,7 +233,7 @@ class _Run(NamedTuple):
     layout: Layout
     sampler: Sampler
 
-    def sampled_block(self, cache, noise, start):
+    def sampled_block(self, cache, noise, start, positions=None, aligned=True):
         """Denoise a block from noise [steps, B, P, C, H, W], then cache it clean: (latents, cache, Trace)."""
         sampler = self.sampler
         steps = sampler.steps_at(start)
@@ -209,7 +245,7 @@ class _Run(NamedTuple):
         def one_pass(carry, xs):
             x, cache = carry
             j, t, sigma, next_sigma, next_noise = xs
-            velocity, cache = self._call(x, t, cache, start, first_pass=j == 0)
+            velocity, cache = self._call(x, t, cache, start, j == 0, positions, aligned)
             x0 = velocity_to_x0(x, velocity, sigma)
             return (add_noise(x0, next_noise, next_sigma), cache), (x, velocity, x0)
 
@@ -219,16 +255,17 @@ class _Run(NamedTuple):
 
     def given_block(self, cache, latents, start):
         """Cache a block of given latents [B, P, C, H, W] at timestep 0: (cache, Trace of the one pass)."""
-        velocity, cache = self._call(latents, 0.0, cache, start, first_pass=True)
+        velocity, cache = self._call(latents, 0.0, cache, start, True)
         x0 = velocity_to_x0(latents, velocity, self.sampler.sigma(0.0))
         return cache, Trace(np.zeros(1, np.float32), latents[None], velocity[None], x0[None])
 
-    def _call(self, x, t, cache, start, first_pass):
+    def _call(self, x, t, cache, start, first_pass, positions=None, aligned=True):
         model = merge(self.graphdef, self.params)
         t = jnp.full(x.shape[:2], t, jnp.float32)
         return model.step(
-            x, t, self.text, cache, start, self.adapter, self.lora_scale, layout=self.layout, first_pass=first_pass
-        )
+            x, t, self.text, cache, start, self.adapter, self.lora_scale, layout=self.layout, first_pass=first_pass,
+            positions=positions, aligned=aligned,
+        )  # fmt: skip
 
 
 def _scan_blocks(run, cache, draw, starts, trace):

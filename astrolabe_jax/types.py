@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     LOSS = 3  # noise and levels of the loss, order of the samples
     HELD_OUT = 4  # choice of the evaluation prompts, and the noise of their videos
     REAL = 5  # start positions of the real videos behind eval.ceiling
+    SAMPLE = 6  # noise of the videos of `python -m astrolabe_jax.sample`
 
 
 class PromptBatch(NamedTuple):

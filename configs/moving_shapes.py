@@ -17,6 +17,10 @@ from astrolabe_jax.config import with_reference
 def get_config(variant: str = ""):
     config = base_config()
     config.name = "moving_shapes"
+    # Videos longer than the base has seen go on in a window of its length. It has seen no scene change: scenes are cut.
+    config.model.window = 9
+    config.model.positions = "relative"
+    config.scenes.transition = "cut"
     config.model.remat = False  # the model is small: memory is cheaper than recomputation
     config.rewards.shapes_vq = 1.0
     config.rewards.shapes_mq = 1.0

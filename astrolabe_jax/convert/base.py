@@ -1,47 +1,47 @@
-"""A base model as a directory: transformer, VAE and text encoder in the original Wan naming, tokenizer, sizes.
+"""A base model as a directory: transformer, VAE, text encoder, tokenizer and sizes, in one of the LAYOUTS.
 
-config.json                 sizes of the three nets; nothing that a run may choose (dtypes, window, remat)
-transformer.safetensors     spec/checkpoints.md section 2
-vae.safetensors             section 3
-text_encoder.safetensors    section 4
-tokenizer.json              or spiece.model
+own         config.json with the sizes of the three nets and nothing that a run may choose (dtypes, window, remat); of
+            each part a file of weights, or an Orbax directory that `python -m astrolabe_jax.convert import` made;
+            tokenizer.json or spiece.model
+original    a Wan repository as published (spec/checkpoints.md 1); its config.json describes the transformer alone
+diffusers   a diffusers package: model_index.json and a folder for each part
 
-Weights may also be files of torch, .pth or .pt, and all may have the nesting and the prefixes of published files
-(convert/weights.py): vae.pth may be Wan2.1_VAE.pth, transformer.pt may be self_forcing_dmd.pt.
+Weights may have any of the formats, nestings and prefixes of published files (parts.py, weights.py): vae.pth may be
+Wan2.1_VAE.pth, transformer.pt may be self_forcing_dmd.pt.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
-from astrolabe_jax.convert import engine, umt5, vae, wan
-from astrolabe_jax.convert.files import read_json, write_atomic
-from astrolabe_jax.convert.weights import READERS, read_weights
+from astrolabe_jax.convert import engine, store
+from astrolabe_jax.convert.files import INDEX, read_json, write_atomic, write_safetensors
+from astrolabe_jax.convert.parts import (
+    PARTS,
+    SIZES,
+    Net,
+    described,
+    field_faults,
+    load_net,
+    make_config,
+    save_net,
+    shapes,
+    sizes_of,
+)
+from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
-from astrolabe_jax.models.umt5 import UMT5, UMT5Config
+from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
-from astrolabe_jax.models.wan.transformer import WanTransformer
-from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+from astrolabe_jax.models.wan.vae import VaeConfig
 
 SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
-
-
-class Net(NamedTuple):
-    """A frozen net: graph definition (static), parameters (nested dict of arrays), and its sizes and numerics."""
-
-    graphdef: nnx.GraphDef
-    params: dict
-    config: Any
 
 
 class Base(NamedTuple):
@@ -54,82 +54,128 @@ class Base(NamedTuple):
     identity: str
 
 
-class _Part(NamedTuple):
-    module: Any
-    config: Any
-    table: Any  # config -> rules of the conversion
+class Layout(NamedTuple):
+    """Where the files of a base lie, relative to its directory."""
+
+    mark: str  # file that tells the layout
+    weights: dict[str, tuple[str, ...]]  # part -> names, of which one is there
+    configs: dict[str, str]  # part -> its config.json; a part without one has the published sizes
+    tokenizer: str  # directory
 
 
-_PARTS = {
-    "transformer": _Part(WanTransformer, WanConfig, wan.table),
-    "vae": _Part(Vae, VaeConfig, vae.table),
-    "text_encoder": _Part(UMT5, UMT5Config, umt5.table),
-}
-# A run chooses these; the others are the sizes that config.json must give.
-_NUMERICS = ("dtype", "param_dtype", "remat", "attention")
-# By the annotation of a size: what to expect of its value in JSON, and whether it is so (1 is a float there, too).
-_KINDS = {
-    int: ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
-    float: ("a finite number", lambda value: type(value) in (int, float) and -math.inf < value < math.inf),
-    bool: ("true or false", lambda value: type(value) is bool),
+def _safetensors(stem: str) -> tuple[str, ...]:
+    return f"{stem}.safetensors", f"{stem}{INDEX}"
+
+
+TOKENIZERS = ("tokenizer.json", "spiece.model")
+# The first whose mark is there.
+LAYOUTS = {
+    "diffusers": Layout(
+        "model_index.json",
+        {
+            "transformer": _safetensors("transformer/diffusion_pytorch_model"),
+            "vae": _safetensors("vae/diffusion_pytorch_model"),
+            "text_encoder": _safetensors("text_encoder/model"),
+        },
+        {part: f"{part}/config.json" for part in PARTS},
+        "tokenizer",
+    ),
+    "original": Layout(
+        "Wan2.1_VAE.pth",
+        {
+            "transformer": _safetensors("diffusion_pytorch_model"),
+            "vae": ("Wan2.1_VAE.pth",),
+            "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth",),
+        },
+        {"transformer": "config.json"},
+        "google/umt5-xxl",
+    ),
+    "own": Layout(
+        "config.json",
+        {part: (*(f"{part}{suffix}" for suffix in READERS), part) for part in PARTS},
+        dict.fromkeys(PARTS, "config.json"),
+        ".",
+    ),
 }
 
 
 def directory_of(base: str) -> Path:
     """Directory of a shipped base by its name, or the given directory; FileNotFoundError says what was expected."""
     directory = SHIPPED.get(base, Path(base))
-    if not (directory / "config.json").is_file():
+    if not any((directory / layout.mark).is_file() for layout in LAYOUTS.values()):
         raise FileNotFoundError(
             f"base {base!r}: no {directory / 'config.json'}; "
-            f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with config.json"
+            f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with {_marks()}"
         )
     return directory
 
 
-def sizes(base: str) -> dict[str, dict]:
-    """The content of a base's config.json, checked for its parts; cheap, nothing else is read."""
-    path = directory_of(base) / "config.json"
-    content = read_json(path)
-    if set(content) != set(_PARTS) or not all(isinstance(part, dict) for part in content.values()):
-        raise ValueError(f"{path}: expected objects under the keys {', '.join(_PARTS)}, and nothing else")
-    return content
+def _marks() -> str:
+    return " or ".join(f"{layout.mark} ({name})" for name, layout in reversed(LAYOUTS.items()))
 
 
-def configs(base: str, **numerics) -> dict[str, Any]:
-    """The config of each part: sizes from the base, `numerics` (dtype, param_dtype, remat, attention) from the run.
+def layout_of(directory: Path) -> Layout | None:
+    """The layout of a base's directory, or None for any other directory."""
+    return next((layout for layout in LAYOUTS.values() if (directory / layout.mark).is_file()), None)
+
+
+def tokenizer_of(base: str) -> Path:
+    """The directory that `load_tokenizer` takes."""
+    directory = directory_of(base)
+    return directory / layout_of(directory).tokenizer
+
+
+def sizes(base: str, size: str = "") -> dict[str, dict]:
+    """Sizes of the three parts, those of SIZES if `size` names one, else from the base; cheap, no weights are read.
+
+    Raises ValueError naming a config.json that lacks something, or is of another kind of model.
+    """
+    directory = directory_of(base)
+    if size:
+        return {part: sizes_of(config) for part, config in SIZES[size].items()}
+    layout = layout_of(directory)
+    if layout is LAYOUTS["own"]:
+        path = directory / layout.mark
+        content = read_json(path)
+        if set(content) != set(PARTS) or not all(isinstance(part, dict) for part in content.values()):
+            raise ValueError(f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else")
+        return content
+    found = {}
+    for part, entry in PARTS.items():
+        published = entry.published
+        # What their files leave out is the same in all their models; width and depth are not.
+        found[part] = {field: value for field, value in sizes_of(published).items() if field not in _VARYING}
+        if part not in layout.configs:
+            found[part] = sizes_of(published)
+            continue
+        path = directory / layout.configs[part]
+        try:
+            found[part] |= described(part, read_json(path))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return found
+
+
+_VARYING = frozenset({"dim", "dim_attn", "dim_ffn", "ffn_dim", "num_layers", "num_heads", "vocab_size", "z_dim"})
+
+
+def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
+    """The config of each part: sizes from `sizes`, `numerics` (dtype, param_dtype, remat, attention) from the run.
 
     Raises ValueError naming the file and the fields of a part that do not make sense, or of two that do not fit.
     """
-    path, content, parts = directory_of(base) / "config.json", sizes(base), {}
-    if faults := [fault for name, values in content.items() for fault in _field_faults(name, values)]:
+    directory, content, parts = directory_of(base), sizes(base, size), {}
+    path = directory / layout_of(directory).mark
+    if faults := [fault for name, values in content.items() for fault in field_faults(name, values)]:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     for name, values in content.items():
-        config = _PARTS[name].config
-        chosen = {field.name: numerics[field.name] for field in dataclasses.fields(config) if field.name in numerics}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            parts[name] = config(**values, **chosen)
-        except (TypeError, ValueError) as error:  # TypeError: a field is missing
-            raise ValueError(f"{path}, {name}: {error}") from None
+            parts[name] = make_config(name, values, **numerics)
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from None
     if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
     return parts
-
-
-def _field_faults(part: str, values: Mapping[str, Any]) -> Iterator[str]:
-    """Every value must be of its field's annotated type; what else a config asks of it, the config checks itself."""
-    kinds = {field.name: field.type for field in dataclasses.fields(_PARTS[part].config)}
-    known = [name for name in kinds if name not in _NUMERICS]
-    for name, value in values.items():
-        if name not in known:
-            yield f"{part}.{name} is unknown; expected {', '.join(known)}"
-            continue
-        kind, *more = get_args(kinds[name]) or (kinds[name],)  # tuple[int, ...] has arguments, int has none
-        expected, fits = _KINDS[kind]
-        if more and not (isinstance(value, list) and all(map(fits, value))):
-            yield f"{part}.{name} is {value!r}; expected a list, each entry {expected}"
-        elif not more and not fits(value):
-            yield f"{part}.{name} is {value!r}; expected {expected}"
 
 
 def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
@@ -142,69 +188,99 @@ def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
         yield f"transformer.text_len is {net.text_len}; expected at least text_encoder.text_len, {text.text_len}"
 
 
-def shapes(part: str, config: Any) -> Net:
-    """A part's net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
-    return Net(*layers.graphdef_of(lambda: _PARTS[part].module(config, rngs=nnx.Rngs(0))), config)
+def load_base(
+    base: str,
+    *,
+    size: str = "",
+    transformer: str = "",
+    place: Callable[[str, tuple, np.ndarray], Any] = lambda part, path, leaf: leaf,
+    **numerics,
+) -> Base:
+    """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault.
 
-
-def load_net(part: str, tensors: Mapping[str, np.ndarray], config: Any) -> Net:
-    """A part's net from tensors in the original naming, in config.param_dtype.
-
-    Raises engine.ConversionError, listing every missing, unused and misshapen tensor.
+    size: a name of SIZES in place of the base's own sizes. transformer: a file or base whose transformer is read in
+    place of this base's. place(part, path, leaf) puts each leaf on its devices before the next is read, so that the
+    host never holds more than the largest leaf.
     """
-    net = shapes(part, config)
-    return net._replace(params=engine.load(_PARTS[part].table(config), tensors, net.params))
-
-
-def save_net(part: str, params: dict, config: Any) -> dict[str, np.ndarray]:
-    """The exact inverse of `load_net`, in the dtype of the params."""
-    return engine.save(_PARTS[part].table(config), params)
-
-
-def load_base(base: str, **numerics) -> Base:
-    """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field at fault."""
     directory, digest, nets = directory_of(base), hashlib.sha256(), {}
-    parts, tokenizer = configs(base, **numerics), load_tokenizer(directory)
+    layout, parts = layout_of(directory), configs(base, size, **numerics)
+    words = directory / layout.tokenizer
+    tokenizer = load_tokenizer(words)
     largest, rows = max(tokenizer.get_vocab().values()), parts["text_encoder"].vocab_size
     if largest >= rows:
         raise ValueError(
-            f"{directory / 'config.json'}: text_encoder.vocab_size is {rows}, but the tokenizer in {directory} has ids "
+            f"{directory / layout.mark}: text_encoder.vocab_size is {rows}, but the tokenizer in {words} has ids "
             f"up to {largest}; expected at least {largest + 1}: do both files belong to this base?"
         )
-    for path in sorted(directory / name for name in ("config.json", "tokenizer.json", "spiece.model")):
+    described_in = sorted({directory / name for name in layout.configs.values()})
+    for path in (*described_in, *(words / name for name in TOKENIZERS)):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for name, config in parts.items():
-        path = _weights(directory, name)
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-        tensors = read_weights(path)
-        try:
-            nets[name] = load_net(name, tensors, config)
-        except engine.ConversionError as error:
-            raise engine.ConversionError(f"{path}: {error}") from None
+        path = weights_of(transformer if name == "transformer" and transformer else base, name)
+        for file in files_of(path):
+            with open(file, "rb") as content:
+                hashlib.file_digest(content, lambda: digest)
+        nets[name] = read_net(name, path, config, place)
     return Base(nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest())
 
 
-def _weights(directory: Path, part: str) -> Path:
-    paths = [directory / f"{part}{suffix}" for suffix in READERS]
-    found = [path for path in paths if path.is_file()]
+def read_net(
+    part: str,
+    path: Path,
+    config: Any,
+    place: Callable[[str, tuple, np.ndarray], Any] = lambda part, path, leaf: leaf,
+) -> Net:
+    """A part from a file of weights or an Orbax directory, in config.param_dtype; errors name the file."""
+    try:
+        if not path.is_dir():
+            return load_net(part, read_weights(path), config, place)
+        net = shapes(part, config)
+        leaves = engine.flatten(store.tree(store.open_leaves(path), net.params))
+        dtypes = {where: leaf.dtype for where, leaf in engine.flatten(net.params).items()}
+        placed = ((where, place(part, where, np.asarray(leaf, dtypes[where]))) for where, leaf in leaves.items())
+        return net._replace(params=engine.nested(placed))
+    except (engine.ConversionError, store.StoreError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def weights_of(given: str | Path, part: str) -> Path:
+    """Where the weights of a part are: `given` itself, if it is a file or a store, or in the base `given`."""
+    directory = SHIPPED.get(str(given), Path(given))
+    if directory.is_file() or store.is_store(directory):
+        if directory.is_file() and suffix_of(directory) is None:
+            raise ValueError(f"{directory}: expected a file of weights, {', '.join(READERS)}")
+        return directory
+    layout = layout_of(directory)
+    if layout is None:
+        raise FileNotFoundError(f"no {directory}; expected a file of weights or a directory with {_marks()}")
+    paths = [directory / name for name in layout.weights[part]]
+    found = [path for path in paths if path.is_file() or store.is_store(path)]
     if len(found) != 1:
-        names = ", ".join(path.name for path in paths)
+        names = ", ".join(str(path.relative_to(directory)) for path in paths)
         raise FileNotFoundError(f"{directory} has {len(found)} files of the {part}; expected one of {names}")
     return found[0]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that weights are in: itself, an index and its shards, or every file of a store, sorted by name."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.name.endswith(INDEX):
+        shards = read_json(path).get("weight_map")
+        return [path, *sorted({path.parent / str(shard) for shard in (shards or {}).values()})]
+    return [path]
 
 
 def save_base(directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_json: str, dtype=np.float32) -> None:
     """Writes a base that `load_base` reads; floating-point tensors are stored as `dtype`."""
     directory.mkdir(parents=True, exist_ok=True)
-    described = {}
+    content = {}
     for name, net in (("transformer", transformer), ("vae", vae), ("text_encoder", text)):
         tensors = {key: np.asarray(value, dtype) for key, value in save_net(name, net.params, net.config).items()}
-        write_atomic(directory / f"{name}.safetensors", safetensors.numpy.save(tensors))
-        values = dataclasses.asdict(net.config)
-        described[name] = {key: value for key, value in values.items() if key not in _NUMERICS}
+        write_safetensors(directory / f"{name}.safetensors", tensors)
+        content[name] = sizes_of(net.config)
     write_atomic(directory / "tokenizer.json", tokenizer_json.encode())
-    write_atomic(directory / "config.json", json.dumps(described, indent=2).encode())
+    write_atomic(directory / "config.json", json.dumps(content, indent=2).encode())
 
 
 def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
@@ -212,6 +288,6 @@ def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
     nets = {}
     for i, (name, config) in enumerate(parts.items()):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        graphdef, params = layers.split(_PARTS[name].module(config, rngs=nnx.Rngs(key)))
+        graphdef, params = layers.split(PARTS[name].module(config, rngs=nnx.Rngs(key)))
         nets[name] = Net(graphdef, params, config)
     return nets

@@ -3,9 +3,10 @@
 Such a file is an uncompressed zip with one root folder: `data.pkl`, a pickle that describes nested containers and
 tensors, and `data/KEY`, the bytes of the storages that tensors view. The pickle is interpreted here, one opcode at a
 time, and only those that containers, scalars and tensors need are known: nothing is imported and nothing is called but
-what this file does for the names of GLOBALS and STORAGES. Tensors are views of the memory-mapped file.
+what this file does for the names of GLOBALS and STORAGES. Tensors are read from the file when they are asked for.
 """
 
+import math
 import pickletools
 import struct
 import zipfile
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from astrolabe_jax.convert.files import Lazy
 
 STORAGES = {
     "torch DoubleStorage": np.float64,
@@ -27,6 +30,8 @@ STORAGES = {
     "torch CharStorage": np.int8,
     "torch ByteStorage": np.uint8,
     "torch BoolStorage": np.bool_,
+    "torch ComplexFloatStorage": np.complex64,
+    "torch ComplexDoubleStorage": np.complex128,
 }
 TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
 DICT = "collections OrderedDict"
@@ -48,11 +53,14 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    content: np.ndarray  # [elements], a view of the file
+    path: Path
+    start: int  # bytes in the file
+    count: int  # elements
+    dtype: np.dtype
 
 
 def read_torch(path: Path | str) -> Any:
-    """What torch.save wrote: nested dicts, lists and tuples of scalars and of read-only arrays that view the file.
+    """What torch.save wrote: nested dicts, lists and tuples of scalars and of tensors, which are read when asked for.
 
     Attributes of containers (a state dict's `_metadata`) are dropped. Raises TorchFileError naming the file and what
     is wrong with it, FileNotFoundError, or OSError.
@@ -64,9 +72,8 @@ def read_torch(path: Path | str) -> Any:
             pickled = archive.read(members.pop("data.pkl").info)
             if (order := members.pop("byteorder", None)) and archive.read(order.info) != b"little":
                 raise TorchFileError("its numbers are not little-endian")
-        content = np.memmap(path, np.uint8, "r")
-        storages = {name.removeprefix("data/"): content[m.start : m.stop] for name, m in members.items()}
-        tree = _Machine(storages).run(pickled)
+        storages = {name.removeprefix("data/"): member for name, member in members.items()}
+        tree = _Machine(path, storages).run(pickled)
         _check_tree(tree)
         return tree
     except TorchFileError as error:
@@ -124,7 +131,8 @@ _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", 
 class _Machine:
     """The pickle machine: a stack, marks in it, and a memo."""
 
-    def __init__(self, storages: dict[str, np.ndarray]):
+    def __init__(self, path: Path, storages: dict[str, _Member]):
+        self._path = path
         self._storages = storages
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -219,12 +227,12 @@ class _Machine:
             raise TorchFileError(f"storage {key!r} is no {', '.join(STORAGES)}")
         if not isinstance(key, str) or key not in self._storages:
             raise TorchFileError(f"storage {key!r} has no content in the file")
-        content, dtype = self._storages[key], np.dtype(STORAGES[kind.name])
-        if type(count) is not int or count * dtype.itemsize != len(content):
+        (_, start, stop), dtype = self._storages[key], np.dtype(STORAGES[kind.name])
+        if type(count) is not int or count * dtype.itemsize != stop - start:
             raise TorchFileError(
-                f"storage {key!r} has {len(content)} bytes; expected {count} elements of {dtype.itemsize} bytes"
+                f"storage {key!r} has {stop - start} bytes; expected {count} elements of {dtype.itemsize} bytes"
             )
-        return _Storage(content.view(dtype))
+        return _Storage(self._path, start, count, dtype)
 
 
 def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
@@ -250,32 +258,41 @@ def _call(function: Any, arguments: Any) -> Any:
     count = len(arguments) if isinstance(arguments, tuple) else -1
     if name == DICT and count == 0:
         return {}
-    if name == PARAMETER and count >= 1 and isinstance(arguments[0], np.ndarray):
+    if name == PARAMETER and count >= 1 and isinstance(arguments[0], Lazy):
         return arguments[0]
     if name == TENSOR and count >= 4 and isinstance(arguments[0], _Storage):
-        return _view(arguments[0].content, *arguments[1:4])
+        return _view(arguments[0], *arguments[1:4])
     raise TorchFileError(f"data.pkl calls {name or 'what cannot be called'} as torch.save does not")
 
 
-def _view(content: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
     """The tensor of a storage; offset and strides in elements, which must stay in the storage and not overlap."""
     numbers = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
     if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides) or len(shape) > MOST_AXES:
         raise TorchFileError(f"a tensor has offset {offset!r}, shape {shape!r} and strides {strides!r}")
+    dtype = storage.dtype
     if 0 in shape:
-        try:
-            return np.zeros(shape, content.dtype)
-        except ValueError as error:
-            raise TorchFileError(f"a tensor has the impossible shape {shape}: {error}") from None
+        if math.prod(filter(None, shape)) * dtype.itemsize >= 2**63:
+            raise TorchFileError(f"a tensor has the impossible shape {shape}")
+        return Lazy(shape, dtype, lambda: np.zeros(shape, dtype))
     stop = offset
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= stop - offset:
             raise TorchFileError(f"elements of a tensor of shape {shape} and strides {strides} share memory")
         stop += stride * max(size - 1, 0)
-    if stop >= len(content):
-        raise TorchFileError(f"a tensor of shape {shape} at {offset} reaches beyond its storage of {len(content)}")
-    bytes_apart = [stride * content.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(content[offset:], shape, bytes_apart, writeable=False)
+    if stop >= storage.count:
+        raise TorchFileError(f"a tensor of shape {shape} at {offset} reaches beyond its storage of {storage.count}")
+    # An axis of one element is never stepped along, and its stride may be out of every range.
+    apart = [stride * dtype.itemsize if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)]
+    start, count = storage.start + offset * dtype.itemsize, (stop - offset + 1) * dtype.itemsize
+
+    def read() -> np.ndarray:
+        content = np.fromfile(storage.path, np.uint8, count, offset=start)
+        if len(content) != count:
+            raise TorchFileError(f"{storage.path} was cut while it was in use")
+        return np.lib.stride_tricks.as_strided(content.view(dtype), shape, apart, writeable=False)
+
+    return Lazy(shape, dtype, read)
 
 
 def _check_tree(tree: Any) -> None:

@@ -1,7 +1,44 @@
 """UMT5: names of models_t5_umt5-xxl-enc-bf16.pth <-> the parameter tree of models/umt5.py (spec/checkpoints.md 4)."""
 
-from astrolabe_jax.convert.engine import LINEAR, Rule
-from astrolabe_jax.models.umt5 import UMT5Config
+from typing import Any
+
+from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Substitutions
+from astrolabe_jax.models.umt5 import XXL, UMT5Config
+
+_ATTENTION, _FFN = "encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.1.DenseReluDense"
+# Original -> Hugging Face, in which a diffusers package has it.
+_DIFFUSERS = (
+    (r"^token_embedding\b", "shared"),
+    (r"^norm\b", "encoder.final_layer_norm"),
+    (r"^blocks\.\{i\}\.norm1\b", "encoder.block.{i}.layer.0.layer_norm"),
+    (r"^blocks\.\{i\}\.norm2\b", "encoder.block.{i}.layer.1.layer_norm"),
+    (r"^blocks\.\{i\}\.attn\b", _ATTENTION),
+    (r"^blocks\.\{i\}\.pos_embedding\.embedding\b", f"{_ATTENTION}.relative_attention_bias"),
+    (r"^blocks\.\{i\}\.ffn\.gate\.0\b", f"{_FFN}.wi_0"),
+    (r"^blocks\.\{i\}\.ffn\.fc1\b", f"{_FFN}.wi_1"),
+    (r"^blocks\.\{i\}\.ffn\.fc2\b", f"{_FFN}.wo"),
+)
+ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the same tensor under two names of Hugging Face
+
+# Field of UMT5Config -> tensors that tell it, by an axis of each.
+_WITNESSES = {
+    "vocab_size": [("token_embedding.weight", 0)],
+    "dim": [("blocks.{i}.norm1.weight", 0), ("norm.weight", 0), ("token_embedding.weight", 1)],
+    "dim_attn": [("blocks.{i}.attn.q.weight", 0), ("blocks.{i}.attn.k.weight", 0)],
+    "dim_ffn": [("blocks.{i}.ffn.fc1.weight", 0), ("blocks.{i}.ffn.fc2.weight", 1)],
+    "num_heads": [("blocks.{i}.pos_embedding.embedding.weight", 1)],
+    "num_buckets": [("blocks.{i}.pos_embedding.embedding.weight", 0)],
+}
+
+
+def diffusers(_: UMT5Config) -> Substitutions:
+    """What transformers' UMT5EncoderModel calls the same tensors."""
+    return _DIFFUSERS
+
+
+def measure(shapes: Shapes) -> dict[str, Any]:
+    """Sizes as the tensors have them."""
+    return shapes.sizes(_WITNESSES) | {"num_layers": shapes.layers(table(XXL))}
 
 
 def table(_: UMT5Config) -> list[Rule]:

@@ -1,7 +1,64 @@
 """Wan VAE: original names and layouts <-> the parameter tree of models/wan/vae.py (spec/checkpoints.md section 3)."""
 
-from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Transform
+from typing import Any
+
+from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Shapes, Substitutions, Transform
 from astrolabe_jax.models.wan.vae import VaeConfig
+
+# Original -> diffusers, but for the numbers of the upsamplings.
+_DIFFUSERS = (
+    (r"^conv1\b", "quant_conv"),
+    (r"^conv2\b", "post_quant_conv"),
+    (r"^(encoder|decoder)\.conv1\b", r"\1.conv_in"),
+    (r"\.head\.0\b", ".norm_out"),
+    (r"\.head\.2\b", ".conv_out"),
+    (r"\.middle\.0\b", ".mid_block.resnets.0"),
+    (r"\.middle\.1\b", ".mid_block.attentions.0"),
+    (r"\.middle\.2\b", ".mid_block.resnets.1"),
+    (r"\.residual\.0\b", ".norm1"),
+    (r"\.residual\.2\b", ".conv1"),
+    (r"\.residual\.3\b", ".norm2"),
+    (r"\.residual\.6\b", ".conv2"),
+    (r"\.shortcut\b", ".conv_shortcut"),
+    (r"\.downsamples\b", ".down_blocks"),
+)
+
+
+def diffusers(config: VaeConfig) -> Substitutions:
+    """What diffusers' AutoencoderKLWan calls the same tensors; its decoder counts by stages."""
+    blocks = config.num_res_blocks + 1
+    numbered = []
+    for stage in range(len(config.dim_mult)):
+        for j in range(blocks + 1):
+            name = f"resnets.{j}" if j < blocks else "upsamplers.0"
+            numbered.append((rf"\.upsamples\.{stage * (blocks + 1) + j}\.", f".up_blocks.{stage}.{name}."))
+    return (*_DIFFUSERS, *numbered)
+
+
+def measure(shapes: Shapes) -> dict[str, Any]:
+    """Sizes as the tensors of the encoder have them; the statistics of the latents are not in them."""
+    sizes = shapes.sizes({
+        "dim": [("encoder.conv1.weight", 0), ("encoder.conv1.bias", 0)],
+        "z_dim": [("conv2.weight", 0), ("conv2.bias", 0), ("decoder.conv1.weight", 1)],
+    })  # fmt: skip
+    blocks, widths, temporal, index = [0], [None], [], 0
+    while True:
+        prefix = f"encoder.downsamples.{index}"
+        width = shapes.vote(
+            *((f"{prefix}.residual.{name}", 0) for name in ("2.weight", "2.bias", "6.weight", "6.bias", "3.gamma"))
+        )
+        if width is not None:
+            blocks[-1], widths[-1] = blocks[-1] + 1, width
+        elif shapes.of(f"{prefix}.resample.1.weight") or shapes.of(f"{prefix}.resample.1.bias"):
+            timed = shapes.of(f"{prefix}.time_conv.weight") or shapes.of(f"{prefix}.time_conv.bias")
+            blocks, widths, temporal = [*blocks, 0], [*widths, None], [*temporal, bool(timed)]
+        else:
+            break
+        index += 1
+    if "dim" in sizes and all(widths):
+        sizes["dim_mult"] = tuple(width // sizes["dim"] for width in widths)
+        sizes |= {"num_res_blocks": max(blocks), "temporal_downsample": tuple(temporal)}
+    return sizes
 
 
 def table(config: VaeConfig) -> list[Rule]:

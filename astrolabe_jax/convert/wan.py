@@ -1,11 +1,51 @@
 """Causal Wan DiT: original Wan tensor names and layouts <-> the parameter tree of models/wan/transformer.py.
 
-Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block) and section 6 (layouts).
+Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block), 2.1 (diffusers) and 6 (layouts).
 """
 
+from typing import Any
+
 from astrolabe_jax.convert import engine
-from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule
-from astrolabe_jax.models.wan.config import WanConfig
+from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule, Shapes, Substitutions
+from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
+
+# Original -> diffusers. They hold for modules of adapters, too.
+_DIFFUSERS = (
+    (r"^(time|text)_embedding\.0\b", r"condition_embedder.\1_embedder.linear_1"),
+    (r"^(time|text)_embedding\.2\b", r"condition_embedder.\1_embedder.linear_2"),
+    (r"^time_projection\.1\b", "condition_embedder.time_proj"),
+    (r"^head\.head\b", "proj_out"),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.self_attn\b", ".attn1"),
+    (r"\.cross_attn\b", ".attn2"),
+    (r"(\.attn[12])\.([qkv])\b", r"\1.to_\2"),
+    (r"(\.attn[12])\.o\b", r"\1.to_out.0"),
+    (r"\.norm3\b", ".norm2"),
+    (r"\.ffn\.0\b", ".ffn.net.0.proj"),
+    (r"\.ffn\.2\b", ".ffn.net.2"),
+)
+
+# Field of WanConfig -> tensors that tell it, by an axis of each.
+_WITNESSES = {
+    "dim": [("blocks.{i}.self_attn.k.bias", 0), ("blocks.{i}.norm3.weight", 0), ("patch_embedding.bias", 0)],
+    "ffn_dim": [("blocks.{i}.ffn.0.bias", 0), ("blocks.{i}.ffn.2.weight", 1)],
+    "freq_dim": [("time_embedding.0.weight", 1)],
+    "text_dim": [("text_embedding.0.weight", 1)],
+    "in_channels": [("patch_embedding.weight", 1)],
+}
+
+
+def diffusers(_: WanConfig) -> Substitutions:
+    """What diffusers' WanTransformer3DModel calls the same tensors."""
+    return _DIFFUSERS
+
+
+def measure(shapes: Shapes) -> dict[str, Any]:
+    """Sizes as the tensors have them; the number of heads cannot be seen in them."""
+    sizes = shapes.sizes(_WITNESSES) | {"num_layers": shapes.layers(table(WAN_1_3B))}
+    patches = [shape[2:] for shape in shapes.of("patch_embedding.weight") if len(shape) == 5]
+    return sizes | ({"patch_size": patches[0]} if patches else {})
 
 
 def table(config: WanConfig) -> list[Rule]:

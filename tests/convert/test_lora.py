@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from astrolabe_jax.convert import engine, lora
 from astrolabe_jax.models.lora import TARGETS
+from astrolabe_jax.models.wan.config import WanConfig
 
 LAYERS, DIM, FFN, RANK = 2, 6, 10, 3
+NET = WanConfig(dim=DIM, ffn_dim=FFN, num_layers=LAYERS, num_heads=1)
 PINNED_FIELDS = (
     "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights "
     "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config "
@@ -51,7 +54,7 @@ def test_directory_round_trip_is_byte_exact(adapter, tmp_path):
     lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)
     lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)  # replaces an existing export
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    back, scale = lora.load_peft(tmp_path / "lora", adapter)
+    back, scale = lora.load_lora(tmp_path / "lora", NET, RANK)
     assert scale == 2.0
     assert_same_bytes(back, adapter)
 
@@ -87,7 +90,7 @@ def test_variants_of_lora_are_refused(adapter, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora"):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_config_without_a_scale_is_named(adapter, tmp_path, change, expected):
     content = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     with pytest.raises(ValueError, match=expected):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
 
 
 def cut(content):
@@ -125,24 +128,26 @@ def test_a_broken_file_is_named(adapter, tmp_path, name, damage, expected):
     path = tmp_path / name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=expected):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
 
 
 def test_an_adapter_of_bfloat16_is_read_exactly(adapter, tmp_path):
     """Runs with lora.dtype bfloat16 export such files."""
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), adapter)
     lora.save_peft(rounded, tmp_path, RANK, alpha=RANK)
-    assert_same_bytes(lora.load_peft(tmp_path, rounded)[0], rounded)
+    assert_same_bytes(lora.load_lora(tmp_path, NET, RANK, jnp.bfloat16)[0], rounded)
     exact = jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded)
-    assert_same_bytes(lora.load_peft(tmp_path, adapter)[0], exact)
+    assert_same_bytes(lora.load_lora(tmp_path, NET, RANK)[0], exact)
 
 
 def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
-    lora.save_peft(jax.tree.map(lambda leaf: leaf.astype(np.int8), adapter), tmp_path, RANK, alpha=RANK)
+    lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
+    tensors = {name: tensor.astype(np.int8) for name, tensor in lora.to_peft(adapter).items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
-        ValueError, match="adapter_model.safetensors holds a tensor of dtype int8, .*; expected .* float32"
+        ValueError, match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected .* float32"
     ):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -150,15 +155,15 @@ def test_a_missing_file_is_named(adapter, tmp_path, name):
     lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"no .*{name}; expected a PEFT directory with"):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
 
 
 def test_another_rank_is_named_and_tensors_that_do_not_fit_with_their_file(adapter, tmp_path):
     smaller = {module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()}
     lora.save_peft(smaller, tmp_path, 2, alpha=2)
     with pytest.raises(ValueError, match="adapter_config.json has r 2; expected rank 3: set the rank of this run to 2"):
-        lora.load_peft(tmp_path, adapter)
+        lora.load_lora(tmp_path, NET, RANK)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": RANK}))  # the config does not tell the truth
-    with pytest.raises(engine.ConversionError, match="adapter_model.safetensors: .*\n.*changed shape"):
-        lora.load_peft(tmp_path, adapter)
+    with pytest.raises(engine.ConversionError, match="adapter_model.safetensors: its rank is 2; expected rank 3"):
+        lora.load_lora(tmp_path, NET, RANK)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.files import read_safetensors
+from astrolabe_jax.convert import files
 from astrolabe_jax.convert.weights import read_weights
 from tests.convert import torch_files
 from tests.tiny_base import write_tiny_base
@@ -22,6 +22,10 @@ def plain(tmp_path_factory):
     """A base with plain safetensors, and its parameters."""
     directory = write_tiny_base(tmp_path_factory.mktemp("plain"))
     return directory, bases.load_base(str(directory), **NUMERICS)
+
+
+def read_safetensors(path):
+    return {name: np.asarray(tensor) for name, tensor in files.read_safetensors(path).items()}
 
 
 def renamed(tensors, prefix, inner=""):

@@ -106,8 +106,13 @@ class Buffer:
     local_end: int = 0
 
 
-def cached_pass(weights, config, scenario, buffer: Buffer, x, t, prompts, start_frame: int):
-    """One call of model.md 8.2 and 8.3 on the block at `start_frame`; updates the buffer, returns the velocity."""
+def cached_pass(
+    weights, config, scenario, buffer: Buffer, x, t, prompts, start_frame: int, cut: bool = False, force: bool = False
+):
+    """One call of model.md 8.2 and 8.3 on the block at `start_frame`; updates the buffer, returns the velocity.
+
+    cut: the block behind a hard cut; force: sink_recache_after_switch.
+    """
     length, grid = config["fsl"], (config["lat_h"] // 2, config["lat_w"] // 2)
     n, s, sink = x.shape[1] * length, start_frame * length, scenario["sink"] * length
     capacity, most = buffer.k.shape[2], config["max_global"]
@@ -126,11 +131,13 @@ def cached_pass(weights, config, scenario, buffer: Buffer, x, t, prompts, start_
     else:
         end = end + (e - g)
     first = end - n
-    put = max(first, sink) if recompute else first
+    put = max(first, sink) if recompute and not (force and not rolled) else first
     k_new, v_new = k_old.copy(), v_old.copy()
 
     def attend(layer, q, k, v):
         absolute = start_frame + np.arange(x.shape[1])
+        if cut:
+            absolute[-3:] = (45, 46, 47)
         stored = k if scenario["infer"] else rope(k, absolute, grid)
         if put < end:
             k_new[layer, :, put:end] = stored[:, put - first :]
@@ -155,36 +162,70 @@ def cached_pass(weights, config, scenario, buffer: Buffer, x, t, prompts, start_
     return velocity
 
 
-def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None) -> dict[str, np.ndarray]:
-    """A whole rollout (sampling.md 4) under config['scenario']: every array of a c_* file but its inputs."""
+def flush(buffer: Buffer, length: int) -> None:
+    """A scene boundary (sampling.md 7.3)."""
+    for part in (buffer.k, buffer.v):
+        part[:, :, length : 3 * length] = part[:, :, -2 * length :].copy()
+    buffer.local_end = 3 * length
+
+
+def recache(weights, config, scenario, buffer: Buffer, latents, prompts):
+    """A prompt switch behind the frames `latents` (sampling.md 8): (input, velocity, first frame) of its call."""
+    if not scenario["gsink"]:
+        buffer.k[:], buffer.v[:] = 0, 0
+    end = latents.shape[1]
+    start = 0 if scenario["local"] == -1 else max(end - scenario["local"], 0)
+    x, t = latents[:, start:], np.full((latents.shape[0], end - start), float(scenario["ctx"]))
+    return x, cached_pass(weights, config, scenario, buffer, x, t, prompts, start, force=not scenario["gsink"]), start
+
+
+def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, scene_of=None, cuts=()) -> dict:
+    """A whole rollout (sampling.md 4) under config['scenario']: every array of a c_* file but its inputs.
+
+    prompts [scenes, B, S, E]; scene_of: the scene of each block; cuts: whether each scene ends in a hard cut. With
+    `switch` in the scenario a new prompt re-caches, else it flushes.
+    """
     scenario, length, heads = config["scenario"], config["fsl"], config["num_heads"]
     block, batch, given = scenario["block"], noise.shape[0], 0 if initial is None else initial.shape[1]
     total = given + noise.shape[1]
     capacity = (scenario["local"] if scenario["local"] != -1 else total) * length
     shape = (config["num_layers"], batch, capacity, heads, config["head_dim"])
     buffer = Buffer(np.zeros(shape), np.zeros(shape))
+    scene_of = [0] * (noise.shape[1] // block) if scene_of is None else scene_of
     sigmas, times = schedule(scenario["shift"])
     steps = [float(d) for d in scenario["steps"]]
     if scenario["warp"]:
         steps = [float(np.append(times, 0)[1000 - int(d)]) for d in steps]
+    calls = len(steps) + 1
 
     def sigma(t):
         return sigmas[np.argmin(np.abs(times - t))]
 
-    out = {"denoising_step_list": np.asarray(steps)}
+    out, contexts = {"denoising_step_list": np.asarray(steps)}, 0
     latents = [] if initial is None else [np.asarray(initial, np.float64)]
-    for j, start in enumerate(range(0, given, block)):
+    for start in range(0, given, block):
         x = latents[0][:, start : start + block]
-        flow = cached_pass(weights, config, scenario, buffer, x, np.zeros((batch, 1)), prompts, start)
-        out |= {f"ctx{j}/input": x, f"ctx{j}/flow": flow, f"ctx{j}/timestep": np.zeros((batch, 1))}
-        out |= {f"ctx{j}/start_token": np.array(start * length), f"ctx{j}/before_call": np.array(0)}
+        flow = cached_pass(weights, config, scenario, buffer, x, np.zeros((batch, 1)), prompts[0], start)
+        out |= _context(contexts, x, flow, np.zeros((batch, 1)), start * length, 0)
+        contexts += 1
     records: dict[str, list] = {}
     for b, start in enumerate(range(given, total, block)):
+        now, cut = prompts[scene_of[b]], False
+        if b and scene_of[b] != scene_of[b - 1]:
+            cut = bool(cuts and cuts[scene_of[b - 1]])
+            if scenario["switch"] is None:
+                flush(buffer, length)
+            else:
+                past, flow, at = recache(weights, config, scenario, buffer, np.concatenate(latents, 1), now)
+                t = np.full(past.shape[:2], float(scenario["ctx"]))
+                out |= _context(contexts, past, flow, t, at * length, b * calls)
+                contexts += 1
         x = np.asarray(noise[:, start - given : start - given + block], np.float64)
         for j, t in enumerate([*steps, float(scenario["ctx"])]):
-            flow = cached_pass(weights, config, scenario, buffer, x, np.full((batch, block), t), prompts, start)
+            t_all = np.full((batch, block), t)
+            flow = cached_pass(weights, config, scenario, buffer, x, t_all, now, start, cut)
             x0 = x - sigma(t) * flow
-            row = {"x0": x0, "flow": flow, "timestep": t, "start_token": start * length, "scene_cut": False}
+            row = {"x0": x0, "flow": flow, "timestep": t, "start_token": start * length, "scene_cut": cut}
             row |= {"global_end": buffer.global_end, "local_end": buffer.local_end}
             for name, value in row.items():
                 records.setdefault(f"call_{name}", []).append(value)
@@ -194,11 +235,17 @@ def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None) 
             elif j + 1 == len(steps):
                 latents.append(x0)
                 x = x0
-    calls = len(steps) + 1
     out |= {key: np.stack(v).reshape(-1, calls, *np.shape(v[0])) for key, v in records.items()}
     out |= {"latents": np.concatenate(latents, 1), "cache0_k": buffer.k[0], "cache0_v": buffer.v[0]}
     ends = {"cache0_global_end": buffer.global_end, "cache0_local_end": buffer.local_end}
     return out | {key: np.array([value]) for key, value in ends.items()}
+
+
+def _context(j: int, x, flow, t, start_token: int, before_call: int) -> dict[str, np.ndarray]:
+    """The arrays of the j-th call outside the denoising loop."""
+    values = {"input": x, "flow": flow, "timestep": t}
+    values |= {"start_token": np.array(start_token), "before_call": np.array(before_call)}
+    return {f"ctx{j}/{name}": value for name, value in values.items()}
 
 
 def schedule(

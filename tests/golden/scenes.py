@@ -1,18 +1,25 @@
-"""g_*: scene strings. Scene and prompt switching belong to the next issue."""
+"""g_*: scene strings as the published command line reads them."""
 
+import json
+import re
 from collections.abc import Iterator
 
-from tests.golden.entry import EXACT, Entry, Unsupported
+import numpy as np
+
+from astrolabe_jax.scenes import parse_published
+from tests.golden.entry import EXACT, Entry
 from tests.golden.files import GoldenFile
 
 
 def entries(file: GoldenFile) -> Iterator[Entry]:
-    for key in file.keys():
-        if key == "prompts":
-            file[key]
-        else:
-            yield Entry(key, _unsupported, EXACT)
+    """One JSON object a prompt; a key names the block size and the frame rate."""
+    prompts = file["prompts"]
+    for key in file.keys("parsed_"):
+        block, fps = map(int, re.fullmatch(r"parsed_block(\d+)_fps(\d+)", key).groups())
+        yield Entry(key, lambda block=block, fps=fps: np.array([_described(p, block, fps) for p in prompts]), EXACT)
 
 
-def _unsupported():
-    raise Unsupported("scene strings are not supported yet")
+def _described(prompt: str, block: int, fps: int) -> str:
+    scenes = parse_published(str(prompt), block, fps)
+    columns = {"texts": "prompt", "blocks": "blocks", "hard_cut": "cut"}
+    return json.dumps({name: [getattr(scene, field) for scene in scenes] for name, field in columns.items()})

@@ -75,6 +75,37 @@ def weights():
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
+# Prompts that change: scene strings, 16 frames a second, blocks of 2 are half a second; and switches at a frame.
+# A flush takes the last two places of the buffer, whatever lies there: an empty, a full and a half refilled one.
+CHANGES = {
+    "flush_of_a_full_window": {"frames": 14, "local": 6, "sink": 2, "prompts": "a[2s] | b"},
+    "flush_of_a_window_not_full": {"frames": 10, "local": 8, "sink": 1, "prompts": "a[1s] | b"},
+    "flush_of_a_window_refilled_in_part": {"frames": 18, "local": 8, "sink": 2, "prompts": "a[2.5s] | b[0.5s] | c"},
+    "flush_of_a_global_window": {"frames": 12, "prompts": "a[1s] | b[1s] | c"},
+    "flush_inference_class": {"frames": 22, "local": 6, "sink": 2, "infer": True, "prompts": "a[2s] | b[2s] | c"},
+    "flush_inference_class_refilled_in_part": {
+        "frames": 20, "local": 8, "sink": 3, "block": 4, "infer": True, "prompts": "a[3s] | b[1s] | c",
+    },
+    "flush_of_single_frames": {"block": 1, "frames": 9, "local": 5, "sink": 1, "prompts": "a[1s] | b"},
+    "cut_of_the_training_class": {
+        "block": 3, "frames": 18, "local": 9, "sink": 3, "prompts": "a[2.25s#] | b[1.5s#] | c",
+    },
+    "cut_of_the_inference_class": {"block": 3, "frames": 15, "local": 6, "infer": True, "prompts": "a[2.25s#] | b"},
+    "switch_before_the_window_is_full": {"B": 2, "frames": 10, "local": 8, "sink": 2, "switch": [4]},
+    "switch_of_a_full_window": {"B": 2, "frames": 14, "local": 6, "sink": 2, "switch": [3, 9]},
+    "switch_without_global_sink": {"frames": 14, "local": 6, "sink": 2, "switch": [7, 10], "gsink": False},
+    "switch_without_sink": {"frames": 12, "local": 4, "switch": [6], "ctx": 60},
+    "switch_of_a_global_window": {"frames": 12, "sink": 1, "switch": [4, 10]},
+    "switch_of_single_frames": {"block": 1, "frames": 8, "local": 4, "sink": 1, "switch": [2, 6]},
+    "switch_of_the_inference_class": {"frames": 14, "local": 6, "sink": 2, "infer": True, "switch": [8]},
+    "switch_of_the_inference_class_without_global_sink": {
+        "frames": 14, "local": 6, "sink": 2, "infer": True, "switch": [8], "gsink": False,
+    },
+    "switch_behind_initial_latents": {"frames": 8, "init": 2, "local": 6, "sink": 2, "switch": [6]},
+    "two_switches_at_once": {"frames": 8, "local": 4, "switch": [2, 2]},
+}  # fmt: skip
+
+
 def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
     """All arrays of a c_* file, its outputs computed by the oracle."""
     scenario = SCENARIO | changes
@@ -87,14 +118,35 @@ def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
 
     noise = normal(batch, scenario["frames"])
     renoise = normal(scenario["frames"] // block, steps - 1, batch * block)
-    prompts = normal(batch, shape=(3, 5))
+    scene_of, cuts = scenes_of(scenario)
+    prompts = normal(max(scene_of) + 1, batch, shape=(3, 5))
     initial = normal(batch, scenario["init"]) if scenario["init"] else None
-    outputs = oracle.rollout(weights, config, noise, renoise, prompts, initial)
+    outputs = oracle.rollout(weights, config, noise, renoise, prompts, initial, scene_of, cuts)
     if not scenario["flow"]:
         outputs["call_x0"] = outputs["call_x0"][:, :-1]
         del outputs["call_flow"]
     inputs = {"noise": noise, "renoise": renoise, "config": np.array(json.dumps(config))}
-    return outputs | inputs | {f"prompt_embeds/p{i}": prompt for i, prompt in enumerate(prompts)}
+    for i, scene in enumerate(prompts):
+        for j, prompt in enumerate(scene):
+            name = f"p{i}.{j}" if scenario["switch"] else f"p{i if scenario['prompts'] else j}"
+            inputs[f"prompt_embeds/{name}"] = prompt
+    return outputs | inputs
+
+
+def scenes_of(scenario: dict) -> tuple[list[int], list[bool]]:
+    """The scene of each block, and the cuts: worked out from the strings and frames of CHANGES alone."""
+    starts = range(scenario["init"], scenario["init"] + scenario["frames"], scenario["block"])
+    if scenario["switch"]:
+        scene, scene_of = 0, []
+        for start in starts:
+            if scene < len(scenario["switch"]) and start >= scenario["switch"][scene]:
+                scene += 1
+            scene_of.append(scene)
+        return scene_of, []
+    parts = (scenario["prompts"] or "a").split(" | ")
+    lengths = [int(float(part[2:].rstrip("s#]")) * 4 / scenario["block"]) for part in parts[:-1]]
+    scene_of = [i for i, length in enumerate(lengths) for _ in range(length)][: len(starts)]
+    return scene_of + [len(parts) - 1] * (len(starts) - len(scene_of)), ["#" in part for part in parts]
 
 
 def forward_file(weights, combos) -> dict[str, np.ndarray]:
@@ -133,9 +185,9 @@ def failures(path: Path) -> dict[str, str]:
     return {line.entry: line.reason for line in lines if not line.ok}
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", SCENARIOS | CHANGES)
 def test_rollouts_equal_the_oracle(folder, weights, name):
-    np.savez(folder / "c_x.npz", **rollout_file(weights, **SCENARIOS[name]))
+    np.savez(folder / "c_x.npz", **rollout_file(weights, **(SCENARIOS | CHANGES)[name]))
     assert failures(folder / "c_x.npz") == {}
 
 
@@ -333,7 +385,7 @@ def test_initial_latents_without_a_place_are_reported(folder, rollout):
 
 
 def test_a_scenario_that_cannot_run_is_reported_and_covers_nothing(folder, rollout):
-    for change in ({"switch": [3]}, {"pipe": "scene", "prompts": "a[5s]"}, {"frame_skip": 2}):
+    for change in ({"frame_skip": 2},):
         config = SIZES | {"scenario": SCENARIO | change}
         np.savez(folder / "c_x.npz", **rollout | {"config": np.array(json.dumps(config))})
         found = failures(folder / "c_x.npz")
@@ -395,7 +447,7 @@ def test_comparison(got, want, tolerance, accepted):
     [
         pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("fh_") else [])
         for path in sorted(SHARED.glob("*.npz"))
-        if path.stem not in ("dit_weights", "g_scene_parsing")  # an input; and scenes, which are not supported yet
+        if path.stem != "dit_weights"  # an input
     ],
 )
 def test_shared_folder(path):

@@ -6,14 +6,16 @@ exact-length slice; once it is full every slot holds a visible frame. The order 
 so neither phase needs a mask. Keys are stored rotated, except those of a moving sink (Layout.sink_moves).
 """
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.models.wan.rope import inverse, rope_table, rotate
+from astrolabe_jax.models.wan.rope import combine, inverse, rope_table, rotate
 
 
 class Cache(NamedTuple):
@@ -31,6 +33,7 @@ class View(NamedTuple):
     slots: int
     start: int | jax.Array  # traced only once the cache is full
     frames: int  # of the block
+    aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` has shifted them
 
     @property
     def static(self) -> bool:
@@ -78,6 +81,11 @@ def init_cache(
             f"a cache of {slots} slots fits neither the window of {layout.capacity} frames nor all "
             f"{frames} frames; give one of these"
         )
+    return empty_cache(config, batch, slots, latent_hw)
+
+
+def empty_cache(config: WanConfig, batch: int, slots: int, latent_hw: tuple[int, int]) -> Cache:
+    """A cache of `slots` frames, all zero."""
     h, w = config.grid(latent_hw)
     shape = (config.num_layers, batch, slots * h * w, config.num_heads, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
@@ -125,6 +133,42 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
+def restart(cache: Cache, layout: Layout, end, keep: Sequence[int], config: WanConfig, latent_hw) -> Cache:
+    """Begins a new count of frames: what lies in place keep[i] becomes frame i, and the next block is frame len(keep).
+
+    Places are those of the published buffer: the sink, then the frames of the window, oldest first. Every other place
+    keeps its content, which a growing window does not read. Where positions are relative the keys move to those of the
+    new count. `end`: frames so far in the old count; a Python int, or traced once the cache is full.
+    """
+    h, w = config.grid(latent_hw)
+    length, slots = h * w, frames_of(cache, h * w)
+    places = np.array([*keep, *range(len(keep), slots)])
+    frames = _frames_in_order(layout, end, slots)
+    tokens = (_slot_of(frames, layout, slots)[places][:, None] * length + jnp.arange(length)[None]).reshape(-1)
+    k, v = (part[:, :, tokens] for part in cache)
+    if layout.positions == "relative":
+        before = _rotation(layout, frames[places], places, (h, w), config.head_dim)
+        after = _rotation(layout, jnp.arange(slots), np.arange(slots), (h, w), config.head_dim)
+        k = jax.vmap(rotate, in_axes=(0, None))(k, combine(after, inverse(before)))
+    return Cache(k, v)
+
+
+def rewrite(cache: Cache, layer, k, v, layout: Layout, end, frame_tokens: int, skip: int) -> Cache:
+    """Put keys and values [B, n L, A, K] of the last n frames into the places of one layer, but for the first `skip`.
+
+    n is min(end, slots): every place that is in use. `end` as in `restart`.
+    """
+    slots, count = frames_of(cache, frame_tokens), k.shape[1] // frame_tokens
+    place = jnp.argsort(_slot_of(_frames_in_order(layout, end, slots), layout, slots)[:count])[skip:]
+    tokens = (place[:, None] * frame_tokens + jnp.arange(frame_tokens)[None]).reshape(-1)
+
+    def put(buffer, new):
+        new = new[None, :, tokens].astype(buffer.dtype)
+        return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, skip * frame_tokens, 0, 0))
+
+    return Cache(put(cache.k, k), put(cache.v, v))
+
+
 def reference_order(
     cache: Cache,
     layer: int,
@@ -134,26 +178,44 @@ def reference_order(
     latent_hw: tuple[int, int],
     rotated: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values [B, n L, A, K] after a rollout to frame `end`, in the published code's slot order.
+    """One layer's keys and values [B, slots L, A, K] after a rollout to frame `end`, in the published code's order.
 
-    That order is the sink, then the frames of the window, oldest first. rotated: keys rotated at absolute frames (the
-    published training class), or un-rotated (its inference class).
+    That order is the sink, then the frames of the window, oldest first, then places that are not in use. rotated: keys
+    rotated at the frames of the present count (the published training class), or un-rotated (its inference class).
     """
     h, w = config.grid(latent_hw)
     length, slots = h * w, frames_of(cache, h * w)
-    if end <= slots:
-        held = range(end)
-    else:
-        held = [*range(layout.kept), *range(end - (slots - layout.kept), end)]
-    tokens = jnp.concatenate([jnp.arange(length) + _slot(f, layout, slots) * length for f in held])
+    frames = _frames_in_order(layout, end, slots)
+    tokens = (_slot_of(frames, layout, slots)[:, None] * length + jnp.arange(length)[None]).reshape(-1)
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
-    raw = min(layout.kept, len(held)) * length if layout.sink_moves else 0
-    table = rope_table(jnp.asarray(list(held)), (h, w), config.head_dim)
+    raw = min(layout.kept, slots) * length if layout.sink_moves else 0
+    table = rope_table(frames, (h, w), config.head_dim)
     if rotated and raw:
         k = k.at[:, :raw].set(rotate(k[:, :raw], tuple(part[:raw] for part in table)))
     if not rotated:
         k = k.at[:, raw:].set(rotate(k[:, raw:], inverse(tuple(part[raw:] for part in table))))
     return k, v
+
+
+def _frames_in_order(layout, end, slots):
+    """Frame [slots] in each place of the published buffer: its place, until the buffer is full."""
+    place = jnp.arange(slots)
+    if isinstance(end, int) and end <= slots:
+        return place
+    return jnp.where(place < layout.kept, place, end - slots + place)
+
+
+def _rotation(layout, frames, places, grid, head_dim):
+    """The rotary table of the keys in `places`, at `frames`: none, where they are those of a moving sink."""
+    length = grid[0] * grid[1]
+    raw = jnp.asarray(np.repeat((places < layout.kept) & layout.sink_moves, length))[:, None]
+    cos, sin = rope_table(frames, grid, head_dim)
+    return jnp.where(raw, 1.0, cos), jnp.where(raw, 0.0, sin)
+
+
+def _slot_of(frames, layout, slots):
+    """Slots of frames [n], all in the cache."""
+    return jnp.where(frames < layout.kept, frames, layout.kept + (frames - layout.kept) % (slots - layout.kept))
 
 
 def _slot(frame, layout, slots):
@@ -170,7 +232,7 @@ def _unit(view):
             f"the cache of {view.slots} frames is full and smaller than the window of "
             f"{view.layout.capacity}; allocate it for the whole length with init_cache"
         )
-    return view.frames if view.frames == 1 else view.layout.write_unit()
+    return view.layout.write_unit() if view.aligned and view.frames > 1 else 1
 
 
 def _visible_slots(view):

@@ -48,6 +48,12 @@ def inverse(table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return cos, -sin
 
 
+def combine(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The table of two rotations, one after the other."""
+    (cos_a, sin_a), (cos_b, sin_b) = first, second
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
     """Timestep features [..., dim], float32: cosines then sines of t 10000^(-2k/dim). t in [0, 1000], any shape."""
     t = jnp.asarray(t, jnp.float32)
@@ -56,9 +62,7 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
     angle = (t - whole)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
     index = whole.astype(jnp.int32)
     cos, sin = jnp.asarray(coarse_cos)[index], jnp.asarray(coarse_sin)[index]
-    return jnp.concatenate(
-        [cos * jnp.cos(angle) - sin * jnp.sin(angle), sin * jnp.cos(angle) + cos * jnp.sin(angle)], axis=-1
-    )
+    return jnp.concatenate(combine((cos, sin), (jnp.cos(angle), jnp.sin(angle))), axis=-1)
 
 
 @cache
@@ -82,6 +86,4 @@ def _cos_sin(positions, frequency):
 
 def _add_angles(coarse, fine, i, j):
     """Cosines and sines of angle i of the coarse table plus angle j of the fine one."""
-    cos_a, sin_a = (jnp.asarray(table)[i] for table in coarse)
-    cos_b, sin_b = (jnp.asarray(table)[j] for table in fine)
-    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+    return combine(*(tuple(jnp.asarray(part)[at] for part in table) for table, at in ((coarse, i), (fine, j))))

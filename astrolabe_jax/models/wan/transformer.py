@@ -188,19 +188,21 @@ class WanTransformer(nnx.Module):
         *,
         layout: Layout,
         first_pass=True,
+        positions=None,
+        aligned: bool = True,
     ):
         """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the block's keys written).
 
         start: first frame of the block. A Python int reads exactly the frames that exist; a traced start is allowed
-        once the cache is full (start + P >= its frames). first_pass matters to layout.faithful_sinks only.
+        once the cache is full (start + P >= its frames). first_pass matters to layout.faithful_sinks only. positions
+        [P]: rotary positions of the frames, their numbers by default. aligned: see kv.View.
         """
         tokens, grid = self._embed(x)
         frames, length = x.shape[1], grid[0] * grid[1]
-        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames)
-        table = rope_table(start + jnp.arange(frames), grid, self.config.head_dim)
-        sink_table = None
-        if layout.sink_moves:
-            sink_table = rope_table(layout.shift(start + frames) + jnp.arange(layout.kept), grid, self.config.head_dim)
+        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames, aligned)
+        positions = start + jnp.arange(frames) if positions is None else positions
+        table = rope_table(positions, grid, self.config.head_dim)
+        sink_table = self._sink_table(layout, start + frames, grid)
 
         def attend(q, k, v, cache, layer, _):
             k = self._stored_keys(k, table, view.raw_frames, length)
@@ -210,6 +212,48 @@ class WanTransformer(nnx.Module):
 
         tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
+
+    def recache(
+        self,
+        x,
+        t,
+        text: KeyValues,
+        cache: kv.Cache,
+        end,
+        positions,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
+        skip: int = 0,
+    ):
+        """Makes the keys of the cache anew, for another prompt: (velocity [B, n, C, H, W], cache); sampling.md 8.
+
+        x [B, n, C, H, W]: the last n frames before frame `end`, clean, one for every place of the cache that is in use,
+        min(end, its frames); positions [n]: their rotary positions; t [B, n]. They attend to each other without a mask.
+        skip: first places, of the sink, that keep their keys; frames with those places only look on. `end` is a Python
+        int, or traced once the cache is full.
+        """
+        tokens, grid = self._embed(x)
+        length, count = grid[0] * grid[1], x.shape[1]
+        view = kv.View(layout, length, kv.frames_of(cache, length), end - count, count)
+        table, sink_table = rope_table(positions, grid, self.config.head_dim), self._sink_table(layout, end, grid)
+        raw = min(layout.kept, count) if layout.sink_moves else 0
+
+        def attend(q, k, v, cache, layer, _):
+            stored = self._stored_keys(k, table, raw, length)
+            cache = kv.rewrite(cache, layer, stored, v, layout, end, length, skip)
+            keys, values = kv.read(cache, layer, view, sink_table)
+            return attention(rotate(q, table), keys, values, backend=self.config.attention), cache, None
+
+        tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
+        return self._unembed(self.head(tokens, e), x, grid), cache
+
+    def _sink_table(self, layout, end, grid):
+        """Rotary table of a moving sink, as the block that ends at `end` sees it; None if it does not move."""
+        if not layout.sink_moves:
+            return None
+        return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
     def _forward(self, x, t, text, adapter, lora_scale, layout, context, keep):
         tokens, grid = self._embed(x)

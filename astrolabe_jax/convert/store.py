@@ -1,0 +1,117 @@
+"""Nets as Orbax checkpoints, written layer by layer and read leaf by leaf: a net need not fit into memory.
+
+A directory is what ocp.PyTreeCheckpointer saves: any program with Orbax restores it, with shardings if it likes.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from astrolabe_jax.convert.engine import Stack, flatten, nested
+from astrolabe_jax.convert.files import read_json
+
+METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
+CHUNK = 64 << 20  # bytes that are written at once
+
+
+class StoreError(ValueError):
+    """A store is damaged, or is not of the net that is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array of a store: np.asarray reads it all, leaf[i] a part."""
+
+    array: Any  # tensorstore.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        return self.array.dtype.numpy_dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.array[index].read().result()
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+
+class _StackHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a Stack piece by piece; the pieces of different leaves take turns."""
+
+    def __init__(self, progress: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress, self._turn = progress, asyncio.Lock()
+
+    async def _open_and_write(self, value: Stack, tspec: dict[str, Any], ts_context: tensorstore.Context) -> None:
+        shape = value.pieces[0].shape
+        rows = max(1, CHUNK * shape[0] // value.pieces[0].nbytes) if shape else 1  # of the first axis
+        chunks = (min(rows, shape[0]), *shape[1:]) if shape else ()
+        tspec["metadata"]["chunks"] = (1, *chunks) if value.stacked else chunks
+        async with self._turn:
+            target = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            for i, piece in enumerate(value.pieces):
+                content, place = np.asarray(piece), target[i] if value.stacked else target
+                for start in range(0, shape[0] if shape else 1, rows):
+                    part = slice(start, min(start + rows, shape[0])) if shape else ...
+                    await place[part].write(content[part])
+                self._progress(content.nbytes)
+
+
+def save(directory: Path, stacks: Mapping[tuple, Stack], progress: Callable[[int], None] = lambda count: None) -> None:
+    """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory appears whole."""
+    registry = ocp.type_handlers.create_type_handler_registry((Stack, _StackHandler(progress)))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute(), nested(stacks.items()))
+
+
+def is_store(path: Path) -> bool:
+    """Whether Orbax finished writing a checkpoint here."""
+    return (path / METADATA).is_file()
+
+
+def open_leaves(directory: Path) -> dict[str, Leaf]:
+    """The arrays of a store by their dotted paths; none is read. StoreError if it is damaged."""
+    described = read_json(directory / METADATA)
+    leaves = {}
+    try:
+        for entry in described["tree_metadata"].values():
+            name = ".".join(str(key["key"]) for key in entry["key_metadata"])
+            store: Any = {"driver": "file", "path": f"{directory.absolute()}/"}
+            if described["use_ocdbt"]:
+                store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+            else:
+                store["path"] += f"{name}/"
+            kind = "zarr3" if described.get("use_zarr3") else "zarr"
+            leaves[name] = Leaf(tensorstore.open({"driver": kind, "kvstore": store}, read=True).result())
+    except (ValueError, KeyError, TypeError) as error:  # of tensorstore: ValueError, with many lines
+        reason = str(error).splitlines()[0][:200]
+        raise StoreError(f"it cannot be read: {reason}; import it again") from None
+    return leaves
+
+
+def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
+    """The leaves in the tree `expected`; StoreError that lists every one that is missing, unknown or misshapen."""
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
+    faults = [f"missing leaf: {name}" for name in flat if name not in leaves]
+    faults += [f"unknown leaf: {name}" for name in leaves if name not in flat]
+    faults += [
+        f"changed shape: {name} is {list(leaves[name].shape)}, the model expects {list(leaf.shape)}"
+        for name, (_, leaf) in flat.items()
+        if name in leaves and tuple(leaves[name].shape) != tuple(leaf.shape)
+    ]
+    if faults:
+        raise StoreError("\n  ".join(["the stored net is not that of this config:", *faults]))
+    return nested((path, leaves[name]) for name, (path, _) in flat.items())
