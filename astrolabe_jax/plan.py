@@ -2,12 +2,11 @@
 
     python -m astrolabe_jax.plan --config=configs/self_forcing.py:hpsv3 [--devices=8] [--config.FIELD=VALUE ...]
 
-The config is validated for so many devices, every program of an epoch is traced with arrays that have shapes but no
-content, on a mesh of devices that need not exist, and the
-shapes that come out are checked. The memory is that of the opening summary, without activations.
+The config is validated for so many devices. Every program of an epoch is traced with arrays that have shapes but no
+content, on a mesh of devices that need not exist, and the shapes that come out are checked. The memory is that of the
+opening summary: without activations.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, generate, published, recipes, report, rewards, sharding, update
 from astrolabe_jax.config import piece, repeats, samples, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
+from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
 from astrolabe_jax.decode import decode
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.models.umt5 import UMT5Config
-from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B
-from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.prepare import Run, geometry, numerics
-
-_SIZES = {"wan_1.3b": WAN_1_3B, "wan_14b": WAN_14B}
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
@@ -51,13 +46,11 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """The config of each part: those of a published model by its name, else those of the base's config.json."""
+    """The config of each part: of a published model, whose base need not be there, or as the base says."""
     chosen = numerics(config)
     if not config.model.size:
         return bases.configs(config.base, **chosen)
-    stored = {name: chosen[name] for name in ("dtype", "param_dtype")}
-    transformer = dataclasses.replace(_SIZES[config.model.size], **chosen)
-    return {"transformer": transformer, "vae": VaeConfig(**stored), "text_encoder": UMT5Config(**stored)}
+    return {part: make_config(part, sizes_of(net), **chosen) for part, net in SIZES[config.model.size].items()}
 
 
 def trace(run: Run) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -
     """Prints the opening summary of the run and what was traced; status 2 if it cannot be."""
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    logging.set_verbosity(logging.WARNING)
+    recipes.set_up()
     config = config.value
     try:
         run = abstract_run(config, devices.value or planned_devices(config))
