@@ -2,12 +2,11 @@
 
     python -m astrolabe_jax.plan --config=configs/self_forcing.py:hpsv3 [--devices=8] [--config.FIELD=VALUE ...]
 
-The config is validated for so many devices, every program of an epoch is traced with arrays that have shapes but no
-content, on a mesh of devices that need not exist, and the
-shapes that come out are checked. The memory is that of the opening summary, without activations.
+The config is validated for so many devices. Every program of an epoch is traced with arrays that have shapes but no
+content, on a mesh of devices that need not exist, and the shapes that come out are checked. The memory is that of the
+opening summary: without activations.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, generate, published, recipes, report, rewards, sharding, update
 from astrolabe_jax.config import piece, repeats, samples, validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
+from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
 from astrolabe_jax.decode import decode
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.models.umt5 import UMT5Config
-from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B
-from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.prepare import Run, geometry, numerics
-
-_SIZES = {"wan_1.3b": WAN_1_3B, "wan_14b": WAN_14B}
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
@@ -51,13 +46,11 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """The config of each part: those of a published model by its name, else those of the base's config.json."""
+    """The config of each part: of a published model, whose base need not be there, or as the base says."""
     chosen = numerics(config)
     if not config.model.size:
         return bases.configs(config.base, **chosen)
-    stored = {name: chosen[name] for name in ("dtype", "param_dtype")}
-    transformer = dataclasses.replace(_SIZES[config.model.size], **chosen)
-    return {"transformer": transformer, "vae": VaeConfig(**stored), "text_encoder": UMT5Config(**stored)}
+    return {part: make_config(part, sizes_of(net), **chosen) for part, net in SIZES[config.model.size].items()}
 
 
 def trace(run: Run) -> dict[str, Any]:
@@ -65,32 +58,20 @@ def trace(run: Run) -> dict[str, Any]:
 
     Raises ValueError if they are not those that the next stage expects.
     """
-    config, mesh, text = run.config, run.mesh, run.base.text
+    config, mesh, text, vae, video = run.config, run.mesh, run.base.text, run.base.vae, run.config.video
+    net, adapter = run.base.transformer, sharding.replicate(mesh, run.adapter)
     tokens = _shape(encode.call_size(mesh), text.config.text_len, dtype=jnp.int32)
     embeddings = jax.eval_shape(functools.partial(encode.embed, text.graphdef, mesh=mesh), text.params, tokens, tokens)
-    batch, video = piece(config, config.sampler.batch, mesh.size), config.video
-    net, vae, adapter = run.base.transformer, run.base.vae, sharding.replicate(mesh, run.adapter)
-    prompts = _shape(batch, *embeddings.shape[1:])
-    latents = jax.eval_shape(functools.partial(generate.sample, run), net.params, adapter, prompts, _keys(batch))
-    frames = jax.eval_shape(
-        functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh), vae.params, latents
+    batch, prompt = piece(config, config.sampler.batch, mesh.size), embeddings.shape[1:]
+    latents = jax.eval_shape(
+        functools.partial(generate.sample, run), net.params, adapter, _shape(batch, *prompt), _keys(batch)
     )
+    draw = functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh)
+    frames = jax.eval_shape(draw, vae.params, latents)
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
-    shape = update.cut(config, update.plan_pass(config, 0, 0, np.ones(samples(config), bool)), mesh.size).order.shape[
-        1:
-    ]
-    per_video = _shape(*shape)
     step = update.make_train_step(config, net.graphdef, run.layout, mesh)
-    distinct = _shape(config.prompts.groups // repeats(config), *embeddings.shape[1:])
-    drawn = update.Batch(
-        _shape(*shape, *run.latent_shape),
-        per_video,
-        per_video,
-        _shape(*shape, dtype=jnp.int32),
-        per_video,
-        _keys(*shape),
-    )
-    after, metrics = jax.eval_shape(step, state, net.params, distinct, drawn)
+    texts = _shape(config.prompts.groups // repeats(config), *prompt)
+    after, metrics = jax.eval_shape(step, state, net.params, texts, _step_batch(run))
     after = jax.eval_shape(update.blend_old, after, _shape())
     made = {
         "text encoder": (embeddings, (tokens.shape[0], text.config.text_len, net.config.text_dim)),
@@ -104,6 +85,14 @@ def trace(run: Run) -> dict[str, Any]:
     if [(x.shape, x.dtype) for x in jax.tree.leaves(after)] != [(x.shape, x.dtype) for x in jax.tree.leaves(state)]:
         raise ValueError("train step: the state changes its shapes or dtypes; this is a fault of the program")
     return {name: out for name, (out, _) in made.items()}
+
+
+def _step_batch(run: Run) -> update.Batch:
+    """The samples of the first optimiser step."""
+    whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool))
+    shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
+    numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
+    return update.Batch(_shape(*shape, *run.latent_shape), numbers, numbers, indices, numbers, _keys(*shape))
 
 
 def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -124,7 +113,7 @@ def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -
     """Prints the opening summary of the run and what was traced; status 2 if it cannot be."""
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    logging.set_verbosity(logging.WARNING)
+    recipes.set_up()
     config = config.value
     try:
         run = abstract_run(config, devices.value or planned_devices(config))

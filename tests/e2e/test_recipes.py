@@ -1,0 +1,41 @@
+"""A published recipe is more than a list of fields: shrunk to the tiny base, it runs."""
+
+import numpy as np
+import pytest
+
+from astrolabe_jax import published
+from tests.e2e import runs
+
+SHRUNK = {
+    "transformer": "",
+    "model.size": "",
+    "video.frames": 9,
+    "video.height": 16,
+    "video.width": 16,
+    "lora.rank": 2,
+    "lora.alpha": 2.0,
+    "lora.init": "",
+    "train.epochs": 1,
+    "eval.videos": 20,
+    "prompts.groups": 4,
+    "prompts.candidates": 4,
+    "sampler.batch": 16,
+    "optimiser.microbatch": 16,
+    "mesh.samples_per_device": 1,
+    "prompts.train": "world:moving_shapes/train",
+    "prompts.test": "world:moving_shapes/test",
+}
+
+
+@pytest.mark.slow  # most of a minute of compilation
+def test_the_papers_run_at_a_tiny_size(base, tmp_path, capsys):
+    """bfloat16, selective KL, 16 videos in two pieces on eight devices, evaluation in three, published behaviour."""
+    config = published.recipe("longlive", "paper,rewards=shapes_vq+shapes_mq,reference")
+    config.update_from_flattened_dict(SHRUNK | {"base": str(base)})
+    summary = runs.start(config, tmp_path / "run")
+    assert np.isfinite(summary["gain"]["total"]["mean"]) and summary["eval"]["after"]["total"]["n"] == 20
+    (record,) = (record for record in runs.outcome(tmp_path / "run")["metrics"] if record["kind"] == "epoch")
+    assert record["groups"] == 4 and record["step"] == 1 and 0 <= record["masked"] < 16 and record["grad_norm"] > 0
+    out = capsys.readouterr().out
+    assert "2 of 8 videos to sample, 1 per device; 2 of 8 for the gradient of a step, 1 per device" in out
+    assert "warning: an epoch has 16 videos, the recipe's 1152: " in out
