@@ -165,14 +165,15 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
     Raises ValueError naming the file and the fields of a part that do not make sense, or of two that do not fit.
     """
     directory, content, parts = directory_of(base), sizes(base, size), {}
-    path = directory / layout_of(directory).mark
+    layout = layout_of(directory)
+    path = directory / layout.mark
     if faults := [fault for name, values in content.items() for fault in field_faults(name, values)]:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     for name, values in content.items():
         try:
             parts[name] = make_config(name, values, **numerics)
         except ValueError as error:
-            raise ValueError(f"{path}, {error}") from None
+            raise ValueError(f"{directory / layout.configs.get(name, layout.mark)}, {error}") from None
     if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
     return parts

@@ -6,6 +6,7 @@ missing or misspelt is reported in the format of the file.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -157,11 +158,13 @@ def described(part: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return found | {ours: content[name] * heads for name, ours in widths.items() if name in content and heads}
 
 
+@functools.cache
 def shapes(part: str, config: Any) -> Net:
     """A part's net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
     return Net(*layers.graphdef_of(lambda: PARTS[part].module(config, rngs=nnx.Rngs(0))), config)
 
 
+@functools.cache
 def rules(part: str, config: Any, form: str = "original") -> list[engine.Rule]:
     """The conversion table of a part for one of its formats."""
     return engine.renamed(PARTS[part].table(config), PARTS[part].formats[form](config))

@@ -1,0 +1,117 @@
+"""python -m tests.convert.fuzz --minutes 10: changed files of torch until the time is over; prints what came out.
+
+Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, most where the pickle and the
+directory of the archive are. Anything but a tree that can be walked and read, a TorchFileError or an OSError ends it.
+"""
+
+import argparse
+import collections
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from astrolabe_jax.convert.files import Lazy
+from astrolabe_jax.convert.torch_file import TorchFileError, read_torch
+
+ALLOWED = (TorchFileError, OSError)
+
+
+def trees() -> dict[str, Any]:
+    """What torch.save is given in practice: state dicts, dtypes, views, nesting."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=generator)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+              torch.complex64)  # fmt: skip
+    return {
+        "state_dict": module.state_dict(),
+        "dtypes": {str(dtype): weight.to(dtype) for dtype in dtypes},
+        "parameters": {"p": torch.nn.Parameter(weight), "frozen": torch.nn.Parameter(weight, requires_grad=False)},
+        "views": {"whole": weight, "tied": weight, "turned": weight.t(), "part": weight[1:3, 2:5], "rows": weight[::2]},
+        "odd": {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "one": torch.ones(1, 1)},
+        "nested": {
+            "generator_ema": collections.OrderedDict(w=weight),
+            "optimizer": torch.optim.AdamW(module.parameters()).state_dict(),
+            "step": 7,
+            "scalars": [1.5, None, True, 2**70, -3, ("a", "é")],
+        },
+    }
+
+
+def write(directory: Path) -> dict[str, bytes]:
+    """Content of a file of torch for each of `trees`."""
+    contents = {}
+    for name, tree in trees().items():
+        path = directory / f"{name}.pt"
+        torch.save(tree, path)
+        contents[name] = path.read_bytes()
+    return contents
+
+
+def changed(content: bytes, other: bytes, draw: random.Random) -> bytes:
+    """`content` after one to four changes."""
+    changed = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        pickle, directory = changed.find(b"data.pkl"), changed.rfind(b"PK\x01\x02")
+        near = draw.choice((0, max(pickle, 0), max(directory, 0), draw.randrange(len(changed) + 1)))
+        at = min(near + draw.randrange(400), len(changed))
+        match draw.randrange(6):
+            case 0 | 1:
+                changed[at : at + draw.randint(0, 4)] = draw.randbytes(draw.randint(0, 6))
+            case 2 if at < len(changed):
+                changed[at] ^= 1 << draw.randrange(8)
+            case 3:
+                start = draw.randrange(len(other))
+                changed[at : at + draw.randint(0, 64)] = other[start : start + draw.randint(1, 64)]
+            case 4:
+                del changed[draw.randrange(len(changed) + 1) :]
+            case 5:
+                changed[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00"))
+    return bytes(changed)
+
+
+def walk(tree: Any) -> None:
+    """Reads every tensor of what was read."""
+    if isinstance(tree, Lazy):
+        assert np.asarray(tree).shape == tree.shape
+    elif isinstance(tree, dict | list | tuple):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            walk(child)
+
+
+def attempt(path: Path, content: bytes) -> str:
+    """'read' or 'refused'; every other outcome is an error of the reader."""
+    path.write_bytes(content)
+    try:
+        walk(read_torch(path))
+    except ALLOWED:
+        return "refused"
+    return "read"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    draw, until, outcomes = random.Random(args.seed), time.monotonic() + 60 * args.minutes, collections.Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        contents = list(write(Path(directory)).values())
+        while time.monotonic() < until:
+            content = changed(draw.choice(contents), draw.choice(contents), draw)
+            try:
+                outcomes[attempt(Path(directory) / "fuzz.pt", content)] += 1
+            except BaseException:
+                Path("fuzz_failure.pt").write_bytes(content)
+                print("the file that did it is now fuzz_failure.pt")
+                raise
+    print(f"{sum(outcomes.values())} files: {dict(outcomes)}")
+
+
+if __name__ == "__main__":
+    main()

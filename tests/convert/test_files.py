@@ -1,0 +1,115 @@
+"""safetensors, whole and in shards: read one tensor at a time, written as the library reads it, refused when broken."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from astrolabe_jax.convert.files import (
+    INDEX,
+    Lazy,
+    read_safetensors,
+    read_sharded,
+    safetensors_metadata,
+    write_safetensors,
+)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    made = {name: rng.normal(size=(3, 4)).astype(name) for name in ("float64", "float32", "float16")}
+    return made | {
+        "bfloat16": rng.normal(size=(2, 1, 2)).astype(ml_dtypes.bfloat16),
+        "scalar": np.array(2.5, np.float32),
+        "none": np.zeros((0, 3), np.float32),
+    }
+
+
+def assert_same(got, want):
+    assert list(got) == list(want)
+    for name, array in want.items():
+        assert (tuple(got[name].shape), got[name].dtype) == (array.shape, array.dtype)
+        assert np.asarray(got[name]).tobytes() == array.tobytes()
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path):
+    lazy = {name: Lazy(array.shape, array.dtype, lambda array=array: array) for name, array in arrays().items()}
+    counts = []
+    write_safetensors(tmp_path / "a.safetensors", lazy, {"key": "value"}, counts.append)
+    library = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    assert_same({name: library[name] for name in lazy}, arrays())
+    assert counts == [array.nbytes for array in arrays().values()]
+    assert safetensors_metadata(tmp_path / "a.safetensors") == {"format": "pt", "key": "value"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    safetensors.numpy.save_file(arrays(), tmp_path / "a.safetensors")
+    got = read_safetensors(tmp_path / "a.safetensors")
+    assert_same({name: got[name] for name in arrays()}, arrays())
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": np.ones(4, np.float32), "b": np.zeros(4, np.float32)})
+    tensors = read_safetensors(path)
+    write_safetensors(path, {"a": np.full(4, 2, np.float32), "b": np.zeros(4, np.float32)})
+    np.testing.assert_array_equal(tensors["a"], 2)  # from the file as it is now
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    def fail():
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": Lazy((2,), np.dtype(np.float32), fail)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 7, 20, 200, -1])
+def test_a_cut_file_is_refused(tmp_path, size):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, arrays())
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="a.safetensors cannot be read: .*; expected a whole safetensors file"):
+        read_safetensors(path)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """X.safetensors.index.json with two shards of three tensors, and its content."""
+    tensors = {name: np.full((2, 2), i, np.float32) for i, name in enumerate("abc")}
+    where = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}
+    for shard in ("m-1.safetensors", "m-2.safetensors"):
+        write_safetensors(tmp_path / shard, {name: tensors[name] for name in where if where[name] == shard})
+    index = tmp_path / f"m{INDEX}"
+    index.write_text(json.dumps({"metadata": {"total_size": 48}, "weight_map": where}))
+    return index, tensors, where
+
+
+def test_shards_are_one_file(sharded):
+    index, tensors, _ = sharded
+    got = read_sharded(index)
+    assert_same({name: got[name] for name in tensors}, tensors)
+
+
+def test_shards_that_do_not_fit_their_index_are_named(sharded, tmp_path):
+    index, tensors, where = sharded
+
+    def refused(where, expected, kind=ValueError):
+        index.write_text(json.dumps({"weight_map": where}))
+        with pytest.raises(kind, match=expected):
+            read_sharded(index)
+
+    refused(where | {"d": "m-2.safetensors"}, "d is not in m-2.safetensors")
+    refused({name: where[name] for name in "ab"}, "c is in m-1.safetensors, but not in the index")
+    refused(where | {"b": "m-3.safetensors"}, "m-3.safetensors is missing", FileNotFoundError)
+    refused(where | {"b": "../m-2.safetensors"}, "names the shard '../m-2.safetensors'")
+    refused({}, "expected an object weight_map")
+    write_safetensors(tmp_path / "m-2.safetensors", tensors)
+    refused(where, "a is in m-2.safetensors and in m-1.safetensors")
+    index.write_text("{")
+    with pytest.raises(ValueError, match="index.json is not valid JSON"):
+        read_sharded(index)
