@@ -1,0 +1,174 @@
+"""The 1.3B model at its real size with random weights: file, conversion, and a video at 480x832.
+
+    python -m experiments.full_size.run --directory=/tmp/full_size [--frames=9] [--steps=1000,750,500,250]
+
+Each stage runs in a process of its own, whose peak memory is printed:
+
+    write    a checkpoint in the Self-Forcing layout and a VAE in Wan's, random, float32, by torch itself
+    import   python -m astrolabe_jax.convert import, of both, to bfloat16
+    sample   a video of so many frames through transformer and VAE, block by block, its prompt random numbers
+
+Needs the test extra (torch), 15 GB of disk, and for 9 frames, one block, 20 GB of memory on a CPU.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from astrolabe_jax import sharding
+from astrolabe_jax import stream as streams
+from astrolabe_jax.config import get_config
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import engine, parts
+from astrolabe_jax.decode import decode_chunk
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.rollout import Sampler, noise_from_keys
+from astrolabe_jax.scenes import Rules, Scene, shots
+from astrolabe_jax.schedule import Schedule, warp
+
+CHECKPOINT, VAE, BASE = "self_forcing_dmd.pt", "Wan2.1_VAE.pth", "base"
+HEIGHT, WIDTH, CHANNELS = 480, 832, 16
+
+
+def write(directory: Path) -> None:
+    """Both files, with the names, shapes and nesting of the published ones."""
+    import torch  # an oracle of the tests, here for its file format alone
+
+    def tensors(part, prefix):
+        config = parts.SIZES["wan_1.3b"][part]
+        rules = parts.rules(part, config)
+        made = {}
+        for name, shape in engine.source_shapes(rules, parts.shapes(part, config).params).items():
+            centre = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
+            made[prefix + name] = centre + 0.02 * torch.randn(shape)
+        return made
+
+    torch.manual_seed(0)
+    torch.save({"generator_ema": tensors("transformer", "model.")}, directory / CHECKPOINT)
+    torch.save(tensors("vae", ""), directory / VAE)
+
+
+def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> None:
+    """A video of `frames` pixel frames; prints what it took."""
+    numerics = {"dtype": dtype, "param_dtype": "bfloat16"}
+    mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
+    nets = {}
+    for part in ("transformer", "vae"):
+        config = parts.make_config(part, parts.sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
+        where = bases.weights_of(str(directory / BASE), part)
+        nets[part] = bases.read_net(part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf))
+    net, vae = nets["transformer"], nets["vae"]
+    layout, rng = Layout(block=3), np.random.default_rng(0)
+    policy = streams.Policy(
+        net.graphdef, net.params, None, 1.0, net.config, layout, Sampler(warp(steps, Schedule())), mesh
+    )
+    (shot,) = shots([Scene("", 0.0, 0, False)], layout, Rules(), 16, frames=frames)
+    latent_hw = (HEIGHT // 8, WIDTH // 8)
+    text = rng.standard_normal((1, 512, net.config.text_dim)).astype(np.float32)
+    text[:, 40:] = 0  # a prompt of 40 tokens
+    keys = streams.encode_text(policy.graphdef, policy.params, None, 1.0, text, mesh=mesh)
+    draw = noise_from_keys(jax.random.key(0)[None], (CHANNELS, *latent_hw))
+
+    def noise(step):
+        return np.stack([draw(step.frame, j, step.count) for j in range(len(steps))])
+
+    blocks = streams.stream(
+        policy, lambda scene: keys, shot.steps, noise, min(layout.capacity, shot.latent_frames), 1, latent_hw
+    )
+    seconds, stream, began = {"transformer": [], "vae": []}, None, time.monotonic()
+    shown = []
+    for step in shot.steps:
+        piece = timed(seconds["transformer"], lambda: next(blocks))
+        made, state = [], stream
+
+        def decoded(latents=piece.latents, made=made, state=state):
+            for i in range(latents.shape[1]):
+                out, state = decode_chunk(vae.graphdef, vae.params, latents[:, i : i + 1], state, mesh=mesh)
+                made.append(out)
+            return made, state
+
+        made, stream = timed(seconds["vae"], decoded)
+        shown.append(sum(part.shape[1] for part in made))
+        finite = bool(np.isfinite(np.asarray(piece.latents, np.float32)).all())
+        print(json.dumps({"block": step.frame // 3, "finite": finite, "frames": shown[-1]}
+                         | {name: round(times[-1], 2) for name, times in seconds.items()}), flush=True)  # fmt: skip
+    report(seconds, shown, time.monotonic() - began)
+
+
+def timed(times: list[float], function: Callable):
+    """function(), and its seconds until the devices are done."""
+    began = time.monotonic()
+    made = jax.block_until_ready(function())
+    times.append(time.monotonic() - began)
+    return made
+
+
+def report(seconds: dict[str, list[float]], shown: list[int], total: float) -> None:
+    """Frames per second in three ways; the first block compiles, and each block of a growing window, too."""
+    later = slice(1, None) if len(shown) > 1 else slice(None)
+    net, vae = (statistics.median(times[later]) for times in seconds.values())
+    frames = statistics.median(shown[later])
+    memory = jax.devices()[0].memory_stats() or {}
+    figures = {
+        "device": jax.devices()[0].device_kind,
+        "seconds per block, median of the later ones": {"transformer": round(net, 2), "vae": round(vae, 2)},
+        "frames/s, transformer alone": round(frames / net, 3),
+        "frames/s, with VAE": round(frames / (net + vae), 3),
+        "frames/s, end to end with the first block and compilation": round(sum(shown) / total, 3),
+        "peak device memory, GiB": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
+    }
+    print(json.dumps(figures, indent=1), flush=True)
+
+
+def stage(name: str, command: list[str]) -> None:
+    """Runs a stage in its own process and prints its time and peak memory."""
+    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run([sys.executable, *command], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    least = "at most " if peak == before else ""
+    print(f"{name}: {time.monotonic() - began:.0f} s, peak resident memory {least}{peak / 2**20:.2f} GiB", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """All stages, or, called by itself, one of them."""
+    directory, values = Path(FLAGS.directory), flags.FLAGS
+    directory.mkdir(parents=True, exist_ok=True)
+    steps = tuple(int(step) for step in values.steps)
+    if values.stage == "write":
+        write(directory)
+    elif values.stage == "sample":
+        sample(directory, values.frames, steps, values.dtype)
+    else:
+        itself = ["-m", "experiments.full_size.run", *argv[1:], f"--directory={directory}", f"--dtype={values.dtype}"]
+        convert = ["-m", "astrolabe_jax.convert", "import", "--dtype=bfloat16", f"--to={directory / BASE}"]
+        if not (directory / VAE).exists():
+            stage("write", [*itself, "--stage=write"])
+            for name in (CHECKPOINT, VAE):
+                print(f"{name}: {os.path.getsize(directory / name) / 1e9:.2f} GB", flush=True)
+        for part, name in (("transformer", CHECKPOINT), ("vae", VAE)):
+            if not (directory / BASE / part).exists():
+                stage(f"import {name}", [*convert, str(directory / name)])
+        given = [f"--frames={values.frames}", f"--steps={','.join(values.steps)}"]
+        stage("sample", [*itself, "--stage=sample", *given])
+
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("directory", None, "where files go", required=True)
+flags.DEFINE_string("stage", "", "one stage alone: write or sample")
+flags.DEFINE_integer("frames", 9, "pixel frames of the video, 9 + 12 n")
+flags.DEFINE_list("steps", ["1000", "750", "500", "250"], "denoising steps")
+flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "compute dtype")
+
+if __name__ == "__main__":
+    app.run(main)
