@@ -79,6 +79,7 @@ FAMILIES = {
             "model.size": "wan_1.3b",
             "model.window": 12,
             "model.sink": 3,
+            "scenes.transition": "recache",
         },
         lora="checkpoints/longlive_models/models/lora.pt",
     ),

@@ -217,9 +217,11 @@ def _noise(keys, frame, *, shape, mesh):
 
 
 def batch_size(model: Model, videos: int) -> int:
-    """Videos made at once: at most config.sampler.batch, a whole number for every device."""
-    devices = model.policy.mesh.size
-    return min(max(model.config.sampler.batch // devices, 1), -(-videos // devices)) * devices
+    """Videos made at once, as many on every device: at most sampler.batch, and what a device may hold."""
+    devices, limit = model.policy.mesh.size, model.config.mesh.samples_per_device
+    each = max(model.config.sampler.batch // devices, 1)
+    each = each if limit == -1 else min(each, limit)
+    return min(each, -(-videos // devices)) * devices
 
 
 def _row(model: Model, request: Request, path: Path, scores: dict, score: bool) -> dict[str, Any]:
