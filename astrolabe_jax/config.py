@@ -341,14 +341,14 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str], announced:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
         yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
+    if missing := [name for name in config.rewards if name in announced and name not in reward_names]:
+        yield (
+            f"config.rewards has {', '.join(missing)}, published rewards that this version does not have yet; a reward "
+            "of your own is one function and one line in astrolabe_jax/rewards/__init__.py, and the word "
+            f"rewards=NAME[+NAME...] in a recipe's argument takes it, or one of {known}, in their place"
+        )
     for name, weight in config.rewards.items():
-        if name not in reward_names and name in announced:
-            yield (
-                f"config.rewards.{name}: this version does not have this published reward yet; a reward of your own is "
-                "one function and one line in astrolabe_jax/rewards/__init__.py, and the word rewards=NAME[+NAME...] "
-                f"in a recipe's argument takes it, or one of {known}, instead of the published ones"
-            )
-        elif name not in reward_names:
+        if name not in {*reward_names, *announced}:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
         if not _finite(weight):
             yield f"config.rewards.{name} is {weight!r}; expected a finite weight"

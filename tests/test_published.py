@@ -234,10 +234,10 @@ def test_rewards_of_ones_own():
 
 def test_published_rewards_are_refused_with_the_way_out():
     with pytest.raises(ValueError) as error:
-        validate(load("longlive_video_mq"), rewards.TABLE, 8, "cpu", published.REWARDS)
+        validate(load("longlive_video_hpsv3_gardo"), rewards.TABLE, 8, "cpu", published.REWARDS)
     assert re.search(
-        "config.rewards.videoalign_mq: this version does not have this published reward yet; a reward of your own is "
-        "one function and one line in .*rewards=NAME.* one of shapes_mq, shapes_ta, shapes_vq",
+        "config.rewards has hpsv3, videoalign_mq, published rewards that this version does not have yet; a reward of "
+        "your own is one function and one line in .*rewards=NAME.* one of shapes_mq, shapes_ta, shapes_vq, in their",
         str(error.value),
     )
 
