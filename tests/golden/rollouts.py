@@ -194,7 +194,7 @@ def _timeline(scenario: dict, layout: Layout, slots: int) -> list[scenes.Step]:
     given, total = scenario["init"], scenario["init"] + scenario["frames"]
     blocks = [block for block in layout.blocks(total) if block.start >= given]
     if scenario["switch"] is not None:
-        rules = scenes.Rules("recache", bool(scenario["gsink"]), published=True)
+        rules = scenes.Rules("recache", global_sink=bool(scenario["gsink"]), published=True)
         scene_of = scenes.scenes_by_frame(scenario["switch"], [block.start for block in blocks])
         return scenes.timeline(blocks, scene_of, [False] * (len(scenario["switch"]) + 1), layout, slots, rules)
     prompt = scenario["prompts"] if isinstance(scenario["prompts"], str) else scenario["prompts"][0]
