@@ -150,7 +150,7 @@ def rollout_block(
     positions=None,
     aligned: bool = True,
 ) -> tuple[jax.Array, Cache, Trace]:
-    """Sample one block for streaming: its latents [B, P, C, H, W] and the cache with its clean keys.
+    """Sample one block for streaming: its latents [B, P, C, H, W], the cache with its clean keys, and every call.
 
     noise [steps, B, P, C, H, W]: the initial noise, then the noise added before each later step. start: first frame of
     the block. A Python int (static) while the cache grows; it may be traced once start + P >= the window, so that one
