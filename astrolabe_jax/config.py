@@ -114,7 +114,7 @@ def _objective(config: ConfigDict) -> None:
     config.lora.rank = 16
     config.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
     config.lora.dtype = "float32"  # master weights of the adapters: float32 or bfloat16
-    config.lora.init = ""  # a PEFT directory to start from; empty: fresh
+    config.lora.init = ""  # an adapter to start from: a file, a PEFT or diffusers directory, a run's; empty: fresh
 
     config.optimiser = ConfigDict()
     config.optimiser.learning_rate = 1e-3

@@ -88,8 +88,8 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
 
 def _refuse_non_finite(latents: jax.Array, batch: PromptBatch, first: int) -> None:
     """FloatingPointError that names the sample: decoded, such latents would be black frames, and scored as such."""
-    finite = sharding.to_host(_finite(latents))[: len(batch.texts)]
-    if len(bad := np.flatnonzero(~finite)):
+    fine = sharding.to_host(finite(latents))[: len(batch.texts)]
+    if len(bad := np.flatnonzero(~fine)):
         index = int(bad[0])
         others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(
@@ -99,8 +99,8 @@ def _refuse_non_finite(latents: jax.Array, batch: PromptBatch, first: int) -> No
 
 
 @jax.jit
-def _finite(latents: jax.Array) -> jax.Array:
-    """[B, ...] -> [B] bool."""
+def finite(latents: jax.Array) -> jax.Array:
+    """Whether each sample has finite numbers alone: [B, ...] -> [B] bool."""
     return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
 
 

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from astrolabe_jax import prompts, rewards
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
-from astrolabe_jax.pictures import read_png, read_video
+from astrolabe_jax.pictures import read_png, read_video, resized
 from astrolabe_jax.scenes import Rules, Scene, Shot, is_plain, parse, parse_published, scenes_by_frame, shots
 
 
@@ -131,11 +130,10 @@ def _scenes(config: ConfigDict, asked: Asked, terms: Terms) -> Iterator[tuple[st
 
 def _check_length(frames: int, asked: Asked, terms: Terms) -> None:
     """Refuses a number of frames that is not whole blocks, and says which are."""
-    block = terms.stride * terms.layout.block
-    after = 1 if terms.layout.independent_first_frame else 1 - terms.stride  # k blocks have after + k block frames
-    if (frames - after) % block or frames < 1:
-        below = after + (frames - after) // block * block
-        fits = [str(count) for count in (below, below + block) if count > 0]
+    latents = 1 + (frames - 1) // terms.stride
+    below, above = terms.layout.whole(latents), terms.layout.whole(latents + 1, up=True)
+    if frames < 1 or frames != 1 + terms.stride * (below - 1):
+        fits = [str(1 + terms.stride * (count - 1)) for count in (below, above) if count]
         name = "--frames" if asked.frames else "config.video.frames"
         whole = f"whole blocks of {terms.layout.block} latent frames make {' or '.join(fits)} frames"
         raise ValueError(f"{name} is {frames}; {whole}")
@@ -201,7 +199,8 @@ def read_given(
 ) -> Given:
     """The frames to begin with: a picture, the end of a video, or latents; at most one of them. ValueError or OSError.
 
-    Pictures are resized to config.video. Of a video the last frames are taken that are whole blocks.
+    Pictures are resized to config.video. Of a video, taken at its frame rate, the last frames are used that are whole
+    blocks.
     """
     named = {"--image": image, "--video": video, "--latents": latents}
     named = {flag: Path(name) for flag, name in named.items() if name is not None}
@@ -215,24 +214,25 @@ def read_given(
     if not named:
         return Given()
     ((flag, path),) = named.items()
-    frames = read_png(path)[None] if flag == "--image" else read_video(path)
-    count = _whole_blocks(layout, 1 + (len(frames) - 1) // vae.temporal_stride)
+    target = (config.video.width, config.video.height)
+    if flag == "--image":
+        frames = resized(read_png(path), target)[None]
+    else:
+        frames = read_video(path, config.video.fps, target)
+    count = layout.whole(1 + (len(frames) - 1) // vae.temporal_stride)
     if not count:
-        least = vae.pixel_frames(1 if layout.independent_first_frame else layout.block)
+        least = vae.pixel_frames(layout.lead or layout.block)
         raise ValueError(
             f"{flag}: {path} has {len(frames)} frame{'s' * (len(frames) > 1)}; this model begins with whole blocks, "
             f"of at least {least} frames: give a video of so many, or a model with blocks of one (framewise)"
         )
-    frames = frames[len(frames) - vae.pixel_frames(count) :]
-    target = (config.video.width, config.video.height)
-    resized = [np.asarray(Image.fromarray(frame).resize(target, Image.Resampling.BICUBIC)) for frame in frames]
-    return Given(count, np.stack(resized))
+    return Given(count, frames[len(frames) - vae.pixel_frames(count) :])
 
 
 def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Given:
     try:
-        values = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        values = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
         raise ValueError(f"--latents: {path} is no .npy of numbers: {error}") from None
     if values.ndim != 4 or values.shape[1:] != size or not np.issubdtype(values.dtype, np.floating):
         raise ValueError(
@@ -240,12 +240,6 @@ def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Giv
         )
     if not np.isfinite(values).all():
         raise ValueError(f"--latents: {path} holds numbers that are not finite")
-    if _whole_blocks(layout, len(values)) != len(values):
+    if not len(values) or layout.whole(len(values)) != len(values):
         raise ValueError(f"--latents: {path} has {len(values)} frames, which are not whole blocks of {layout.block}")
     return Given(len(values), None, values.astype(np.float32))
-
-
-def _whole_blocks(layout: Layout, frames: int) -> int:
-    """The most latent frames, at most `frames`, that are whole blocks."""
-    first = 1 if layout.independent_first_frame else 0
-    return max(first + (frames - first) // layout.block * layout.block, 0)

@@ -13,6 +13,7 @@ OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, 
 The same command goes on where it was stopped: videos that are there and were made with the same settings stay.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -36,6 +37,7 @@ from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.files import read_jsonl, write_atomic
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.decode import decode_chunk
+from astrolabe_jax.generate import finite
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.tokenizer import token_ids
@@ -65,15 +67,15 @@ class Model(NamedTuple):
     identity: dict[str, Any]  # what a video depends on, besides its request
 
 
-def load(config: ConfigDict, lora: str | None, given: Given) -> Model:
-    """The model of a config, on its devices, with an adapter merged in. Raises ValueError or OSError."""
+def load(config: ConfigDict, lora: tuple[dict, float] | None, given: Given) -> Model:
+    """The model of a config, on its devices, with an adapter and its scale merged in. Raises ValueError or OSError."""
     layout, denoising = prepare.layout_of(config), prepare.sampler_of(config)
     mesh = sharding.make_mesh(config.mesh)
     base = prepare.load_base(config, mesh)
     net, latents, identity = base.transformer, None, {"base": base.identity}
     if lora:
-        adapter, scale = load_lora(lora, net.config)
-        identity["lora"] = _hash(jax.tree.leaves(adapter))
+        adapter, scale = lora
+        identity["lora"] = [_hash(jax.tree.leaves(adapter)), scale]
         net = net._replace(params=_merged(net.params, adapter, scale))
         base = base._replace(transformer=net)
     if given.count:
@@ -82,9 +84,9 @@ def load(config: ConfigDict, lora: str | None, given: Given) -> Model:
     fields = {name: value for name, value in flatten(config).items() if name.startswith(CONTENT)}
     identity |= {name: value for name, value in fields.items() if name not in NO_CONTENT}
     policy = Policy(net.graphdef, net.params, None, 1.0, net.config, layout, denoising, mesh)
-    rules = prepare.rules_of(config)
     sizes = {"vae": base.vae.config, "transformer": net.config}
-    return Model(config, base, policy, rules, prepare.latent_size(config, sizes), latents, identity)
+    size = prepare.latent_size(config, sizes)
+    return Model(config, base, policy, prepare.rules_of(config), size, latents, identity)
 
 
 def _merged(params: dict, adapter: dict, scale: float) -> dict:
@@ -108,37 +110,44 @@ def _encoded(base: Base, pixels: np.ndarray, mesh: Mesh) -> jax.Array:
     return jnp.concatenate(latents)
 
 
-def make(model: Model, requests: Sequence[Request], show: Callable[[int], None], score: bool, directory: Path):
+def make(
+    model: Model, requests: Sequence[Request], size: int, show: Callable[[int], None], score: bool, directory: Path
+) -> list[dict]:
     """Makes the videos of `requests`, which differ in their prompts alone, at once; returns their rows of results.
 
-    show(frames) is called for every few frames of each video that are written.
+    size: videos that the programs are compiled for, at least as many. show(frames) is called for every few frames that
+    are handed to the encoders. Raises FloatingPointError, naming the prompt, for latents that are not finite.
     """
     scores: list[dict] = [{} for _ in requests]  # of each video: (shot, scene) -> {reward: value}
+    paths = [directory / f"{request.name}.mp4" for request in requests]
     with contextlib.ExitStack() as stack:
-        paths = [directory / f"{request.name}.mp4" for request in requests]
         writers = [stack.enter_context(Mp4Writer(path, model.config.video.fps)) for path in paths]
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(requests)))
+        encoding: list[concurrent.futures.Future] = []  # the last block, while the next one is sampled
         held: list[np.ndarray] = []  # frames of the present scene, if they are to be scored
-        for number, scene, frames, last in _frames(model, requests):
-            for writer, video in zip(writers, frames, strict=True):
-                writer.add(video)
+        for number, scene, frames, ends in _frames(model, requests, size):
+            for video in encoding:
+                video.result()
+            encoding = [pool.submit(writer.add, video) for writer, video in zip(writers, frames, strict=True)]
             if score:
                 held.append(frames)
-            if score and last:
+            if score and ends:
                 texts = [request.shots[number].prompts[scene] for request in requests]
                 for name, values in rewards.score(model.config.rewards, np.concatenate(held, 1), texts).items():
                     for row, value in zip(scores, values, strict=True):
                         row.setdefault((number, scene), {})[name] = float(value)
                 held.clear()
             show(frames.shape[0] * frames.shape[1])
+        for video in encoding:
+            video.result()
     return [_row(model, *made, score) for made in zip(requests, paths, scores, strict=True)]
 
 
-def _frames(model: Model, requests: Sequence[Request]) -> Iterator[tuple[int, int, np.ndarray, bool]]:
+def _frames(model: Model, requests: Sequence[Request], size: int) -> Iterator[tuple[int, int, np.ndarray, bool]]:
     """(shot, scene, frames [B, T, height, width, 3] uint8, whether the scene ends with them), block by block.
 
     The next block is under way while the last one is fetched.
     """
-    size = batch_size(model, len(requests))
     videos = np.resize(np.arange(len(requests)), size)  # the batch is filled up
     batch = PromptBatch(
         tuple(request.prompt for request in requests),
@@ -150,32 +159,41 @@ def _frames(model: Model, requests: Sequence[Request]) -> Iterator[tuple[int, in
     begin, waiting = 0, None
     for number, shot in enumerate(requests[0].shots):
         left = shot.frames
-        texts = _texts(model, [request.shots[number].prompts for request in requests], videos)
-        for scene, ends, made in _decoded(model, shot, texts, keys, begin, size, None if number else model.given):
+        texts = [requests[video].shots[number].prompts for video in videos]
+        for scene, ends, finite, made in _decoded(model, shot, texts, keys, begin, None if number else model.given):
             if waiting is not None:
-                yield _fetched(waiting, len(requests))
+                yield _fetched(waiting, requests)
             count = min(left, made.shape[1])  # of the last block only what is asked for
-            waiting, left = (number, scene, made[:, :count], ends), left - count
+            waiting, left = (number, scene, finite, made[:, :count], ends), left - count
         begin += shot.latent_frames
-    yield _fetched(waiting, len(requests))
+    yield _fetched(waiting, requests)
 
 
-def _fetched(waiting: tuple, count: int) -> tuple:
-    number, scene, frames, ends = waiting
-    return number, scene, sharding.to_host(frames)[:count], ends
+def _fetched(waiting: tuple, requests: Sequence[Request]) -> tuple:
+    number, scene, finite, frames, ends = waiting
+    for request, fine in zip(requests, sharding.to_host(finite), strict=False):
+        if not fine:  # decoded, they would be black
+            raise FloatingPointError(
+                f"the latents of video {request.name} are not finite in scene {scene + 1} of shot {number + 1}, "
+                f"{request.prompt!r}; check the adapter, or use model.dtype=float32"
+            )
+    return number, scene, sharding.to_host(frames)[: len(requests)], ends
 
 
 def _decoded(
-    model: Model, shot: Shot, texts: Sequence[np.ndarray], keys, begin: int, size: int, given
-) -> Iterator[tuple[int, bool, jax.Array]]:
-    """(scene, whether it ends there, frames on the devices) of each piece of a shot whose first frame is `begin`."""
+    model: Model, shot: Shot, texts: Sequence[Sequence[str]], keys, begin: int, given
+) -> Iterator[tuple[int, bool, jax.Array, jax.Array]]:
+    """(scene, whether it ends there, [B] finite, frames on the devices) of each piece of a shot.
+
+    texts: the prompts of the scenes of each video. begin: frame of the video, in latents, that is the shot's first.
+    """
     policy, vae, chunk = model.policy, model.base.vae, model.config.video.decode_chunk
     (channels, *latent_hw), vae_stream = model.latent_size, None
     if given is not None:
-        given = sharding.shard_batch(policy.mesh, np.repeat(np.asarray(given)[None], size, axis=0))
+        given = sharding.shard_batch(policy.mesh, np.repeat(np.asarray(given)[None], len(texts), axis=0))
 
     def text(scene):
-        placed = sharding.shard_batch(policy.mesh, texts[scene])
+        placed = sharding.shard_batch(policy.mesh, _embeddings(model, [prompts_[scene] for prompts_ in texts]))
         return streams.encode_text(policy.graphdef, policy.params, None, 1.0, placed, mesh=policy.mesh)
 
     def noise(step):
@@ -184,7 +202,7 @@ def _decoded(
         return _noise(keys, np.int32(begin + step.frame), shape=shape, mesh=policy.mesh)
 
     slots = cache_slots(policy.layout, model.rules, shot.latent_frames)
-    pieces = streams.stream(policy, text, shot.steps, noise, slots, size, tuple(latent_hw), given)
+    pieces = streams.stream(policy, text, shot.steps, noise, slots, len(texts), tuple(latent_hw), given)
     last = {step.scene: step.frame for step in shot.steps}
     for piece in pieces:
         scene = piece.step.scene if piece.step else shot.steps[0].scene
@@ -194,17 +212,16 @@ def _decoded(
             frames, vae_stream = decode_chunk(vae.graphdef, vae.params, latents, vae_stream, mesh=policy.mesh)
             made.append(frames)
         ends = piece.step is not None and last[scene] == piece.step.frame
-        yield scene, ends, jnp.concatenate(made, axis=1) if len(made) > 1 else made[0]
+        yield scene, ends, finite(piece.latents), jnp.concatenate(made, axis=1) if len(made) > 1 else made[0]
 
 
-def _texts(model: Model, scenes: Sequence[Sequence[str]], videos: np.ndarray) -> list[np.ndarray]:
-    """Embeddings [B, S, E] for each scene of a shot; every distinct prompt is encoded once."""
-    distinct = list(dict.fromkeys(prompt for video in scenes for prompt in video))
-    net = model.base.text
+def _embeddings(model: Model, texts: Sequence[str]) -> np.ndarray:
+    """[B, S, E]; every distinct prompt is encoded once."""
+    distinct, net = list(dict.fromkeys(texts)), model.base.text
     made = encode.encode_prompts(
         net.graphdef, net.params, model.base.tokenizer, distinct, net.config, model.policy.mesh
     )
-    return [made[[distinct.index(scenes[video][scene]) for video in videos]] for scene in range(len(scenes[0]))]
+    return made[[distinct.index(text) for text in texts]]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mesh"))
@@ -240,56 +257,62 @@ def _row(model: Model, request: Request, path: Path, scores: dict, score: bool) 
     }
     fps = model.config.video.fps
     metadata = {"seed": model.config.seed, "candidate": request.candidate, "frames": request.frames, "fps": fps}
-    metadata |= {"seconds": request.frames / fps, "scenes": scenes, "key": key_of(model, request, score)}
+    metadata |= {"seconds": request.frames / fps, "scenes": scenes}
     return {
         "sample_id": request.name,
         "prompt": request.prompt,
         "metadata": metadata,
         "scores": means,
         "video_path": str(path),
+        "key": key_of(model, request, score),
     }
 
 
 def key_of(model: Model, request: Request, score: bool) -> str:
     """A hash of all that a row of results depends on."""
-    asked = [request.index, request.candidate, request.prompt, [shot._asdict() for shot in request.shots], score]
+    scored = sorted(model.config.rewards) if score else None
+    asked = [request.index, request.candidate, request.prompt, [shot._asdict() for shot in request.shots], scored]
     return hashlib.sha256(json.dumps([model.identity, asked], sort_keys=True).encode()).hexdigest()
 
 
 def run(model: Model, requests: Sequence[Request], directory: Path, score: bool, check: Callable[[], None]) -> None:
     """Makes what is not there yet, batch by batch. `check` is called before every block and may raise Stopped."""
-    (directory / "videos").mkdir(parents=True, exist_ok=True)
-    results = directory / "results.jsonl"
-    rows = {row["sample_id"]: row for row in read_jsonl(results) if "sample_id" in row}
-    wanted = {request.name: request for request in requests}
+    videos = directory / "videos"
+    wanted = {request.name: key_of(model, request, score) for request in requests}
+    found = {row.get("sample_id"): row for row in read_jsonl(directory / "results.jsonl")}
     rows = {
-        name: row
-        for name, row in rows.items()
-        if name in wanted
-        and row.get("metadata", {}).get("key") == key_of(model, wanted[name], score)
-        and Path(row["video_path"]).is_file()
+        name: found[name]
+        for name, key in wanted.items()
+        if name in found and found[name].get("key") == key and (videos / f"{name}.mp4").is_file()
     }
     left = [request for request in requests if request.name not in rows]
     if rows:
         say(f"{len(rows)} of {len(requests)} videos are there already")
+    if others := [request.name for request in left if (videos / f"{request.name}.mp4").exists()]:
+        say(f"{len(others)} videos of other settings are replaced in {videos}, {others[0]}.mp4 first")
+    _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     meter = Meter(left, check)
-    for batch in _batches(model, left):
-        for row in make(model, batch, meter, score, directory / "videos"):
+    for batch, size in _batches(model, left):
+        for row in make(model, batch, size, meter, score, videos):
             rows[row["sample_id"]] = row
-        lines = [json.dumps(rows[name], allow_nan=False) + "\n" for name in sorted(rows)]
-        write_atomic(results, "".join(lines).encode())
+        _write_rows(directory, rows)
     meter.closing(directory)
 
 
-def _batches(model: Model, requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Requests that differ in their prompts alone, as many as are made at once."""
+def _write_rows(directory: Path, rows: dict[str, dict]) -> None:
+    lines = [json.dumps(rows[name], allow_nan=False) + "\n" for name in sorted(rows)]
+    write_atomic(directory / "results.jsonl", "".join(lines).encode())
+
+
+def _batches(model: Model, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:
+    """Requests that differ in their prompts alone, as many as are made at once, and how many that is."""
     alike: dict[tuple, list[Request]] = {}
     for request in requests:
         alike.setdefault(tuple(shot._replace(prompts=()) for shot in request.shots), []).append(request)
     for group in alike.values():
         size = batch_size(model, len(group))
         for start in range(0, len(group), size):
-            yield group[start : start + size]
+            yield group[start : start + size], size
 
 
 class Meter:
@@ -332,7 +355,7 @@ def _hash(arrays: Sequence[np.ndarray]) -> str:
 
 
 def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
-    """Status 2 and one message for what cannot be done; nothing is compiled before all is checked."""
+    """Status 2 for what cannot be done, before anything is compiled; 1 for what goes wrong later; one message each."""
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     recipes.set_up()
@@ -347,14 +370,17 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         stride, most = sizes["vae"].temporal_stride, sizes["text_encoder"].text_len
         rules, tokens = prepare.rules_of(config), lambda prompt: len(token_ids(tokenizer, prompt))
         requests = read_requests(config, asked, Terms(layout, rules, stride, first.count, tokens, most))
-        directory.mkdir(parents=True, exist_ok=True)
-        model = load(config, options["lora"], first)
+        adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
+        (directory / "videos").mkdir(parents=True, exist_ok=True)
+        model = load(config, adapter, first)
     except (ValueError, OSError) as error:
         recipes.fail(error, 2)
     say(_opening(model, requests))
     with listening() as check:
         try:
             run(model, requests, directory, options["score"], check)
+        except (ValueError, OSError, FloatingPointError) as error:  # a reward, a full disk, a broken adapter
+            recipes.fail(error, 1)
         except Stopped as stopped:
             say(f"{stopped}: the videos that are done are in {directory}; run the same command to go on")
 

@@ -17,7 +17,11 @@ DEFAULT_BLOCKS = 14  # the same in the published code, which counts 14 blocks wh
 CUT_FRAMES = (45, 46, 47)  # rotary positions of a block behind a hard cut, where positions are absolute
 
 _TAG = re.compile(r"\[(\d+\.?\d*)\s*s(#?)\]")
-_LOOKS_LIKE_A_TAG = re.compile(r"\[\s*[-+.]?\d[^\]|]*\]?|\[\s*#[^\]|]*\]?")
+# A number of seconds in brackets, however it is written: [5s], [5 sec], [.5S #], [5], and one that is not closed.
+_LOOKS_LIKE_A_TAG = re.compile(
+    r"\[\s*(?:[-+]?[\d.]+\s*(?:s(?:ec(?:ond)?s?)?)?\s*#?|#)\s*(?:\]|(?=\||$))", re.IGNORECASE
+)
+LONGEST = 24 * 3600.0  # seconds of a scene
 
 
 class Scene(NamedTuple):
@@ -29,15 +33,12 @@ class Scene(NamedTuple):
     cut: bool  # hard cut at its end
 
 
-class SceneError(ValueError):
-    """A scene string that cannot be read; the message gives the character at fault."""
-
-
 def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
     """The scenes of a prompt. `block` latent frames last stride * block / fps seconds.
 
     A duration is cut to whole blocks, at least one; without one a scene has 10.5 s. Only the # of a duration is a cut.
-    Raises SceneError for an empty scene, a second duration, and a bracket that looks like a duration but is none.
+    Raises ValueError, with the character at fault, for an empty scene, a second duration, and a bracket that looks like
+    a duration but is none.
     """
     scenes, start = [], 0
     for part in text.split("|"):
@@ -51,15 +52,15 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
         if not prompt:
             raise _error(text, start, part, "is a scene without a prompt; write one, or take a | away")
         seconds = float(tags[0][1]) if tags else DEFAULT_SECONDS
-        if seconds == 0:
-            raise _error(text, start + tags[0].start(), tags[0].group(), "lasts no time; give a duration above 0")
+        if not 0 < seconds <= LONGEST:
+            raise _error(text, start + tags[0].start(), tags[0].group(), "is no time between 0 and a day; give another")
         scenes.append(Scene(prompt, seconds, _blocks(seconds, block, fps, stride), bool(tags and tags[0][2])))
         start += len(part) + 1
     return scenes
 
 
 def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
-    """The scenes as the published command line reads them (spec/sampling.md 7.1); nothing is refused.
+    """The scenes as the published command line reads them (spec/sampling.md 7.1); no text is refused.
 
     The first duration counts, all are taken out; one that is misspelt stays in the text; a # anywhere is a cut; a scene
     without a duration has 14 blocks.
@@ -85,8 +86,8 @@ def _without_tags(part: str) -> str:
     return _TAG.sub("", part.strip()).strip()
 
 
-def _error(text: str, at: int, what: str, why: str) -> SceneError:
-    return SceneError(f"character {at + 1} of {text!r}: {what!r} {why}")
+def _error(text: str, at: int, what: str, why: str) -> ValueError:
+    return ValueError(f"character {at + 1} of {text!r}: {what!r} {why}")
 
 
 def scenes_by_length(scenes: Sequence[Scene], blocks: int) -> list[int]:
@@ -115,6 +116,7 @@ class Change(NamedTuple):
     frames: tuple[int, ...] = ()  # frames of the video whose keys are made anew, one for each place in use
     positions: tuple[int, ...] = ()  # their rotary positions
     skip: int = 0  # first places, of the sink, that keep their keys nevertheless
+    every: bool = False  # published: the other places keep their content, too, which a later flush may take
 
 
 class Step(NamedTuple):
@@ -163,25 +165,32 @@ def shots(
     made, begin, left = [], 0, frames
     for end in ends:
         part, before = scenes[begin : end + 1], 0 if begin else given
-        shown = round(sum(scene.seconds for scene in part) * fps) + (1 + stride * (before - 1) if before else 0)
-        least = _whole_blocks(layout, before, before + layout.block * (sum(scene.blocks for scene in part) - 1) + 1)
-        shown = max(shown, 1 + stride * (least - 1)) if any(scene.blocks for scene in part) else shown
-        if frames and end == last:
-            shown = left
+        shown = left if frames and end == last else _shown(part, layout, fps, stride, before)
         left -= shown
-        count = _whole_blocks(layout, before, 1 + math.ceil((shown - 1) / stride))
-        blocks = [block for block in layout.blocks(count) if block.start >= before]
-        if shown < 1 or len(blocks) <= sum(scene.blocks for scene in part[:-1]):
+        count = layout.whole(1 + math.ceil((shown - 1) / stride), up=True)
+        if before and count <= before:
             raise ValueError(
-                f"{frames} frames are over before scene {last + 1} begins; ask for more frames, or shorter"
+                f"all of the {shown} frames are given, {1 + stride * (before - 1)} frames are there before; ask for at "
+                f"least {1 + stride * (before + layout.block - 1)}"
             )
         layout.check_frames(count)
+        blocks = [block for block in layout.blocks(count) if block.start >= before]
+        if shown < 1 or len(blocks) <= sum(scene.blocks for scene in part[:-1]):
+            raise ValueError(f"{frames} frames are over before scene {last + 1} begins; ask for more")
         cuts = [scene.cut or rules.transition == "cut" for scene in part]
         slots = cache_slots(layout, rules, count)
         steps = timeline(blocks, scenes_by_length(part, len(blocks)), cuts, layout, slots, rules)
         made.append(Shot(tuple(scene.prompt for scene in part), tuple(steps), count, shown))
         begin = end + 1
     return made
+
+
+def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given: int) -> int:
+    """Pixel frames of a shot: its seconds behind the given frames, but at least all the blocks that go into them."""
+    before = 1 + stride * (given - 1) if given else 0
+    blocks = sum(scene.blocks for scene in scenes)
+    least = given + layout.block * blocks if given or not layout.lead else layout.lead + layout.block * (blocks - 1)
+    return max(before + round(sum(scene.seconds for scene in scenes) * fps), 1 + stride * (least - 1))
 
 
 def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:
@@ -196,12 +205,6 @@ def _starts_anew(scene: Scene, layout: Layout, rules: Rules) -> bool:
     cut = scene.cut or rules.transition == "cut"
     nothing = rules.cut == "nothing" or (layout.positions == "relative" and layout.kept == 0)
     return cut and nothing and not rules.published
-
-
-def _whole_blocks(layout: Layout, given: int, frames: int) -> int:
-    """The least number of latent frames, at least `frames`, that ends with a block behind `given`."""
-    first = 1 if layout.independent_first_frame else 0
-    return max(first + -(-(frames - first) // layout.block) * layout.block, given + layout.block)
 
 
 def timeline(
@@ -230,7 +233,7 @@ def timeline(
         positions = [start + i if relative else frame for i, frame in enumerate(frames)]
         if cut and not relative:
             positions[-len(CUT_FRAMES) :] = CUT_FRAMES[-len(positions) :]
-        aligned = (start - layout.independent_first_frame) % layout.block == 0
+        aligned = (start - layout.lead) % layout.block == 0
         steps.append(Step(block.start, len(frames), scene, start, tuple(positions), aligned, cut, change))
         held += zip(frames, positions, strict=True)
     return steps
@@ -248,8 +251,15 @@ def _change(held: list, layout: Layout, slots: int, cut: bool, rules: Rules) -> 
     if cut and layout.positions == "relative" and not rules.published:
         return Change(end, tuple(range(min(layout.kept, used))))
     if rules.transition == "flush" or cut:
-        last = (slots - 2, slots - 1) if rules.published else (used - 2, used - 1)
-        return Change(end, (0, *last) if rules.published else tuple(sorted({0, *(max(place, 0) for place in last)})))
+        if not rules.published:
+            return Change(end, tuple(sorted({0, max(used - 2, 0), used - 1})))
+        if slots < 3:
+            raise ValueError(f"the published flush keeps 3 frames, the window has {slots}; widen config.model.window")
+        return Change(end, (0, slots - 2, slots - 1), every=True)
+    if any(frame < 0 for frame, _ in held):
+        raise ValueError(
+            "a re-cache behind a published flush that took empty places; use config.scenes.published=False"
+        )
     protected = rules.global_sink and layout.window != -1 and end > layout.window
     again = held[end - used :] if layout.window != -1 else _in_places(held, layout, slots)
     frames, positions = zip(*again, strict=True)

@@ -68,7 +68,8 @@ def stream(
         keys = text(steps[0].scene) if keys is None else keys
         scene = steps[0].scene
         latents = given[:, block.start : block.stop]
-        cache, record = _cache_block(*_split(policy), keys, latents, cache, block.start)
+        start, at = _place(policy.layout, slots, block.start, block.stop)
+        cache, record = _cache_block(*_split(policy), keys, latents, cache, start, at=at)
         _remember(history, needed, block.start, latents)
         yield Piece(None, latents, record if trace else None, None, cache)
     for step in steps:
@@ -105,23 +106,27 @@ def _changed(policy, keys, cache, change: Change | None, history, slots: int, la
     """The cache after a change, and the Trace of a recache."""
     if change is None:
         return cache, None
-    full = change.end > slots
-    end, at = (jnp.int32(change.end), None) if full else (jnp.int32(0), change.end)
+    end, at = _place(policy.layout, slots, change.end, change.end)
     if change.keep is not None:
-        return _restart(cache, end, at, policy.layout, change.keep, policy.config, latent_hw), None
+        return _restart(cache, end, at, policy.layout, change.keep, change.every, policy.config, latent_hw), None
     latents = jnp.stack([history[frame] for frame in change.frames], axis=1)
     positions = np.asarray(change.positions, np.int32)
     return _recache(*_split(policy), keys, latents, cache, end, positions, at=at, skip=change.skip)
 
 
 def _block(policy, keys, noise, cache, step: Step, slots: int, trace: bool):
-    full = slots == policy.layout.capacity and step.start + step.count > slots and step.start > 0
-    start, at = (jnp.int32(step.start), None) if full else (jnp.int32(0), step.start)
+    start, at = _place(policy.layout, slots, step.start, step.start + step.count)
     positions = np.asarray(step.positions, np.int32)
     made = _sample_block(
         *_split(policy), keys, noise, cache, start, positions, at=at, aligned=step.aligned, trace=trace
     )
     return made if trace else (*made, None)
+
+
+def _place(layout: Layout, slots: int, frame: int, stop: int) -> tuple[jax.Array, int | None]:
+    """A frame as (traced, None) where the cache is full at `stop`, so that one program serves all; else (0, static)."""
+    full = slots == layout.capacity and stop > slots and frame > 0
+    return (jnp.int32(frame), None) if full else (jnp.int32(0), frame)
 
 
 def _split(policy: Policy) -> tuple:
@@ -152,12 +157,13 @@ def _sample_block(static, params, adapter, lora_scale, text, noise, cache, start
     return (latents, cache, record) if trace else (latents, cache)
 
 
-@functools.partial(_program, static_argnames=("static", "start"))
-def _cache_block(static, params, adapter, lora_scale, text, latents, cache, start):
+@functools.partial(_program, static_argnames=("static", "at"))
+def _cache_block(static, params, adapter, lora_scale, text, latents, cache, start, *, at):
     graphdef, layout, sampler, mesh = static
     return sharding.on_mesh(mesh, rollout.cache_block)(
-        graphdef, params, adapter, text, latents, cache, start, layout=layout, sampler=sampler, lora_scale=lora_scale
-    )
+        graphdef, params, adapter, text, latents, cache, start if at is None else at, layout=layout, sampler=sampler,
+        lora_scale=lora_scale,
+    )  # fmt: skip
 
 
 @functools.partial(_program, static_argnames=("static", "at", "skip"))
@@ -169,6 +175,6 @@ def _recache(static, params, adapter, lora_scale, text, latents, cache, end, pos
     )  # fmt: skip
 
 
-@functools.partial(_program, static_argnames=("at", "layout", "keep", "config", "latent_hw"))
-def _restart(cache, end, at, layout, keep, config, latent_hw):
-    return kv.restart(cache, layout, end if at is None else at, keep, config, latent_hw)
+@functools.partial(_program, static_argnames=("at", "layout", "keep", "every", "config", "latent_hw"))
+def _restart(cache, end, at, layout, keep, every, config, latent_hw):
+    return kv.restart(cache, layout, end if at is None else at, keep, config, latent_hw, every)

@@ -47,7 +47,9 @@ def test_published_strings_are_read_as_published():
         ("a[5s | b", 2, "[5s ", "is no duration"),
         ("a | b[#]", 6, "[#]", "is no duration"),
         ("a[5s] [6s] | b", 7, "[6s]", "is a second duration"),
-        ("a | b[0s]", 6, "[0s]", "lasts no time"),
+        ("a | b[5]", 6, "[5]", "is no duration"),
+        ("a | b[0s]", 6, "[0s]", "is no time between 0 and a day"),
+        ("a[99999s] | b", 2, "[99999s]", "is no time between 0 and a day"),
     ],
 )
 def test_faults_are_found_with_their_place(text, at, what, why):
@@ -57,7 +59,7 @@ def test_faults_are_found_with_their_place(text, at, what, why):
 
 
 def test_plain_prompts():
-    assert is_plain("a cat [at work] #1") and not is_plain("a | b") and not is_plain("a [5S]")
+    assert is_plain("[4k] a cat [at work] #1, [2 dogs], [3 stars]") and not is_plain("a | b") and not is_plain("a [5S]")
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 30), st.booleans()), min_size=1, max_size=5), st.integers(1, 4))
@@ -151,6 +153,7 @@ def test_given_frames_come_first():
     ("layout", "lengths", "options", "message"),
     [
         (RELATIVE, (6, 3), {"frames": 69}, "69 frames are over before scene 2 begins"),
+        (RELATIVE, (1,), {"given": 6, "frames": 21}, "all of the 21 frames are given, 21 frames .* at least 33"),
         (ABSOLUTE, (400,), {}, "exceed the 1024 absolute positions; use positions='relative'"),
     ],
 )
@@ -163,3 +166,16 @@ def test_timelines_are_plain_data():
     """They are part of what a video is recognised by."""
     (shot,) = video(RELATIVE, Rules("recache"), 6, 3)
     assert json.loads(json.dumps(shot._asdict()))["steps"][6][7][2] == list(range(6, 18))
+
+
+@pytest.mark.parametrize("frames", [1, 4, 7])
+def test_an_independent_first_frame_is_a_block(frames):
+    layout = Layout(block=3, window=9, independent_first_frame=True, positions="relative")
+    (shot,) = shots([Scene("a", 0.0, 0, False)], layout, Rules(), 16, frames=1 + 4 * (frames - 1))
+    assert [step.count for step in shot.steps] == [1, 3, 3][: 1 + frames // 3] and shot.latent_frames == frames
+
+
+def test_a_recache_of_places_that_hold_nothing_is_refused():
+    scenes = [Scene("a", 1.5, 2, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
+    with pytest.raises(ValueError, match="a re-cache behind a published flush"):
+        shots(scenes, RELATIVE, Rules("recache", published=True), 16)

@@ -126,11 +126,15 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     ask(base, tmp_path, prompt_file=listed)
     assert [request.name for request in calls] == ["00001"]
     calls.clear()
-    ask(base, tmp_path, {"seed": 5}, prompt_file=listed)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))  # paths in the results are for people
+    assert len(ask(base, moved, prompt_file=listed)) == 3 and not calls
+    ask(base, moved, {"seed": 5}, prompt_file=listed)
     assert len(calls) == 3
+    (row,) = ask(base, moved, {"seed": 5}, prompt=RED)  # fewer prompts: the rest are not its results
+    assert row["sample_id"] == "00000"
 
 
-def test_an_adapter_is_merged(base, tmp_path):
+def test_an_adapter_is_merged(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
     shapes = sample.prepare.bases.configs(str(base))["transformer"]
     adapter = tiny.jax.tree.map(
@@ -140,7 +144,16 @@ def test_an_adapter_is_merged(base, tmp_path):
     (plain,) = ask(base, tmp_path / "a", prompt=RED)
     (adapted,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
     assert np.abs(frames_of(plain) - frames_of(adapted)).max() > 5
-    assert plain["metadata"]["key"] != adapted["metadata"]["key"]
+    assert plain["key"] != adapted["key"]
+    save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
+    (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
+    assert weaker["key"] != adapted["key"] and "1 videos of other settings are replaced" in capsys.readouterr().out
+    adapter["self_attn.q"]["a"][:] = np.nan
+    save_peft(adapter, tmp_path / "lora", 2, 1.0)
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path / "c", prompt=RED, lora=str(tmp_path / "lora"))
+    assert ended.value.code == 1 and not list((tmp_path / "c").rglob("*.mp4"))
+    assert re.search("error: the latents of video 00000 are not finite .*a red circle", capsys.readouterr().err)
 
 
 def test_videos_begin_with_what_is_given(base, tmp_path):
@@ -156,6 +169,8 @@ def test_videos_begin_with_what_is_given(base, tmp_path):
         frames[name] = frames_of(row)
         assert frames[name].shape == plain.shape and row["metadata"]["scenes"][0]["frames"] == 9
         assert np.abs(frames[name][0] - plain[0]).max() > 5
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path / "full", prompt=RED, frames=5, latents=str(tmp_path / "a.npy"))  # all are given
     # The picture, and the video of it, begin with the same latent frame.
     assert np.abs(frames["image"][0] - frames["video"][0]).mean() < 5 < np.abs(frames["image"][0] - plain[0]).mean()
 
@@ -191,6 +206,9 @@ def test_switched_prompts(base, tmp_path):
         ),
         ({}, {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
         ({}, {"prompt": RED, "lora": "nowhere"}, "nowhere"),
+        ({}, {"prompt": f"{RED}[9{'9' * 400}s]"}, "is no time between 0 and a day"),
+        ({"model.window": 2, "scenes.published": True, "scenes.transition": "flush"}, {"prompt": "a[1s] | b", "frames": 45},
+         "--prompt: the published flush keeps 3 frames, the window has 2"),
         ({}, {"prompt": RED, "image": "nowhere.png"}, "--image: no file nowhere.png"),
         ({"mesh.data": 3}, {"prompt": RED}, "config.mesh has data 3"),
         ({"base": "nowhere"}, {"prompt": RED}, "config.base: base 'nowhere'"),
@@ -230,13 +248,18 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
         ("latents", np.zeros((2, 4, 2, 3), np.float32), r"is float32 \[2, 4, 2, 3\]; expected float"),
         ("latents", np.full((1, 4, 2, 2), np.nan), "not finite"),
         ("latents", np.zeros((3, 4, 2, 2)), "has 3 frames, which are not whole blocks of 2"),
+        ("latents", np.zeros((0, 4, 2, 2)), "has 0 frames"),
+        ("latents", b"", "no .npy of numbers"),
+        ("latents", b"PK12345678901234567890", "no .npy of numbers"),
         ("video", np.zeros((4, 16, 16, 3), np.uint8), "has 4 frames; .* of at least 5 frames"),
+        ("video", b"no video", "a.mp4 cannot be read as a video"),
         ("image", np.zeros((16, 16, 3), np.uint8), "has 1 frame; this model begins with whole blocks"),
     ],
 )
 def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, content, message):
     path = tmp_path / {"latents": "a.npy", "video": "a.mp4", "image": "a.png"}[name]
-    {"latents": np.save, "video": lambda p, c: write_mp4(p, c, 16), "image": write_png}[name](path, content)
+    save = Path.write_bytes if isinstance(content, bytes) else np.save
+    {"latents": save, "video": lambda p, c: write_mp4(p, c, 16), "image": write_png}[name](path, content)
     with pytest.raises(SystemExit):
         ask(base, tmp_path / "out", {"model.block": 2}, prompt=RED, frames=13, **{name: str(path)})
     assert re.search(f"error: --{name}: .*{message}", capsys.readouterr().err)

@@ -133,24 +133,30 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
-def restart(cache: Cache, layout: Layout, end, keep: Sequence[int], config: WanConfig, latent_hw) -> Cache:
+def restart(
+    cache: Cache, layout: Layout, end, keep: Sequence[int], config: WanConfig, latent_hw, every: bool = False
+) -> Cache:
     """Begins a new count of frames: what lies in place keep[i] becomes frame i, and the next block is frame len(keep).
 
-    Places are those of the published buffer: the sink, then the frames of the window, oldest first. Every other place
-    keeps its content, which a growing window does not read. Where positions are relative the keys move to those of the
-    new count. `end`: frames so far in the old count; a Python int, or traced once the cache is full.
+    Places are those of the published buffer: the sink, then the frames of the window, oldest first. Where positions
+    are relative the keys move to those of the new count. A growing window does not read the other places, so they are
+    left as they are, unless `every` place is to keep its content, as in the published buffer. `end`: frames so far in
+    the old count; a Python int, or traced once the cache is full.
     """
     h, w = config.grid(latent_hw)
     length, slots = h * w, frames_of(cache, h * w)
-    places = np.array([*keep, *range(len(keep), slots)])
+    places = np.array([*keep, *range(len(keep), slots)][: slots if every else len(keep)], np.int32)
+    if not len(places):
+        return cache
     frames = _frames_in_order(layout, end, slots)
     tokens = (_slot_of(frames, layout, slots)[places][:, None] * length + jnp.arange(length)[None]).reshape(-1)
     k, v = (part[:, :, tokens] for part in cache)
     if layout.positions == "relative":
+        now = np.arange(len(places))
         before = _rotation(layout, frames[places], places, (h, w), config.head_dim)
-        after = _rotation(layout, jnp.arange(slots), np.arange(slots), (h, w), config.head_dim)
+        after = _rotation(layout, jnp.asarray(now), now, (h, w), config.head_dim)
         k = jax.vmap(rotate, in_axes=(0, None))(k, combine(after, inverse(before)))
-    return Cache(k, v)
+    return Cache(*(jax.lax.dynamic_update_slice(*pair, (0,) * 5) for pair in ((cache.k, k), (cache.v, v))))
 
 
 def rewrite(cache: Cache, layer, k, v, layout: Layout, end, frame_tokens: int, skip: int) -> Cache:

@@ -161,14 +161,25 @@ class Layout:
             start = end
         return tuple(blocks)
 
+    @property
+    def lead(self) -> int:
+        """Frames before the blocks of `block` frames: an independent first frame, or none."""
+        return int(self.independent_first_frame)
+
+    def whole(self, frames: int, up: bool = False) -> int:
+        """The most frames that are whole blocks, at most `frames`; `up`: the least, at least `frames` and one block."""
+        if up:
+            blocks = -(-(frames - self.lead) // self.block)
+            return max(self.lead + blocks * self.block, self.lead or self.block)
+        return max(self.lead + (frames - self.lead) // self.block * self.block, 0)
+
     def check_frames(self, frames: int) -> None:
         """Raise ValueError unless `frames` is a whole number of blocks the window and the position table can hold."""
-        first = 1 if self.independent_first_frame else 0
-        if frames < 1 or (frames - first) % self.block:
-            fits = first + -(-max(frames - first, 1) // self.block) * self.block
+        if frames < 1 or self.whole(frames) != frames:
             raise ValueError(
                 f"{frames} frames are not a whole number of blocks of {self.block}"
-                f"{' after the independent first frame' if first else ''}; the next that fits is {fits}"
+                f"{' after the independent first frame' if self.lead else ''}; the next that fits is "
+                f"{self.whole(max(frames, 1), up=True)}"
             )
         if self.capacity < self.block:
             raise ValueError(
@@ -182,5 +193,4 @@ class Layout:
 
     def write_unit(self) -> int:
         """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its end or the sink."""
-        first = 1 if self.independent_first_frame else 0
-        return gcd(self.block, self.capacity - self.kept, abs(self.kept - first))
+        return gcd(self.block, self.capacity - self.kept, abs(self.kept - self.lead))

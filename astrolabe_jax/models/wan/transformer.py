@@ -244,7 +244,12 @@ class WanTransformer(nnx.Module):
             stored = self._stored_keys(k, table, raw, length)
             cache = kv.rewrite(cache, layer, stored, v, layout, end, length, skip)
             keys, values = kv.read(cache, layer, view, sink_table)
-            return attention(rotate(q, table), keys, values, backend=self.config.attention), cache, None
+
+            def of_frame(queries):  # one frame at a time: all at once would need the scores of the whole window
+                return attention(queries, keys, values, backend=self.config.attention)
+
+            queries = jnp.moveaxis(rotate(q, table).reshape(q.shape[0], count, length, *q.shape[2:]), 1, 0)
+            return jnp.moveaxis(jax.lax.map(of_frame, queries), 0, 1).reshape(q.shape), cache, None
 
         tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
