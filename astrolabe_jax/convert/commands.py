@@ -93,8 +93,10 @@ def _merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str) -> Lazy:
     target = jnp.dtype(dtype) if dtype else weight.dtype
 
     def change(w: np.ndarray) -> np.ndarray:
-        delta = np.asarray(a, np.float32) @ np.asarray(b, np.float32)  # [in, out]
-        return (w.astype(np.float32) + np.float32(scale) * delta.T).astype(target)
+        merged = np.asarray(b, np.float32).T @ np.asarray(a, np.float32).T  # [out, in]
+        merged *= np.float32(scale)
+        merged += w  # in place: of a 14B model's largest weight, a copy in float32 is 0.3 GB
+        return merged.astype(target)
 
     return weight.map(change, dtype=target)
 

@@ -17,7 +17,8 @@ from astrolabe_jax.convert.engine import Stack, flatten, nested
 from astrolabe_jax.convert.files import read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
-CHUNK = 64 << 20  # bytes that are written at once
+CHUNK = 16 << 20  # bytes that are written at once
+_ARRAYS = ("np.ndarray", "jax.Array")
 
 
 class StoreError(ValueError):
@@ -88,6 +89,8 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
     leaves = {}
     try:
         for entry in described["tree_metadata"].values():
+            if entry["value_metadata"]["value_type"] not in _ARRAYS:
+                continue  # an empty container
             name = ".".join(str(key["key"]) for key in entry["key_metadata"])
             store: Any = {"driver": "file", "path": f"{directory.absolute()}/"}
             if described["use_ocdbt"]:
@@ -98,7 +101,7 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
             leaves[name] = Leaf(tensorstore.open({"driver": kind, "kvstore": store}, read=True).result())
     except (ValueError, KeyError, TypeError) as error:  # of tensorstore: ValueError, with many lines
         reason = str(error).splitlines()[0][:200]
-        raise StoreError(f"it cannot be read: {reason}; import it again") from None
+        raise StoreError(f"it cannot be read: {reason}; copy or import it again") from None
     return leaves
 
 
