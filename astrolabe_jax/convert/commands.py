@@ -39,6 +39,8 @@ def import_(given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: 
             raise FileExistsError(f"{to / source.part} is there already; remove it or give another --to")
     described = to / "config.json"
     content = read_json(described) if described.exists() else {}
+    if not set(content) <= set(parts.PARTS):
+        raise FileExistsError(f"{described} is none that import wrote; give another --to")
     words = [] if layout is None else [directory / layout.tokenizer / name for name in base.TOKENIZERS]
     words = [path for path in words if path.is_file()]
     if layout is not None:

@@ -174,6 +174,7 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
             ["import", "{tmp}/other.safetensors", "--to", "{tmp}/x"],
             "other.safetensors: the names are those of no model",
         ),
+        (["import", "{base}", "--to", "{tmp}/wan"], "wan/config.json is none that import wrote; give another --to"),
         (["export", "{imported}", "--to", "{tmp}/a.pt", "--part", "vae"], "expected a name that ends in .safetensors"),
         (
             ["export", "{imported}", "--to", "{base}/vae.safetensors", "--part", "vae"],
@@ -192,6 +193,8 @@ def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, ar
     plain = read_safetensors(base / "transformer.safetensors")
     write_safetensors(tmp_path / "plain.safetensors", plain)
     write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
     before = sorted(tmp_path.rglob("*"))
     given = [argument.format(base=base, imported=imported, tmp=tmp_path) for argument in arguments]
     status, out, err = run(capsys, *given)
