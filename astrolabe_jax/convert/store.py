@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -72,7 +73,10 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
 
 def save(directory: Path, stacks: Mapping[tuple, Stack], progress: Callable[[int], None] = lambda count: None) -> None:
     """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory appears whole."""
-    registry = ocp.type_handlers.create_type_handler_registry((Stack, _StackHandler(progress)))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stack, _StackHandler(progress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without the second
+    )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), nested(stacks.items()))

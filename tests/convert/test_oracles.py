@@ -204,6 +204,11 @@ def test_diffusers_reads_our_adapter_with_its_alpha(oracles, adapter, tmp_path):
     )
     assert np.abs(np.asarray(ours) - before.numpy()).max() > 0.1
     close(ours, their_forward(oracle))
+    pipeline, loader = wan_oracle(net.config), diffusers.loaders.WanLoraLoaderMixin
+    pipeline.load_state_dict(oracles["transformer"].state_dict())
+    state, metadata = loader.lora_state_dict(tmp_path / "diffusers", return_lora_metadata=True)
+    loader.load_lora_into_transformer(state, pipeline, metadata=metadata)  # as WanPipeline.load_lora_weights does
+    close(ours, their_forward(pipeline))
     oracle.save_lora_adapter(tmp_path / "theirs")  # and we read theirs
     again, scale = lora.load_lora(tmp_path / "theirs", net.config, RANK)
     assert scale == ALPHA / RANK
