@@ -43,6 +43,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        # torch, diffusers and peft are oracles: what they compute with our files is compared with what we do.
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "torch==2.13.0", "diffusers==0.42.1", "peft==0.21.2"],
     },
 )

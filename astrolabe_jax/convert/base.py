@@ -67,6 +67,8 @@ def _safetensors(stem: str) -> tuple[str, ...]:
     return f"{stem}.safetensors", f"{stem}{INDEX}"
 
 
+# Sizes in which published models differ; what else their config.json leaves out is the same in all of them.
+_VARYING = frozenset({"dim", "dim_attn", "dim_ffn", "ffn_dim", "num_layers", "num_heads", "vocab_size", "z_dim"})
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 # The first whose mark is there.
 LAYOUTS = {
@@ -140,23 +142,19 @@ def sizes(base: str, size: str = "") -> dict[str, dict]:
         if set(content) != set(PARTS) or not all(isinstance(part, dict) for part in content.values()):
             raise ValueError(f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else")
         return content
-    found = {}
-    for part, entry in PARTS.items():
-        published = entry.published
-        # What their files leave out is the same in all their models; width and depth are not.
-        found[part] = {field: value for field, value in sizes_of(published).items() if field not in _VARYING}
-        if part not in layout.configs:
-            found[part] = sizes_of(published)
-            continue
-        path = directory / layout.configs[part]
+    found = {part: sizes_of(entry.published) for part, entry in PARTS.items()}
+    for part, name in layout.configs.items():
+        path = directory / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {path}, which tells the sizes of the {part}; put it back or set config.model.size"
+            )
         try:
-            found[part] |= described(part, read_json(path))
+            same = {field: value for field, value in found[part].items() if field not in _VARYING}
+            found[part] = same | described(part, read_json(path))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
     return found
-
-
-_VARYING = frozenset({"dim", "dim_attn", "dim_ffn", "ffn_dim", "num_layers", "num_heads", "vocab_size", "z_dim"})
 
 
 def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:

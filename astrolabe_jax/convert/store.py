@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -17,7 +18,8 @@ from astrolabe_jax.convert.engine import Stack, flatten, nested
 from astrolabe_jax.convert.files import read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
-CHUNK = 64 << 20  # bytes that are written at once
+CHUNK = 16 << 20  # bytes that are written at once
+_ARRAYS = ("np.ndarray", "jax.Array")
 
 
 class StoreError(ValueError):
@@ -71,7 +73,10 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
 
 def save(directory: Path, stacks: Mapping[tuple, Stack], progress: Callable[[int], None] = lambda count: None) -> None:
     """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory appears whole."""
-    registry = ocp.type_handlers.create_type_handler_registry((Stack, _StackHandler(progress)))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stack, _StackHandler(progress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without the second
+    )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), nested(stacks.items()))
@@ -88,6 +93,8 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
     leaves = {}
     try:
         for entry in described["tree_metadata"].values():
+            if entry["value_metadata"]["value_type"] not in _ARRAYS:
+                continue  # an empty container
             name = ".".join(str(key["key"]) for key in entry["key_metadata"])
             store: Any = {"driver": "file", "path": f"{directory.absolute()}/"}
             if described["use_ocdbt"]:
@@ -98,7 +105,7 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
             leaves[name] = Leaf(tensorstore.open({"driver": kind, "kvstore": store}, read=True).result())
     except (ValueError, KeyError, TypeError) as error:  # of tensorstore: ValueError, with many lines
         reason = str(error).splitlines()[0][:200]
-        raise StoreError(f"it cannot be read: {reason}; import it again") from None
+        raise StoreError(f"it cannot be read: {reason}; copy or import it again") from None
     return leaves
 
 

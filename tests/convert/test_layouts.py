@@ -295,6 +295,10 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     assert other.identity != got.identity
     with pytest.raises(FileNotFoundError, match="has 0 files of the transformer; expected one of diffusion_pytorch_mo"):
         bases.load_base(str(repository), **NUMERICS)
+    (repository / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no .*/config.json, which tells the sizes of the transformer; put it"):
+        bases.load_base(str(repository), **NUMERICS)
+    assert bases.configs(str(repository), "wan_14b")["transformer"].dim == 5120
 
 
 def test_every_leaf_is_placed_before_the_next_is_read(own):

@@ -1,0 +1,341 @@
+"""The commands as users run them: one message and status 2 for what cannot be done; bounded memory; no half results."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from astrolabe_jax import checkpoint
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import lora, parts, store
+from astrolabe_jax.convert.__main__ import main
+from astrolabe_jax.convert.files import DTYPES, read_safetensors, write_safetensors
+from astrolabe_jax.update import TrainState
+from tests import tiny_base
+from tests.convert import torch_files
+from tests.models import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(capsys, *arguments):
+    """(status, output, error messages) of a command."""
+    status = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base.write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def imported(base, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("imported") / "base"
+    main(["import", str(base), "--to", str(directory)])
+    return directory
+
+
+def test_inspect_says_what_a_file_is(capsys, base):
+    status, out, _ = run(capsys, "inspect", base / "transformer.safetensors")
+    assert status == 0
+    assert "part: transformer" in out and "tensors: 69" in out and "parameters: 19,832" in out
+    assert "dtypes: float32 69" in out and "complete: yes" in out
+    status, out, _ = run(capsys, "inspect", base, "--json")
+    found = json.loads(out)
+    assert found["complete"] and set(found["parts"]) == set(parts.PARTS)
+    assert found["parts"]["vae"]["sizes"]["temporal_downsample"] == [False, True, True]
+
+
+def test_inspect_says_what_is_missing(capsys, base, tmp_path):
+    tensors = dict(read_safetensors(base / "transformer.safetensors"))
+    tensors["blocks.0.ffn.0.wieght"] = tensors.pop("blocks.0.ffn.0.weight")
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    _, out, _ = run(capsys, "inspect", tmp_path / "a.safetensors")
+    assert "complete: no, 2 faults" in out
+    assert "missing tensor: blocks.0.ffn.0.weight" in out and "unused tensor: blocks.0.ffn.0.wieght" in out
+
+
+def test_inspect_reads_headers_only(capsys, tmp_path, monkeypatch):
+    """The 14B model's names and shapes, without its 57 GB: the content of the file is a hole."""
+    config = parts.SIZES["wan_14b"]["transformer"]
+    shapes = bases.engine.source_shapes(parts.rules("transformer", config), parts.shapes("transformer", config).params)
+    header, stop = {}, 0
+    for name, shape in shapes.items():
+        start, stop = stop, stop + 2 * int(np.prod(shape))
+        header[f"model.{name}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "krea.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
+    status, out, _ = run(capsys, "inspect", tmp_path / "krea.safetensors", "--json")
+    found = json.loads(out)
+    assert (found["tensors"], found["parameters"], found["bytes"]) == (1095, 14_288_491_584, 28_576_983_168)
+    assert (found["families"], found["size"], found["complete"]) == (["Krea"], "wan_14b", True)
+
+
+def test_inspect_knows_adapters(capsys, tmp_path):
+    lora.save_peft(tiny.adapter(), tmp_path / "peft", 2, 3.0)
+    found = json.loads(run(capsys, "inspect", tmp_path / "peft", "--json")[1])
+    assert (found["families"], found["sizes"]["rank"], found["sizes"]["scale"]) == (["PEFT"], 2, 1.5)
+    tree = {name: torch_files.whole(tensor) for name, tensor in lora.to_peft(tiny.adapter()).items()}
+    torch_files.write(tmp_path / "lora.pt", {"generator_lora": tree, "critic_lora": {}, "step": 1})
+    found = json.loads(run(capsys, "inspect", tmp_path / "lora.pt", "--json")[1])
+    assert found["families"] == ["LongLive LoRA"] and found["entries"] == ["generator_lora", "critic_lora", "step"]
+    tree.popitem()
+    torch_files.write(tmp_path / "lora.pt", {"generator_lora": tree})
+    found = json.loads(run(capsys, "inspect", tmp_path / "lora.pt", "--json")[1])
+    assert not found["complete"] and "missing tensor: " in found["faults"][1]
+
+
+def test_an_import_says_how_far_it_is(capsys, base, tmp_path):
+    write_safetensors(tmp_path / "vae.safetensors", read_safetensors(base / "vae.safetensors"))
+    status, _, err = run(capsys, "import", tmp_path / "vae.safetensors", "--to", tmp_path / "x")
+    assert status == 2 and "whose statistics are in no file of weights; put a config.json" in err
+    status, _, err = run(capsys, "import", base, "--to", tmp_path / "x")
+    assert status == 0 and "transformer: " in err and " MB/s, done" in err
+
+
+def test_an_import_is_an_orbax_checkpoint(imported):
+    """Restored by Orbax itself, and onto a mesh."""
+    want = bases.load_base(str(imported), dtype="float32", param_dtype="float32").transformer.params
+    path = (imported / "transformer").absolute()
+    restored = ocp.PyTreeCheckpointer().restore(path)
+    jax.tree.map(np.testing.assert_array_equal, restored, want)
+    mesh = jax.make_mesh((8,), ("x",))
+
+    def placed_shape(leaf):
+        last = "x" if leaf.shape[-1] % 8 == 0 else None
+        sharding = NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), last))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.tree.map(placed_shape, want)
+    placed = ocp.StandardCheckpointer().restore(path, shapes)
+    jax.tree.map(np.testing.assert_array_equal, placed, want)
+    kernel = placed["blocks"]["ffn"]["fc1"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.shape[-1] == kernel.shape[-1] // 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_import_in_another_dtype_is_rounded(capsys, base, tmp_path, dtype):
+    assert run(capsys, "import", base, "--to", tmp_path / "x", "--dtype", dtype)[0] == 0
+    leaves = store.open_leaves(tmp_path / "x" / "transformer")
+    assert {str(leaf.dtype) for leaf in leaves.values()} == {dtype}
+    run(capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "transformer")
+    want = read_safetensors(base / "transformer.safetensors")
+    for name, tensor in read_safetensors(tmp_path / "a.safetensors").items():
+        np.testing.assert_array_equal(tensor, np.asarray(want[name]).astype(jnp.dtype(dtype)))
+
+
+def test_an_entry_may_be_chosen(capsys, base, tmp_path):
+    tensors = read_safetensors(base / "transformer.safetensors")
+    trees = {
+        entry: {f"model.{name}": torch_files.whole(np.full(t.shape, value, np.float32)) for name, t in tensors.items()}
+        for entry, value in (("generator", 1), ("generator_ema", 2))
+    }
+    torch_files.write(tmp_path / "a.pt", trees)
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    for entry, value in (("", 2), ("generator", 1)):
+        to = tmp_path / f"to{entry}"
+        assert run(capsys, "import", tmp_path / "a.pt", "--to", to, *(["--entry", entry] if entry else []))[0] == 0
+        assert np.asarray(store.open_leaves(to / "transformer")["head.modulation"]).max() == value
+    status, _, err = run(capsys, "import", tmp_path / "a.pt", "--to", tmp_path / "z", "--entry", "critic")
+    assert (status, err) == (2, f"error: {tmp_path}/a.pt has no entry 'critic'; it has generator, generator_ema\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["inspect", "nowhere"], "no nowhere; expected a file of weights or a directory"),
+        (["inspect", "{base}/config.json"], "config.json: expected a file of weights, .safetensors"),
+        (["import", "nowhere", "--to", "{tmp}/x"], "no nowhere; expected a file of weights or a directory with"),
+        (["import", "{base}", "--to", "{imported}"], "imported.*/transformer is there already; remove it or give"),
+        (["import", "{base}", "--to", "{tmp}/x", "--entry", "a"], "--entry is of one file"),
+        (["import", "{base}", "--to", "{tmp}/x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["import", "{tmp}/plain.safetensors", "--to", "{tmp}/x"], "plain.safetensors: its width is 24, .*--num_heads"),
+        (
+            ["import", "{tmp}/other.safetensors", "--to", "{tmp}/x"],
+            "other.safetensors: the names are those of no model",
+        ),
+        (["import", "{base}", "--to", "{tmp}/wan"], "wan/config.json is none that import wrote; give another --to"),
+        (["export", "{imported}", "--to", "{tmp}/a.pt", "--part", "vae"], "expected a name that ends in .safetensors"),
+        (
+            ["export", "{imported}", "--to", "{base}/vae.safetensors", "--part", "vae"],
+            "vae.safetensors is there already",
+        ),
+        (["export", "{imported}", "--to", "{tmp}/a.safetensors", "--part", "head"], "argument --part: invalid choice"),
+        (["export", "{imported}", "--to", "{tmp}/a.safetensors"], "required: --part"),
+        (["export-lora", "{base}", "--to", "{tmp}/x"], "no .*adapter_config.json; expected a PEFT directory"),
+        (["export-lora", "{tmp}", "--to", "{base}"], "is there already"),
+        (["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors"], "no .*adapter_config.json"),
+        (["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors", "--format", "x"], "argument --format: invalid"),
+        ([], "required: command"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, arguments, expected):
+    plain = read_safetensors(base / "transformer.safetensors")
+    write_safetensors(tmp_path / "plain.safetensors", plain)
+    write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
+    before = sorted(tmp_path.rglob("*"))
+    given = [argument.format(base=base, imported=imported, tmp=tmp_path) for argument in arguments]
+    status, out, err = run(capsys, *given)
+    assert (status, out) == (2, "") and err.startswith("error: ")
+    assert re.search(expected, err), err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
+
+
+def test_the_number_of_heads_may_be_given(capsys, base, tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", read_safetensors(base / "transformer.safetensors"))
+    assert run(capsys, "import", tmp_path / "a.safetensors", "--to", tmp_path / "x", "--num_heads", 2)[0] == 0
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["transformer"]["num_heads"] == 2
+
+
+def test_a_damaged_store_is_named(capsys, base, tmp_path):
+    run(capsys, "import", base, "--to", tmp_path / "x")
+    manifest = tmp_path / "x" / "vae" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    status, _, err = run(capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "vae")
+    assert status == 2 and f"error: {tmp_path}/x/vae: it cannot be read: " in err
+
+
+class Policies:
+    current, old, reference, ema = (tiny.adapter(seed=seed) for seed in range(4))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's directory with two checkpoints; in the older all adapters are zero."""
+    policies = {name: getattr(Policies, name) for name in ("current", "old", "reference", "ema")}
+    identity = {"config.lora.rank": 2, "config.lora.alpha": 3.0}
+    for epoch, factor in ((9, 0), (10, 1)):
+        adapters = jax.tree.map(lambda leaf, by=factor: jnp.asarray(by * leaf), policies)
+        state = TrainState(**adapters, optimiser=(), step=jnp.int32(1))
+        checkpoint.save(tmp_path / "run", epoch, state, {}, identity, keep=2)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("form", lora.SAVERS)
+@pytest.mark.parametrize("policy", ["ema", "current", "old"])
+def test_the_adapter_of_a_run(capsys, workdir, tmp_path, form, policy):
+    assert run(capsys, "export-lora", workdir, "--to", tmp_path / "x", "--format", form, "--policy", policy)[0] == 0
+    got, scale = lora.load_lora(tmp_path / "x", tiny.CONFIG, 2)
+    assert scale == 1.5
+    jax.tree.map(np.testing.assert_array_equal, got, getattr(Policies, policy))
+    older = workdir / "checkpoints" / "9"
+    assert run(capsys, "export-lora", older, "--to", tmp_path / "y", "--format", form)[0] == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(lora.load_lora(tmp_path / "y")[0]))
+
+
+def test_merge_of_a_run(capsys, base, workdir, tmp_path):
+    """The adapter of a run that is exported, merged and imported again is a transformer in place of the base's."""
+    run(capsys, "export-lora", workdir, "--to", tmp_path / "lora")
+    net = tiny_base.PARTS["transformer"]
+    assert run(capsys, "merge", base, tmp_path / "lora", "--to", tmp_path / "m.safetensors")[0] == 0
+    got = bases.load_base(
+        str(base), transformer=str(tmp_path / "m.safetensors"), dtype="float32", param_dtype="float32"
+    )
+    plain = bases.load_base(str(base), dtype="float32", param_dtype="float32")
+    want = bases.Net(None, plain.transformer.params, net).params["blocks"]["self_attn"]["q"]["kernel"]
+    delta = np.einsum("lir,lro->lio", Policies.ema["self_attn.q"]["a"], Policies.ema["self_attn.q"]["b"])
+    found = got.transformer.params["blocks"]["self_attn"]["q"]["kernel"]
+    np.testing.assert_allclose(found, want + 1.5 * delta, atol=1e-5)
+
+
+CHILD = """
+import sys, threading, time
+from astrolabe_jax.convert.__main__ import main
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+main(["import", sys.argv[1], "--to", sys.argv[2]])  # whatever is imported and started on the way is there before
+before, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+main(sys.argv[3:])
+done.set()
+print("peak", peak[0] - before)
+"""
+
+
+BIG = bases.WanConfig(dim=1536, ffn_dim=8960, num_layers=3, num_heads=12)
+
+
+def big_transformer(path, config):
+    """Writes random weights in bfloat16, tensor by tensor: (bytes of the largest tensor, of the file)."""
+    shapes = bases.engine.source_shapes(parts.rules("transformer", config), parts.shapes("transformer", config).params)
+    rng, dtype = np.random.default_rng(0), DTYPES["BF16"]
+    tensors = {
+        name: bases.engine.Lazy(shape, dtype, lambda shape=shape: rng.standard_normal(shape, np.float32).astype(dtype))
+        for name, shape in shapes.items()
+    }
+    write_safetensors(path, tensors)
+    return max(tensor.nbytes for tensor in tensors.values()), sum(tensor.nbytes for tensor in tensors.values())
+
+
+def child(*arguments):
+    # With a fixed threshold the allocator gives back what is freed: what is measured is what is in use.
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="", MALLOC_MMAP_THRESHOLD_="65536")
+    return [sys.executable, "-c", CHILD, *map(str, arguments)], environment
+
+
+@pytest.mark.slow
+def test_memory_stays_near_one_tensor(base, tmp_path):
+    """Import, export and merge of a file many times as large as its largest tensor: no copy of the file is held."""
+    path = tmp_path / "big.safetensors"
+    largest, total = big_transformer(path, BIG)  # 28 MB, 0.33 GB
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), lora.adapter_shapes(BIG, 4))
+    lora.save_peft(adapter, tmp_path / "lora", 4, 4.0)
+    # The tensor, and copies of it on the way to the disk; in a merge the product in float32, too.
+    commands = {
+        3: ("import", path, "--to", tmp_path / "x"),
+        4: ("export", tmp_path / "x", "--to", tmp_path / "out.safetensors", "--part", "transformer"),
+        6: ("merge", path, tmp_path / "lora", "--to", tmp_path / "merged.safetensors"),
+    }
+    for tensors, arguments in commands.items():
+        command, environment = child(base, tmp_path / f"first {arguments[0]}", *arguments)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peak = 1024 * int(done.stdout.splitlines()[-1].split()[1])
+        print(arguments[0], peak / 1e6, "MB; largest tensor", largest / 1e6, "file", total / 1e6)
+        assert peak < tensors * largest < 0.6 * total, (arguments[0], peak, largest, total)
+    assert (tmp_path / "out.safetensors").read_bytes()[-(10**6) :] == path.read_bytes()[-(10**6) :]
+
+
+def test_an_import_that_is_killed_leaves_nothing_that_loads(base, tmp_path):
+    path = tmp_path / "big.safetensors"
+    big_transformer(path, bases.WanConfig(dim=1024, ffn_dim=4096, num_layers=2, num_heads=8))
+    command, environment = child(base, tmp_path / "first", "import", path, "--to", tmp_path / "x")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("x/*/*/d/*")) and time.monotonic() < until:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("x/transformer*tmp*")) and not (tmp_path / "x" / "config.json").exists()
+    with pytest.raises(FileNotFoundError):
+        bases.load_base(str(tmp_path / "x"))
+    assert not store.is_store(tmp_path / "x" / "transformer")
+    command, environment = child(base, tmp_path / "again", "import", path, "--to", tmp_path / "x")
+    subprocess.run(command, env=environment, capture_output=True, check=True)  # the same command again
+    assert store.is_store(tmp_path / "x" / "transformer") and (tmp_path / "x" / "config.json").exists()

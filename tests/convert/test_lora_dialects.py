@@ -1,0 +1,230 @@
+"""One adapter in every dialect gives the same tree and scale; every key at fault is named."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from astrolabe_jax.convert import commands, lora, wan
+from astrolabe_jax.convert.engine import ConversionError, substituted
+from tests.convert import torch_files
+from tests.models import tiny
+
+NET, RANK = tiny.CONFIG, 2
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return tiny.adapter(RANK)
+
+
+def spelled(adapter, prefix="", form="original", halves=("lora_A", "lora_B"), infix=""):
+    rules = lora.table(prefix, form, halves, infix)
+    return lora.engine.save(rules, adapter)
+
+
+def alphas(value, prefix="", form="original"):
+    names = {substituted(f"blocks.{{i}}.{module}", lora.wan.diffusers(NET) if form == "diffusers" else ())
+             for module in lora.TARGETS}  # fmt: skip
+    return {
+        f"{prefix}{name.format(i=i)}.alpha": np.array(value, np.float32)
+        for i in range(NET.num_layers)
+        for name in names
+    }
+
+
+def torch_tree(tensors):
+    return {name: torch_files.whole(tensor) for name, tensor in tensors.items()}
+
+
+def save(path, tensors, metadata=None):
+    safetensors.numpy.save_file(tensors, path, metadata)
+    return path
+
+
+def peft_bin(directory, adapter):
+    lora.save_peft(adapter, directory, RANK, 3.0)
+    (directory / "adapter_model.safetensors").unlink()
+    torch_files.write(directory / "adapter_model.bin", torch_tree(lora.to_peft(adapter)))
+    return directory
+
+
+def workdir(directory, adapter):
+    lora.save_peft(adapter, directory / "lora", RANK, 3.0)
+    return directory
+
+
+def exported_to_diffusers(directory, adapter):
+    lora.save_diffusers(adapter, directory, RANK, 3.0)
+    return directory
+
+
+# name -> (writer, scale); alpha is 3 wherever the dialect can tell
+DIALECTS = {
+    "peft_bin": (peft_bin, 1.5),
+    "workdir": (workdir, 1.5),
+    "diffusers_directory": (exported_to_diffusers, 1.5),
+    "diffusers_file": (lambda d, a: exported_to_diffusers(d, a) / lora.DIFFUSERS_WEIGHTS, 1.5),
+    "diffusers_without_metadata": (
+        lambda d, a: save(d / "a.safetensors", spelled(a, "transformer.", "diffusers")),
+        1.0,
+    ),
+    "default": (
+        lambda d, a: torch_files.write(d / "a.pt", torch_tree(spelled(a, "base_model.model.", infix=".default"))),
+        1.0,
+    ),
+    "longlive": (
+        lambda d, a: torch_files.write(
+            d / "lora.pt",
+            {
+                "generator_lora": torch_tree(spelled(a, "base_model.model.")),
+                "critic_lora": torch_tree(spelled(jax.tree.map(np.zeros_like, a), "base_model.model.")),
+                "step": 7,
+            },
+        ),
+        1.0,
+    ),
+    "longlive_flat": (
+        lambda d, a: torch_files.write(d / "lora.pt", torch_tree(spelled(a, "base_model.model.model."))),
+        1.0,
+    ),
+    "comfy": (lambda d, a: save(d / "a.safetensors", spelled(a, "diffusion_model.")), 1.0),
+    "comfy_alpha": (
+        lambda d, a: save(d / "a.safetensors", spelled(a, "diffusion_model.") | alphas(3.0, "diffusion_model.")),
+        1.5,
+    ),
+    "down_up_alpha": (
+        lambda d, a: save(
+            d / "a.safetensors",
+            spelled(a, "diffusion_model.", halves=("lora_down", "lora_up")) | alphas(3.0, "diffusion_model."),
+        ),
+        1.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_is_the_same_adapter(tmp_path, adapter, dialect):
+    writer, scale = DIALECTS[dialect]
+    path = writer(tmp_path, adapter)
+    for net, rank in ((NET, RANK), (NET, None), (None, None)):
+        got, found = lora.load_lora(path, net, rank)
+        assert found == scale
+        jax.tree.map(np.testing.assert_array_equal, got, adapter)
+
+
+@pytest.mark.parametrize("form", lora.SAVERS)
+@pytest.mark.parametrize("dialect", ["comfy_alpha", "longlive"])
+def test_what_is_exported_is_the_same_adapter(tmp_path, adapter, dialect, form):
+    (tmp_path / "from").mkdir()
+    writer, scale = DIALECTS[dialect]
+    commands.export_lora(writer(tmp_path / "from", adapter), tmp_path / "to", form)
+    got, found = lora.load_lora(tmp_path / "to", NET)
+    assert found == scale
+    jax.tree.map(np.testing.assert_array_equal, got, adapter)
+
+
+def test_alphas_that_differ_are_folded(tmp_path, adapter):
+    given = alphas(3.0)
+    given["blocks.1.ffn.2.alpha"] = np.array(1.0, np.float32)
+    del given["blocks.0.ffn.0.alpha"]  # without one: alpha is the rank
+    got, scale = lora.load_lora(save(tmp_path / "a.safetensors", spelled(adapter) | given), NET)
+    assert scale == 1.0
+    np.testing.assert_array_equal(got["self_attn.q"]["b"], 1.5 * adapter["self_attn.q"]["b"])
+    np.testing.assert_array_equal(got["ffn.2"]["b"][1], 0.5 * adapter["ffn.2"]["b"][1])
+    np.testing.assert_array_equal(got["ffn.0"]["b"][0], adapter["ffn.0"]["b"][0])
+    np.testing.assert_array_equal(got["ffn.2"]["a"], adapter["ffn.2"]["a"])
+
+
+@pytest.mark.parametrize("form", ["original", "diffusers"])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
+def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
+    """Half pairs, misspelt and unknown keys, mixed ranks: of every key, as it stands in the file."""
+    tensors, path = spelled(adapter, prefix, form), tmp_path / "a.safetensors"
+
+    def refused(changed, *culprits):
+        with pytest.raises(ConversionError) as error:
+            lora.load_lora(save(path, changed))
+        assert all(culprit in str(error.value) for culprit in culprits), str(error.value)
+
+    for i, name in enumerate(tensors):
+        seen = name.removeprefix("base_model.model.")
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        changes = [
+            (rest, [f"missing tensor: {seen} "]),
+            (rest | {f"{name}x": tensors[name]}, [f"missing tensor: {seen} ", f"unused tensor: {seen}x "]),
+            (tensors | {f"{prefix}{i}.lora_A.weight": tensors[name]}, [f"unused tensor: {prefix}{i}.lora_A.weight "
+                                                                       .replace("base_model.model.", "")]),
+            (tensors | {name: np.ones((3, 3), np.float32)}, [f"changed shape: {seen} is [3, 3]"]),
+        ]  # fmt: skip
+        refused(*(lambda change: (change[0], *change[1]))(changes[i % 4]))
+
+
+@pytest.mark.parametrize("name", ["blocks.0.self_attn.q.diff", "blocks.0.norm3.diff_b"])
+def test_changes_of_whole_weights_are_refused(tmp_path, adapter, name):
+    path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
+    with pytest.raises(ConversionError, match=f"changes of whole weights, which an adapter cannot hold: {name}; exp"):
+        lora.load_lora(path)
+
+
+@pytest.mark.parametrize("suffix", ["lora_B.bias", "lora_magnitude_vector", "dora_scale", "lora_A.other.weight"])
+def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix):
+    name = f"blocks.0.self_attn.q.{suffix}"
+    path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
+    with pytest.raises(ConversionError, match=f"unused tensor: {name} "):
+        lora.load_lora(path)
+
+
+def test_an_alpha_of_nothing_is_refused(tmp_path, adapter):
+    given = {"blocks.7.ffn.0.alpha": np.array(1.0, np.float32)}
+    path = save(tmp_path / "a.safetensors", spelled(adapter) | given)
+    with pytest.raises(ConversionError, match="alpha of modules that are not adapted: blocks.7.ffn.0"):
+        lora.load_lora(path)
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    path = save(tmp_path / "a.safetensors", {"blocks.0.modulation": np.ones(2, np.float32)})
+    with pytest.raises(
+        ConversionError, match="it is no LoRA: expected lora_A and lora_B, it holds blocks.0.modulation"
+    ):
+        lora.load_lora(path)
+    with pytest.raises(FileNotFoundError, match="no .*/nothing/adapter_config.json; expected a PEFT directory with"):
+        lora.load_lora(tmp_path / "nothing")
+
+
+def test_another_rank_or_net_is_refused(tmp_path, adapter):
+    path = save(tmp_path / "a.safetensors", spelled(adapter))
+    with pytest.raises(ConversionError, match="its rank is 2; expected rank 4: set the rank of this run to 2"):
+        lora.load_lora(path, NET, 4)
+    other = lora.WanConfig(dim=12, ffn_dim=32, num_layers=2, num_heads=1)
+    with pytest.raises(ConversionError, match="changed shape: blocks.0.self_attn.q.lora_A.weight is"):
+        lora.load_lora(path, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"transformer.use_rslora": True}, "not a plain LoRA adapter: .*use_rslora"),
+        ({"transformer.lora_alpha": None}, "has r 2 and lora_alpha None"),
+        ({"transformer.r": 4}, "its rank is 2; expected rank 4"),
+    ],
+)
+def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, expected):
+    lora.save_diffusers(adapter, tmp_path, RANK, 3.0)
+    path = tmp_path / lora.DIFFUSERS_WEIGHTS
+    described = json.loads(lora.safetensors_metadata(path)[lora.DIFFUSERS_METADATA]) | change
+    save(path, spelled(adapter, "transformer.", "diffusers"), {lora.DIFFUSERS_METADATA: json.dumps(described)})
+    with pytest.raises(ValueError, match=expected):
+        lora.load_lora(tmp_path)
+    save(path, spelled(adapter, "transformer.", "diffusers"), {lora.DIFFUSERS_METADATA: "[]"})
+    with pytest.raises(ValueError, match="lora_adapter_metadata in its header is no JSON object"):
+        lora.load_lora(tmp_path)
+
+
+def test_adapters_have_the_names_of_the_module_map():
+    """Spec/checkpoints.md 2.1."""
+    names = {module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in lora.TARGETS}
+    assert names["self_attn.q"] == "blocks.3.attn1.to_q" and names["cross_attn.o"] == "blocks.3.attn2.to_out.0"
+    assert names["ffn.0"] == "blocks.3.ffn.net.0.proj" and names["ffn.2"] == "blocks.3.ffn.net.2"
