@@ -80,16 +80,17 @@ def read_video(path: Path, fps: int | None = None, size: tuple[int, int] | None 
 
     fps: those shown at whole multiples of 1 / fps seconds, in place of all. size: (width, height) to resize to.
     """
-    frames = []
+    frames, first = [], None
     try:
         with av.open(path) as container:
             for frame in container.decode(video=0):
-                due = 1 if fps is None else int(frame.time * fps + 1e-6) + 1 - len(frames)
+                first = frame.time if first is None else first
+                due = 1 if fps is None else int((frame.time - first) * fps + 1e-6) + 1 - len(frames)
                 if due > 0:
                     picture = frame.to_ndarray(format="rgb24")
                     frames += [picture if size is None else resized(picture, size)] * due
         return np.stack(frames)
-    except (av.FFmpegError, IndexError, ValueError) as error:
+    except (av.FFmpegError, IndexError, TypeError, ValueError) as error:  # TypeError: a frame without a time
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
 
 

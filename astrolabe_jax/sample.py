@@ -160,19 +160,19 @@ def _frames(model: Model, requests: Sequence[Request], size: int) -> Iterator[tu
     for number, shot in enumerate(requests[0].shots):
         left = shot.frames
         texts = [requests[video].shots[number].prompts for video in videos]
-        for scene, ends, finite, made in _decoded(model, shot, texts, keys, begin, None if number else model.given):
+        for scene, ends, fine, made in _decoded(model, shot, texts, keys, begin, None if number else model.given):
             if waiting is not None:
                 yield _fetched(waiting, requests)
             count = min(left, made.shape[1])  # of the last block only what is asked for
-            waiting, left = (number, scene, finite, made[:, :count], ends), left - count
+            waiting, left = (number, scene, fine, made[:, :count], ends), left - count
         begin += shot.latent_frames
     yield _fetched(waiting, requests)
 
 
 def _fetched(waiting: tuple, requests: Sequence[Request]) -> tuple:
-    number, scene, finite, frames, ends = waiting
-    for request, fine in zip(requests, sharding.to_host(finite), strict=False):
-        if not fine:  # decoded, they would be black
+    number, scene, fine, frames, ends = waiting
+    for request, good in zip(requests, sharding.to_host(fine), strict=False):  # the batch may be filled up
+        if not good:  # decoded, they would be black
             raise FloatingPointError(
                 f"the latents of video {request.name} are not finite in scene {scene + 1} of shot {number + 1}, "
                 f"{request.prompt!r}; check the adapter, or use model.dtype=float32"

@@ -23,6 +23,16 @@ def test_a_video_is_read_as_it_was_written(tmp_path):
     assert np.abs(read.astype(int) - moving(40)).mean() < 3
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(32, 20), (16, 40), (8, 79)])
+def test_a_video_is_read_at_another_rate(tmp_path, rate, expected):
+    """Seconds stay seconds: of 40 frames at twice the rate every other one, at half the rate each twice."""
+    write_mp4(tmp_path / "a.mp4", moving(40), rate)
+    frames = read_video(tmp_path / "a.mp4", 16, (32, 32))
+    assert frames.shape == (expected, 32, 32, 3)
+    shown = moving(40)[(np.arange(expected) * rate / 16).astype(int)]
+    assert np.abs(frames.astype(int) - shown).mean() < 5
+
+
 def test_bytes_do_not_depend_on_the_pieces(tmp_path):
     frames = moving(50)
     write_mp4(tmp_path / "whole.mp4", frames, 16)
