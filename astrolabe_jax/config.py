@@ -64,6 +64,13 @@ def _generation(config: ConfigDict) -> None:
     config.video.fps = 16  # of the files in samples/
     config.video.decode_chunk = 1  # latent frames decoded at once; more is faster only on large accelerators
 
+    # Windows of long videos, in latent frames; the video may have video.frames. This version plans them, and trains on
+    # whole videos alone.
+    config.streaming = ConfigDict()
+    config.streaming.window = 0  # frames that an epoch trains on; 0: the whole video
+    config.streaming.selection = "random"  # where it begins: random, first, last, or one of `starts` (choices)
+    config.streaming.starts = ()
+
     config.scenes = ConfigDict()  # of sample.py: how prompts follow each other within a video
     config.scenes.transition = "flush"  # flush (keep the first and the last two frames), recache, or cut: always hard
     config.scenes.cut = "sink"  # what a hard cut keeps: sink (with absolute positions a flush and a jump), or nothing
@@ -190,6 +197,30 @@ def repeats(config: ConfigDict) -> int:
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
 
+def window_end(config: ConfigDict, frames: int) -> int:
+    """Latent frames of a video of `frames` that are sampled at most: up to the end of the last window.
+
+    Raises ValueError for a window that is not whole blocks, or does not lie in the video.
+    """
+    window, block = config.streaming.window, config.model.block
+    if not window:
+        return frames
+    last = {"first": 0, "choices": max(config.streaming.starts, default=-1)}.get(
+        config.streaming.selection, frames - window
+    )
+    starts = config.streaming.starts if config.streaming.selection == "choices" else ()
+    if window % block or any(type(start) is not int or start < 0 or start % block for start in starts):
+        raise ValueError(
+            f"config.streaming has a window of {window} and starts {tuple(starts)}; expected whole blocks of {block}"
+        )
+    if not 0 <= last <= frames - window:
+        raise ValueError(
+            f"config.streaming: a window of {window} from frame {last} does not lie in the {frames} latent frames of a "
+            "video; give other starts, or raise config.video.frames"
+        )
+    return last + window
+
+
 def piece(config: ConfigDict, batch: int, devices: int) -> int:
     """Videos of a `batch`, which the devices divide, that are worked on at once, over all `devices`.
 
@@ -208,6 +239,7 @@ _CHOICES = {
     "model.positions": ("absolute", "relative"),
     "model.attention": ("auto", "xla", "cudnn"),
     "sampler.sigma_source": ("exact", "lookup"),
+    "streaming.selection": ("random", "first", "last", "choices"),
     "scenes.transition": ("flush", "recache", "cut"),
     "scenes.cut": ("sink", "nothing"),
     "advantages.std": ("global", "prompt"),
@@ -236,6 +268,7 @@ _BOUNDS = {
     "video.width": (1, math.inf),
     "video.fps": (1, math.inf),
     "video.decode_chunk": (1, math.inf),
+    "streaming.window": (0, math.inf),
     "prompts.groups": (1, math.inf),
     "prompts.candidates": (1, math.inf),
     "prompts.tuned_for": (0, math.inf),

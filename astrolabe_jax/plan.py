@@ -76,7 +76,7 @@ def trace(run: Run) -> dict[str, Any]:
     made = {
         "text encoder": (embeddings, (tokens.shape[0], text.config.text_len, net.config.text_dim)),
         "rollout": (latents, (batch, *run.latent_shape)),
-        "decoder": (frames, (batch, video.frames, video.height, video.width, 3)),
+        "decoder": (frames, (batch, vae.config.pixel_frames(run.latent_shape[0]), video.height, video.width, 3)),
         "train step": (metrics["sample_loss"], (samples(config) // config.optimiser.steps_per_pass,)),
     }
     for name, (out, expected) in made.items():
@@ -92,7 +92,15 @@ def _step_batch(run: Run) -> update.Batch:
     whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool))
     shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
     numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
-    return update.Batch(_shape(*shape, *run.latent_shape), numbers, numbers, indices, numbers, _keys(*shape))
+    frames = run.config.streaming.window or run.latent_shape[0]
+    return update.Batch(
+        _shape(*shape, frames, *run.latent_shape[1:]),
+        numbers,
+        numbers,
+        indices,
+        numbers,
+        _keys(*shape),
+    )
 
 
 def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, published, rewards, sharding
-from astrolabe_jax.config import flatten, repeats, validate
+from astrolabe_jax.config import flatten, repeats, validate, window_end
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora
@@ -58,6 +58,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
     with blame("config.rewards"):
         rewards.validate(config.rewards)
+    if config.streaming.window:
+        raise ValueError(
+            f"config.streaming.window is {config.streaming.window}: this version plans training on windows of long "
+            "videos, and trains on whole videos alone; set it to 0, with fewer video.frames"
+        )
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
@@ -112,7 +117,7 @@ def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
 
 
 def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
-    """Blocks, denoising steps and the shape (F, C, H, W) of a video's latents for nets of these sizes (bases.configs).
+    """Blocks, denoising steps and the shape (F, C, H, W) of sampled latents for nets of these sizes (bases.configs).
 
     Raises ValueError, naming the fields, where they do not fit each other.
     """
@@ -122,8 +127,8 @@ def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Samp
     with blame("config.video.frames and config.model"):
         layout.check_frames(frames)
     with blame("config.loss.mask_block"):
-        training_layout(config, layout).check_frames(frames)
-    return layout, sampler, (frames, *size)
+        training_layout(config, layout).check_frames(config.streaming.window or frames)
+    return layout, sampler, (window_end(config, frames), *size)
 
 
 def layout_of(config: ConfigDict) -> Layout:

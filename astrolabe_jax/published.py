@@ -149,7 +149,12 @@ VARIANTS = {
     "gardo": Variant({"hpsv3": 1.0, "videoalign_mq": 1.0}, _SELECTIVE),
     # Published as 240 frames, which it cuts to 60 latents; the VAE makes 237 frames of those (1 + 4 x 59).
     "long": Variant({"hpsv3": 1.0}, {"video.frames": 237}),
-    "streaming": Variant({"hpsv3": 1.0}),
+    # Published as 960 frames, of which 957 make the 240 latents that are sampled at most; it evaluates videos of 60
+    # latents, which is left to training on streams, as are the windows.
+    "streaming": Variant(
+        {"hpsv3": 1.0},
+        {"video.frames": 957, "streaming.window": 21, "streaming.selection": "choices", "streaming.starts": (21,)},
+    ),
     "paper": Variant(
         {"hpsv3": 1.0, "videoalign_mq": 1.0, "videoalign_ta": 1.0},
         {
@@ -161,15 +166,6 @@ VARIANTS = {
             "prompts.candidates": 24,
         },
     ),
-}
-# What `streaming` trains on: frames of a video, of its evaluation and of a sample in pixels, windows in latent frames.
-STREAMING = {
-    "num_frames": 960,
-    "eval_num_frames": 240,
-    "window_size": 21,
-    "sample_frames": 240,
-    "window_selection": "random_choice",
-    "window_choices": (21,),
 }
 
 
@@ -246,12 +242,6 @@ PAPER_ROWS = tuple(
 def recipe(family: str, argument: str = "") -> ConfigDict:
     """The config that the words of `argument` (see above) ask for; ValueError, on one line, for others."""
     wish = _wish(family, argument)
-    if wish.get("variant") == "streaming":
-        window, frames = STREAMING["window_size"], STREAMING["num_frames"]
-        raise ValueError(
-            f"configs/{family}.py:streaming trains on windows of {window} latent frames of videos of {frames} frames; "
-            "this version trains on whole videos only and lacks the training on streams; use another variant"
-        )
     row = _row(family, wish)
     variant, config = VARIANTS[row.variant], get_config()
     rewards = dict.fromkeys(wish["rewards"], 1.0) if "rewards" in wish else variant.rewards
@@ -331,9 +321,11 @@ def _rows(family: str) -> list[Row]:
 
 def _row(family: str, wish: Mapping[str, Any]) -> Row:
     """The published run with this variant, lora_init and number of devices; ValueError that lists those there are."""
-    variant, devices, lora_init = wish.get("variant", "hpsv3"), wish.get("devices", 8), wish.get("lora_init", False)
-    there = {}
-    for row in _rows(family):
+    variant, devices = wish.get("variant", "hpsv3"), wish.get("devices", 8)
+    rows, there = _rows(family), {}
+    # A run that starts from the adapter only, streaming, does so without the word.
+    lora_init = wish.get("lora_init", all(row.lora_init for row in rows if row.variant == variant))
+    for row in rows:
         if (row.variant, row.devices, row.lora_init) == (variant, devices, lora_init):
             return row
         there.setdefault(row.words, []).append(str(row.devices))

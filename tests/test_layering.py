@@ -115,7 +115,7 @@ def fields_read(fields: set[str]) -> set[str]:
         tree = ast.parse(path.read_text())
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-            if module not in ("config", "published") or function.name in ("samples", "repeats", "piece"):
+            if module not in ("config", "published") or function.name in ("samples", "repeats", "piece", "window_end"):
                 given = "mesh" if function.name == "_mesh_shape" else ""  # what its parameter `config` is
                 found |= _read_in(function, {"config": given}, fields, strings)
     return found

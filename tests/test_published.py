@@ -5,8 +5,17 @@ import re
 
 import pytest
 
-from astrolabe_jax import plan, published, report, rewards
-from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, piece, repeats, samples, validate, with_reference
+from astrolabe_jax import plan, prepare, published, report, rewards
+from astrolabe_jax.config import (
+    REFERENCE_SWITCHES,
+    flatten,
+    piece,
+    repeats,
+    samples,
+    validate,
+    window_end,
+    with_reference,
+)
 from astrolabe_jax.convert import base as bases
 from configs import causal_forcing, krea14b, longlive, self_forcing
 
@@ -127,7 +136,7 @@ def test_the_table_holds_exactly_the_published_runs():
     assert len(ROWS) == 42 and [row.name for row in published.ROWS] == list(ROWS)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != STREAMING])
+@pytest.mark.parametrize("name", ROWS)
 def test_a_published_run_is_what_the_specification_says(name):
     devices, weights, kl_weight, learning_rate, every, *special = ROWS[name]
     family, config = family_of(name), load(name)
@@ -150,7 +159,10 @@ def test_a_published_run_is_what_the_specification_says(name):
         "mesh.samples_per_device": each,
         "eval.videos": 20 * eval_batch * int(devices),
         "lora.init": "checkpoints/longlive_models/models/lora.pt" if "lora" in special else "",
-        "video.frames": 237 if "long" in special else 81,
+        "video.frames": 237 if "long" in special else 957 if name == STREAMING else 81,
+        "streaming.window": 21 if name == STREAMING else 0,
+        "streaming.starts": [21] if name == STREAMING else [],
+        "streaming.selection": "choices" if name == STREAMING else "random",
         "kl.kind": "selective" if "selective" in special else "uniform",
         "kl.main_reward": "hpsv3" if "selective" in special else "",
     }
@@ -162,17 +174,39 @@ def test_a_published_run_is_what_the_specification_says(name):
     assert groups // repeats(published_prompts) == prompts
 
 
-def test_the_run_that_needs_streaming_is_kept_and_refused_by_name():
-    row = next(row for row in published.ROWS if row.name == STREAMING)
-    devices, weights, kl_weight, learning_rate, every, _ = ROWS[STREAMING]
-    assert row[3:] == (int(devices), float(kl_weight), float(learning_rate), int(every), True)
-    assert published.VARIANTS[row.variant].rewards == rewards_of(weights)
-    assert list(published.STREAMING.values()) == [960, 240, 21, 240, "random_choice", (21,)]
-    for argument in (STREAMING, "streaming", "streaming,lora_init,devices=24"):
-        with pytest.raises(
-            ValueError, match="streaming trains on windows of 21 latent frames .* lacks the training on"
-        ):
-            longlive.get_config(argument)
+def test_streaming_starts_from_the_adapter_and_is_planned_but_not_trained(tmp_path):
+    config = longlive.get_config("streaming")
+    assert config.name == STREAMING and config.to_json() == longlive.get_config("streaming,lora_init").to_json()
+    run = plan.abstract_run(config, 8)
+    assert run.latent_shape[0] == 42  # frames 0 to 41: the window and what is before it
+    config.rewards = {"shapes_vq": 1.0}
+    with pytest.raises(ValueError, match="config.streaming.window is 21: this version plans training on windows"):
+        prepare.prepare(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="no run streaming,lora_init,devices=24 was published"):
+        longlive.get_config("streaming,devices=24")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"selection": "first"}, 21),
+        ({"selection": "last"}, 240),
+        ({"selection": "random"}, 240),
+        ({"starts": (21, 39, 219)}, 240),
+        ({"starts": (222,)}, "a window of 21 from frame 222 does not lie in the 240 latent frames"),
+        ({"starts": ()}, "a window of 21 from frame -1 does not lie in"),
+        ({"starts": (20,)}, r"a window of 21 and starts \(20,\); expected whole blocks of 3"),
+        ({"window": 20, "selection": "last"}, "a window of 20 .* whole blocks of 3"),
+    ],
+)
+def test_windows_lie_in_the_video(changes, expected):
+    config = longlive.get_config("streaming")
+    config.update_from_flattened_dict({f"streaming.{field}": value for field, value in changes.items()})
+    if isinstance(expected, int):
+        assert window_end(config, 240) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            window_end(config, 240)
 
 
 @pytest.mark.parametrize("devices", [8, 16, 24, 48])
@@ -207,9 +241,8 @@ def test_the_papers_run(family, devices):
 
 def test_words_and_names_give_the_same_run():
     for row in published.ROWS:
-        if row.name != STREAMING:
-            words = f"{row.words},devices={row.devices}"
-            assert RECIPES[row.family].get_config(words).to_json() == load(row.name).to_json()
+        words = f"{row.words},devices={row.devices}"
+        assert RECIPES[row.family].get_config(words).to_json() == load(row.name).to_json()
     assert longlive.get_config().to_json() == load("longlive_video_hpsv3").to_json()
     assert longlive.get_config("lora_init").name == "longlive_video_hpsv3_with_lora_init"
 
@@ -281,7 +314,7 @@ def test_unknown_words_and_unpublished_runs_are_refused_on_one_line(recipe, argu
 # The same arithmetic on any number of devices.
 
 
-@pytest.mark.parametrize("name", ROWS.keys() - {STREAMING})
+@pytest.mark.parametrize("name", ROWS)
 def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
     config = load(name)
     limit, batch = config.mesh.samples_per_device, config.sampler.batch
@@ -299,8 +332,9 @@ def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
 # The programs of every recipe.
 
 # Fields that shape a program; those of the recipes that are alike in them are traced once.
-SHAPING = ("model.", "sampler.steps", "video.", "lora.rank", "lora.dtype", "loss.context", "loss.mask", "mesh.samples")
-VARIANTS = {name: (family_of(name), name) for name in ROWS if name != STREAMING}
+SHAPING = ("model.", "sampler.steps", "video.", "lora.rank", "lora.dtype", "loss.context", "loss.mask", "mesh.samples",
+           "streaming.")  # fmt: skip
+VARIANTS = {name: (family_of(name), name) for name in ROWS}
 VARIANTS |= {f"{family}:{words}": (family, words) for family in RECIPES for words in ("paper,devices=48", "reference")}
 VARIANTS |= {"causal_forcing:framewise": ("causal_forcing", "framewise")}
 TRACED = {}
@@ -325,4 +359,5 @@ def test_every_recipe_is_planned(family, argument):
     if key not in TRACED:
         TRACED[key] = plan.trace(run)
     assert TRACED[key]["rollout"].shape[1:] == run.latent_shape
-    assert TRACED[key]["decoder"].shape[1:] == (config.video.frames, 480, 832, 3)
+    frames = config.video.frames if not config.streaming.window else 4 * 41 + 1
+    assert TRACED[key]["decoder"].shape[1:] == (frames, 480, 832, 3)
