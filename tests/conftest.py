@@ -13,5 +13,13 @@ FLAGS = (
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax  # noqa: E402  (the flags above must be set before the first import)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file_go_with_it():
+    """Hundreds of compiled programs would stay in memory, and every garbage collection would walk through them."""
+    yield
+    jax.clear_caches()

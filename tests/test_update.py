@@ -281,8 +281,15 @@ def cut_config(reduction, draw, limit):
     return make_config(optimiser__microbatch=2 * SAMPLES, optimiser__steps_per_pass=2, **fields)
 
 
-@pytest.mark.parametrize(("devices", "limit"), [(1, 3), (2, 5), (8, 1)])
-@pytest.mark.parametrize(("reduction", "draw"), [("epoch", "stratified"), ("microbatch", "batch")])
+@pytest.mark.parametrize(
+    ("devices", "limit", "reduction", "draw"),
+    [
+        (1, 3, "epoch", "stratified"),
+        (8, 1, "microbatch", "batch"),
+        pytest.param(2, 5, "epoch", "stratified", marks=pytest.mark.slow),
+        pytest.param(1, 3, "microbatch", "batch", marks=pytest.mark.slow),
+    ],
+)
 def test_devices_that_hold_less_take_the_same_steps_in_pieces(devices, limit, reduction, draw):
     """Sums over smaller pieces: losses, gradients and policies agree to rounding."""
     config = cut_config(reduction, draw, limit)

@@ -67,7 +67,7 @@ def test_the_large_nets_are_split_and_the_vae_is_not(base, tmp_path):
         ({"transformer": "nowhere.pt"}, "config.transformer: .*nowhere.pt"),
         ({"transformer": "{tmp}/cut.safetensors"}, "config.transformer: .*cut.safetensors cannot be read"),
         ({"model.size": "wan_14b"}, "config.base.*text_encoder.vocab_size|config.base.* has width 24 and 2 blocks"),
-        ({"model.size": "wan_2b"}, "config.model.size is 'wan_2b'; expected one of , wan_1.3b, wan_14b"),
+        ({"model.size": "wan_2b"}, "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(base, tmp_path, changes, expected):

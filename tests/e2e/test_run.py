@@ -214,14 +214,14 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint
 
 def test_latents_that_are_not_finite_are_refused_before_they_are_decoded(base, tmp_path, monkeypatch):
     """The second batch of the evaluation is broken in two of its videos, and in one that only fills it up."""
-    sample, calls = generate._sample, []
+    sample, calls = generate.sample, []
 
     def broken(*arguments):
         calls.append(None)
         latents = sample(*arguments)
         return latents.at[2, 0, 0, 0, 0].set(np.nan).at[3].set(np.inf).at[6].set(np.nan) if len(calls) == 2 else latents
 
-    monkeypatch.setattr(generate, "_sample", broken)
+    monkeypatch.setattr(generate, "sample", broken)
     config = runs.small_config(base, **{"eval.videos": 12})
     with pytest.raises(
         train.REFUSED, match="the latents of sample 10 .prompt 'a .* and those of 1 more are not finite"

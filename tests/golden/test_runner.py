@@ -185,8 +185,12 @@ def failures(path: Path) -> dict[str, str]:
     return {line.entry: line.reason for line in lines if not line.ok}
 
 
-QUICK = {*SCENARIOS, "flush_of_a_full_window", "flush_inference_class_refilled_in_part", "cut_of_the_training_class",
-         "switch_of_a_full_window", "switch_of_the_inference_class_without_global_sink"}  # fmt: skip
+QUICK = {
+    *SCENARIOS,
+    "flush_inference_class_refilled_in_part",
+    "cut_of_the_training_class",
+    "switch_of_the_inference_class_without_global_sink",
+}
 
 
 @pytest.mark.parametrize(
