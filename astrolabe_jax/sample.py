@@ -8,7 +8,8 @@ A prompt may be a list of scenes, "a cat[5s] | a dog[10s#]" (scenes.py). A file 
 .jsonl, one video a line, {"prompts": [...], "switch_frames": [...]}, with the latent frames where its prompts change.
 
 OUTPUT_DIR/videos/00000.mp4     the video of prompt 0; while it is made, 00000.partial.mp4 can be watched
-OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if asked for
+OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if asked for, whose
+                                means are in average_scores.json
 
 The same command goes on where it was stopped: videos that are there and were made with the same settings stay.
 """
@@ -296,6 +297,10 @@ def run(model: Model, requests: Sequence[Request], directory: Path, score: bool,
         for row in make(model, batch, size, meter, score, videos):
             rows[row["sample_id"]] = row
         _write_rows(directory, rows)
+    if score:
+        scores = [row["scores"] for row in rows.values()]
+        means = {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
+        write_atomic(directory / "average_scores.json", json.dumps(means, indent=1, allow_nan=False).encode())
     meter.closing(directory)
 
 

@@ -66,6 +66,12 @@ def merge_adapter(params: dict, adapter: dict, scale: float = 1.0) -> dict:
         kernel, a, b = blocks[part][linear]["kernel"], adapter[name]["a"], adapter[name]["b"]
         if (a.shape[0], a.shape[1], b.shape[2]) != kernel.shape or a.shape[2] != b.shape[1]:
             raise ValueError(f"adapter module {name}: a {a.shape} and b {b.shape} do not fit the kernel {kernel.shape}")
-        delta = jnp.einsum("lir,lro->lio", a, b, precision="highest", preferred_element_type=jnp.float32)
-        blocks[part][linear]["kernel"] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
+        # One layer at a time: the float32 products of all layers of a 14B model would take 11 GB.
+        blocks[part][linear]["kernel"] = jax.lax.map(lambda layer: _merged(*layer, scale), (kernel, a, b))
     return params | {"blocks": blocks}
+
+
+def _merged(kernel, a, b, scale):
+    """One layer's kernel [in, out] with a [in, R] and b [R, out] merged in."""
+    delta = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+    return (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)

@@ -60,7 +60,7 @@ def test_videos_and_results(made):
     directory, rows = made
     assert [row["sample_id"] for row in rows] == ["00000", "00001", "00002"]
     assert sorted(path.name for path in directory.rglob("*.*")) == [
-        "00000.mp4", "00001.mp4", "00002.mp4", "results.jsonl"
+        "00000.mp4", "00001.mp4", "00002.mp4", "average_scores.json", "results.jsonl"
     ]  # fmt: skip
     assert [row["prompt"] for row in rows[:2]] == [RED, GREEN]
     for row, count in zip(rows, (5, 5, 20), strict=True):
@@ -76,6 +76,8 @@ def test_videos_and_results(made):
     for name in ("shapes_vq", "shapes_mq", "shapes_ta"):
         values = [scene["scores"][name] for scene in scenes]
         assert rows[2]["scores"][name] == pytest.approx(np.mean(values)) and all(0 <= value <= 1 for value in values)
+    averages = json.loads((directory / "average_scores.json").read_text())
+    assert averages["shapes_ta"] == pytest.approx(np.mean([row["scores"]["shapes_ta"] for row in rows]))
 
 
 def test_a_video_depends_on_its_prompt_and_number_alone(base, made, listed, tmp_path):
@@ -285,9 +287,23 @@ def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     assert [step.scene for step in second.shots[0].steps] == [0, 0, 1, 1, 1, 1] and second.frames == 21
 
 
+def test_the_command_line(base, tmp_path):
+    program = [sys.executable, "-m", "astrolabe_jax.sample", *runs.flags(base), f"--output_dir={tmp_path / 'out'}"]
+    done = subprocess.run([*program, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 videos, 8 frames in" in done.stdout, done.stderr
+    assert rows_of(tmp_path / "out")[0]["metadata"]["frames"] == 8
+    for flag, message in (
+        ("--prompt=a[5S]", "character 2 of 'a.5S.'"),
+        ("--config.video.frame=9", "unknown config field"),
+    ):
+        done = subprocess.run([*program, flag], capture_output=True, text=True)
+        assert done.returncode == 2 and re.search(f"^error: .*{message}", done.stderr, re.MULTILINE)
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
-def test_the_command_line_and_its_memory(tmp_path):
-    """A video twenty times longer takes no more memory: the shipped model, in processes of their own."""
+def test_long_videos_take_no_more_memory(tmp_path):
+    """Twenty times longer, the same peak: the shipped model, in processes of their own."""
 
     def run(name, seconds):
         prompt = f"{RED}[{seconds}s] | {GREEN}[{seconds}s#]"
