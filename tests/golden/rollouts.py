@@ -25,7 +25,7 @@ from tests.meshes import ONE
 
 SCENARIO = {
     "name", "pipe", "B", "block", "frames", "local", "sink", "shift", "init", "ctx", "steps", "warp", "infer", "flow",
-    "gsink", "prompts", "switch",
+    "gsink", "prompts", "switch", "fps",
 }  # fmt: skip
 
 
@@ -164,6 +164,7 @@ def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> R
     policy = Policy(dit.graphdef, dit.params, None, 1.0, dit.config, layout, sampler, ONE)
     steps = _timeline(scenario, layout, slots)
     noise = _noise(file)
+    file.under("prompt_embeds/")  # also those of scenes that the video does not reach
 
     def text(scene: int):
         embeddings = _scene_prompts(file, scene)

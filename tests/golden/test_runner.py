@@ -119,7 +119,8 @@ def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
     noise = normal(batch, scenario["frames"])
     renoise = normal(scenario["frames"] // block, steps - 1, batch * block)
     scene_of, cuts = scenes_of(scenario)
-    prompts = normal(max(scene_of) + 1, batch, shape=(3, 5))
+    unreached = int(bool(scenario["prompts"]))  # a scene of the string may lie behind the end of the video
+    prompts = normal(max(scene_of) + 1 + unreached, batch, shape=(3, 5))
     initial = normal(batch, scenario["init"]) if scenario["init"] else None
     outputs = oracle.rollout(weights, config, noise, renoise, prompts, initial, scene_of, cuts)
     if not scenario["flow"]:
