@@ -134,7 +134,9 @@ def test_only_lost_records_are_named(straight, base, capsys):
     assert "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", [1, 3, 5])  # in the evaluation before, in the second epoch, after the last checkpoint
+@pytest.mark.parametrize(  # in the evaluation before, in the second epoch, after the last checkpoint
+    "call", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
     straight, base, tmp_path, monkeypatch, capsys, call
 ):
