@@ -149,25 +149,29 @@ def rollout_block(
     lora_scale=1.0,
     positions=None,
     aligned: bool = True,
+    partial: bool = False,
 ) -> tuple[jax.Array, Cache, Trace]:
     """Sample one block for streaming: its latents [B, P, C, H, W], the cache with its clean keys, and every call.
 
     noise [steps, B, P, C, H, W]: the initial noise, then the noise added before each later step. start: first frame of
     the block. A Python int (static) while the cache grows; it may be traced once start + P >= the window, so that one
-    compiled program serves the rest of the stream. Donate the cache. positions, aligned: see WanTransformer.step.
+    compiled program serves the rest of the stream. Donate the cache. positions, aligned, partial: see
+    WanTransformer.step.
     """
     run = _Run(graphdef, params, adapter, lora_scale, text, layout, sampler)
     steps = len(sampler.steps_at(start))
     if noise.shape[0] != steps:
         raise ValueError(f"noise is {noise.shape}, expected [{steps} steps, B, P, C, H, W]")
-    return run.sampled_block(cache, noise, start, positions, aligned)
+    return run.sampled_block(cache, noise, start, positions, aligned, partial)
 
 
 def cache_block(
-    graphdef, params, adapter, text: KeyValues, latents, cache, start, *, layout, sampler, lora_scale=1.0
-) -> tuple[Cache, Trace]:
-    """Put a block of given latents [B, P, C, H, W] into the cache, at timestep 0; arguments as in rollout_block."""
-    return _Run(graphdef, params, adapter, lora_scale, text, layout, sampler).given_block(cache, latents, start)
+    graphdef, params, adapter, text: KeyValues, latents, cache, start, *, layout, sampler, lora_scale=1.0, t=0.0,
+    positions=None, aligned: bool = True, partial: bool = False,
+) -> tuple[Cache, Trace]:  # fmt: skip
+    """Put a block of given latents [B, P, C, H, W] into the cache, at timestep `t`; arguments as in rollout_block."""
+    run = _Run(graphdef, params, adapter, lora_scale, text, layout, sampler)
+    return run.given_block(cache, latents, start, t, positions, aligned, partial)
 
 
 def recache(
@@ -233,7 +237,7 @@ class _Run(NamedTuple):
     layout: Layout
     sampler: Sampler
 
-    def sampled_block(self, cache, noise, start, positions=None, aligned=True):
+    def sampled_block(self, cache, noise, start, positions=None, aligned=True, partial=False):
         """Denoise a block from noise [steps, B, P, C, H, W], then cache it clean: (latents, cache, Trace)."""
         sampler = self.sampler
         steps = sampler.steps_at(start)
@@ -245,7 +249,7 @@ class _Run(NamedTuple):
         def one_pass(carry, xs):
             x, cache = carry
             j, t, sigma, next_sigma, next_noise = xs
-            velocity, cache = self._call(x, t, cache, start, j == 0, positions, aligned)
+            velocity, cache = self._call(x, t, cache, start, j == 0, positions, aligned, partial)
             x0 = velocity_to_x0(x, velocity, sigma)
             return (add_noise(x0, next_noise, next_sigma), cache), (x, velocity, x0)
 
@@ -253,18 +257,18 @@ class _Run(NamedTuple):
         (_, cache), passes = jax.lax.scan(one_pass, (noise[0], cache), xs)
         return passes[0][-1], cache, Trace(t, *passes)
 
-    def given_block(self, cache, latents, start):
-        """Cache a block of given latents [B, P, C, H, W] at timestep 0: (cache, Trace of the one pass)."""
-        velocity, cache = self._call(latents, 0.0, cache, start, True)
-        x0 = velocity_to_x0(latents, velocity, self.sampler.sigma(0.0))
-        return cache, Trace(np.zeros(1, np.float32), latents[None], velocity[None], x0[None])
+    def given_block(self, cache, latents, start, t=0.0, positions=None, aligned=True, partial=False):
+        """Cache a block of given latents [B, P, C, H, W] at timestep t: (cache, Trace of the one pass)."""
+        velocity, cache = self._call(latents, t, cache, start, True, positions, aligned, partial)
+        x0 = velocity_to_x0(latents, velocity, self.sampler.sigma(t))
+        return cache, Trace(np.full(1, t, np.float32), latents[None], velocity[None], x0[None])
 
-    def _call(self, x, t, cache, start, first_pass, positions=None, aligned=True):
+    def _call(self, x, t, cache, start, first_pass, positions=None, aligned=True, partial=False):
         model = merge(self.graphdef, self.params)
         t = jnp.full(x.shape[:2], t, jnp.float32)
         return model.step(
             x, t, self.text, cache, start, self.adapter, self.lora_scale, layout=self.layout, first_pass=first_pass,
-            positions=positions, aligned=aligned,
+            positions=positions, aligned=aligned, partial=partial,
         )  # fmt: skip
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.models.wan.config import Block
+from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.models.wan.rope import rotate
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str = "auto") -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str = "auto", length=None) -> jax.Array:
     """Softmax attention, scale 1/sqrt(K). q [B, N, A, K], k and v [B, M, A, K], mask bool [N, M] or None.
+
+    length: see the first `length` keys only; a traced scalar, or None for all.
 
     backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto', which takes cudnn where it can.
     """
@@ -29,7 +31,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str 
             f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'"
         )
     mask = None if mask is None else jnp.asarray(mask)[None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend)
+    length = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=length, implementation=backend)
 
 
 def block_causal_attention(
@@ -66,6 +69,77 @@ def block_causal_attention(
         keys, values = jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
         outputs.append(attention(queries, keys, values, mask, backend))
     return jnp.concatenate(outputs, axis=1)
+
+
+def window_attention(
+    q,
+    k,
+    v,
+    past,
+    start,
+    layout: Layout,
+    frame_tokens: int,
+    *,
+    context=None,
+    sink_tables=None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Attention of the blocks of a window that begins at frame `start` of a video (spec/streaming.md 6.1).
+
+    q, k, v [B, W L, A, K]; past: keys and values [b, (kept + n) L, A, K] of the sink and of the n frames before the
+    window, as cache.past_frames gives them, where b divides B: row i is the past of samples i B/b to (i + 1) B/b - 1.
+    start: a Python int, or traced, so that one program serves every window. Keys are rotated but for those of a moving
+    sink, for which sink_tables has the rotary table of each block. context: keys and values of the clean stream, for
+    all but the last block; earlier blocks of the window are then read from it.
+
+    A block's keys stand in the order sink, then newest frame first, so that those which exist are the first ones: at a
+    traced start the kernel's sequence length leaves out the rest, and no mask is needed.
+    """
+    block, kept = layout.block, layout.kept
+    frames, recent = q.shape[1] // frame_tokens, past[0].shape[1] // frame_tokens - kept
+    own, clean, before = (
+        [_by_frame(part, frame_tokens) for part in pair] for pair in ((k, v), context or (k, v), past)
+    )
+    before = [jnp.repeat(part, q.shape[0] // part.shape[0], axis=0) for part in before]
+    outputs = []
+    for j in range(frames // block):
+        first, stop = j * block, (j + 1) * block
+        count = min(layout.capacity - kept, recent + stop)  # frames besides the sink, own block included
+        visible = start + stop if isinstance(start, int) else jnp.maximum(start + stop, 1)
+        visible = min(visible, kept + count) if isinstance(start, int) else jnp.minimum(visible, kept + count)
+
+        def keys_of(own, clean, before, first=first, stop=stop, count=count):
+            seen = [before[:, kept:], clean[:, :first], own[:, first:stop]]
+            pieces = [jnp.concatenate(seen, axis=1)[:, -count:][:, ::-1]]
+            if kept:
+                started = jnp.concatenate([before[:, :kept], clean[:, : min(first, kept)], own[:, first:stop]], axis=1)
+                pieces.insert(0, started[:, _sink_places(start, kept, started.shape[1])])
+            return _by_token(jnp.concatenate(pieces, axis=1))
+
+        keys, values = (keys_of(*parts) for parts in zip(own, clean, before, strict=True))
+        if sink_tables:
+            sink = kept * frame_tokens
+            keys = jnp.concatenate([rotate(keys[:, :sink], sink_tables[j]), keys[:, sink:]], axis=1)
+        length = visible * frame_tokens
+        if isinstance(start, int):
+            keys, values, length = keys[:, :length], values[:, :length], None
+        queries = q[:, first * frame_tokens : stop * frame_tokens]
+        outputs.append(attention(queries, keys, values, None, backend, length))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _sink_places(start, kept: int, most: int):
+    """Where the frames of the sink stand among: the past's sink, then the frames from `start` on."""
+    frame = np.arange(kept)
+    return jnp.minimum(jnp.where(frame < start, frame, kept + frame - start), most - 1)
+
+
+def _by_frame(x, frame_tokens: int):
+    return x.reshape(x.shape[0], -1, frame_tokens, *x.shape[2:])
+
+
+def _by_token(x):
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _ranges_and_mask(block, frame_tokens):

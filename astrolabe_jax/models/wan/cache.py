@@ -31,9 +31,10 @@ class View(NamedTuple):
     layout: Layout
     frame_tokens: int  # L
     slots: int
-    start: int | jax.Array  # traced only once the cache is full
+    start: int | jax.Array  # traced only once the cache is full, or where it is `partial`
     frames: int  # of the block
     aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` has shifted them
+    partial: bool = False  # `start` is traced and the cache may not be full: reads are cut by `visible_frames`
 
     @property
     def static(self) -> bool:
@@ -44,6 +45,11 @@ class View(NamedTuple):
     def growing(self) -> bool:
         """Whether every frame up to the block's end still has its own slot."""
         return self.static and self.start + self.frames <= self.slots
+
+    @property
+    def visible_frames(self) -> jax.Array | None:
+        """How many of the frames that `read` gives are there, first ones first; None for all of them."""
+        return jnp.minimum(self.start + self.frames, self.slots) if self.partial else None
 
     @property
     def raw_frames(self) -> int:
@@ -131,6 +137,39 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
         sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
         keys = [sink, keys[0][:, raw:], *keys[1:]]
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
+
+
+def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int):
+    """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames before `start`.
+
+    start: frames so far, a Python int or traced. Places of frames that do not exist hold anything.
+    """
+    slots = frames_of(cache, frame_tokens)
+    before = jnp.clip(start - recent + jnp.arange(recent), 0)
+    places = jnp.concatenate([jnp.arange(layout.kept), _slot_of(before, layout, slots)])
+
+    def take(part):
+        part = jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
+        framed = part.reshape(part.shape[0], slots, frame_tokens, *part.shape[2:])
+        return framed[:, places].reshape(part.shape[0], -1, *part.shape[2:])
+
+    return take(cache.k), take(cache.v)
+
+
+def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) -> Cache:
+    """Puts stored keys and values [layers, B, n L, A, K] of `frames` [n] into their slots; negative ones are left out.
+
+    A frame that a later one evicts must not be among them. frames may be traced.
+    """
+    slots = frames_of(cache, frame_tokens)
+    places = jnp.where(frames < 0, slots, _slot_of(frames, layout, slots))
+
+    def put(buffer, new):
+        framed = (*buffer.shape[:2], -1, frame_tokens, *buffer.shape[3:])
+        into = buffer.reshape(framed).at[:, :, places].set(new.reshape(framed).astype(buffer.dtype), mode="drop")
+        return into.reshape(buffer.shape)
+
+    return Cache(put(cache.k, k), put(cache.v, v))
 
 
 def restart(
@@ -225,10 +264,11 @@ def _slot_of(frames, layout, slots):
 
 
 def _slot(frame, layout, slots):
-    """Slot of a frame (int, or traced once the cache is full)."""
+    """Slot of a frame, int or traced."""
     if isinstance(frame, int) and frame < layout.kept:
         return frame
-    return layout.kept + (frame - layout.kept) % (slots - layout.kept)
+    ring = layout.kept + (frame - layout.kept) % (slots - layout.kept)
+    return ring if isinstance(frame, int) else jnp.where(frame < layout.kept, frame, ring)
 
 
 def _unit(view):

@@ -4,16 +4,19 @@ Three ways to run it: `__call__`, the uncached block-causal forward over all fra
 video, returning the keys and values that a noisy forward reads; `step`, one block against the cache of a rollout.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
-from astrolabe_jax.models.wan.attention import attention, block_causal_attention
+from astrolabe_jax.models.wan.attention import attention, block_causal_attention, window_attention
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
 
@@ -23,6 +26,14 @@ class KeyValues(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+class Past(NamedTuple):
+    """What a window of a long video sees of the frames before it (spec/streaming.md 4)."""
+
+    cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
+    start: int | jax.Array  # frames so far in the cache's count; traced, one program serves every window
+    positions: jax.Array | None = None  # rotary positions [W] of the window's frames; None: their numbers
 
 
 class Attention(nnx.Module):
@@ -154,27 +165,65 @@ class WanTransformer(nnx.Module):
         return KeyValues(k, v)
 
     def __call__(
-        self, x, t, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, context: KeyValues | None = None
+        self,
+        x,
+        t,
+        text: KeyValues,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
+        context: KeyValues | None = None,
+        past: Past | None = None,
     ):
         """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be short.
 
         x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same adapter.
         layout: blocks, window and sink; the published training mask has no sink and no `max_global` (spec/model.md
         7.1). context: from `context`; earlier blocks are then read clean (teacher forcing) and each block sees only
-        itself noisy.
+        itself noisy. past: x are the frames behind it, whole blocks of a longer video (spec/streaming.md 6).
         """
-        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, keep=False)
+        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, past, keep=False)
         return velocity
 
-    def context(self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0):
+    def context(
+        self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0, past: Past | None = None
+    ):
         """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run block-causally at timestep t.
 
         They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as they are, or under
-        stop_gradient. t: the rollout's context noise, a scalar.
+        stop_gradient. t: the rollout's context noise, a scalar or one [B] a sample. past: as in __call__.
         """
-        t = jnp.full(clean.shape[:2], t, jnp.float32)
-        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, keep=True)
+        t = _of_frames(t, clean)
+        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, past, keep=True)
         return KeyValues(*kept)
+
+    def reencode(
+        self, first, recent, t, text: KeyValues, start, adapter=None, lora_scale=1.0, *, layout: Layout
+    ) -> kv.Cache:
+        """A cache like that of a rollout to frame `start`, from latents alone and in one pass (spec/streaming.md 5.2).
+
+        first [B, kept, C, H, W]: the frames of the sink; recent [B, n, C, H, W]: the n frames before `start`, whole
+        blocks, anything where there are fewer; t, a scalar or [B]: timestep at which they are read. It is not the
+        rollout's cache: that has seen frames that are evicted by now. ValueError unless n is whole blocks, as
+        capacity - sink must be, too.
+        """
+        (batch, count, *_), kept = recent.shape, layout.kept
+        if count % layout.block or (layout.capacity - kept) % layout.block or first.shape[1] != kept:
+            raise ValueError(
+                f"a window of {layout.capacity} frames with a sink of {kept} cannot be encoded again from "
+                f"{first.shape[1]} + {count} frames: beside the sink it must be whole blocks of {layout.block}"
+            )
+        length = math.prod(self.config.grid(recent.shape[3:]))
+        cache = kv.empty_cache(self.config, batch, layout.capacity, recent.shape[3:])
+        if kept:
+            sink = self.context(first, text, adapter, lora_scale, layout=layout, t=t)
+            cache = kv.place_frames(cache, *sink, layout, np.arange(kept), length)
+        frames = start - count + jnp.arange(count)
+        past = Past(cache, start - count, jnp.clip(frames, 0))
+        t = _of_frames(t, recent)
+        _, made = self._forward(recent, t, text, adapter, lora_scale, layout, None, past, keep=True, recent=0)
+        return kv.place_frames(cache, *made, layout, jnp.where(frames < kept, -1, frames), length)
 
     def step(
         self,
@@ -190,25 +239,30 @@ class WanTransformer(nnx.Module):
         first_pass=True,
         positions=None,
         aligned: bool = True,
+        partial: bool = False,
     ):
         """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the block's keys written).
 
         start: first frame of the block. A Python int reads exactly the frames that exist; a traced start is allowed
-        once the cache is full (start + P >= its frames). first_pass matters to layout.faithful_sinks only. positions
-        [P]: rotary positions of the frames, their numbers by default. aligned: see kv.View.
+        once the cache is full (start + P >= its frames), and anywhere if it may be `partial`ly full. first_pass matters
+        to layout.faithful_sinks only. positions [P]: rotary positions of the frames, their numbers by default. aligned:
+        see kv.View.
         """
         tokens, grid = self._embed(x)
         frames, length = x.shape[1], grid[0] * grid[1]
-        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames, aligned)
+        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames, aligned, partial)
         positions = start + jnp.arange(frames) if positions is None else positions
         table = rope_table(positions, grid, self.config.head_dim)
+        stored_table = _stored_table(table, start + jnp.arange(frames), layout) if partial else table
         sink_table = self._sink_table(layout, start + frames, grid)
+        visible = length * view.visible_frames if partial else None
 
         def attend(q, k, v, cache, layer, _):
-            k = self._stored_keys(k, table, view.raw_frames, length)
+            k = self._stored_keys(k, stored_table, view.raw_frames, length)
             cache = kv.write(cache, layer, k, v, view, first_pass)
             keys, values = kv.read(cache, layer, view, sink_table)
-            return attention(rotate(q, table), keys, values, backend=self.config.attention), cache, None
+            y = attention(rotate(q, table), keys, values, backend=self.config.attention, length=visible)
+            return y, cache, None
 
         tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
@@ -260,11 +314,49 @@ class WanTransformer(nnx.Module):
             return None
         return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
-    def _forward(self, x, t, text, adapter, lora_scale, layout, context, keep):
+    def _forward(self, x, t, text, adapter, lora_scale, layout, context, past, keep, recent=None):
+        """Velocity and, to `keep`, the keys as they are stored and values. recent: see `_attend_window`."""
         tokens, grid = self._embed(x)
-        frames, length = x.shape[1], grid[0] * grid[1]
-        blocks = layout.blocks(frames)
-        head_dim = self.config.head_dim
+        attend = self._attend_video if past is None else functools.partial(self._attend_window, past, recent)
+        attend = attend(x.shape[1], grid, layout, keep)
+        tokens, e, _, kept = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, context=context)
+        return self._unembed(self.head(tokens, e), x, grid), kept
+
+    def _attend_window(self, past, recent, frames, grid, layout, keep):
+        """The self-attention of `frames` frames behind a past, of which `recent` are there (all that are seen)."""
+        length, head_dim = grid[0] * grid[1], self.config.head_dim
+        if frames % layout.block:
+            raise ValueError(f"a window of {frames} frames is not whole blocks of {layout.block}")
+        recent = max(layout.capacity - layout.kept - layout.block, 0) if recent is None else recent
+        numbers = past.start + jnp.arange(frames)
+        table = rope_table(numbers if past.positions is None else past.positions, grid, head_dim)
+        stored_table, sink_tables = _stored_table(table, numbers, layout), None
+        if layout.sink_moves:
+            ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
+            sink_tables = [self._sink_table(layout, end, grid) for end in ends]
+
+        def attend(q, k, v, cache, layer, context):
+            k = rotate(k, stored_table)
+            before = kv.past_frames(past.cache, layer, layout, past.start, length, recent)
+            y = window_attention(
+                rotate(q, table),
+                k,
+                v,
+                before,
+                past.start,
+                layout,
+                length,
+                context=context,
+                sink_tables=sink_tables,
+                backend=self.config.attention,
+            )
+            return y, cache, (k, v) if keep else None
+
+        return attend
+
+    def _attend_video(self, frames, grid, layout, keep):
+        """The self-attention of a whole video of `frames` frames."""
+        blocks, length, head_dim = layout.blocks(frames), grid[0] * grid[1], self.config.head_dim
         table = rope_table(jnp.arange(frames), grid, head_dim)
         sink = min(layout.kept, frames) if layout.sink_moves else 0
         sink_tables = None
@@ -286,8 +378,7 @@ class WanTransformer(nnx.Module):
             )
             return y, cache, (k, v) if keep else None
 
-        tokens, e, _, kept = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, context=context)
-        return self._unembed(self.head(tokens, e), x, grid), kept
+        return attend
 
     def _layers(self, tokens, t, text, adapter, attend, *, cache=None, context=None):
         """Scan over the layers. The cache, if any, is carried, so that it is updated in place."""
@@ -341,6 +432,20 @@ class WanTransformer(nnx.Module):
             return rotate(k, table)
         rotated = rotate(k[:, raw:], tuple(part[raw:] for part in table))
         return jnp.concatenate([k[:, :raw], rotated], axis=1)
+
+
+def _of_frames(t, x):
+    """A timestep, a scalar or [B], for every frame of x [B, F, ...]."""
+    return jnp.broadcast_to(jnp.asarray(t, jnp.float32).reshape(-1, 1), x.shape[:2])
+
+
+def _stored_table(table, frames, layout):
+    """The rotary table of keys as they are cached, for `frames` [n] that are traced: a moving sink is not rotated."""
+    if not layout.sink_moves:
+        return table
+    cos, sin = table
+    raw = jnp.repeat(frames < layout.kept, cos.shape[0] // frames.shape[0])[:, None]
+    return jnp.where(raw, 1.0, cos), jnp.where(raw, 0.0, sin)
 
 
 def _modulation(config, rows, rngs):
