@@ -64,14 +64,28 @@ def _generation(config: ConfigDict) -> None:
     config.video.fps = 16  # of the files in samples/
     config.video.decode_chunk = 1  # latent frames decoded at once; more is faster only on large accelerators
 
-    # Windows of long videos, in latent frames; the video may have video.frames. This version plans them, and trains on
-    # whole videos alone.
+    # Training on windows of long videos (spec/streaming.md), in latent frames; the video has video.frames.
     config.streaming = ConfigDict()
-    config.streaming.window = 0  # frames that an epoch trains on; 0: the whole video
-    config.streaming.selection = "random"  # where it begins: random, first, last, or one of `starts` (choices)
-    config.streaming.starts = ()
+    config.streaming.window = 0  # W, frames that an epoch trains on; 0: the whole video
+    # epoch: every epoch has new prompts and one window, whose past is sampled anew (Mode A). progressive: the streams
+    # of its prompts go on from epoch to epoch, a window each, until the video is full (Mode B).
+    config.streaming.mode = "epoch"
+    config.streaming.selection = "random"  # where an epoch's window begins: random, first, last, or one of `starts`
+    config.streaming.starts = ()  # for choices
+    config.streaming.sampling = "clip"  # clip: the videos of a prompt share its past; sequence: each is made from 0 on
+    config.streaming.backprop = "detach"  # detach: gradients end at the window; full: they go back to frame 0
+    # Whose keys of the past the loss reads: those of the rollout (rollout_old), each policy's own, made anew from the
+    # latents in sight (per_policy), or the same from noised latents, Algorithm 2 to the letter (noised_prefix).
+    config.streaming.prefix = "rollout_old"
+    config.streaming.reward = "window_stream"  # score the window as it continues (window_stream), alone, or all (full)
+    config.streaming.continuation = "uniform"  # progressive: the video that goes on: uniform (random), best or first
+    config.streaming.recache_on_update = False  # progressive: make the keys in sight anew before each window
+    config.streaming.prompts_per_device = 1  # prompts whose pasts are made together on a device
+    # progressive: checkpoints may hold streams in the middle (full; `plan` prints their size), or are made between two
+    # sets of streams only (sequence_end).
+    config.streaming.save = "sequence_end"
 
-    config.scenes = ConfigDict()  # of sample.py: how prompts follow each other within a video
+    config.scenes = ConfigDict()  # how prompts follow each other within a video
     config.scenes.transition = "flush"  # flush (keep the first and the last two frames), recache, or cut: always hard
     config.scenes.cut = "sink"  # what a hard cut keeps: sink (with absolute positions a flush and a jump), or nothing
     config.scenes.global_sink = True  # recache: the sink keeps the keys of the first prompt
@@ -102,6 +116,7 @@ def _objective(config: ConfigDict) -> None:
     config.loss.kind = "astrolabe"  # astrolabe (x0 space) or diffusion_nft (adaptive weight, 1/beta, A_max)
     config.loss.mix_beta = 0.1  # beta of the objective: interpolation between current and behaviour policy
     config.loss.kl_weight = 1e-4  # lambda: weight of the deviation from the reference
+    config.loss.context_gradient = False  # clean context: let gradients through it
     config.loss.context = "clean"  # keys of earlier blocks: clean (a clean stream, as in the rollout) or noisy
     config.loss.timesteps = "warped"  # noise levels of the loss: warped (the rollout's) or raw (the unshifted list)
     config.loss.timestep_draw = "stratified"  # stratified: levels balanced over an epoch; batch: one level a microbatch
@@ -147,6 +162,7 @@ def _running(config: ConfigDict) -> None:
 
     config.eval = ConfigDict()
     config.eval.videos = 96  # held-out videos per evaluation
+    config.eval.frames = 0  # pixel frames of a held-out video when windows are trained; 0: video.frames
     config.eval.policy = "ema"  # adapter that is evaluated and exported: ema or current
     config.eval.ceiling = True  # also score reconstructions of real videos (worlds only)
     config.eval.shown = 8  # prompts on the contact sheet and in samples/
@@ -197,28 +213,54 @@ def repeats(config: ConfigDict) -> int:
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
 
-def window_end(config: ConfigDict, frames: int) -> int:
-    """Latent frames of a video of `frames` that are sampled at most: up to the end of the last window.
+def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
+    """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if none is trained.
 
     Raises ValueError for a window that is not whole blocks, or does not lie in the video.
     """
-    window, block = config.streaming.window, config.model.block
+    streaming, block = config.streaming, config.model.block
+    window, last = streaming.window, frames - streaming.window
     if not window:
-        return frames
-    last = {"first": 0, "choices": max(config.streaming.starts, default=-1)}.get(
-        config.streaming.selection, frames - window
-    )
-    starts = config.streaming.starts if config.streaming.selection == "choices" else ()
+        return ()
+    choices = {
+        "first": (0,),
+        "last": (last - last % block,),
+        "random": range(0, max(last, 0) + 1, block),
+        "choices": sorted(set(streaming.starts)),
+    }
+    progressive = streaming.mode == "progressive"
+    starts = tuple(range(0, max(last, 0) + 1, window) if progressive else choices[streaming.selection])
     if window % block or any(type(start) is not int or start < 0 or start % block for start in starts):
         raise ValueError(
-            f"config.streaming has a window of {window} and starts {tuple(starts)}; expected whole blocks of {block}"
+            f"config.streaming has a window of {window} and starts {tuple(streaming.starts)}; expected whole blocks of "
+            f"{block}"
         )
-    if not 0 <= last <= frames - window:
+    if last < 0 or not starts or starts[-1] > last:
         raise ValueError(
-            f"config.streaming: a window of {window} from frame {last} does not lie in the {frames} latent frames of a "
-            "video; give other starts, or raise config.video.frames"
+            f"config.streaming: a window of {window} from frame {max(starts, default='(none)')} does not lie in the "
+            f"{frames} latent frames of a video; give other starts, or raise config.video.frames"
         )
-    return last + window
+    return starts
+
+
+def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
+    """How an epoch's prompts are taken in turn when windows are trained: (rounds, streams of a round).
+
+    A stream is the past of one prompt, on one device, with its share of the prompt's videos. With more devices than
+    prompts, several devices hold the same past. ValueError unless groups, candidates and devices fit each other.
+    """
+    groups, candidates = config.prompts.groups, config.prompts.candidates
+    if config.streaming.sampling == "sequence":  # every video is a stream of its own
+        return 1, groups * candidates
+    streams = devices * config.streaming.prompts_per_device
+    if groups % streams == 0:
+        return groups // streams, streams
+    if streams % groups == 0 and streams // groups <= candidates and candidates % (streams // groups) == 0:
+        return 1, streams
+    raise ValueError(
+        f"config.prompts.groups is {groups}; expected a multiple of {streams} (streaming.prompts_per_device on each of "
+        f"{devices} devices), or a divisor of it that splits the {candidates} candidates evenly"
+    )
 
 
 def piece(config: ConfigDict, batch: int, devices: int) -> int:
@@ -239,7 +281,14 @@ _CHOICES = {
     "model.positions": ("absolute", "relative"),
     "model.attention": ("auto", "xla", "cudnn"),
     "sampler.sigma_source": ("exact", "lookup"),
+    "streaming.mode": ("epoch", "progressive"),
     "streaming.selection": ("random", "first", "last", "choices"),
+    "streaming.sampling": ("clip", "sequence"),
+    "streaming.backprop": ("detach", "full"),
+    "streaming.prefix": ("rollout_old", "per_policy", "noised_prefix"),
+    "streaming.reward": ("window_stream", "window_alone", "full"),
+    "streaming.continuation": ("uniform", "best", "first"),
+    "streaming.save": ("sequence_end", "full"),
     "scenes.transition": ("flush", "recache", "cut"),
     "scenes.cut": ("sink", "nothing"),
     "advantages.std": ("global", "prompt"),
@@ -269,6 +318,7 @@ _BOUNDS = {
     "video.fps": (1, math.inf),
     "video.decode_chunk": (1, math.inf),
     "streaming.window": (0, math.inf),
+    "streaming.prompts_per_device": (1, math.inf),
     "prompts.groups": (1, math.inf),
     "prompts.candidates": (1, math.inf),
     "prompts.tuned_for": (0, math.inf),
@@ -287,6 +337,7 @@ _BOUNDS = {
     "train.checkpoint_every": (1, math.inf),
     "train.checkpoints_kept": (1, math.inf),
     "eval.videos": (2, math.inf),
+    "eval.frames": (0, math.inf),
     "eval.shown": (1, math.inf),
     "mesh.fsdp": (1, math.inf),
 }
@@ -307,7 +358,7 @@ def validate(
     faults = [*_field_faults(config), *_reward_faults(config, reward_names, announced)]
     faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
-        faults = [*_batch_faults(config, devices), *_kl_faults(config)]
+        faults = [*_batch_faults(config, devices), *_kl_faults(config), *_streaming_faults(config, devices)]
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
 
@@ -427,6 +478,53 @@ def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
     if data * mesh.fsdp != devices:
         yield f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be the {devices} devices"
+
+
+def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
+    streaming, model = config.streaming, config.model
+    if not streaming.window:
+        if config.eval.frames:
+            yield "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window"
+        return
+    try:
+        count, streams = rounds(config, devices)
+    except ValueError as error:
+        yield str(error)
+        return
+    each = samples(config) // (count * streams)
+    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", config.optimiser.microbatch)):
+        if streaming.sampling == "clip" and (size % streams or each % (size // streams)):
+            yield (
+                f"config.{field} is {size}; expected the same number of videos, a divisor of {each}, of each of the "
+                f"{streams} prompts that are worked on together (streaming.prompts_per_device)"
+            )
+    if streaming.sampling == "sequence" and streaming.mode == "progressive":
+        yield "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive"
+    if streaming.backprop == "full" and (streaming.mode == "progressive" or streaming.prefix != "rollout_old"):
+        yield "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and prefix 'rollout_old'"
+    if streaming.sampling == "sequence" and streaming.prefix != "rollout_old":
+        yield f"config.streaming.prefix is {streaming.prefix!r}; expected 'rollout_old' where sampling is 'sequence'"
+    if streaming.mode == "progressive" and streaming.reward == "full":
+        yield "config.streaming.reward is 'full', a progressive stream does not keep its frames; expected window_stream"
+    if model.independent_first_frame or (model.faithful_sinks and model.sink > model.block):
+        yield (
+            "config.streaming.window cuts videos into equal blocks with whole sinks; expected "
+            "model.independent_first_frame False, and model.faithful_sinks False for a sink larger than a block"
+        )
+    if config.prompts.repeated != 1:
+        yield f"config.prompts.repeated is {config.prompts.repeated}; expected 1 where windows are trained"
+    if model.sink and not config.loss.mask_sink or not config.loss.mask_block <= model.block:
+        yield (
+            "config.loss.mask_sink and mask_block ask for frames that the cache of a long video does not hold; where "
+            "windows are trained, expected mask_sink True and mask_block at most model.block"
+        )
+    capacity = model.max_global if model.window == -1 else model.window
+    again = streaming.prefix != "rollout_old" or streaming.recache_on_update
+    if again and (capacity - model.sink) % model.block:
+        yield (
+            f"config.streaming makes keys anew, but a window of {capacity} less a sink of {model.sink} is not whole "
+            f"blocks of {model.block}; expected prefix 'rollout_old' without recache_on_update, or another model.window"
+        )
 
 
 def _kl_faults(config: ConfigDict) -> Iterator[str]:

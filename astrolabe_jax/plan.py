@@ -69,7 +69,7 @@ def trace(run: Run) -> dict[str, Any]:
     draw = functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh)
     frames = jax.eval_shape(draw, vae.params, latents)
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
-    step = update.make_train_step(config, net.graphdef, run.layout, mesh)
+    step = update.TrainStep(config, net.graphdef, run.layout, mesh)
     texts = _shape(config.prompts.groups // repeats(config), *prompt)
     after, metrics = jax.eval_shape(step, state, net.params, texts, _step_batch(run))
     after = jax.eval_shape(update.blend_old, after, _shape())

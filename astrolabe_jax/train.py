@@ -25,9 +25,9 @@ from astrolabe_jax.types import Evaluation, Purpose
 from astrolabe_jax.update import (
     Samples,
     TrainState,
+    TrainStep,
     blend_old,
     init_state,
-    make_train_step,
     old_decay,
     reset_reference,
     update,
@@ -77,7 +77,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
     began = saved = point.epoch
     progress = Progress(point.seconds, check)
     metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
-    step = make_train_step(config, run.base.transformer.graphdef, run.layout, run.mesh)
+    step = TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
         _say_what_is_lost(run, point.epoch, metrics)
         _measure_ceiling(run, metrics, progress)

@@ -7,7 +7,7 @@ microbatch it is in. Section numbers are those of spec/objective.md.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,9 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import losses, sharding
-from astrolabe_jax.config import piece
+from astrolabe_jax.config import piece, rounds
 from astrolabe_jax.models.layers import merge
+from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.models.wan.transformer import KeyValues, Past
 from astrolabe_jax.schedule import T_MAX, Schedule, add_noise, sigma_of, velocity_to_x0, warp
 from astrolabe_jax.types import Purpose
 
@@ -50,6 +52,25 @@ class Samples(NamedTuple):
     text: jax.Array  # [G, S, E] embeddings
 
 
+class History(NamedTuple):
+    """What the loss of a window may read of the frames before it, for each stream, that is prompt or sample."""
+
+    start: int | jax.Array  # frames so far, in the count of the cache
+    positions: np.ndarray  # [W] int32 rotary positions of the window's frames
+    cache: kv.Cache | None = None  # [layers, streams, slots L, A, K] of the rollout
+    first: jax.Array | None = None  # [streams, kept, C, H, W] the clean latents of the sink
+    recent: jax.Array | None = None  # [streams, n, C, H, W] the last ones
+    whole: jax.Array | None = None  # [streams, start, C, H, W] all of them, with streaming.backprop 'full'
+
+
+class Work(NamedTuple):
+    """A part of a microbatch that is worked on at once: frames of its samples behind a history."""
+
+    frames: tuple[int, int] | None = None  # from, to; None: all
+    number: int = 0  # among the parts of the microbatch: each draws noise of its own
+    history: History | None = None
+
+
 class Batch(NamedTuple):
     """The samples of one optimiser step as m microbatches, or pieces of them, of B."""
 
@@ -63,10 +84,11 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """The training forward of one policy over a whole video (spec/model.md 7).
+    """The training forward of one policy over a whole video (spec/model.md 7), or a window of one (streaming.md 6).
 
     context 'clean': earlier blocks are read from the policy's own clean stream at timestep `context_noise`, without
-    gradient, so that the forward equals the rollout; 'noisy': they are read at the level of the query, as published.
+    gradient unless `context_gradient`, so that the forward equals the rollout; 'noisy': they are read at the level of
+    the query, as published. prefix: config.streaming.prefix, or 'full' for streaming.backprop 'full'.
     """
 
     graphdef: Any
@@ -74,21 +96,57 @@ class Forward:
     lora_scale: float  # alpha / R
     context: str = "clean"
     context_noise: float = 0.0
+    context_gradient: bool = False
+    prefix: str = "rollout_old"
 
-    def velocity(self, params, adapter, text, x0, x_t, t) -> jax.Array:
+    def velocity(self, params, adapter, text, x0, x_t, t, history: History | None = None) -> jax.Array:
         """Velocities like x_t [B, F, C, H, W]. text [B, S, E]; x0 the clean latents; t [B], the same for all frames."""
         model = merge(self.graphdef, params)
         text = model.encode_text(text, adapter, self.lora_scale)
+        past = None if history is None else self._past(model, adapter, text, t, history)
         context = None
         # The last block is nobody's past; a video of one block has no context.
-        past = self.layout.blocks(x0.shape[1])[-1].start
-        if self.context == "clean" and past:
-            adapter_, text_ = jax.lax.stop_gradient((adapter, text))
+        earlier = self.layout.blocks(x0.shape[1])[-1].start
+        if self.context == "clean" and earlier:
+            given = (adapter, text, past)
+            adapter_, text_, past_ = given if self.context_gradient else _stopped(given)
             context = model.context(
-                x0[:, :past], text_, adapter_, self.lora_scale, layout=self.layout, t=self.context_noise
+                x0[:, :earlier], text_, adapter_, self.lora_scale, layout=self.layout, t=self.context_noise, past=past_
             )
         t = jnp.broadcast_to(t[:, None], x_t.shape[:2])
-        return model(x_t, t, text, adapter, self.lora_scale, layout=self.layout, context=context)
+        return model(x_t, t, text, adapter, self.lora_scale, layout=self.layout, context=context, past=past)
+
+    def _past(self, model, adapter, text, t, history: History) -> Past:
+        """The keys of the past that this policy reads. text: of the samples, those of a stream adjacent."""
+        if self.prefix == "rollout_old":
+            return Past(_stopped(history.cache), history.start, history.positions)
+        options = {"adapter": adapter, "lora_scale": self.lora_scale, "layout": self.layout}
+        if self.prefix == "full":
+            text = _of_streams(text, history.whole)
+            made = model.context(history.whole, text, t=self.context_noise, **options)
+            streams, frames, _, *latent_hw = history.whole.shape
+            cache = kv.empty_cache(model.config, streams, self.layout.capacity, tuple(latent_hw))
+            cache = kv.place_visible(cache, *made, self.layout, frames)
+            return Past(cache, history.start, history.positions)
+        first, recent = history.first, history.recent[:, history.recent.shape[1] - self.recent_frames :]
+        level = t if self.prefix == "noised_prefix" else self.context_noise
+        text, options["adapter"] = _stopped((_of_streams(text, first), adapter))
+        cache = model.reencode(first, recent, level, text, history.start, **options)
+        return Past(cache, history.start, history.positions)
+
+    @property
+    def recent_frames(self) -> int:
+        """Frames besides the sink that the first block of a window sees."""
+        return max(self.layout.capacity - self.layout.kept - self.layout.block, 0)
+
+
+def _of_streams(text: KeyValues, latents: jax.Array) -> KeyValues:
+    """Of the prompts' keys and values, one for each of the streams that `latents` [streams, ...] belong to."""
+    return jax.tree.map(lambda part: part[:, :: part.shape[1] // latents.shape[0]], text)
+
+
+def _stopped(tree: Any) -> Any:
+    return jax.lax.stop_gradient(tree)
 
 
 def training_layout(config: ConfigDict, layout: Layout) -> Layout:
@@ -100,8 +158,16 @@ def training_layout(config: ConfigDict, layout: Layout) -> Layout:
 
 def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Forward:
     """The forward that `config` asks for, for a model that samples with `layout`."""
-    mask, scale = training_layout(config, layout), config.lora.alpha / config.lora.rank
-    return Forward(graphdef, mask, scale, config.loss.context, config.sampler.context_noise)
+    loss, full = config.loss, config.streaming.backprop == "full"
+    return Forward(
+        graphdef,
+        training_layout(config, layout),
+        config.lora.alpha / config.lora.rank,
+        loss.context,
+        config.sampler.context_noise,
+        loss.context_gradient or full,
+        "full" if full else config.streaming.prefix,
+    )
 
 
 def make_optimiser(config: ConfigDict) -> optax.GradientTransformation:
@@ -128,51 +194,83 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def make_train_step(
-    config: ConfigDict,
-    graphdef: Any,
-    layout: Layout,
-    mesh: Mesh,
-    noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = standard_normal,
-) -> Callable:
-    """One optimiser step, jitted: (state, params, text [G, S, E], batch: Batch) -> (state, metrics); state is donated.
+class TrainStep:
+    """One optimiser step: step(state, params, text [G, S, E], batch: Batch) -> (state, metrics); state is donated.
 
-    layout: of the rollout. noise(key, (F, C, H, W)) draws one sample's noise.
+    layout: of the rollout. noise(key, (F, C, H, W)) draws one sample's noise. Gradients accumulate over the batch's
+    microbatches, one call of a compiled program each. parts(state, batch, i) gives the parts of microbatch i, by
+    default all of it at once; a part's share of the loss is its share of the frames.
 
     metrics: the means of `sample_terms` over the step under the names of section 2, `grad_norm` before clipping,
     `adapter_norm` of the new `current`, and `sample_loss` [m B]. If any of these is not finite, the returned state
     equals the given one.
     """
-    forward, optimiser = training_forward(config, graphdef, layout), make_optimiser(config)
-    terms_of = partial(sample_terms, config, forward, noise)
 
-    def step(state: TrainState, params, text, batch: Batch):
-        count = batch.r.size
+    def __init__(
+        self,
+        config: ConfigDict,
+        graphdef: Any,
+        layout: Layout,
+        mesh: Mesh,
+        noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = standard_normal,
+    ):
+        forward, optimiser = training_forward(config, graphdef, layout), make_optimiser(config)
+        terms_of = partial(sample_terms, config, forward, noise)
 
-        def objective(current, micro):
-            terms = terms_of(state._replace(current=current), params, text, micro)
-            return terms["total_loss"].sum() / count, terms
+        def begin(current):
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), current)
 
-        def accumulate(total, micro):
-            grads, terms = jax.grad(objective, has_aux=True)(state.current, micro)
+        def accumulate(total, state: TrainState, params, text, batch: Batch, i, number, history, *, frames):
+            micro = jax.tree.map(lambda part: part[i], batch)
+            first, stop = frames or (0, micro.latents.shape[1])
+            share = (stop - first) / micro.latents.shape[1]
+            micro = micro._replace(latents=micro.latents[:, first:stop])
+            if number is not None:
+                micro = micro._replace(key=jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro.key, number))
+
+            def objective(current):
+                terms = terms_of(state._replace(current=current), params, text, micro, history)
+                terms = jax.tree.map(lambda term: term * share, terms)
+                return terms["total_loss"].sum() / batch.r.size, terms
+
+            grads, terms = jax.grad(objective, has_aux=True)(state.current)
             return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), terms
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.current)
-        grads, terms = jax.lax.scan(accumulate, zeros, batch)
-        norm = optax.tree.norm(grads)
-        sample_loss = terms["total_loss"].reshape(-1)
-        new = apply_gradient(config, optimiser, state, grads, norm)
-        moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
-        metrics = {name: values.mean() for name, values in terms.items()} | {"grad_norm": norm, "adapter_norm": moved}
-        finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(sample_loss).all()
-        state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return state, metrics | {"sample_loss": sample_loss}
+        def finish(state: TrainState, grads, terms):
+            norm = optax.tree.norm(grads)
+            terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
+            sample_loss = terms["total_loss"]
+            new = apply_gradient(config, optimiser, state, grads, norm)
+            moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
+            metrics = {name: values.mean() for name, values in terms.items()}
+            metrics |= {"grad_norm": norm, "adapter_norm": moved}
+            finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(sample_loss).all()
+            state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+            return state, metrics | {"sample_loss": sample_loss}
 
-    return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0, out_shardings=sharding.replicated(mesh))
+        whole = sharding.replicated(mesh)
+        self._begin = jax.jit(begin, out_shardings=whole)
+        self.accumulate = jax.jit(
+            sharding.on_mesh(mesh, accumulate), donate_argnums=0, static_argnames="frames", out_shardings=whole
+        )
+        self.finish = jax.jit(finish, donate_argnums=(0, 1), out_shardings=whole)
+
+    def __call__(self, state: TrainState, params, text, batch: Batch, parts: Callable | None = None):
+        grads, terms = self._begin(state.current), []
+        for i in range(batch.r.shape[0]):
+            of_sample = None
+            for work in parts(state, batch, i) if parts else (Work(),):
+                number = jnp.int32(work.number) if work.frames else None
+                grads, made = self.accumulate(
+                    grads, state, params, text, batch, jnp.int32(i), number, work.history, frames=work.frames
+                )
+                of_sample = made if of_sample is None else jax.tree.map(jnp.add, of_sample, made)
+            terms.append(of_sample)
+        return self.finish(state, grads, terms)
 
 
 def sample_terms(
-    config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch
+    config: ConfigDict, forward: Forward, noise: Callable, state: TrainState, params, text, micro: Batch, history=None
 ) -> dict[str, jax.Array]:
     """losses.objective of one microbatch (Batch without its first axis): {name: [B]}, float32."""
     loss, schedule = config.loss, Schedule(shift=config.sampler.shift)
@@ -181,9 +279,11 @@ def sample_terms(
     x_t = add_noise(x0, eps, micro.t / T_MAX)
     sigma = sigma_of(micro.t, schedule, config.sampler.sigma_source)
     text = text[micro.prompt]
+    if history is not None and forward.prefix == "noised_prefix":
+        history = noised(history, noise, micro)
 
     def predict(adapter):
-        velocity = forward.velocity(params, adapter, text, x0, x_t, micro.t)
+        velocity = forward.velocity(params, adapter, text, x0, x_t, micro.t, history)
         return velocity_to_x0(x_t, velocity, sigma) if loss.kind == "astrolabe" else velocity
 
     old, reference = (predict(jax.lax.stop_gradient(adapter)) for adapter in (state.old, state.reference))
@@ -191,6 +291,17 @@ def sample_terms(
         loss.kind, x0, predict(state.current), old, reference, micro.r, micro.kl_weight, beta=loss.mix_beta,
         kl_lambda=loss.kl_weight, x_t=x_t, sigma=sigma, clip_max=config.advantages.clip,
     )  # fmt: skip
+
+
+def noised(history: History, noise: Callable, micro: Batch) -> History:
+    """The past of every sample at the sample's own level, as Algorithm 2 has it (streaming.md 6.4)."""
+
+    def one(latents, number):
+        x0 = jnp.repeat(latents, micro.r.shape[0] // latents.shape[0], axis=0).astype(jnp.float32)
+        eps = jax.vmap(lambda key: noise(jax.random.fold_in(key, number), x0.shape[1:]))(micro.key)
+        return add_noise(x0, eps, micro.t / T_MAX)
+
+    return history._replace(first=one(history.first, 1), recent=one(history.recent, 2))
 
 
 def apply_gradient(
@@ -264,8 +375,11 @@ class Plan(NamedTuple):
     kl_weight: np.ndarray  # float32
 
 
-def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Plan:
+def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray, devices: int = 1) -> Plan:
     """Order, timesteps and KL weights of pass `turn` (from 0) over the samples whose KL mask [N] is `mask`.
+
+    Where videos share their prompt's past (config.streaming), a microbatch has equally many of each stream of a round,
+    adjacent; so that each of the `devices` has the pasts of its samples.
 
     loss.timestep_draw 'stratified': of any len(levels) neighbouring samples of the epoch, aligned, each has another
     level, and a sample goes through all levels in as many passes. 'batch': one random level per microbatch.
@@ -277,7 +391,7 @@ def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Pl
             f"{count} samples do not fill {settings.steps_per_pass} optimiser steps "
             f"(optimiser.steps_per_pass) with whole microbatches of {size} (optimiser.microbatch)"
         )
-    order = np.argsort(_random_bits(config, epoch, 2 * turn, count), kind="stable")
+    order = _order(config, _random_bits(config, epoch, 2 * turn, count), devices)
     if config.loss.timestep_draw == "stratified":
         cycle, shift = divmod(turn, len(table))
         rows = -(-count // len(table))
@@ -295,35 +409,51 @@ def plan_pass(config: ConfigDict, epoch: int, turn: int, mask: np.ndarray) -> Pl
     return Plan(order.reshape(shape), t.reshape(shape), kl_weight.reshape(shape))
 
 
+def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:
+    """A random order [N] of the samples by their random `bits`."""
+    if not config.streaming.window or config.streaming.sampling == "sequence":
+        return np.argsort(bits, kind="stable")
+    count, streams = rounds(config, devices)
+    by_stream = bits.reshape(count * streams, -1)
+    each = by_stream.shape[1]
+    order = np.argsort(by_stream, axis=1, kind="stable") + each * np.arange(count * streams)[:, None]
+    share = piece(config, config.optimiser.microbatch, devices) // streams  # videos of a stream that are together
+    return order.reshape(count, streams, -1, share).transpose(2, 0, 1, 3).reshape(-1)
+
+
 def cut(config: ConfigDict, plan: Plan, devices: int) -> Plan:
-    """The plan with microbatches in pieces that the devices can hold: the same samples, timesteps and weights."""
+    """A plan with microbatches in pieces that the devices can hold: the same samples, timesteps and weights."""
     size = piece(config, plan.order.shape[2], devices)
     return Plan(*(part.reshape(len(part), -1, size) for part in plan))
 
 
 def update(
-    train_step: Callable,
+    train_step: TrainStep,
     config: ConfigDict,
     mesh: Mesh,
     state: TrainState,
     params,
     samples: Samples,
     epoch: int,
+    parts: Callable[[np.ndarray, TrainState, Batch, int], Iterable[Work]] | None = None,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """The optimiser steps of an epoch: yields the state and the metrics (floats) after each. `state` is donated.
 
-    train_step: from make_train_step, with the same config and mesh. epoch: from 0; errors count epochs and steps from
-    1, as people do, and samples from 0. Follow the last step by blend_old. Raises FloatingPointError, naming the
+    train_step: with the same config and mesh. epoch: from 0; errors count epochs and steps from 1, as people do, and
+    samples from 0. parts(samples [B], state, batch, i): those of microbatch i of a step, which has these samples; by
+    default all of it at once. Follow the last step by blend_old. Raises FloatingPointError, naming the
     samples where it can, when a step's loss, gradient or result is not finite; the step is not taken.
     """
     text = sharding.replicate(mesh, samples.text)
     for turn in range(config.optimiser.inner_epochs):
-        plan = cut(config, plan_pass(config, epoch, turn, samples.mask), mesh.size)
+        plan = cut(config, plan_pass(config, epoch, turn, samples.mask, mesh.size), mesh.size)
         for i, (order, t, kl_weight) in enumerate(zip(*plan, strict=True), start=turn * len(plan.order)):
             latents, key = _gather(samples.latents, samples.key, order, turn, mesh)
             r, prompt = samples.r[order].astype(np.float32), samples.prompt[order]
             r, kl_weight, prompt, t = sharding.shard_batch(mesh, (r, kl_weight, prompt, t), axis=1)
-            state, metrics = train_step(state, params, text, Batch(latents, r, kl_weight, prompt, t, key))
+            batch = Batch(latents, r, kl_weight, prompt, t, key)
+            work = parts and (lambda state, batch, i, order=order: parts(order[i], state, batch, i))
+            state, metrics = train_step(state, params, text, batch, work)
             yield state, _checked(jax.device_get(metrics), order.reshape(-1), f"epoch {epoch + 1}, step {i + 1}")
 
 

@@ -73,7 +73,7 @@ def make_batch(samples, microbatch=SAMPLES):
 @functools.cache
 def compiled(config_json, mesh):
     """The train step of a config, compiled once for all tests that ask for it."""
-    return update.make_train_step(ConfigDict(json.loads(config_json)), tiny.model()[0], LAYOUT, mesh)
+    return update.TrainStep(ConfigDict(json.loads(config_json)), tiny.model()[0], LAYOUT, mesh)
 
 
 def run_step(config, batch=None, mesh=None, state=None):

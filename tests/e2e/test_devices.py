@@ -7,7 +7,7 @@ import pytest
 from astrolabe_jax import evaluate, prepare, sharding, train
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.report import Progress
-from astrolabe_jax.update import make_train_step
+from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
 from tests.meshes import ONE, mesh_of
 from tests.policies import assert_same_state
@@ -26,7 +26,7 @@ def first_epoch(base, workdir, mesh, monkeypatch, **changes):
 
     monkeypatch.setattr(train, "generate", kept)
     run = run._replace(adapter=random_adapter(run))
-    step = make_train_step(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
+    step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
     point, record = train._epoch(run, train.resume(run), step, Progress({}, lambda: None))
     monkeypatch.undo()
     vae = run.base.vae

@@ -172,6 +172,14 @@ def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) 
     return Cache(put(cache.k, k), put(cache.v, v))
 
 
+def place_visible(cache: Cache, k, v, layout: Layout, end: int) -> Cache:
+    """As `place_frames`, of a whole video to frame `end`: those frames that a rollout would have left."""
+    length = k.shape[2] // end
+    frames = np.array([f for f in range(end) if f < layout.kept or f >= end - (layout.capacity - layout.kept)])
+    tokens = (frames[:, None] * length + np.arange(length)).reshape(-1)
+    return place_frames(cache, k[:, :, tokens], v[:, :, tokens], layout, frames, length)
+
+
 def restart(
     cache: Cache, layout: Layout, end, keep: Sequence[int], config: WanConfig, latent_hw, every: bool = False
 ) -> Cache:
