@@ -5,7 +5,7 @@ on how they are cut into pieces.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +43,14 @@ class Texts(NamedTuple):
 def encode_texts(run: Run, batch: PromptBatch, progress: Progress) -> Texts:
     """Encodes every distinct prompt once."""
     _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
-    net, texts = run.base.text, [batch.texts[i] for i in first]
+    return Texts(encode_distinct(run, [batch.texts[i] for i in first], progress), row.astype(np.int32))
+
+
+def encode_distinct(run: Run, texts: Sequence[str], progress: Progress) -> np.ndarray:
+    """Embeddings [G, S, E] of G prompts."""
+    net = run.base.text
     with progress.phase("encode"):
-        embeddings = encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh)
-    return Texts(embeddings, row.astype(np.int32))
+        return encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh)
 
 
 def generate(
@@ -73,27 +77,33 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
     first: number of the first one among the videos of its epoch or evaluation, for errors, which are those of
     `generate`.
     """
-    vae = run.base.vae
+    vae, numbers = run.base.vae, range(first, first + len(batch.texts))
     with progress.phase("decode"):
-        _refuse_non_finite(latents, batch, first)
+        refuse_non_finite(latents, batch.texts, numbers)
         frames = decode(vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk, mesh=run.mesh)
         frames = sharding.to_host(frames)[: len(batch.texts)]
+    return Videos(latents, frames, judge(run, frames, batch.texts, numbers, progress))
+
+
+def judge(
+    run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
+) -> dict[str, np.ndarray]:
+    """Scores [B] of B videos, which have these numbers in their epoch or evaluation. Raises RewardError."""
     with progress.phase("rewards"):
         try:
-            scores = rewards.score(run.config.rewards, frames, batch.texts, first)
+            return rewards.score(run.config.rewards, frames, texts, numbers)
         except ValueError as error:
             raise RewardError(f"{error}; nothing was learnt from these videos") from error
-    return Videos(latents, frames, scores)
 
 
-def _refuse_non_finite(latents: jax.Array, batch: PromptBatch, first: int) -> None:
+def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:
     """FloatingPointError that names the sample: decoded, such latents would be black frames, and scored as such."""
-    fine = sharding.to_host(finite(latents))[: len(batch.texts)]
+    fine = sharding.to_host(finite(latents))[: len(texts)]
     if len(bad := np.flatnonzero(~fine)):
         index = int(bad[0])
         others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(
-            f"the latents of sample {first + index} (prompt {batch.texts[index]!r}){others} are not finite; they were "
+            f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not finite; they were "
             "not scored; lower optimiser.learning_rate or use model.dtype=float32"
         )
 

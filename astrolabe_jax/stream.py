@@ -60,7 +60,7 @@ def stream(
     text(scene): from `encode_text`; it is asked for once each time a scene begins. noise(step) is [denoising steps, B,
     P, C, H, W]. slots: frames of the cache, as in scenes.timeline. trace: return every network call, too.
     """
-    cache = _empty(policy, batch, slots, latent_hw)
+    cache = empty_cache(policy, batch, slots, latent_hw)
     needed = _last_use(steps)
     history: dict[int, jax.Array] = {}  # frame of the video -> its clean latents, while a change may ask for them
     scene, keys = None, None
@@ -69,13 +69,13 @@ def stream(
         scene = steps[0].scene
         latents = given[:, block.start : block.stop]
         start, at = _place(policy.layout, slots, block.start, block.stop)
-        cache, record = _cache_block(*_split(policy), keys, latents, cache, start, at=at)
+        cache, record = cache_block(*split(policy), keys, latents, cache, start, at=at)
         _remember(history, needed, block.start, latents)
         yield Piece(None, latents, record if trace else None, None, cache)
     for step in steps:
         if step.scene != scene:
             scene, keys = step.scene, text(step.scene)
-        cache, made = _changed(policy, keys, cache, step.change, history, slots, latent_hw)
+        cache, made = changed(policy, keys, cache, step.change, history, slots, latent_hw)
         latents, cache, record = _block(policy, keys, noise(step), cache, step, slots, trace)
         _remember(history, needed, step.frame, latents)
         for frame in [frame for frame in history if needed[frame] <= step.frame]:
@@ -102,8 +102,11 @@ def _remember(history: dict, needed: Mapping[int, int], start: int, latents: jax
     history |= {start + i: latents[:, i] for i in range(latents.shape[1]) if start + i in needed}
 
 
-def _changed(policy, keys, cache, change: Change | None, history, slots: int, latent_hw):
-    """The cache after a change, and the Trace of a recache."""
+def changed(
+    policy: Policy, keys: KeyValues, cache: kv.Cache, change: Change | None, history: Mapping[int, jax.Array],
+    slots: int, latent_hw: tuple[int, int],
+) -> tuple[kv.Cache, Trace | None]:  # fmt: skip
+    """The cache, whose memory is taken, after a change, and the Trace of a recache, which needs frames of `history`."""
     if change is None:
         return cache, None
     end, at = _place(policy.layout, slots, change.end, change.end)
@@ -111,15 +114,13 @@ def _changed(policy, keys, cache, change: Change | None, history, slots: int, la
         return _restart(cache, end, at, policy.layout, change.keep, change.every, policy.config, latent_hw), None
     latents = jnp.stack([history[frame] for frame in change.frames], axis=1)
     positions = np.asarray(change.positions, np.int32)
-    return _recache(*_split(policy), keys, latents, cache, end, positions, at=at, skip=change.skip)
+    return _recache(*split(policy), keys, latents, cache, end, positions, at=at, skip=change.skip)
 
 
 def _block(policy, keys, noise, cache, step: Step, slots: int, trace: bool):
     start, at = _place(policy.layout, slots, step.start, step.start + step.count)
     positions = np.asarray(step.positions, np.int32)
-    made = _sample_block(
-        *_split(policy), keys, noise, cache, start, positions, at=at, aligned=step.aligned, trace=trace
-    )
+    made = sample_block(*split(policy), keys, noise, cache, start, positions, at=at, aligned=step.aligned, trace=trace)
     return made if trace else (*made, None)
 
 
@@ -129,13 +130,13 @@ def _place(layout: Layout, slots: int, frame: int, stop: int) -> tuple[jax.Array
     return (jnp.int32(frame), None) if full else (jnp.int32(0), frame)
 
 
-def _split(policy: Policy) -> tuple:
+def split(policy: Policy) -> tuple:
     """A policy as arguments of the programs below: a static part, and arrays."""
     static = (policy.graphdef, policy.layout, policy.sampler, policy.mesh)
     return static, policy.params, policy.adapter, policy.lora_scale
 
 
-def _empty(policy: Policy, batch: int, slots: int, latent_hw: tuple[int, int]) -> kv.Cache:
+def empty_cache(policy: Policy, batch: int, slots: int, latent_hw: tuple[int, int]) -> kv.Cache:
     """A cache of `slots` frames, split over the samples."""
 
     def make():
@@ -147,22 +148,29 @@ def _empty(policy: Policy, batch: int, slots: int, latent_hw: tuple[int, int]) -
 _program = functools.partial(jax.jit, donate_argnames="cache")
 
 
-@functools.partial(_program, static_argnames=("static", "at", "aligned", "trace"))
-def _sample_block(static, params, adapter, lora_scale, text, noise, cache, start, positions, *, at, aligned, trace):
+@functools.partial(_program, static_argnames=("static", "at", "aligned", "trace", "partial"))
+def sample_block(
+    static, params, adapter, lora_scale, text, noise, cache, start, positions, *, at, aligned, trace, partial=False
+):
+    """rollout.rollout_block at frame `at`, or at the traced `start` where that is None; see `split`."""
     graphdef, layout, sampler, mesh = static
     latents, cache, record = sharding.on_mesh(mesh, rollout.rollout_block)(
         graphdef, params, adapter, text, noise, cache, start if at is None else at, layout=layout, sampler=sampler,
-        lora_scale=lora_scale, positions=positions, aligned=aligned,
+        lora_scale=lora_scale, positions=positions, aligned=aligned, partial=partial,
     )  # fmt: skip
     return (latents, cache, record) if trace else (latents, cache)
 
 
-@functools.partial(_program, static_argnames=("static", "at"))
-def _cache_block(static, params, adapter, lora_scale, text, latents, cache, start, *, at):
+@functools.partial(_program, static_argnames=("static", "at", "t", "aligned", "partial"))
+def cache_block(
+    static, params, adapter, lora_scale, text, latents, cache, start, positions=None, *, at, t=0.0, aligned=True,
+    partial=False,
+):  # fmt: skip
+    """rollout.cache_block, as `sample_block`."""
     graphdef, layout, sampler, mesh = static
     return sharding.on_mesh(mesh, rollout.cache_block)(
         graphdef, params, adapter, text, latents, cache, start if at is None else at, layout=layout, sampler=sampler,
-        lora_scale=lora_scale,
+        lora_scale=lora_scale, t=t, positions=positions, aligned=aligned, partial=partial,
     )  # fmt: skip
 
 

@@ -253,7 +253,7 @@ class TrainStep:
         self.accumulate = jax.jit(
             sharding.on_mesh(mesh, accumulate), donate_argnums=0, static_argnames="frames", out_shardings=whole
         )
-        self.finish = jax.jit(finish, donate_argnums=(0, 1), out_shardings=whole)
+        self.finish = jax.jit(finish, donate_argnums=0, out_shardings=whole)
 
     def __call__(self, state: TrainState, params, text, batch: Batch, parts: Callable | None = None):
         grads, terms = self._begin(state.current), []

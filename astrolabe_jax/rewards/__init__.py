@@ -60,14 +60,16 @@ def check_prompt(names: Iterable[str], prompt: str) -> None:
             raise ValueError(f"reward {name!r}: {error}") from None
 
 
-def score(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], first: int = 0) -> dict[str, np.ndarray]:
+def score(
+    names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], numbers: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """Raw scores of every named reward, and of its parts; each distinct scorer is called once.
 
     Args:
       names: rewards of TABLE.
       frames: decoded videos, uint8 `[B, T, height, width, 3]`.
       prompts: B prompts.
-      first: number of the first video among those of its epoch, for errors.
+      numbers: B numbers of the videos among those of their epoch, for errors; by default from 0.
 
     Returns:
       `REWARD` and `REWARD/PART` -> float32 `[B]`.
@@ -89,7 +91,7 @@ def score(names: Iterable[str], frames: np.ndarray, prompts: Sequence[str], firs
             raise ValueError(f"reward {name!r}: {scorer} returned only {', '.join(map(repr, returned))}")
         for key, values in returned.items():
             if key == name or key.startswith(f"{name}/"):
-                results[key] = _checked(key, values, prompts, first)
+                results[key] = _checked(key, values, prompts, range(len(prompts)) if numbers is None else numbers)
     return results
 
 
@@ -106,7 +108,7 @@ def _import(name: str, target: str) -> Callable:
         raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 
 
-def _checked(name: str, values, prompts: Sequence[str], first: int) -> np.ndarray:
+def _checked(name: str, values, prompts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
     """`values` as float32 `[B]`; ValueError naming the reward, and the sample of a value that is not finite."""
     values = np.asarray(values, np.float32)
     if values.shape != (len(prompts),):
@@ -117,7 +119,7 @@ def _checked(name: str, values, prompts: Sequence[str], first: int) -> np.ndarra
     if len(bad := np.flatnonzero(~np.isfinite(values))):
         index = int(bad[0])
         raise ValueError(
-            f"reward {name!r} is {values[index]} for sample {first + index} (prompt {prompts[index]!r})"
+            f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt {prompts[index]!r})"
             + (f" and for {len(bad) - 1} more" if len(bad) > 1 else "")
         )
     return values

@@ -127,7 +127,7 @@ def test_scores_that_are_no_scores_are_refused(add, returned, message):
 def test_a_sample_is_named_by_its_number_in_the_epoch(add):
     add("bad", lambda frames, prompts: [1.0, 2.0, np.nan])
     with pytest.raises(ValueError, match=r"'bad' is nan for sample 26 \(prompt 'a cow'\)"):
-        rewards.score(["bad"], FRAMES, PROMPTS, first=24)
+        rewards.score(["bad"], FRAMES, PROMPTS, numbers=range(24, 24 + len(PROMPTS)))
 
 
 def test_the_shipped_rewards_score_their_world():
