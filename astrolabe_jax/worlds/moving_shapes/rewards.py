@@ -198,7 +198,7 @@ def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.
     """
     step, pair = jnp.diff(place), jnp.sqrt(weight[1:] * weight[:-1])
     none = len(step)  # the step in which a turn happens that does not happen
-    index, long, pair_or_none = jnp.arange(none + 1), jnp.pad(jnp.abs(step), (0, 1)), jnp.pad(pair, (0, 1))
+    index, long = jnp.arange(none + 1), jnp.pad(jnp.abs(step), (0, 1))
     # What a step over a turn is if it goes on behind the border.
     over_low, over_high = (jnp.pad(2 * border - place[1:] - place[:-1], (0, 1)) for border in (low, high))
 
@@ -218,7 +218,7 @@ def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.
         first = misplaced(jnp.where(velocity > 0, over_high[i], over_low[i]), i, velocity)
         second = misplaced(-jnp.where(velocity > 0, over_low, over_high), index, velocity)
         unsteady = square + other - velocity * (moved - back)
-        unsteady += pair_or_none[i] * first**2 + pair_or_none * second**2
+        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)  # even if it is not seen
         possible = (index > i) | (index == none)
         j = jnp.argmin(jnp.where(possible, unsteady, jnp.inf))
         return unsteady[j], j, velocity[j], first[j], second[j]
@@ -357,7 +357,8 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
       prompts: B prompts of the world's vocabulary.
 
     Returns:
-      float32 `[B]` in [0, 1] for each reward, and for each part as `REWARD/PART` (EXPONENTS lists them). A video's values do not depend on the rest of the batch.
+      float32 `[B]` in [0, 1] for each reward, and for each part as `REWARD/PART` (EXPONENTS lists them). A video's
+      values do not depend on the rest of the batch.
 
     Raises:
       ValueError: for frames of another shape or dtype, or for a prompt that is not of this world.
