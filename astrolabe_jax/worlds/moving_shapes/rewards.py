@@ -43,6 +43,7 @@ EXPONENTS = {
 }
 EXPONENTS |= {"bounce_mq": EXPONENTS["shapes_mq"], "bounce_ta": EXPONENTS["shapes_ta"]}
 TURN_COST = 1.5  # pixels of a misplaced step, as which a turn far from the border counts
+TURN_SCALE = 4.0  # pixels, twice the distance from the border at which a turn counts as 0.7 of that
 FLOOR = 0.02  # a part of 0 counts as this, so that the others still show in the product
 CHUNK = 8  # videos scored at once: one compilation serves every batch size, and the working set stays in cache
 
@@ -209,7 +210,7 @@ def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.
 
     def misplaced(over, at, velocity):  # a turn may be off its border, but not longer than the other steps
         error = jnp.abs(over - velocity)
-        return TURN_COST * error / jnp.sqrt(error**2 + 4**2) + jnp.maximum(long[at] - jnp.abs(velocity), 0)
+        return TURN_COST * error / jnp.sqrt(error**2 + TURN_SCALE**2) + jnp.maximum(long[at] - jnp.abs(velocity), 0)
 
     def best(i):  # of the second turns `index` behind a first one in step i
         apart = [(total[i] + total[-1] - total[1:], total[:-1] - total[i + 1]) for total in sums]
