@@ -46,7 +46,7 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     batch, size, parts = held_out(run), piece(run.config, run.config.sampler.batch, run.mesh.size), []
     for start in range(0, len(batch.texts), size):
         part = batch.part(slice(start, start + size))
-        videos = np.stack([world.sample(*_draw(run, part, j), run.config.video.frames) for j in range(len(part.texts))])
+        videos = np.stack([world.sample(*_draw(run, part, j)) for j in range(len(part.texts))])
         with progress.phase("encode"):
             padded = videos[np.resize(np.arange(len(videos)), size)]
             vae, placed = run.base.vae, sharding.shard_batch(run.mesh, padded)
@@ -55,9 +55,9 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     return _total(run, parts)
 
 
-def _draw(run: Run, batch: PromptBatch, j: int) -> tuple[str, np.random.Generator]:
+def _draw(run: Run, batch: PromptBatch, j: int) -> tuple[list[tuple[str, int]], np.random.Generator]:
     place = [run.config.seed, Purpose.REAL, batch.index[j], batch.candidate[j]]
-    return batch.texts[j], np.random.default_rng(place)
+    return [(batch.texts[j], run.config.video.frames)], np.random.default_rng(place)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))

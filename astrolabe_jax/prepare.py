@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,6 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
-    _check_ceiling(config, lists["test"])
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
@@ -184,19 +183,6 @@ def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any
                 "add prompts or lower config.prompts.groups"
             )
     return lines
-
-
-def _check_ceiling(config: ConfigDict, test_prompts: Sequence[str]) -> None:
-    """Refuses videos that are longer than the real ones behind eval.ceiling can be."""
-    world = prompts.world_of(config.prompts.test)
-    if world and config.eval.ceiling:
-        try:
-            world.check_frames(test_prompts, config.video.frames)
-        except ValueError as error:
-            raise ValueError(
-                f"config.video.frames: {error}; ask for fewer frames, or do without the ceiling: "
-                "config.eval.ceiling=False"
-            ) from None
 
 
 def _first_adapter(config: ConfigDict, base: Base) -> dict:

@@ -68,7 +68,9 @@ def test_unknown_and_missing_rewards_are_named():
     config = moving_shapes.get_config()
     with config.unlocked():
         config.rewards.shapes_qv = 1.0
-    with pytest.raises(ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of shapes_mq"):
+    with pytest.raises(
+        ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of bounce_mq, bounce_ta, s"
+    ):
         validate(config, rewards.TABLE, 1, "cpu")
     for weight in ("high", True, float("nan")):
         config = moving_shapes.get_config()

@@ -30,7 +30,7 @@ class Reward(NamedTuple):
 _MOVING_SHAPES = Reward(
     "astrolabe_jax.worlds.moving_shapes.rewards:score", "astrolabe_jax.worlds.moving_shapes.vocabulary:parse"
 )
-TABLE = {"shapes_vq": _MOVING_SHAPES, "shapes_mq": _MOVING_SHAPES, "shapes_ta": _MOVING_SHAPES}
+TABLE = dict.fromkeys(("shapes_vq", "shapes_mq", "shapes_ta", "bounce_mq", "bounce_ta"), _MOVING_SHAPES)
 
 
 def validate(names: Iterable[str]) -> None:

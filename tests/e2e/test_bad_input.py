@@ -58,11 +58,6 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
     [
         ({"video.frames": 6}, "config.video.frames: 6 pixel frames: expected 1 modulo 4"),
         ({"model.block": 3}, "config.video.frames and config.model: 2 frames are not a whole number of blocks of 3"),
-        (
-            {"video.frames": 37, "eval.ceiling": True},
-            "config.video.frames: in 37 frames some shapes leave the picture; real videos have at most 33; .* "
-            "config.eval.ceiling=False",
-        ),
         ({"loss.mask_block": 3}, "config.loss.mask_block: 2 frames are not a whole number of blocks of 3"),
         (
             {"model.window": 1, "loss.mask_block": 2},
@@ -100,11 +95,6 @@ def test_another_adapter(base, tmp_path):
     )
     message = refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
     assert "config.lora.init: " in message and "adapter_config.json has r 2; expected rank 4" in message
-
-
-@pytest.mark.parametrize("changes", [{"video.frames": 33, "eval.ceiling": True}, {"video.frames": 37}])
-def test_videos_may_be_as_long_as_the_ceiling_allows(base, tmp_path, changes):
-    prepare.prepare(runs.small_config(base, **changes), tmp_path / "run")
 
 
 def test_a_broken_adapter_is_named(base, tmp_path):

@@ -90,7 +90,10 @@ def test_prompts_are_checked_by_the_rewards_that_care(add):
         rewards.check_prompt(["any", "brief"], "a longer cat")
 
 
-@pytest.mark.parametrize("name", ["shapes_vq", "shapes_mq", "shapes_ta"])
+SHIPPED = ["shapes_vq", "shapes_mq", "shapes_ta", "bounce_mq", "bounce_ta"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
     frames = np.zeros((1, 2, 8, 8, 3), np.uint8)
     for prompt in ("a cat", "a blue circle moving left on a blue background"):
@@ -131,11 +134,11 @@ def test_a_sample_is_named_by_its_number_in_the_epoch(add):
 
 
 def test_the_shipped_rewards_score_their_world():
-    names = [name for name in rewards.TABLE if name.startswith("shapes_")]
     prompts = vocabulary.prompts("test")[:2]
     frames = np.stack([render.sample(prompt, np.random.default_rng(0)) for prompt in prompts])
-    scores = rewards.score(names, frames, prompts)
-    assert [name for name in scores if "/" not in name] == ["shapes_vq", "shapes_mq", "shapes_ta"]
-    assert all(values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in names))
-    parts = {name.partition("/")[2] for name in scores if name.startswith("shapes_ta/")}
-    assert parts == {"visibility", *vocabulary.Attributes._fields}
+    scores = rewards.score(SHIPPED, frames, prompts)
+    assert [name for name in scores if "/" not in name] == SHIPPED
+    assert all(values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in SHIPPED))
+    for reward in ("shapes_ta", "bounce_ta"):
+        parts = {name.partition("/")[2] for name in scores if name.startswith(f"{reward}/")}
+        assert parts == {"visibility", *vocabulary.Attributes._fields}

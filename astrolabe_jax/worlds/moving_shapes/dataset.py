@@ -6,6 +6,14 @@
 
 or, once this module is imported, `tfds.data_source("moving_shapes", split="train", data_dir="...")`.
 Splits are those of the vocabulary. Text comes back as bytes, as tensorflow-datasets stores it.
+
+Long videos, whose shapes bounce at the borders and change with their scenes, are a config of their own:
+
+    builder = MovingShapes(data_dir="...", config="long_videos_per_prompt_1")
+
+or `tfds.data_source("moving_shapes/long_videos_per_prompt_1", ...)`; its `train` and `test` are `long_train` and
+`long_test` of the vocabulary. A `prompt` is a scene string, and `scenes` has each scene's plain prompt and its pixel
+frames. Several videos of a prompt: `config=MovingShapesConfig(long=True, videos_per_prompt=3)`.
 """
 
 import dataclasses
@@ -25,34 +33,41 @@ class MovingShapesConfig(tfds.core.BuilderConfig):
 
     Attributes:
       videos_per_prompt: videos of each prompt, each with a path of its own.
+      long: whether they are long ones (see above).
     """
 
     name: str = ""
     videos_per_prompt: int = 1
+    long: bool = False
 
     def __post_init__(self):
         if self.videos_per_prompt < 1:
             raise ValueError(f"videos_per_prompt must be at least 1, got {self.videos_per_prompt}")
-        self.name = f"videos_per_prompt_{self.videos_per_prompt}"
+        self.name = f"{'long_' * self.long}videos_per_prompt_{self.videos_per_prompt}"
 
 
-def example(split: str, index: int, videos_per_prompt: int = 1) -> dict:
+def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = False) -> dict:
     """Video `index` of a split, which depends on nothing else; the videos of a prompt follow one another.
 
     Returns:
       prompt, colour, shape, direction, speed (empty: medium), background: str; video: uint8 `[33, 48, 48, 3]`.
+      For a long one prompt: str; video: uint8 `[249, 48, 48, 3]`; scenes: a list of {prompt: str, frames: int}.
 
     Raises:
       IndexError: for an index beyond the split; ValueError: for an unknown split.
     """
-    prompts = vocabulary.prompts(split)
+    prompts = vocabulary.prompts(f"{'long_' * long}{split}")
     if not 0 <= index < len(prompts) * videos_per_prompt:
         raise IndexError(
             f"video {index} of moving_shapes/{split}, which has {len(prompts)} prompts x {videos_per_prompt} videos"
         )
     prompt = prompts[index // videos_per_prompt]
-    video = render.sample(prompt, np.random.default_rng([SPLITS.index(split), index]))
-    return {"prompt": prompt, "video": video, **vocabulary.parse(prompt)._asdict()}
+    rng = np.random.default_rng([SPLITS.index(split) + len(SPLITS) * long, index])
+    if not long:
+        return {"prompt": prompt, "video": render.sample(prompt, rng), **vocabulary.parse(prompt)._asdict()}
+    scenes = vocabulary.long_scenes(f"long_{split}")[index // videos_per_prompt]
+    listed = [{"prompt": plain, "frames": frames} for plain, frames in scenes]
+    return {"prompt": prompt, "video": render.sample_scenes(scenes, rng), "scenes": listed}
 
 
 class MovingShapes(tfds.core.GeneratorBasedBuilder):
@@ -60,7 +75,7 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
-    BUILDER_CONFIGS = [MovingShapesConfig()]
+    BUILDER_CONFIGS = [MovingShapesConfig(), MovingShapesConfig(long=True)]
     # Where to find checksums of downloads: there are none, and the default looks for them with importlib_resources,
     # which tensorflow-datasets 4.9.10 uses without requiring it.
     code_path = None
@@ -72,13 +87,16 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
             self.info.set_file_format("array_record", override=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        attributes = {name: tfds.features.Text() for name in vocabulary.Attributes._fields}
-        shape = (render.FRAMES, render.SIZE, render.SIZE, 3)
+        text, long = tfds.features.Text(), self.builder_config.long
+        shape = (vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3)
         video = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
+        described = dict.fromkeys(vocabulary.Attributes._fields, text)
+        if long:
+            described = {"scenes": tfds.features.Sequence({"prompt": text, "frames": np.int32})}
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "video": video, **attributes}),
+            features=tfds.features.FeaturesDict({"prompt": text, "video": video, **described}),
             disable_shuffling=True,  # record i is video i
         )
 
@@ -87,6 +105,7 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        repeats = self.builder_config.videos_per_prompt
-        for index in range(len(vocabulary.prompts(split)) * repeats):
-            yield index, example(split, index, repeats)
+        config = self.builder_config
+        prompts = vocabulary.prompts(f"{'long_' * config.long}{split}")
+        for index in range(len(prompts) * config.videos_per_prompt):
+            yield index, example(split, index, config.videos_per_prompt, config.long)

@@ -1,7 +1,9 @@
-"""Renders moving shapes: one shape on a plain background, moving steadily, with antialiased edges."""
+"""Renders moving shapes: one shape on a plain background, moving steadily, with antialiased edges.
 
-from collections.abc import Iterable
-from typing import NamedTuple
+A shape that comes to the border is reflected there, so that a video may be of any length.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,45 +23,42 @@ MARGIN = 0.25  # pixels that always remain between a shape and the border
 JITTER = 3.0  # the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
 
 
-class Path(NamedTuple):
-    """Where a shape is: centre (x, y) in pixels at frame 0 and step (x, y) in pixels per frame."""
-
-    start: np.ndarray
-    step: np.ndarray
-
-    def centres(self, frames: int) -> np.ndarray:
-        """Centres `[T, 2]` as (x, y)."""
-        return self.start + np.arange(frames)[:, None] * self.step
+def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest (x, y) in pixels that the centre of a shape may take."""
+    side, up, down = EXTENTS[shape]
+    return np.array([side, up]) + MARGIN, SIZE - np.array([side, down]) - MARGIN
 
 
-def sample_path(attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER) -> Path:
-    """A straight path at the asked speed whose middle is uniform around the centre, as far as the border allows."""
-    step = np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
-    travel = np.abs(step) * (frames - 1)
+def sample_start(
+    attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER
+) -> np.ndarray:
+    """Centre (x, y) at frame 0 of a path whose middle is uniform around the frame's centre, as far as it fits.
+
+    Where `frames` do not fit between the borders, the path begins as one of FRAMES does.
+    """
+    step = _step(attributes)
     side, up, down = EXTENTS[attributes.shape]
-    room = SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - travel / 2
-    if (room < 0).any():
-        raise ValueError(f"{frames} frames of {attributes.speed or 'medium'} motion leave a {SIZE}-pixel frame")
-    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + rng.uniform(-1, 1, 2) * np.minimum(room, jitter)
-    return Path(middle - step * (frames - 1) / 2, step)
+
+    def room(frames):
+        return SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - np.abs(step) * (frames - 1) / 2
+
+    straight = frames if (room(frames) >= 0).all() else FRAMES
+    spread = rng.uniform(-1, 1, 2) * np.minimum(room(straight), jitter)
+    return SIZE / 2 + np.array([0, (up - down) / 2]) + spread - step * (straight - 1) / 2
 
 
-def check_frames(prompts: Iterable[str], frames: int) -> None:
-    """Raises ValueError, saying how many frames there may be, unless `sample` can show every prompt for `frames`."""
-    wanted = [vocabulary.parse(prompt) for prompt in prompts]
-    rng = np.random.default_rng(0)
+def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray:
+    """Centres `[T, 2]` as (x, y): steady from `start` at the asked velocity, reflected at the borders."""
+    low, high = bounds(attributes.shape)
+    straight = start + np.arange(frames)[:, None] * _step(attributes)
+    turn = (straight - low) % (2 * (high - low))
+    reflected = low + np.minimum(turn, 2 * (high - low) - turn)
+    return np.where((straight < low) | (straight > high), reflected, straight)
 
-    def stay(frames: int) -> bool:
-        try:
-            for attributes in wanted:
-                sample_path(attributes, rng, frames)
-        except ValueError:
-            return False
-        return True
 
-    if not stay(frames):
-        most = next(filter(stay, range(frames, 0, -1)))
-        raise ValueError(f"in {frames} frames some shapes leave the picture; real videos have at most {most}")
+def _step(attributes: Attributes) -> np.ndarray:
+    """Pixels per frame (x, y)."""
+    return np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
 
 
 def edge_distance(shape: str, x, y, xp=np):
@@ -77,13 +76,11 @@ def edge_distance(shape: str, x, y, xp=np):
     return xp.maximum(y, slope) - inner
 
 
-def render(attributes: Attributes, path: Path, frames: int = FRAMES) -> np.ndarray:
-    """Video uint8 `[T, SIZE, SIZE, 3]` of the shape on the path."""
+def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
+    """Video uint8 `[T, SIZE, SIZE, 3]` of the shape at `centres`, `[T, 2]` as (x, y) in pixels."""
     pixel = np.arange(SIZE) + 0.5
-    centres = path.centres(frames)[:, :, None, None]
-    distance = edge_distance(
-        attributes.shape, pixel[None, None, :] - centres[:, 0], pixel[None, :, None] - centres[:, 1]
-    )
+    x, y = centres.T[:, :, None, None]
+    distance = edge_distance(attributes.shape, pixel[None, None, :] - x, pixel[None, :, None] - y)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)
@@ -92,5 +89,22 @@ def render(attributes: Attributes, path: Path, frames: int = FRAMES) -> np.ndarr
 
 def sample(prompt: str, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER) -> np.ndarray:
     """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
-    attributes = vocabulary.parse(prompt)
-    return render(attributes, sample_path(attributes, rng, frames, jitter), frames)
+    return sample_scenes([(prompt, frames)], rng, jitter)
+
+
+def sample_scenes(scenes: Sequence[tuple[str, int]], rng: np.random.Generator, jitter: float = JITTER) -> np.ndarray:
+    """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of (prompt, pixel frames) after one another.
+
+    The shape begins at a random position, and goes on in each scene from where it is, as that scene's prompt says;
+    a bounce before does not count. ValueError for a prompt of another world.
+    """
+    centres, parts = None, []
+    for prompt, frames in scenes:
+        attributes = vocabulary.parse(prompt)
+        if centres is None:
+            centres = bounce(attributes, sample_start(attributes, rng, frames, jitter), frames)
+        else:
+            place = np.clip(centres[-1], *bounds(attributes.shape))  # a larger shape has less room
+            centres = bounce(attributes, place, frames + 1)[1:]
+        parts.append(render(attributes, centres))
+    return np.concatenate(parts)

@@ -1,8 +1,10 @@
-"""Three analytic rewards of the moving-shapes world, measured on decoded pixels, each in [0, 1].
+"""Five analytic rewards of the moving-shapes world, measured on decoded pixels, each in [0, 1].
 
     shapes_vq  visual quality: a crisp, clean, on-palette and well visible shape on a clean background
     shapes_mq  motion quality: a shape that moves, at constant velocity, without teleport or flicker
     shapes_ta  text alignment: colour, shape, direction, speed and background as the prompt says
+    bounce_mq  the same as shapes_mq for clips of long videos, in which a shape is reflected at the borders
+    bounce_ta  the same as shapes_ta for them
 
 How they conflict. VQ knows neither the prompt nor motion: what serves it best is the shape that a decoder draws most
 sharply, large, in whatever colour stands out, and still. MQ asks for motion, but counts unsteadiness in pixels, so
@@ -15,6 +17,12 @@ renderer's three shapes, drawn at its centroid and of its size (intersection ove
 give the velocity. Every part is graded by a rational or exponential fall-off, so that a poor video still has a slope
 to climb, and a reward is the geometric mean of its parts: a weak part cannot be bought off by the others.
 Lengths are pixels of the renderer's own frame size, whatever the size of the frames.
+
+How they see a bounce. The bounce rewards unfold the path first, with at most two turns per axis, which is as many as
+the fastest shape makes in 36 frames (use them on clips of about that length): behind a turn it goes on as in a mirror
+at the border, so that a proper bounce unfolds to a straight path. A turn elsewhere costs steadiness, up to that of a
+misplaced step of TURN_COST pixels. A clip does not tell a shape that comes back from the border from one that goes the
+wrong way, so the direction is right either way along the asked axis.
 """
 
 import math
@@ -33,6 +41,9 @@ EXPONENTS = {
     "shapes_mq": {"visibility": 1.0, "steadiness": 0.3, "motion": 0.3, "colour": 0.15, "form": 0.1, "stillness": 0.15},
     "shapes_ta": {"visibility": 1.0, "colour": 0.2, "shape": 0.2, "direction": 0.2, "speed": 0.2, "background": 0.2},
 }
+EXPONENTS |= {"bounce_mq": EXPONENTS["shapes_mq"], "bounce_ta": EXPONENTS["shapes_ta"]}
+TURN_COST = 1.5  # pixels of a misplaced step, as which a turn far from the border counts
+TURN_SCALE = 4.0  # pixels, twice the distance from the border at which a turn counts as 0.7 of that
 FLOOR = 0.02  # a part of 0 counts as this, so that the others still show in the product
 CHUNK = 8  # videos scored at once: one compilation serves every batch size, and the working set stays in cache
 
@@ -169,6 +180,60 @@ def _velocity(centres: jax.Array, weight: jax.Array) -> jax.Array:
     return _ratio((weight * time) @ centres, jnp.sum(weight * time**2))
 
 
+def _unfold(video: Frame) -> jax.Array:
+    """Centres `[T, 2]` of the path with its turns at the borders taken out: a proper bounce becomes a straight line."""
+    weight = _seen(video)
+    height, width = video.outside.shape[1:]
+    best = jax.nn.softmax(_ratio(weight @ video.fit, jnp.sum(weight)) / 0.02)
+    area = _ratio(weight @ video.area, jnp.sum(weight))
+    scale = jnp.sqrt(jnp.maximum(area, 1.0) / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES]))
+    side, up, down = (best * scale) @ jnp.array([render.EXTENTS[shape] for shape in vocabulary.SHAPES])
+    low, high = jnp.array([side, up]) + render.MARGIN, jnp.array([width - side, height - down]) - render.MARGIN
+    return jax.vmap(_unfold_axis, (1, None, 0, 0), 1)(video.centre, weight, low, high)
+
+
+def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Places `[T]` along an axis with up to two turns, at `low` and `high` in either order, taken out.
+
+    Turns are tried in all pairs of steps from frame to frame; those are taken that leave the steadiest velocity.
+    """
+    step, pair = jnp.diff(place), jnp.sqrt(weight[1:] * weight[:-1])
+    none = len(step)  # the step in which a turn happens that does not happen
+    index, long = jnp.arange(none + 1), jnp.pad(jnp.abs(step), (0, 1))
+    # What a step over a turn is if it goes on behind the border.
+    over_low, over_high = (jnp.pad(2 * border - place[1:] - place[:-1], (0, 1)) for border in (low, high))
+
+    def upto(values):  # sums [k] of the first k, up to none + 1
+        return jnp.pad(jnp.cumsum(pair * values), (1, 1), mode="edge").at[0].set(0)
+
+    sums = [upto(values) for values in (jnp.ones_like(step), step, step**2)]
+
+    def misplaced(over, at, velocity):  # a turn may be off its border, but not longer than the other steps
+        error = jnp.abs(over - velocity)
+        return TURN_COST * error / jnp.sqrt(error**2 + TURN_SCALE**2) + jnp.maximum(long[at] - jnp.abs(velocity), 0)
+
+    def best(i):  # of the second turns `index` behind a first one in step i
+        apart = [(total[i] + total[-1] - total[1:], total[:-1] - total[i + 1]) for total in sums]
+        (count, between), (moved, back), (square, other) = apart
+        velocity = _ratio(moved - back, count + between)
+        first = misplaced(jnp.where(velocity > 0, over_high[i], over_low[i]), i, velocity)
+        second = misplaced(-jnp.where(velocity > 0, over_low, over_high), index, velocity)
+        unsteady = square + other - velocity * (moved - back)
+        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)  # even if it is not seen
+        possible = (index > i) | (index == none)
+        j = jnp.argmin(jnp.where(possible, unsteady, jnp.inf))
+        return unsteady[j], j, velocity[j], first[j], second[j]
+
+    tried = jax.lax.map(best, index)  # one after another: memory does not grow with the square of the length
+    i = jnp.argmin(tried[0])
+    j, velocity, first, second = (values[i] for values in tried[1:])
+    index = index[:-1]
+    straight = jnp.where((index > i) & (index < j), -step, step)
+    for at, error in ((i, first), (j, second)):
+        straight = jnp.where(index == at, velocity + jnp.where(velocity > 0, error, -error), straight)
+    return place[0] + jnp.pad(jnp.cumsum(straight), (1, 0))
+
+
 def _quality_parts(video: Frame) -> dict[str, jax.Array]:
     """Parts of shapes_vq, each `[]`: means over the frames, by visibility."""
 
@@ -241,10 +306,14 @@ def _score_video(video: jax.Array, asked: Asked) -> dict[str, jax.Array]:
     """Scores and parts `[]` of one video of colour planes uint8 `[T, 3, h, w]`."""
     planes = video.astype(jnp.float32)
     frames = jax.vmap(_observe)(planes)
+    unfolded = frames._replace(centre=_unfold(frames))
+    way = jnp.where(asked.direction @ _velocity(unfolded.centre, _seen(frames)) < 0, -1, 1)
     parts = {
         "shapes_vq": _quality_parts(frames),
         "shapes_mq": _motion_parts(frames, planes),
         "shapes_ta": _alignment_parts(frames, asked),
+        "bounce_mq": _motion_parts(unfolded, planes),
+        "bounce_ta": _alignment_parts(unfolded, asked._replace(direction=way * asked.direction)),
     }
     parts = jax.tree.map(lambda part: jnp.clip(part, 0, 1), parts)  # weighted means may exceed 1 by rounding
     scores = {}
@@ -282,15 +351,15 @@ def _asked(prompts: Sequence[str]) -> Asked:
 
 
 def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """All three rewards and their parts, from decoded pixels.
+    """All five rewards and their parts, from decoded pixels.
 
     Args:
       frames: uint8 `[B, T, height, width, 3]`, B >= 1, T >= 2.
       prompts: B prompts of the world's vocabulary.
 
     Returns:
-      float32 `[B]` in [0, 1] for each of `shapes_vq`, `shapes_mq`, `shapes_ta`, and for each part as `REWARD/PART`
-      (EXPONENTS lists them). A video's values do not depend on the rest of the batch.
+      float32 `[B]` in [0, 1] for each reward, and for each part as `REWARD/PART` (EXPONENTS lists them). A video's
+      values do not depend on the rest of the batch.
 
     Raises:
       ValueError: for frames of another shape or dtype, or for a prompt that is not of this world.

@@ -1,8 +1,10 @@
 import collections
+import hashlib
 import itertools
 
 import pytest
 
+from astrolabe_jax import scenes
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 
 
@@ -73,5 +75,45 @@ def test_other_prompts_are_refused_with_the_vocabulary(prompt):
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"'validation'.*'train' or 'test'"):
+    with pytest.raises(ValueError, match=r"'validation'.*'train', 'test', 'long_train', 'long_test'"):
         vocabulary.prompts("validation")
+
+
+LONG = [(split, count) for split, count in vocabulary.LONG_SPLITS.items()]
+
+
+@pytest.mark.parametrize(("split", "count"), LONG)
+def test_scene_strings_are_those_of_the_sampler(split, count):
+    """Scenes are windows of 9 latent frames, and their plain prompts are of the world."""
+    prompts, listed = vocabulary.prompts(split), vocabulary.long_scenes(split)
+    assert len(set(prompts)) == len(prompts) == len(listed) == count
+    for prompt, video in zip(prompts, listed, strict=True):
+        read = scenes.parse(prompt, block=3, fps=vocabulary.FPS)
+        assert [scene.prompt for scene in read] == [plain for plain, _ in video]
+        assert not any(scene.cut for scene in read)
+        ends = list(itertools.accumulate(scene.blocks for scene in read[:-1]))
+        assert [4 * 3 * end - 3 for end in ends] == list(itertools.accumulate(n for _, n in video[:-1]))
+        assert all(end % 3 == 0 for end in ends)
+        assert sum(frames for _, frames in video) == vocabulary.LONG_FRAMES == 249
+
+
+@pytest.mark.parametrize(("split", "count"), LONG)
+def test_long_videos_are_plain_or_change_as_documented(split, count):
+    videos = [[vocabulary.parse(plain) for plain, _ in video] for video in vocabulary.long_scenes(split)]
+    assert collections.Counter(map(len, videos)) == {1: count // 3, 2: count // 3, 3: count // 3}
+    assert all(vocabulary.held_out(scene) == (split == "long_test") for video in videos for scene in video)
+    pairs = [pair for video in videos for pair in itertools.pairwise(video)]
+    changed = collections.Counter(
+        tuple(name for name, a, b in zip(last._fields, last, new, strict=True) if a != b) for last, new in pairs
+    )
+    allowed = {tuple(tables) for tables in vocabulary.CHANGES} - ({("colour",)} if split == "long_test" else set())
+    assert set(changed) == allowed and min(changed.values()) > len(pairs) / 8
+    for field in vocabulary.Attributes._fields:  # varied
+        counts = collections.Counter(getattr(scene, field) for video in videos for scene in video)
+        assert min(counts.values()) > max(counts.values()) / 2
+
+
+def test_long_lists_stay_what_they_are():
+    """Runs are repeated with them: no release of Python or numpy may change a list."""
+    digests = [hashlib.sha256("\n".join(vocabulary.prompts(split)).encode()).hexdigest() for split, _ in LONG]
+    assert [digest[:16] for digest in digests] == ["8179681f88648ae0", "ab1c1f5bb1bb26a7"]
