@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, rewards, sharding
+from astrolabe_jax import encode, processes, rewards, sharding
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
@@ -80,7 +80,7 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
         frames = sharding.to_host(frames)[: len(batch.texts)]
     with progress.phase("rewards"):
         try:
-            scores = rewards.score(run.config.rewards, frames, batch.texts, first)
+            scores = processes.together(lambda: rewards.score(run.config.rewards, frames, batch.texts, first))
         except ValueError as error:
             raise RewardError(f"{error}; nothing was learnt from these videos") from error
     return Videos(latents, frames, scores)
