@@ -151,9 +151,9 @@ def save_samples(
 ) -> int:
     """Saves what an epoch has sampled, before anything is learnt from it, in the place of an earlier epoch's.
 
-    epoch: finished ones, as of the checkpoint that it follows. samples: a pytree of arrays of any dtype that JAX has,
-    those of numpy equal on all processes; progress: JSON-able, such as scores. policy: the adapter that has sampled.
-    Returns bytes, raises and is called as `save`, which removes them again.
+    epoch: finished ones, as of the checkpoint that it follows. samples: a pytree, not a lone array, of any dtypes that
+    JAX has; its numpy arrays are equal on all processes. progress: JSON-able, such as scores. policy: the adapter that
+    has sampled. Returns bytes, raises and is called as `save`, which removes them again.
     """
     record = {"progress": progress, "identity": dict(identity), "policy": int(_checksum(policy))}
     return _write(workdir / SAMPLES, epoch, samples, record, keep=1)

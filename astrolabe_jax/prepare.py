@@ -56,6 +56,9 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     file or line at fault, and the next step; on all processes, if on one.
     """
     run = processes.together(lambda: _read(config, Path(workdir)))
+    mine = run.identity | {"workdir": str(workdir)}
+    first = processes.by_first(lambda: mine)
+    processes.together(lambda: _refuse_other_settings(first, mine))
     processes.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
     return run
 
@@ -88,6 +91,15 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
+
+
+def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
+    """ValueError unless the processes were started alike: they would compute different things together."""
+    for name in sorted({*first, *mine}):
+        if first.get(name) != mine.get(name):
+            raise ValueError(
+                f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; start all processes alike"
+            )
 
 
 def numerics(config: ConfigDict) -> dict[str, Any]:

@@ -159,11 +159,13 @@ def _sampled(
     place = (run.workdir, point.epoch)
     if run.config.train.save_samples:
         shape = (len(batch.texts), *run.latent_shape)
-        template = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))
+        template = {"latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))}
         found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
         if found is not None:
             say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
-            return found.state, {name: np.array(values, np.float32) for name, values in found.progress.items()}
+            return found.state["latents"], {
+                name: np.array(values, np.float32) for name, values in found.progress.items()
+            }
     what = f"epoch {point.epoch + 1}: sampling batch"
     videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
     latents = jnp.concatenate([latents for latents, _ in videos])
@@ -171,7 +173,7 @@ def _sampled(
     if run.config.train.save_samples:
         with progress.phase("save samples"):
             listed = {name: values.tolist() for name, values in scores.items()}
-            size = checkpoint.save_samples(*place, latents, listed, point.state.old, run.identity)
+            size = checkpoint.save_samples(*place, {"latents": latents}, listed, point.state.old, run.identity)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return latents, scores
 
