@@ -216,11 +216,11 @@ def _faulty(load: Callable[[], Restored], path: Path) -> tuple[Restored | None, 
 
 
 def _unusable(load: Callable[[], Restored]) -> tuple[Restored | None, str]:
-    """What `load` returns, or whatever keeps it from that: these can be made again."""
+    """What `load` returns, or whatever keeps it from that, without advice: these can be made again."""
     try:
         return load(), ""
     except (_Damaged, ValueError, OSError) as error:
-        return None, str(error)
+        return None, str(error).partition(";")[0]
 
 
 def _read_all(path: Path) -> None:
