@@ -6,26 +6,36 @@ A working directory holds
     checkpoints/EPOCH/state     adapters and optimiser state; base weights are never saved
     checkpoints/EPOCH/progress  JSON: counters, controllers, identity, shapes and checksum of the state; its own digest
     checkpoints/EPOCH.damaged   one that was found damaged and is kept aside
+    samples_in_flight/EPOCH/    likewise, what the epoch after EPOCH finished ones has sampled and not yet learnt from
 
 Orbax writes beside and renames, so a checkpoint is there whole or not at all. One with missing or corrupt content is
 put aside for the one before it. One that the system cannot read just now, or that another program made, is an error.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from astrolabe_jax.convert.files import read_json, write_atomic
+from astrolabe_jax import processes
+from astrolabe_jax.convert.files import WriteError, read_json, write_atomic
+
+CHECKPOINTS, SAMPLES = "checkpoints", "samples_in_flight"
 
 # Fields of the config that may change between the pieces of a run: they say how far it goes, where it computes, or
 # where the files lie that `prepare` puts into the identity by their content.
@@ -41,6 +51,7 @@ MAY_DIFFER = frozenset(
         "train.epochs",
         "train.checkpoint_every",
         "train.checkpoints_kept",
+        "train.save_samples",
         "mesh.data",
         "mesh.fsdp",
         "mesh.samples_per_device",
@@ -95,45 +106,80 @@ def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any], com
         raise ValueError("\n  ".join([f"{complaint}; {advice}:", *differing]))
 
 
-def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mapping[str, Any], keep: int) -> None:
-    """Saves a pytree of arrays and a JSON-able `progress` after `epoch` finished epochs; the last `keep` are kept."""
-    record = {"progress": progress, "identity": dict(identity)}
-    record |= {"shapes": _shapes(state), "checksum": int(_checksum(state))}
-    record |= {"digest": _digest(record)}
-    with _manager(workdir, keep) as manager:
-        manager.save(
-            epoch, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record))
-        )
+def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mapping[str, Any], keep: int) -> int:
+    """Saves a pytree of arrays and a JSON-able `progress` after `epoch` finished epochs; the last `keep` are kept.
+
+    Returns the bytes that it takes. Samples that are in flight are those of a finished epoch now, and removed. All
+    processes call it. Raises WriteError if the file system refuses.
+    """
+    size = _write(workdir / CHECKPOINTS, epoch, state, {"progress": progress, "identity": dict(identity)}, keep)
+    processes.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+    return size
 
 
 def restore(workdir: Path, template: Any, identity: Mapping[str, Any]) -> Restored | None:
     """The newest checkpoint that is whole, or None if there is none; `template` gives shapes, dtypes and shardings.
 
-    The devices may be others than those it was saved on. Newer ones, whose content is missing or corrupt, are renamed
-    to EPOCH.damaged. Nothing is renamed, and ValueError raised, for a checkpoint of another model, config or program,
-    and if there are checkpoints but none is whole; OSError, if the system fails to read one.
+    The devices and processes may be others than those it was saved on. Newer ones, whose content is missing or corrupt,
+    are renamed to EPOCH.damaged. Nothing is renamed, and ValueError raised, for a checkpoint of another model, config
+    or program, and if there are checkpoints but none is whole; OSError, if the system fails to read one. All processes
+    call it.
     """
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        return None
+    directory = workdir / CHECKPOINTS
     found, damaged = None, {}
-    with _manager(workdir, keep=None) as manager:
-        for epoch in sorted(manager.all_steps(), reverse=True):
-            try:
-                found = _read(manager, epoch, template, identity, directory / str(epoch))
-                break
-            except _Damaged as error:
-                damaged[epoch] = error
+    for epoch in _epochs(directory):
+        path = directory / str(epoch)
+        load = functools.partial(_load, path, template, identity, f"checkpoint {path}")
+        found, fault = _sound(functools.partial(_faulty, load, path))
+        if found:
+            break
+        damaged[epoch] = fault
     if damaged and found is None:
-        reasons = [f"{epoch}: {error}" for epoch, error in damaged.items()]
+        reasons = [f"{epoch}: {fault}" for epoch, fault in damaged.items()]
         advice = "put a whole one back, or move the directory away to start this run over"
         raise ValueError("\n  ".join([f"no checkpoint in {directory} is whole; {advice}:", *reasons]))
-    for epoch, error in damaged.items():
-        aside = _put_aside(directory / str(epoch))
-        logging.warning("checkpoint %s is damaged (%s); it is now %s", directory / str(epoch), error, aside.name)
+    for epoch, fault in damaged.items():
+        aside = processes.by_first(lambda epoch=epoch: _put_aside(directory / str(epoch)).name)
+        logging.warning("checkpoint %s is damaged (%s); it is now %s", directory / str(epoch), fault, aside)
     if damaged:
         logging.warning("going on from the checkpoint before it, %s", directory / str(found.epoch))
     return found
+
+
+def save_samples(
+    workdir: Path, epoch: int, samples: Any, progress: dict, policy: Any, identity: Mapping[str, Any]
+) -> int:
+    """Saves what an epoch has sampled, before anything is learnt from it, in the place of an earlier epoch's.
+
+    epoch: finished ones, as of the checkpoint that it follows. samples: a pytree, not a lone array, of any dtypes that
+    JAX has; its numpy arrays are equal on all processes. progress: JSON-able, such as scores. policy: the adapter that
+    has sampled. Returns bytes, raises and is called as `save`, which removes them again.
+    """
+    record = {"progress": progress, "identity": dict(identity), "policy": int(_checksum(policy))}
+    return _write(workdir / SAMPLES, epoch, samples, record, keep=1)
+
+
+def restore_samples(
+    workdir: Path, epoch: int, template: Any, policy: Any, identity: Mapping[str, Any]
+) -> Restored | None:
+    """What `save_samples` has saved for this epoch, policy and run, or None: sample again.
+
+    template: shapes, dtypes and shardings; a leaf without sharding is read as numpy. A warning says why samples that
+    are there are not used: they are damaged, or not those of this epoch, policy or run. All processes call it.
+    """
+    directory, expected = workdir / SAMPLES, int(_checksum(policy))
+    for found in _epochs(directory):
+        path = directory / str(found)
+        if found < epoch:  # learnt from; a kill came before they were removed
+            continue
+        load = functools.partial(_load, path, template, identity, f"{path}", policy=expected)
+        restored, fault = (
+            (None, f"of epoch {found + 1}") if found != epoch else _sound(functools.partial(_unusable, load))
+        )
+        if restored:
+            return restored
+        logging.warning("samples in %s are not used (%s): epoch %d is sampled again", path, fault, epoch + 1)
+    return None
 
 
 class _Damaged(Exception):
@@ -159,26 +205,64 @@ def _reading(path: Path):
         raise _Damaged(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 
-def _read(manager, epoch: int, template: Any, identity: Mapping[str, Any], path: Path) -> Restored:
-    with _reading(path):
-        # For errors of the system, which later readers would wrap in errors of their own.
-        for file in path.rglob("*"):
-            if not file.is_dir():
-                with open(file, "rb") as content:
-                    while content.read(1 << 24):
-                        pass
-        record = manager.restore(epoch, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+def _faulty(load: Callable[[], Restored], path: Path) -> tuple[Restored | None, str]:
+    """What `load` returns, or what is damaged; raises what the content cannot be blamed for."""
+    try:
+        with _reading(path):
+            _read_all(path)
+        return load(), ""
+    except _Damaged as error:
+        return None, str(error)
+
+
+def _unusable(load: Callable[[], Restored]) -> tuple[Restored | None, str]:
+    """What `load` returns, or whatever keeps it from that, without advice: these can be made again."""
+    try:
+        return load(), ""
+    except (_Damaged, ValueError, OSError) as error:
+        return None, str(error).partition(";")[0]
+
+
+def _read_all(path: Path) -> None:
+    """For errors of the system, which later readers would wrap in errors of their own."""
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            with open(file, "rb") as content:
+                while content.read(1 << 24):
+                    pass
+
+
+def _sound(load: Callable[[], tuple[Restored | None, str]]) -> tuple[Restored | None, str]:
+    """What `load` gives on all processes, if the content gives its checksum; else None and the fault, on any."""
+    found, fault = processes.together(load)
+    fault = processes.anywhere(fault)
+    if not fault and int(_checksum(found.state)) != found.progress["checksum"]:
+        fault = "its content does not give its checksum"
+    return (None, fault) if fault else (found._replace(progress=found.progress["progress"]), "")
+
+
+def _load(path: Path, template: Any, identity: Mapping[str, Any], what: str, policy: int | None = None) -> Restored:
+    """Reads EPOCH, on each process alone; `progress` is the whole record. Raises _Damaged, ValueError or OSError."""
+    with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
+        record = manager.restore(int(path.name), args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
         if record.pop("digest") != _digest(record):
             raise ValueError("its progress does not give its digest")
-        saved, shapes, checksum, progress = (record[key] for key in ("identity", "shapes", "checksum", "progress"))
-    refuse_differences(saved, identity, f"checkpoint {path} is of another run")
-    refuse_differences(shapes, _shapes(template), f"checkpoint {path} holds another state than this program trains")
-    with _reading(path):
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        state = manager.restore(epoch, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
-        if int(_checksum(state)) != checksum:
-            raise ValueError("its content does not give its checksum")
-    return Restored(epoch, state, progress)
+        saved, shapes = record["identity"], record["shapes"]
+    refuse_differences(saved, identity, f"{what} is of another run")
+    refuse_differences(shapes, _shapes(template), f"{what} holds another state than this program trains")
+    if policy is not None and record.get("policy") != policy:
+        raise ValueError("another policy has sampled them")
+    with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
+        wanted = jax.tree.map(_wanted, template)
+        state = manager.restore(int(path.name), args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+    return Restored(int(path.name), state, record)
+
+
+def _wanted(leaf: Any) -> Any:
+    """How Orbax is asked for an array: on devices if it has a sharding, else as numpy."""
+    if getattr(leaf, "sharding", None) is None:
+        return np.empty(leaf.shape, leaf.dtype)
+    return ocp.utils.to_shape_dtype_struct(leaf)
 
 
 def _put_aside(path: Path) -> Path:
@@ -200,21 +284,73 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _manager(workdir: Path, keep: int | None) -> ocp.CheckpointManager:
+def _epochs(directory: Path) -> list[int]:
+    """The epochs that a directory holds, newest first; what was not finished is removed."""
+
+    def clean():
+        if not directory.is_dir():
+            return []
+        with _manager(directory, keep=None, alone=True, clean=True) as manager:
+            return sorted(manager.all_steps(), reverse=True)
+
+    return processes.by_first(clean)
+
+
+def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> int:
+    """Saves `state` and its record as EPOCH; returns the bytes on the disk."""
+    record = record | {"shapes": _shapes(state), "checksum": int(_checksum(state))}
+    record |= {"digest": _digest(record)}
+    arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record))
+    try:
+        processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True))
+        with _quiet(), _manager(directory, keep, clean=True) as manager:
+            manager.save(epoch, args=arguments)
+    except (OSError, ValueError) as error:  # of tensorstore: ValueError
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        code = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if not code:
+            raise
+        raise WriteError(directory / str(epoch), os.strerror(code)) from error
+    files = (directory / str(epoch)).rglob("*")
+    return processes.by_first(lambda: sum(file.stat().st_size for file in files if file.is_file()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs a traceback of what it raises."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+def _manager(directory: Path, keep: int | None, alone: bool = False, clean: bool = False) -> ocp.CheckpointManager:
+    """alone: this process reads without the others; else all of them work together. clean: remove unfinished ones."""
+    me = jax.process_index()
+    solo = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        create=False,
+        max_to_keep=keep,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=clean,
+        multiprocessing_options=solo if alone else ocp.options.MultiprocessingOptions(),
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 @jax.jit
 def _checksum(state: Any) -> jax.Array:
-    """uint32 sum of all bits, weighted by place: exact, so the same on any number of devices."""
+    """uint32 sum of all bits, weighted by place: exact, so the same on any number of devices and processes."""
 
     def one(leaf):
-        bits = leaf.reshape(-1)
+        bits, place, stride = leaf, jnp.uint32(0), 1
         if jnp.issubdtype(bits.dtype, jnp.floating):
             bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * bits.dtype.itemsize}"))
-        return jnp.sum(bits.astype(jnp.uint32) * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+        for axis in reversed(range(bits.ndim)):  # not flattened: arrays stay where they are
+            place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            stride *= bits.shape[axis]
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
     return sum(((i + 1) * one(leaf) for i, leaf in enumerate(jax.tree.leaves(state))), jnp.uint32(0))

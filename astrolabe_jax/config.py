@@ -159,6 +159,9 @@ def _running(config: ConfigDict) -> None:
     config.train.eval_every = 0  # epochs between evaluations besides the first and the last; 0: only those
     config.train.checkpoint_every = 10  # epochs between checkpoints; the last epoch always saves
     config.train.checkpoints_kept = 2
+    # Also save an epoch's samples and scores before learning from them, so that a killed run repeats at most the phase
+    # it was in; for checkpoint_every 1.
+    config.train.save_samples = False
 
     config.eval = ConfigDict()
     config.eval.videos = 96  # held-out videos per evaluation
@@ -407,6 +410,11 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
         yield (
             f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing, "
             "after which a 0 may come"
+        )
+    if config.train.save_samples and config.train.checkpoint_every != 1:
+        yield (
+            f"config.train.save_samples is True and train.checkpoint_every {config.train.checkpoint_every}: samples go "
+            "with the checkpoint before them; expected checkpoint_every 1"
         )
     if config.eval.shown > config.eval.videos:
         yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"

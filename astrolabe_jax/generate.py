@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, rewards, sharding
+from astrolabe_jax import encode, processes, rewards, sharding
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
@@ -91,7 +91,7 @@ def judge(
     """Scores [B] of B videos, which have these numbers in their epoch or evaluation. Raises RewardError."""
     with progress.phase("rewards"):
         try:
-            return rewards.score(run.config.rewards, frames, texts, numbers)
+            return processes.together(lambda: rewards.score(run.config.rewards, frames, texts, numbers))
         except ValueError as error:
             raise RewardError(f"{error}; nothing was learnt from these videos") from error
 

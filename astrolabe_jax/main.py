@@ -1,26 +1,30 @@
 """python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]"""
 
-import jax
 from absl import app, flags
 
-from astrolabe_jax import recipes
+from astrolabe_jax import processes, recipes
 
 CONFIG = recipes.define()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join a cluster before starting; not supported yet")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of this TPU pod or cluster")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, elsewhere than on a pod or cluster")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --coordinator")
+PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: a number was not finite)."""
+    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: it could not go on)."""
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     recipes.set_up()
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
-    from astrolabe_jax import prepare, stop, train  # after jax.distributed: no array may exist before it
+    try:
+        processes.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    except ValueError as error:
+        recipes.fail(error, 2)
+    from astrolabe_jax import prepare, stop, train  # after joining: no array may exist before it
 
-    with stop.listening() as check:
+    with processes.ending_together(), stop.listening() as check:
         try:
             run = prepare.prepare(CONFIG.value, WORKDIR.value)
             point = train.resume(run)

@@ -1,5 +1,6 @@
 """What a person looks at: videos, film strips, the before/after contact sheet, and curves. All pure, files whole."""
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from astrolabe_jax.convert.files import atomic, write_atomic
+from astrolabe_jax.convert.files import atomic, write_atomic, writing
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
@@ -36,22 +37,25 @@ class Mp4Writer:
         if kind is None:
             self.close()
         elif self._container is not None:
-            self._container.close()
+            with contextlib.suppress(OSError):  # a full disk has been told
+                self._container.close()
 
     def add(self, frames: np.ndarray) -> None:
         """Frames [T, height, width, 3] uint8, all of one size. Small ones are enlarged to VIDEO_HEIGHT."""
         frames = _enlarge(frames, VIDEO_HEIGHT)
         height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
-        if self._container is None:
-            self._open(height, width)
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-            self._container.mux(self._stream.encode(picture))
+        with writing(self._path):
+            if self._container is None:
+                self._open(height, width)
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+                self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
         """Ends the video and puts it in place whole."""
-        self._container.mux(self._stream.encode())
-        self._container.close()
+        with writing(self._path):
+            self._container.mux(self._stream.encode())
+            self._container.close()
         with atomic(self._path) as file, av.open(self._partial) as source, av.open(file, "w", format="mp4") as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, prompts, published, rewards, sharding
+from astrolabe_jax import checkpoint, processes, prompts, published, rewards, sharding
 from astrolabe_jax.config import flatten, repeats, validate, window_end
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -52,9 +52,19 @@ class Run(NamedTuple):
 def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     """Checks the config, the base model, the prompts and the working directory, and loads what a run needs.
 
-    Raises ValueError or OSError whose message names the field, file or line at fault, and the next step.
+    All processes of a run call it, and read the same files. Raises ValueError or OSError whose message names the field,
+    file or line at fault, and the next step; on all processes, if on one.
     """
-    workdir = Path(workdir)
+    run = processes.together(lambda: _read(config, Path(workdir)))
+    mine = run.identity | {"workdir": str(workdir)}
+    first = processes.by_first(lambda: mine)
+    processes.together(lambda: _refuse_other_settings(first, mine))
+    processes.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
+    return run
+
+
+def _read(config: ConfigDict, workdir: Path) -> Run:
+    """All of `prepare` but for the working directory; without the other processes."""
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
     with blame("config.rewards"):
         rewards.validate(config.rewards)
@@ -77,10 +87,18 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     if config.lora.init:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
-    checkpoint.claim(workdir, identity)
     return Run(
         config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
     )
+
+
+def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
+    """ValueError unless the processes were started alike: they would compute different things together."""
+    for name in sorted({*first, *mine}):
+        if first.get(name) != mine.get(name):
+            raise ValueError(
+                f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; start all processes alike"
+            )
 
 
 def numerics(config: ConfigDict) -> dict[str, Any]:

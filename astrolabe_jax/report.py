@@ -25,12 +25,14 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 import astrolabe_jax
-from astrolabe_jax import pictures
+from astrolabe_jax import pictures, processes
 from astrolabe_jax.config import flatten, piece, repeats, samples
-from astrolabe_jax.convert.files import read_jsonl, write_atomic
+from astrolabe_jax.convert.files import read_jsonl, write_atomic, writing
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import init_cache
 from astrolabe_jax.prepare import Run
@@ -59,6 +61,7 @@ class Progress:
         self._started = ("", 0.0)
         self._prefix = ""
         self.lasted: dict[str, float] = {}  # seconds of the last `within` of each name
+        self._told: set[str] = set()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -95,6 +98,12 @@ class Progress:
         self._spoken = now
         self._say(f"  {what} {done}/{count}, {each:.1f} s each, {clock((count - done) * each)} left")
 
+    def takes(self, what: str, size: int, place: Path) -> None:
+        """Says once in a run how many bytes `what` takes on the disk."""
+        if what not in self._told:
+            self._told.add(what)
+            self._say(f"  {what} takes {size / 2**20:,.1f} MiB in {place}")
+
     def epoch(self, record: Mapping[str, Any], count: int, after: float) -> None:
         """The line of a finished epoch; `after` is the expected time in seconds from the last epoch to the end."""
         epoch, seconds = record["epoch"], record["seconds"]
@@ -112,29 +121,48 @@ class Progress:
 class Metrics:
     """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are dropped.
 
-    A record that was added is on the disk: a checkpoint that follows it never outlives it.
+    A record that was added is on the disk: a checkpoint that follows it never outlives it. Process 0 reads and writes;
+    `records` are the same on all processes, which all call what is here.
     """
 
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
-        path = workdir / "metrics.jsonl"
-        self.records = [record for record in read_jsonl(path) if {"kind", "epoch"} <= record.keys() and keep(record)]
-        write_atomic(path, "".join(_line(record) for record in self.records).encode())
-        self._file = open(path, "a", encoding="utf-8")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=epoch + 1)
+        self._path, self._events = workdir / "metrics.jsonl", None
+        self._logs, self._purged = workdir / "tensorboard", epoch + 1
+        self.records = processes.by_first(lambda: self._open(keep))
+
+    def _open(self, keep: Callable[[dict], bool]) -> list[dict]:
+        found = read_jsonl(self._path)
+        records = [record for record in found if {"kind", "epoch"} <= record.keys() and keep(record)]
+        write_atomic(self._path, "".join(_line(record) for record in records).encode())
+        with writing(self._logs):
+            self._logs.mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(self._logs / "events"))  # not SummaryWriter: on a full disk that hangs
+            start = SessionLog(status=SessionLog.START)  # later events of an earlier piece are void
+            self._events.write_event(Event(wall_time=time.time(), step=self._purged, session_log=start))
+            self._events.flush()
+        return records
 
     def add(self, record: dict[str, Any]) -> None:
         """Appends a record; its numbers, nested ones under NAME/INNER, become events of its epoch."""
         self.records.append(record)
-        self._file.write(_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in _numbers(record):
-            self._events.add_scalar(f"{record['kind']}/{name}", value, record["epoch"])
-        self._events.flush()
+        processes.by_first(lambda: self._write(record))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = _line(record).encode()
+        with writing(self._path), open(self._path, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        with writing(self._logs):
+            for name, value in _numbers(record):
+                point = scalar(f"{record['kind']}/{name}", value)
+                self._events.write_event(Event(wall_time=time.time(), step=record["epoch"], summary=point))
+            self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self._events.close()
 
 
 def opening(run: Run) -> str:

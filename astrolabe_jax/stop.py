@@ -1,9 +1,14 @@
-"""A polite end on SIGTERM and Ctrl-C: the run notices at the next phase, saves, and exits."""
+"""A polite end on SIGTERM and Ctrl-C: the run notices at the next phase, saves, and exits.
+
+A signal to one of several processes ends all of them, at the same phase.
+"""
 
 import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+
+from astrolabe_jax import processes
 
 
 class Stopped(Exception):
@@ -12,7 +17,10 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], None]]:
-    """While inside, gives a function that raises Stopped once a signal has come; a second signal acts at once."""
+    """While inside, gives a function that raises Stopped once a signal has come; a second signal acts at once.
+
+    All processes must call the function equally often.
+    """
     received: list[str] = []
     signals = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,8 +31,8 @@ def listening() -> Iterator[Callable[[], None]]:
             signal.signal(known, handler)
 
     def check():
-        if received:
-            raise Stopped(received[0])
+        if name := processes.anywhere("".join(received[:1])):
+            raise Stopped(name)
 
     before = {number: signal.getsignal(number) for number in signals}
     for number in signals:

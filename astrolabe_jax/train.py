@@ -7,21 +7,22 @@ goes on from its last checkpoint exactly as if nothing had happened.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages as adv
-from astrolabe_jax import checkpoint, prompts, report, sharding
+from astrolabe_jax import checkpoint, processes, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.files import read_json
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.generate import RewardError, encode_texts, generate
+from astrolabe_jax.generate import RewardError, Texts, encode_texts, generate
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Metrics, Progress, say
 from astrolabe_jax.stop import Stopped
-from astrolabe_jax.types import Evaluation, Purpose
+from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
 from astrolabe_jax.update import (
     Samples,
     TrainState,
@@ -44,8 +45,9 @@ class Point(NamedTuple):
     seconds: dict[str, float]  # spent so far, by phase
 
 
-# A number that is not finite, named with its sample: the run ends, its last checkpoint stays as it is.
-REFUSED = (FloatingPointError, RewardError)
+# A number that is not finite, named with its sample, or a file that cannot be read or written, such as on a full disk:
+# the run ends, its last checkpoint stays as it is.
+REFUSED = (FloatingPointError, RewardError, OSError)
 
 
 def resume(run: Run) -> Point:
@@ -92,7 +94,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
             if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
                 with progress.phase("checkpoint"):
                     saved = _save(run, point, progress)
-        summary = _finished(run) if began == count else None
+        summary = processes.by_first(lambda: _finished(run)) if began == count else None
         summary = summary or _finish(run, point, metrics, progress)
         say(report.closing(run.workdir, summary))
         return summary
@@ -115,10 +117,7 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
     noise, loss_noise = (
         prompts.sample_keys(batch, config.seed, purpose, epoch) for purpose in (Purpose.ROLLOUT, Purpose.LOSS)
     )
-    what = f"epoch {epoch + 1}: sampling batch"
-    videos = [(v.latents, v.scores) for v in generate(run, state.old, batch, texts, noise, progress, what)]
-    latents = jnp.concatenate([latents for latents, _ in videos])
-    scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+    latents, scores = _sampled(run, point, batch, texts, noise, progress)
     rewards = {name: scores[name] for name in config.rewards}
     result = adv.advantages(config, rewards, batch.index)
     risk, mask, record = _kl_mask(config, rewards, risk)
@@ -153,6 +152,32 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds)), record
 
 
+def _sampled(
+    run: Run, point: Point, batch: PromptBatch, texts: Texts, keys: jax.Array, progress: Progress
+) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """Latents [N, F, C, H, W] and scores {name: [N]} of an epoch's videos: sampled now, or saved by a killed run."""
+    place = (run.workdir, point.epoch)
+    if run.config.train.save_samples:
+        shape = (len(batch.texts), *run.latent_shape)
+        template = {"latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))}
+        found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
+        if found is not None:
+            say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
+            return found.state["latents"], {
+                name: np.array(values, np.float32) for name, values in found.progress.items()
+            }
+    what = f"epoch {point.epoch + 1}: sampling batch"
+    videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
+    latents = jnp.concatenate([latents for latents, _ in videos])
+    scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+    if run.config.train.save_samples:
+        with progress.phase("save samples"):
+            listed = {name: values.tolist() for name, values in scores.items()}
+            size = checkpoint.save_samples(*place, {"latents": latents}, listed, point.state.old, run.identity)
+        progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
+    return latents, scores
+
+
 def _kl_mask(
     config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: adv.RiskState
 ) -> tuple[adv.RiskState, np.ndarray, dict[str, float]]:
@@ -168,7 +193,8 @@ def _kl_mask(
 def _save(run: Run, point: Point, progress: Progress) -> int:
     record = {"risk": point.risk._asdict(), "reset": point.reset._asdict(), "seconds": progress.seconds}
     keep = run.config.train.checkpoints_kept
-    checkpoint.save(run.workdir, point.epoch, point.state, record, run.identity, keep)
+    size = checkpoint.save(run.workdir, point.epoch, point.state, record, run.identity, keep)
+    progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return point.epoch
 
 
@@ -232,7 +258,8 @@ def _evaluate_if_due(run: Run, epoch: int, policy: dict, metrics: Metrics, progr
         result, frames = evaluate(run, policy, progress, f"evaluation after epoch {epoch}: batch")
     name = {0: "before", run.config.train.epochs: "after"}.get(epoch)
     if name:
-        report.write_samples(run.workdir / "samples" / name, frames, run.config.video.fps)
+        place = run.workdir / "samples" / name
+        processes.by_first(lambda: report.write_samples(place, frames, run.config.video.fps))
     _add_evaluation(metrics, "evaluation", epoch, result)
     say(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
 
@@ -251,9 +278,13 @@ def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dic
     held = _evaluations(metrics)
     evaluations = {"before": held[0], "after": held[point.epoch]}
     adapter = sharding.to_host(_policy(run, point.state))
-    save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
-    report.write_contact_sheet(run.workdir, run.config.name, held_out(run), evaluations)
-    report.write_curves(run.workdir, metrics.records)
-    if 0 in (real := _evaluations(metrics, "ceiling")):
-        evaluations["ceiling"] = real[0]
-    return report.write_summary(run.workdir, run.config, evaluations, progress.seconds)
+    real = _evaluations(metrics, "ceiling")
+
+    def write():
+        save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
+        report.write_contact_sheet(run.workdir, run.config.name, held_out(run), evaluations)
+        report.write_curves(run.workdir, metrics.records)
+        everything = evaluations | ({"ceiling": real[0]} if 0 in real else {})
+        return report.write_summary(run.workdir, run.config, everything, progress.seconds)
+
+    return processes.by_first(write)

@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it belongs to."""
 
 import logging
+import resource
 import shutil
 
 import jax
@@ -219,3 +220,116 @@ def test_foreign_and_unwritable_workdirs_are_refused(tmp_path):
         checkpoint.claim(tmp_path, IDENTITY)
     with pytest.raises(OSError, match="cannot be written"):
         checkpoint.claim(tmp_path / "thesis.tex" / "run", IDENTITY)
+
+
+SCORES = {"shapes_mq": [0.1, 1 / 3], "shapes_mq/steadiness": [0.0, 1.0]}
+
+
+def cut(count, tree):
+    """Arrays split along their first axis over so many devices; numpy stays numpy."""
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, np.ndarray) else jax.device_put(leaf, place), tree)
+
+
+def make_samples(seed):
+    """What a streaming epoch keeps: latents, a cache of bfloat16 with its places, something of the host."""
+    key = jax.random.key(seed)
+    cache = {"k": jax.random.normal(key, (8, 3, 4), jnp.bfloat16), "at": jnp.arange(8, dtype=jnp.int32)}
+    return {"latents": jax.random.normal(key, (8, 2, 5)), "cache": cache, "start": np.arange(3, dtype=np.float32)}
+
+
+def described(tree):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)), tree
+    )
+
+
+def in_flight(workdir, **changes):
+    """restore_samples of epoch 3 of the policy 3."""
+    given = {"epoch": 3, "template": described(cut(8, make_samples(0))), "policy": make_state(3)["current"]}
+    return checkpoint.restore_samples(workdir, **(given | {"identity": IDENTITY} | changes))
+
+
+def save_samples(workdir, epoch=3):
+    policy = make_state(epoch)["current"]
+    return checkpoint.save_samples(workdir, epoch, cut(8, make_samples(epoch)), SCORES, policy, IDENTITY)
+
+
+def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
+    assert in_flight(tmp_path) is None
+    save_samples(tmp_path, 2)
+    size = save_samples(tmp_path, 3)  # in the place of those before
+    directory = tmp_path / "samples_in_flight"
+    assert [path.name for path in directory.iterdir()] == ["3"]
+    assert size == sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    for count in (8, 2, 1):
+        template = described(cut(count, make_samples(0)))
+        found = in_flight(tmp_path, template=template, identity=IDENTITY | {"config.train.save_samples": True})
+        assert found.progress == SCORES
+        assert_same(found.state, make_samples(3))
+        assert found.state["cache"]["k"].dtype == jnp.bfloat16 and isinstance(found.state["start"], np.ndarray)
+        assert found.state["cache"]["k"].sharding == template["cache"]["k"].sharding
+    checkpoint.save(tmp_path, 4, make_state(4), PROGRESS, IDENTITY, keep=2)
+    assert not directory.exists() and in_flight(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"epoch": 2}, "of epoch 4"),
+        ({"policy": make_state(2)["current"]}, "another policy has sampled them"),
+        ({"identity": IDENTITY | {"config.seed": 1}}, "is of another run"),
+        ({"template": described(make_samples(0) | {"latents": jnp.zeros((8, 3, 5))})}, "another state than this"),
+    ],
+)
+def test_foreign_samples_are_told_and_not_used(tmp_path, caplog, changes, reason):
+    save_samples(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert in_flight(tmp_path, **changes) is None
+    epoch = changes.get("epoch", 3) + 1
+    assert f"samples in {tmp_path}/samples_in_flight/3 are not used" in caplog.text and reason in caplog.text
+    assert f"epoch {epoch} is sampled again" in caplog.text
+
+
+def test_samples_that_were_learnt_from_are_silently_left(tmp_path, caplog):
+    save_samples(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert in_flight(tmp_path, epoch=4, policy=make_state(4)["current"]) is None
+    assert not caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's unawaited futures
+def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
+    save_samples(tmp_path / "whole")
+    unused = 0
+    for path in sorted((tmp_path / "whole").rglob("*")):
+        if path.is_file() and (size := path.stat().st_size):
+            workdir = tmp_path / "spoilt"
+            shutil.copytree(tmp_path / "whole", workdir)
+            with open(workdir / path.relative_to(tmp_path / "whole"), "r+b") as file:
+                file.truncate(size // 2)
+            caplog.clear()
+            found = in_flight(workdir)
+            if found is None:
+                unused += 1
+                assert "samples_in_flight/3 are not used" in caplog.text
+            else:
+                assert_same(found.state, make_samples(3))
+            shutil.rmtree(workdir)
+    assert unused >= 4
+
+
+def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    checkpoint.save(tmp_path, 1, make_state(1), PROGRESS, IDENTITY, keep=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/checkpoints/2 cannot be written: File too large; make room"):
+            checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.restore(tmp_path, make_state(0), IDENTITY).epoch == 1
+    checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]

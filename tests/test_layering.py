@@ -17,7 +17,7 @@ SOURCES = {
 
 # From the ground up: a module imports only from lower layers, or from its own where that is allowed.
 LAYERS = {
-    "ground": ("types", "config", "published", "recipes", "stop", "__init__", "convert.files"),
+    "ground": ("types", "config", "published", "recipes", "processes", "stop", "__init__", "convert.files"),
     "time and place": ("schedule", "sharding"),
     "nets": ("models",),
     "rooms": ("convert", "rewards", "worlds", "pictures"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,16 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 INDEX = ".safetensors.index.json"
+# What is at fault where a file is written, and never where one is read: a full disk, a quota, a limit, a file system
+# that has become read-only.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class WriteError(OSError):
+    """A file could not be written; the message names it and the next step."""
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f"{path} cannot be written: {reason}; make room for it, then run the same command again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +57,22 @@ class Lazy:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`: a full disk and the like become a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise WriteError(path, os.strerror(error.errno)) from error
+
+
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` to write to; at the end it is flushed to the disk and moved into place, on error removed."""
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
+        with writing(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -75,6 +75,11 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/moving_shapes.py:refrence"], "unknown variant 'refrence' of configs/moving_shapes.py"),
         (["--wrkdir=x"], "wrkdir"),
+        (
+            ["--distributed"],
+            "--distributed: no cluster was found (coordinator_address should be defined.); start every",
+        ),
+        (["--process=1"], "--coordinator, --processes missing; several processes take"),
         (["surplus"], "unexpected argument 'surplus'; flags start with --"),
         (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
     ],

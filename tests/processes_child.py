@@ -1,0 +1,50 @@
+"""Two processes that meet without a model: python -m tests.processes_child PORT PROCESS CASE, see test_processes.py."""
+
+import os
+import signal
+import sys
+import time
+
+from astrolabe_jax import processes, stop
+
+
+def texts(me):
+    return [processes.anywhere(text) for text in ("", "b" * me, f"c{me}", "dé" * 300 * me)]
+
+
+def errors(me):
+    told = []
+    for failing in (0, 1):
+        for function in (processes.together, processes.by_first):
+            try:
+                told.append(function(lambda failing=failing: {"by": me, "of": 1 // (me - failing)}))
+            except (ArithmeticError, OSError) as error:
+                told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def signals(me):
+    with stop.listening() as check:
+        for i in range(1000):
+            try:
+                check()
+            except stop.Stopped as stopped:
+                return [str(stopped), i]
+            if me == 1 and i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if me == 0 and i == 7:
+                time.sleep(0.3)
+
+
+def one_fails(me):
+    with processes.ending_together():
+        processes.anywhere(f"{me}")
+        if me == 1:
+            raise ValueError("process 1 has no more to say")
+        return processes.by_first(lambda: "nobody hears this")
+
+
+if __name__ == "__main__":
+    port, me, case = sys.argv[1:]
+    processes.join(False, f"127.0.0.1:{port}", 2, int(me))
+    print("result", globals()[case](int(me)), flush=True)
