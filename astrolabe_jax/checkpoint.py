@@ -117,8 +117,10 @@ def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mappin
     return size
 
 
-def restore(workdir: Path, template: Any, identity: Mapping[str, Any]) -> Restored | None:
-    """The newest checkpoint that is whole, or None if there is none; `template` gives shapes, dtypes and shardings.
+def restore(workdir: Path, template: Callable[[int], Any], identity: Mapping[str, Any]) -> Restored | None:
+    """The newest checkpoint that is whole, or None if there is none.
+
+    template(epoch) gives the shapes, dtypes and shardings of what was saved after so many epochs.
 
     The devices and processes may be others than those it was saved on. Newer ones, whose content is missing or corrupt,
     are renamed to EPOCH.damaged. Nothing is renamed, and ValueError raised, for a checkpoint of another model, config
@@ -129,7 +131,7 @@ def restore(workdir: Path, template: Any, identity: Mapping[str, Any]) -> Restor
     found, damaged = None, {}
     for epoch in _epochs(directory):
         path = directory / str(epoch)
-        load = functools.partial(_load, path, template, identity, f"checkpoint {path}")
+        load = functools.partial(_load, path, template(epoch), identity, f"checkpoint {path}")
         found, fault = _sound(functools.partial(_faulty, load, path))
         if found:
             break

@@ -216,6 +216,11 @@ def repeats(config: ConfigDict) -> int:
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
 
+def eval_frames(config: ConfigDict) -> int:
+    """Pixel frames of a held-out video."""
+    return config.eval.frames or config.video.frames
+
+
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
     """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if none is trained.
 

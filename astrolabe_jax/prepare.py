@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, processes, prompts, published, rewards, sharding
-from astrolabe_jax.config import flatten, repeats, validate, window_end
+from astrolabe_jax import checkpoint, processes, prompts, published, rewards, scenes, sharding
+from astrolabe_jax.config import eval_frames, flatten, repeats, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora
@@ -22,7 +22,7 @@ from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
-from astrolabe_jax.scenes import Rules
+from astrolabe_jax.scenes import Rules, Story
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import Purpose
 from astrolabe_jax.update import training_layout
@@ -42,6 +42,7 @@ class Run(NamedTuple):
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
     adapter: dict  # of every policy before the first epoch; on the host
+    starts: tuple[int, ...]  # latent frames at which a trained window may begin; () where whole videos are trained
 
     @property
     def lora_scale(self) -> float:
@@ -68,11 +69,6 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
     with blame("config.rewards"):
         rewards.validate(config.rewards)
-    if config.streaming.window:
-        raise ValueError(
-            f"config.streaming.window is {config.streaming.window}: this version plans training on windows of long "
-            "videos, and trains on whole videos alone; set it to 0, with fewer video.frames"
-        )
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
@@ -87,9 +83,9 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     if config.lora.init:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
-    return Run(
-        config, workdir, identity, base, layout, sampler, mesh, latent_shape, lists["train"], lists["test"], adapter
-    )
+    starts = _window_starts(config, layout, sizes, lists)
+    train, test = lists["train"], lists["test"]
+    return Run(config, workdir, identity, base, layout, sampler, mesh, latent_shape, train, test, adapter, starts)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -145,7 +141,8 @@ def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Samp
         layout.check_frames(frames)
     with blame("config.loss.mask_block"):
         training_layout(config, layout).check_frames(config.streaming.window or frames)
-    return layout, sampler, (window_end(config, frames), *size)
+    last = max(window_starts(config, frames), default=None)
+    return layout, sampler, (frames if last is None else last + config.streaming.window, *size)
 
 
 def layout_of(config: ConfigDict) -> Layout:
@@ -179,6 +176,58 @@ def rules_of(config: ConfigDict) -> Rules:
     return Rules(scenes.transition, scenes.cut, scenes.global_sink, scenes.published)
 
 
+def story_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Story:
+    """What a prompt tells in the first `frames` latent frames of a long video."""
+    return scenes.story(prompt, frames, layout, rules_of(config), config.video.fps)
+
+
+def _window_starts(
+    config: ConfigDict, layout: Layout, sizes: Mapping[str, Any], lists: Mapping[str, Sequence[str]]
+) -> tuple[int, ...]:
+    """Where windows may begin: nowhere does a prompt of the training list change inside of one (streaming.md 9).
+
+    Raises ValueError for scenes that cannot be trained on, with the line at fault.
+    """
+    frames = sizes["vae"].latent_frames(config.video.frames)
+    starts, changes = window_starts(config, frames), {}
+    if not starts:
+        return ()
+    for name, length in (("train", frames), ("test", sizes["vae"].latent_frames(eval_frames(config)))):
+        layout.check_frames(length)
+        for number, line in enumerate(lists[name], start=1):
+            with blame(f"config.prompts.{name}: line {number}"):
+                told = story_of(config, layout, line, length)
+                _check_story(config, told, changes.setdefault(name, told.changes), length)
+                if name == "train":
+                    starts = _without_change(config, starts, told)
+    return starts
+
+
+def _check_story(config: ConfigDict, told: Story, first: list[int], frames: int) -> None:
+    """ValueError for a story that streams cannot tell together with the others; `first`: the changes of the first."""
+    streaming, transition = config.streaming, config.scenes.transition
+    if told.steps[-1].scene != len(told.prompts) - 1:
+        raise ValueError(f"the {frames} latent frames of a video are over before its last scene; raise video.frames")
+    if told.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
+        raise ValueError("its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'")
+    if transition != "recache" and told.changes != first:
+        raise ValueError(
+            f"its prompt changes at the latent frames {told.changes}, that of line 1 at {first}; with "
+            f"scenes.transition {transition!r} all must change at the same; or use recache"
+        )
+
+
+def _without_change(config: ConfigDict, starts: tuple[int, ...], told: Story) -> tuple[int, ...]:
+    window = config.streaming.window
+    left = tuple(s for s in starts if not any(s < change < s + window for change in told.changes))
+    if not left or (left != starts and config.streaming.mode == "progressive"):
+        raise ValueError(
+            f"its prompt changes at the latent frames {told.changes}, inside of a window of {window} from "
+            f"{next(s for s in starts if s not in left)}; let scenes begin where windows do"
+        )
+    return left
+
+
 def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of a latent frame; refuses heights and widths that the VAE or the patches do not divide."""
     video, vae, net = config.video, sizes["vae"], sizes["transformer"]
@@ -190,11 +239,19 @@ def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int,
 
 
 def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
+    def parts(line: str) -> Sequence[str]:
+        """The prompts of a line, which has scenes where windows of long videos are trained."""
+        return story_of(config, layout_of(config), line, 1).prompts if config.streaming.window else (line,)
+
+    def check(line: str) -> None:
+        for part in parts(line):
+            rewards.check_prompt(list(config.rewards), part)
+
+    def tokens(line: str) -> int:
+        return max(len(token_ids(tokenizer, part)) for part in parts(line))
+
     with blame(f"config.prompts.{name}"):
-        check = functools.partial(rewards.check_prompt, list(config.rewards))
-        lines = prompts.load(
-            config.prompts[name], lambda line: len(token_ids(tokenizer, line)), sizes["text_encoder"].text_len, check
-        )
+        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
         if len(lines) < least:
             raise ValueError(
                 f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} different ones; "

@@ -29,15 +29,15 @@ def load(
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(f"{source}, line {number} is empty; write a prompt there or delete the line")
+        try:
+            check(line.strip())
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from None
         if (tokens := count_tokens(line)) > limit:
             raise ValueError(
                 f"{source}, line {number} has {tokens} tokens, the text encoder takes {limit} with the end token; "
                 f"shorten the prompt: {line[:60]!r}..."
             )
-        try:
-            check(line.strip())
-        except ValueError as error:
-            raise ValueError(f"{source}, line {number}: {error}") from None
     return tuple(line.strip() for line in lines)
 
 

@@ -227,7 +227,8 @@ def table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 def evaluation_line(what: str, evaluation: Evaluation) -> str:
     """One line: every reward with its interval."""
-    parts = [f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}" for name, row in table(evaluation).items()]
+    rows = {name: row for name, row in table(evaluation).items() if "/" not in name}
+    parts = [f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}" for name, row in rows.items()]
     return f"{what}: {', '.join(parts)} ({len(evaluation['total'])} held-out videos)"
 
 
@@ -250,7 +251,8 @@ def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluation
         if not shown:  # somebody has tidied up
             continue
         captions = [
-            "   ".join(f"{reward} {values[i]:.2f}" for reward, values in evaluation.items()) for i in range(len(shown))
+            "   ".join(f"{reward} {values[i]:.2f}" for reward, values in evaluation.items() if "/" not in reward)
+            for i in range(len(shown))
         ]
         columns[heading] = ([pictures.read_png(path) for path in shown], captions)
     means = ", ".join(f"{heading} {np.mean(e['total']):.3f}" for heading, e in evaluations.items())

@@ -5,6 +5,7 @@ length, and # a hard cut at its end (spec/sampling.md 7). Everything here is tex
 arrays follow in rollout.py.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -132,6 +133,18 @@ class Step(NamedTuple):
     change: Change | None
 
 
+class Story(NamedTuple):
+    """What a video of one length tells: its prompts, and what the sampler does in each block."""
+
+    prompts: tuple[str, ...]  # of its scenes
+    steps: tuple[Step, ...]
+
+    @property
+    def changes(self) -> list[int]:
+        """The frames at which a prompt takes over from another."""
+        return [after.frame for before, after in itertools.pairwise(self.steps) if before.scene != after.scene]
+
+
 class Rules(NamedTuple):
     """How scenes follow each other; config.scenes."""
 
@@ -183,6 +196,19 @@ def shots(
         made.append(Shot(tuple(scene.prompt for scene in part), tuple(steps), count, shown))
         begin = end + 1
     return made
+
+
+def story(text: str, frames: int, layout: Layout, rules: Rules, fps: int, stride: int = 4) -> Story:
+    """A prompt, or scene string, over the first `frames` latent frames of a video; the last scene takes what is left.
+
+    Raises ValueError for a string that cannot be read.
+    """
+    scenes = (parse_published if rules.published else parse)(text, layout.block, fps, stride)
+    blocks = layout.blocks(frames)
+    cuts = [scene.cut or rules.transition == "cut" for scene in scenes]
+    slots = layout.capacity
+    steps = timeline(blocks, scenes_by_length(scenes, len(blocks)), cuts, layout, slots, rules)
+    return Story(tuple(scene.prompt for scene in scenes), tuple(steps))
 
 
 def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given: int) -> int:

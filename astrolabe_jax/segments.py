@@ -18,14 +18,15 @@ from astrolabe_jax import sharding, stream
 from astrolabe_jax.config import piece, rounds
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.generate import encode_distinct, judge, refuse_non_finite
+from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.transformer import KeyValues
 from astrolabe_jax.prepare import Run, story_of
 from astrolabe_jax.report import Progress
 from astrolabe_jax.rollout import noise_from_keys
 from astrolabe_jax.scenes import Step, Story
-from astrolabe_jax.types import PromptBatch
-from astrolabe_jax.update import History
+from astrolabe_jax.types import PromptBatch, Purpose
+from astrolabe_jax.update import Batch, History, TrainState, Work
 
 
 class Streams(NamedTuple):
@@ -63,13 +64,32 @@ class Take(NamedTuple):
     frames: np.ndarray | None  # [streams, T, height, width, 3] uint8, where they are asked for
 
 
+class Pasts(NamedTuple):
+    """The streams of an epoch at its window's start, one for each round (config.rounds); none for 'sequence'."""
+
+    streams: list[Streams]
+    whole: list[jax.Array]  # all latents before the window, [streams, start, C, H, W], where gradients go back there
+
+
 class Segment(NamedTuple):
     """The videos of an epoch: what is learnt from, and what it is learnt behind."""
 
     latents: jax.Array  # [N, F, C, H, W]: of the window, or from frame 0 to its end where sampling is 'sequence'
     scores: dict[str, np.ndarray]  # [N] of every reward and its parts
-    streams: list[Streams]  # of each round, at the window's start; none where sampling is 'sequence'
-    whole: list[jax.Array]  # of each round, all latents before the window, [streams, start, C, H, W]; or none
+    pasts: Pasts
+
+
+def begins_at(run: Run, epoch: int) -> int:
+    """The frame at which an epoch's window begins, from the seed alone: the same on all devices (streaming.md 4)."""
+    streaming, starts = run.config.streaming, run.starts
+    if streaming.mode == "progressive":
+        return starts[epoch % len(starts)]
+    return starts[_random(run, Purpose.WINDOW, epoch, 1)[0] % len(starts)]
+
+
+def drawing(run: Run, epoch: int) -> int:
+    """The number of the drawing of prompts that an epoch takes: progressive streams keep theirs to their end."""
+    return epoch // len(run.starts) if run.starts and run.config.streaming.mode == "progressive" else epoch
 
 
 def cast_of(run: Run, batch: PromptBatch, keys: jax.Array, frames: int, progress: Progress) -> Cast:
@@ -139,7 +159,7 @@ def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) 
     """The keys in sight made anew, in one pass from their latents, before a block (config.streaming)."""
     policy, step = _policy(run, adapter), cast.stories[0].steps[block]
     text = _text(policy, cast, cast.at(block))
-    recent = streams.recent[:, run.layout.kept :]
+    recent = streams.recent[:, -(run.layout.capacity - run.layout.kept) :]
     cache = _reencode(
         *stream.split(policy), text, streams.first, recent, jnp.int32(step.start), run.sampler.context_noise
     )
@@ -149,6 +169,12 @@ def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) 
 def fork(run: Run, streams: Streams, each: int) -> Streams:
     """`each` candidates of every stream, adjacent, with memory of their own."""
     return _fork(streams, each, mesh=run.mesh)
+
+
+def windows(run: Run, frames: int) -> list[tuple[int, int]]:
+    """First and end frame of the windows that a video of so many frames is cut into; the last may be shorter."""
+    window = run.config.streaming.window
+    return [(start, min(start + window, frames)) for start in range(0, frames, window)]
 
 
 def blocks_of(run: Run, first: int, stop: int) -> range:
@@ -165,53 +191,67 @@ def sample(
     begun: the streams of each round, where they have come to `start` before; else they are made. Raises RewardError for
     a reward that is not finite, FloatingPointError for latents that are not.
     """
-    config = run.config
-    if config.streaming.sampling == "sequence":
+    config, streaming = run.config, run.config.streaming
+    if streaming.sampling == "sequence":
         return _sample_sequences(run, adapter, batch, cast, start, progress, what)
     count, number = rounds(config, run.mesh.size)
     each = len(batch.texts) // (count * number)
     share = piece(config, config.sampler.batch, run.mesh.size) // number
     places = np.arange(len(batch.texts)).reshape(count, number, each)  # of candidates in the batch
-    parts, scores, kept, whole, order = [], [], [], [], []
+    blocks = blocks_of(run, start, start + streaming.window)
+    parts, scores, order, pasts = [], [], [], Pasts([], [])
     for r in range(count):
-        past, seen, frames = (begun[r], [], []) if begun else _pasts(run, adapter, cast, places[r], start, progress)
+        own = cast.part(_firsts(batch.index, places[r, :, 0]))
+        past, whole, before = _come_to(run, adapter, own, start, begun[r] if begun else None, progress)
         for i in range(0, each, share):
             chosen = places[r, :, i : i + share].reshape(-1)
             with progress.phase("rollout"):
                 forked = fork(run, past, share)
-                blocks = blocks_of(run, start, start + config.streaming.window)
                 take = film(run, adapter, cast.part(chosen), forked, blocks, decode=False)
                 latents = jax.block_until_ready(take.latents)
-            memory = forked.vae if config.streaming.reward != "window_alone" else None
-            pixels = _seen(run, latents, memory, cast, blocks, chosen, progress)
-            if config.streaming.reward == "full":
-                pixels = np.concatenate([np.repeat(part, share, axis=0) for part in frames] + [pixels], axis=1)
+            pixels = _seen(run, latents, forked.vae if _decodes(run) else None, cast, blocks, chosen, progress)
+            pixels = np.concatenate([*(np.repeat(part, share, axis=0) for part in before), pixels], axis=1)
             scores.append(judge(run, pixels, cast.part(chosen).at(blocks[0]), chosen, progress))
             parts.append(latents)
             order.append(chosen)
             progress.tick(what, len(parts), count * each // share)
-        kept.append(past)
-        whole += seen
+        pasts.streams.append(past if streaming.mode == "progressive" else _needed(run, past))
+        pasts.whole.extend(whole)
     back = np.argsort(np.concatenate(order))
     latents = _sorted(parts, back, mesh=run.mesh)
-    return Segment(latents, {k: np.concatenate([s[k] for s in scores])[back] for k in scores[0]}, kept, whole)
+    return Segment(latents, {name: np.concatenate([s[name] for s in scores])[back] for name in scores[0]}, pasts)
 
 
-def _pasts(run, adapter, cast, places, start, progress):
-    """The streams of a round at frame `start`, the latents before it where gradients go back there, and its frames."""
-    streaming, own = run.config.streaming, cast.part(places[:, 0])
-    # A prompt's past is that of its first candidate, on whichever devices it is made.
-    firsts = {story: int(place) for place, story in reversed([*zip(places[:, 0], own.stories, strict=True)])}
-    own = cast.part(np.array([firsts[story] for story in own.stories]))
-    full, alone = streaming.reward == "full", streaming.reward == "window_alone"
-    past, seen, frames = begin(run, len(places)), [], []
+def _firsts(index: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The first candidate of the prompt of each of these places: a prompt's past is its, on whichever devices."""
+    return np.array([np.flatnonzero(index == index[place])[0] for place in places])
+
+
+def _decodes(run: Run) -> bool:
+    """Whether the decoder goes along with the past."""
+    return run.config.streaming.reward != "window_alone"
+
+
+def _needed(run: Run, past: Streams) -> Streams:
+    """Of a past, what the loss reads."""
+    streaming = run.config.streaming
+    cached = streaming.prefix == "rollout_old" and streaming.backprop == "detach"
+    return past._replace(vae=None, cache=past.cache if cached else None)
+
+
+def _come_to(run: Run, adapter: dict, own: Cast, start: int, begun: Streams | None, progress: Progress):
+    """Streams at frame `start`, all latents before it where gradients go back there, and its frames where scored."""
+    streaming, past = run.config.streaming, begin(run, len(own.stories)) if begun is None else begun
+    full = streaming.reward == "full"
     with progress.phase("past"):
-        if start:
-            past, latents, pixels = film(run, adapter, own, past, blocks_of(run, 0, start), not alone, full)
-            jax.block_until_ready(latents)
-            seen = [latents] if streaming.backprop == "full" else []
-            frames = [pixels] if full else []
-    return past, seen, frames
+        if begun is not None and streaming.recache_on_update and start:
+            past = recached(run, adapter, own, past, start // run.layout.block)
+        if begun is not None or not start:
+            return past, [], []
+        take = film(run, adapter, own, past, blocks_of(run, 0, start), _decodes(run), full)
+        jax.block_until_ready(take.latents)
+    whole = [take.latents] if streaming.backprop == "full" else []
+    return take.streams, whole, [take.frames] if full else []
 
 
 def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segment:
@@ -230,7 +270,7 @@ def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segme
         parts.append(latents)
         progress.tick(what, len(parts), len(batch.texts) // size)
     latents = _sorted(parts, np.arange(len(batch.texts)), mesh=run.mesh)
-    return Segment(latents, {name: np.concatenate([s[name] for s in scores]) for name in scores[0]}, [], [])
+    return Segment(latents, {name: np.concatenate([s[name] for s in scores]) for name in scores[0]}, Pasts([], []))
 
 
 def watch(
@@ -247,8 +287,8 @@ def watch(
         numbers = np.arange(first, min(first + size, count))
         part = cast.part(np.resize(numbers, size))  # the last piece is filled up
         streams, clips, scores = begin(run, size), [], []
-        for start in range(0, frames, run.config.streaming.window):
-            blocks = blocks_of(run, start, min(start + run.config.streaming.window, frames))
+        for window in windows(run, frames):
+            blocks = blocks_of(run, *window)
             with progress.phase("rollout"):
                 take = film(run, adapter, part, streams, blocks, watch=True)
             streams, prompts = take.streams, part.at(blocks[0])[: len(numbers)]
@@ -259,16 +299,178 @@ def watch(
         progress.tick(what, i + 1, len(starts))
 
 
-def history(run: Run, cast: Cast, segment: Segment, turn: int, start: int) -> History:
+def work_on(
+    run: Run, cast: Cast, pasts: Pasts, start: int, order: np.ndarray, state: TrainState, batch: Batch, i: int
+) -> Iterator[Work]:
+    """The parts of microbatch i, which holds the samples `order`, for update.update (spec/streaming.md 5.3)."""
+    config, streaming = run.config, run.config.streaming
+    if streaming.sampling == "clip":
+        count, number = rounds(config, run.mesh.size)
+        turn = int(order[0]) // (config.prompts.groups * config.prompts.candidates // count)
+        yield Work(history=_history(run, cast, pasts, turn, start) if start or streaming.backprop == "detach" else None)
+    elif streaming.backprop == "full":
+        yield Work()
+    else:
+        own, streams, stop = cast.part(order), begin(run, len(order)), start + streaming.window
+        for number, frames in enumerate(windows(run, stop)):
+            blocks = blocks_of(run, *frames)
+            yield Work(frames, number, History(jnp.int32(frames[0]), _places(own, blocks), streams.cache))
+            if frames[1] < stop:
+                streams = proceed(run, state.old, own, streams, batch.latents[i, :, frames[0] : frames[1]], blocks)
+
+
+def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> History:
     """What the loss reads of the past of a round's videos; see streaming.prefix and streaming.backprop."""
-    steps = [cast.stories[0].steps[block] for block in blocks_of(run, start, start + run.config.streaming.window)]
-    positions = np.concatenate([_positions(step) for step in steps])
-    streams = segment.streams[turn]
+    blocks, streams = blocks_of(run, start, start + run.config.streaming.window), pasts.streams[turn]
+    positions, begins = _places(cast, blocks), cast.stories[0].steps[blocks[0]].start
     if run.config.streaming.backprop == "full":
-        return History(start, positions, whole=segment.whole[turn])
+        return History(jnp.int32(begins), positions, whole=pasts.whole[turn])
     if run.config.streaming.prefix == "rollout_old":
-        return History(jnp.int32(steps[0].start), positions, streams.cache)
-    return History(jnp.int32(steps[0].start), positions, first=streams.first, recent=streams.recent)
+        return History(jnp.int32(begins), positions, streams.cache)
+    return History(jnp.int32(begins), positions, first=streams.first, recent=streams.recent)
+
+
+def go_on(
+    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int,
+    progress: Progress,
+) -> list[Streams]:  # fmt: skip
+    """Progressive streams behind an epoch's window, each with one of its candidates (5.2); none at the video's end.
+
+    total [N]: rewards; adapter: the policy that will sample next.
+    """
+    start, window = begins_at(run, epoch), run.config.streaming.window
+    if run.config.streaming.mode != "progressive" or start == run.starts[-1]:
+        return []
+    count, number = rounds(run.config, run.mesh.size)
+    chosen = continuation(run, batch, total, epoch)
+    streams, each = segment.pasts.streams, len(batch.texts) // (count * number)
+    after = []
+    with progress.phase("past"):
+        for r, past in enumerate(streams):
+            firsts = _firsts(batch.index, np.arange(len(batch.texts)).reshape(count, number, each)[r, :, 0])
+            taken = np.array([chosen[int(batch.index[first])] for first in firsts])
+            latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
+            after.append(proceed(run, adapter, cast.part(firsts), past, latents, blocks_of(run, start, start + window)))
+    return jax.block_until_ready(after)
+
+
+def continuation(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -> dict[int, int]:
+    """Which video each prompt goes on with: line of the prompt -> place in the batch."""
+    chosen, kind = {}, run.config.streaming.continuation
+    lines = list(dict.fromkeys(batch.index.tolist()))
+    drawn = _random(run, Purpose.CONTINUATION, epoch, len(lines))
+    for line, bits in zip(lines, drawn, strict=True):
+        places = np.flatnonzero(batch.index == line)
+        pick = {"first": 0, "best": np.argmax(total[places]), "uniform": int(bits % np.uint64(len(places)))}[kind]
+        chosen[line] = int(places[pick])
+    return chosen
+
+
+def gathered(run: Run, streams: list[Streams]) -> Streams | None:
+    """The streams of all rounds as one for each prompt, whatever the devices: what is saved."""
+    if not streams:
+        return None
+    count, number = rounds(run.config, run.mesh.size)
+    copies = count * number // run.config.prompts.groups
+    return _gathered(streams, copies, places=_saved_places(run))
+
+
+def dealt(run: Run, saved: Streams | None) -> list[Streams]:
+    """The inverse of `gathered`, on these devices."""
+    if saved is None:
+        return []
+    count, number = rounds(run.config, run.mesh.size)
+    copies = count * number // run.config.prompts.groups
+    return _dealt(saved, count, copies, mesh=run.mesh)
+
+
+def shapes(run: Run, start: int, progressive: bool) -> Streams | None:
+    """Of what `gathered` gives at frame `start`: shapes, dtypes and shardings."""
+    if not start:
+        return None
+    layout, (_, *latent), groups = run.layout, run.latent_shape, run.config.prompts.groups
+    net, vae = run.base.transformer, run.base.vae
+    cache = jax.eval_shape(lambda: kv.empty_cache(net.config, groups, layout.capacity, tuple(latent[1:])))
+    first, recent = (jax.ShapeDtypeStruct((groups, n, *latent), jnp.float32) for n in (layout.kept, layout.capacity))
+    memory = None
+    if progressive and _decodes(run):
+        one = jax.ShapeDtypeStruct((groups, 1, *latent), jnp.float32)
+        _, memory = jax.eval_shape(lambda p, x: merge(vae.graphdef, p).decode(x), vae.params, one)
+    made = Streams(cache, memory, first, recent)
+    made = made if progressive else _needed(run, made)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), made,
+                        _placing(made, *_saved_places(run)))  # fmt: skip
+
+
+def whole_shapes(run: Run, start: int) -> list[jax.ShapeDtypeStruct]:
+    """Of Pasts.whole where gradients go back to frame 0."""
+    count, number = rounds(run.config, run.mesh.size)
+    place = sharding.batch_sharding(run.mesh)
+    return [jax.ShapeDtypeStruct((number, start, *run.latent_shape[1:]), jnp.float32, sharding=place)] * count
+
+
+def untouched(run: Run, adapter: dict, cast: Cast, batch: PromptBatch, start: int, begun: list[Streams]) -> Pasts:
+    """The pasts that an epoch whose samples were saved had, where nothing had to be sampled for them."""
+    if run.config.streaming.sampling == "sequence":
+        return Pasts([], [])
+    count, number = rounds(run.config, run.mesh.size)
+    places = np.arange(len(batch.texts)).reshape(count, number, -1)[:, :, 0]
+    quiet = Progress({}, lambda: None, lambda line: None)
+    made = [
+        _come_to(run, adapter, cast.part(_firsts(batch.index, places[r])), start, begun[r] if begun else None, quiet)
+        for r in range(count)
+    ]
+    return Pasts([past for past, _, _ in made], [])
+
+
+def _saved_places(run: Run):
+    """Shardings of saved streams, along axis 0 and axis 1."""
+    if run.config.prompts.groups % run.mesh.size:
+        return (sharding.replicated(run.mesh),) * 2
+    return sharding.batch_sharding(run.mesh), sharding.batch_sharding(run.mesh, axis=1)
+
+
+def _placing(streams: Streams, outer, inner) -> Streams:
+    """A sharding for every array: streams lie along axis 1 of the cache, and axis 0 of the rest."""
+    rest = jax.tree.map(lambda _: outer, streams._replace(cache=None))
+    return rest._replace(cache=jax.tree.map(lambda _: inner, streams.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "places"))
+def _gathered(streams, copies: int, *, places):
+    axes = _placing(streams[0], 0, 1)
+    joined = jax.tree.map(
+        lambda axis, *parts: jax.lax.slice_in_dim(jnp.concatenate(parts, axis), 0, None, copies, axis), axes, *streams
+    )
+    return jax.lax.with_sharding_constraint(joined, _placing(joined, *places))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "copies", "mesh"))
+def _dealt(saved, count: int, copies: int, *, mesh):
+    axes = _placing(saved, 0, 1)
+    spread = jax.tree.map(lambda axis, part: jnp.repeat(part, copies, axis), axes, saved)
+
+    def turn(r):
+        def one(axis, part):
+            size = part.shape[axis] // count
+            return jax.lax.slice_in_dim(part, r * size, (r + 1) * size, axis=axis)
+
+        part = jax.tree.map(one, axes, spread)
+        places = sharding.batch_sharding(mesh), sharding.batch_sharding(mesh, axis=1)
+        return jax.lax.with_sharding_constraint(part, _placing(part, *places))
+
+    return [turn(r) for r in range(count)]
+
+
+def _places(cast: Cast, blocks: range) -> np.ndarray:
+    """Rotary positions of the frames of some blocks."""
+    return np.concatenate([_positions(cast.stories[0].steps[block]) for block in blocks])
+
+
+def _random(run: Run, purpose: Purpose, epoch: int, count: int) -> np.ndarray:
+    """count uint64 of a counter-based generator's raw output, which no numpy release changes."""
+    key = np.array([run.config.seed, (purpose << 32) | epoch], np.uint64)
+    return np.random.Philox(key=key).random_raw(count)
 
 
 def _policy(run: Run, adapter: dict) -> stream.Policy:
@@ -296,10 +498,9 @@ def _changed(policy, cast, text, streams: Streams, block: int, latent_hw) -> Str
     change = next((change for change in changes if change), None)
     if change is None:
         return streams
-    slots, kept = policy.layout.capacity, policy.layout.kept
-    end = cast.stories[0].steps[block].frame
-    frames = {end - slots + i: streams.recent[:, i] for i in range(slots)}
-    frames |= {i: streams.first[:, i] for i in range(kept) if i < end - slots}
+    slots = policy.layout.capacity
+    gone = cast.stories[0].steps[block].frame - slots  # frames that are no longer among the recent ones
+    frames = {f: streams.first[:, f] if f < gone else streams.recent[:, f - gone] for f in change.frames}
     everybody = all(changes)
     cache = streams.cache if everybody else jax.tree.map(jnp.copy, streams.cache)
     cache, _ = stream.changed(policy, text, cache, change, frames, slots, latent_hw)
@@ -313,11 +514,11 @@ def _advance(run: Run, streams: Streams, latents, step: Step, decode: bool) -> t
     first, recent = _remember(streams.first, streams.recent, latents, jnp.int32(step.frame))
     memory, frames = streams.vae, []
     if decode:
-        frames, memory = _decoded(run, latents, memory)
+        frames, memory = decoded(run, latents, memory)
     return streams._replace(vae=memory, first=first, recent=recent), frames
 
 
-def _decoded(run: Run, latents, memory):
+def decoded(run: Run, latents, memory):
     """Frames of latents, config.video.decode_chunk at a time, and the decoder's memory behind them."""
     vae, chunk, frames = run.base.vae, run.config.video.decode_chunk, []
     for i in range(0, latents.shape[1], chunk):
@@ -329,8 +530,12 @@ def _decoded(run: Run, latents, memory):
 def _seen(run: Run, latents, memory, cast: Cast, blocks: range, chosen, progress: Progress) -> np.ndarray:
     with progress.phase("decode"):
         refuse_non_finite(latents, cast.part(chosen).at(blocks[0]), chosen)
-        frames, _ = _decoded(run, latents, memory)
-        return np.concatenate([sharding.to_host(part) for part in frames], axis=1)
+        return on_host(decoded(run, latents, memory)[0])
+
+
+def on_host(frames: Sequence[jax.Array]) -> np.ndarray:
+    """Frames that come one after another, as one array."""
+    return np.concatenate([sharding.to_host(part) for part in frames], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "shape", "mesh"))
@@ -366,7 +571,7 @@ def _reencode(static, params, adapter, lora_scale, text, first, recent, start, t
     graphdef, layout, _, mesh = static
 
     def encode(params, adapter, text, first, recent):
-        model = stream.rollout.merge(graphdef, params)
+        model = merge(graphdef, params)
         return model.reencode(first, recent, t, text, start, adapter, lora_scale, layout=layout)
 
     return sharding.on_mesh(mesh, encode)(params, adapter, text, first, recent)

@@ -4,6 +4,7 @@ Everything an epoch does derives from (seed, epoch) and the state before it, so 
 goes on from its last checkpoint exactly as if nothing had happened.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages as adv
-from astrolabe_jax import checkpoint, processes, prompts, report, sharding
+from astrolabe_jax import checkpoint, processes, prompts, report, segments, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.files import read_json
 from astrolabe_jax.convert.lora import save_peft
@@ -43,6 +44,17 @@ class Point(NamedTuple):
     risk: adv.RiskState  # controllers of the selective KL
     reset: adv.ResetState
     seconds: dict[str, float]  # spent so far, by phase
+    streams: list[segments.Streams] = []  # progressive streams at the next epoch's window, one set for each round
+
+
+class Drawn(NamedTuple):
+    """An epoch's videos."""
+
+    latents: jax.Array  # [N, F, C, H, W]
+    scores: dict[str, np.ndarray]  # [N] of every reward and its parts
+    texts: Texts
+    work: Callable | None = None  # parts of a microbatch, see update.update
+    go_on: Callable | None = None  # progressive streams: (policy, total reward [N]) -> those of the next epoch
 
 
 # A number that is not finite, named with its sample, or a file that cannot be read or written, such as on a full disk:
@@ -53,7 +65,7 @@ REFUSED = (FloatingPointError, RewardError, OSError)
 def resume(run: Run) -> Point:
     """The last checkpoint, or the beginning. Raises ValueError if there is one that this run cannot go on from."""
     state = init_state(run.config, run.adapter, run.mesh)
-    found = checkpoint.restore(run.workdir, state, run.identity)
+    found = checkpoint.restore(run.workdir, lambda epoch: _saved(state, _stream_shapes(run, epoch)), run.identity)
     if found is None:
         return Point(0, state, adv.RiskState(), adv.ResetState(run.config.kl.reset_threshold), {})
     if found.epoch > run.config.train.epochs:
@@ -62,7 +74,21 @@ def resume(run: Run) -> Point:
             f"{found.epoch}; give at least as many epochs, or another --workdir"
         )
     risk, reset = adv.RiskState(**found.progress["risk"]), adv.ResetState(**found.progress["reset"])
-    return Point(found.epoch, found.state, risk, reset, found.progress["seconds"])
+    state = found.state["train"]
+    streams = segments.dealt(run, found.state.get("streams"))
+    return Point(found.epoch, state, risk, reset, found.progress["seconds"], streams)
+
+
+def _saved(state: TrainState, streams: segments.Streams | None) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"train": state} | ({} if streams is None else {"streams": streams})
+
+
+def _stream_shapes(run: Run, epoch: int) -> segments.Streams | None:
+    """Of the progressive streams that a checkpoint after so many epochs holds."""
+    if not run.starts or run.config.streaming.mode != "progressive":
+        return None
+    return segments.shapes(run, segments.begins_at(run, epoch), progressive=True)
 
 
 def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] | None:
@@ -91,7 +117,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
             point, record = _epoch(run, point, step, progress)
             metrics.add(record)
             progress.epoch(record, count, progress.lasted.get("evaluation", 0.0))
-            if point.epoch % config.train.checkpoint_every == 0 or point.epoch == count:
+            if _to_be_saved(config, point):
                 with progress.phase("checkpoint"):
                     saved = _save(run, point, progress)
         summary = processes.by_first(lambda: _finished(run)) if began == count else None
@@ -109,16 +135,13 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
 
 def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[Point, dict[str, Any]]:
     """One iteration: the point after it, and its record. Up to the update nothing is changed."""
-    config, (epoch, state, risk, reset, _) = run.config, point
+    config, (epoch, state, risk, reset, *_) = run.config, point
     progress.take()
-    wanted = config.prompts
-    batch = prompts.draw(run.train_prompts, config.seed, epoch, wanted.groups, wanted.candidates, repeats(config))
-    texts = encode_texts(run, batch, progress)
-    noise, loss_noise = (
-        prompts.sample_keys(batch, config.seed, purpose, epoch) for purpose in (Purpose.ROLLOUT, Purpose.LOSS)
-    )
-    latents, scores = _sampled(run, point, batch, texts, noise, progress)
-    rewards = {name: scores[name] for name in config.rewards}
+    wanted, number = config.prompts, segments.drawing(run, epoch)
+    batch = prompts.draw(run.train_prompts, config.seed, number, wanted.groups, wanted.candidates, repeats(config))
+    loss_noise = prompts.sample_keys(batch, config.seed, Purpose.LOSS, epoch)
+    drawn = (_segment if run.starts else _videos)(run, point, batch, progress)
+    rewards = {name: drawn.scores[name] for name in config.rewards}
     result = adv.advantages(config, rewards, batch.index)
     risk, mask, record = _kl_mask(config, rewards, risk)
     with progress.phase("update"):
@@ -126,16 +149,18 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
             reset, now = adv.start_epoch(reset, epoch, config.kl.reset_epochs, config.kl.reset_bounds)
             state = reset_reference(state) if now else state
             record["reference_reset"] = int(now)
-        drawn = Samples(latents, result.r, mask, texts.row, loss_noise, texts.embeddings)
+        texts = drawn.texts
+        learnt = Samples(drawn.latents, result.r, mask, texts.row, loss_noise, texts.embeddings)
         steps = []
         params = run.base.transformer.params
-        for after, figures in update(step, config, run.mesh, state, params, drawn, epoch):
+        for after, figures in update(step, config, run.mesh, state, params, learnt, epoch, drawn.work):
             state, reset = after, adv.after_step(reset, figures["kl_loss"])
             steps.append(figures)
         taken = int(state.step)
         settings = config.optimiser
         state = blend_old(state, old_decay(settings.old_decay, taken, settings.old_decay_constant))
-    distinct = len(texts.embeddings)
+    streams = drawn.go_on(state.old, result.total) if drawn.go_on else []
+    distinct = len(set(batch.index.tolist()))
     record = {
         "kind": "epoch",
         "epoch": epoch + 1,
@@ -143,39 +168,93 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         **{name: float(np.mean([figures[name] for figures in steps])) for name in steps[0]},
         "total_reward": float(result.total.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
-        **{f"part/{name}": float(values.mean()) for name, values in scores.items() if name not in rewards},
+        **{f"part/{name}": float(values.mean()) for name, values in drawn.scores.items() if name not in rewards},
         **result.metrics,
-        "trained_prompt_num": min(len(run.train_prompts), distinct * (epoch + 1)),
+        "trained_prompt_num": min(len(run.train_prompts), distinct * (number + 1)),
+        **({"window_start": segments.begins_at(run, epoch)} if run.starts else {}),
         **record,
         "seconds": progress.take(),
     }
-    return Point(epoch + 1, state, risk, reset, dict(progress.seconds)), record
+    return Point(epoch + 1, state, risk, reset, dict(progress.seconds), streams), record
 
 
-def _sampled(
-    run: Run, point: Point, batch: PromptBatch, texts: Texts, keys: jax.Array, progress: Progress
-) -> tuple[jax.Array, dict[str, np.ndarray]]:
-    """Latents [N, F, C, H, W] and scores {name: [N]} of an epoch's videos: sampled now, or saved by a killed run."""
+def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> Drawn:
+    """Whole videos."""
+    texts = encode_texts(run, batch, progress)
+    keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, point.epoch)
+
+    def sample():
+        what = f"epoch {point.epoch + 1}: sampling batch"
+        videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
+        latents = jnp.concatenate([latents for latents, _ in videos])
+        return {"latents": latents}, {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+
+    shape = (len(batch.texts), *run.latent_shape)
+    arrays, scores = _kept_or(run, point, sample, {"latents": _of_samples(run, shape)}, progress)
+    return Drawn(arrays["latents"], scores, texts)
+
+
+def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> Drawn:
+    """Windows of long videos, behind a past that the videos of a prompt share (spec/streaming.md 5)."""
+    config, streaming, start = run.config, run.config.streaming, segments.begins_at(run, point.epoch)
+    keys = prompts.sample_keys(batch, config.seed, Purpose.ROLLOUT, point.epoch)
+    cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
+    own_pasts = streaming.mode == "epoch" and streaming.sampling == "clip" and start > 0
+
+    def sample():
+        what = f"epoch {point.epoch + 1}: sampling window {start}"
+        made = segments.sample(run, point.state.old, batch, cast, start, point.streams, progress, what)
+        arrays = {"latents": made.latents}
+        if own_pasts:
+            arrays |= {"streams": segments.gathered(run, made.pasts.streams)}
+            arrays |= {"whole": made.pasts.whole} if made.pasts.whole else {}
+        held.append(made.pasts)
+        return arrays, made.scores
+
+    held: list[segments.Pasts] = []
+    frames = start + streaming.window if streaming.sampling == "sequence" else streaming.window
+    template = {"latents": _of_samples(run, (len(batch.texts), frames, *run.latent_shape[1:]))}
+    if own_pasts:
+        template |= {"streams": segments.shapes(run, start, progressive=False)}
+        template |= {"whole": segments.whole_shapes(run, start)} if streaming.backprop == "full" else {}
+    arrays, scores = _kept_or(run, point, sample, template, progress)
+    if held:
+        pasts = held[0]
+    elif own_pasts:
+        pasts = segments.Pasts(segments.dealt(run, arrays["streams"]), arrays.get("whole", []))
+    else:
+        pasts = segments.untouched(run, point.state.old, cast, batch, start, point.streams)
+    row = np.array([cast.rows[prompt] for prompt in cast.at(start // run.layout.block)], np.int32)
+    segment = segments.Segment(arrays["latents"], scores, pasts)
+
+    def go_on(policy, total):
+        return segments.go_on(run, policy, batch, cast, segment, total, point.epoch, progress)
+
+    work = functools.partial(segments.work_on, run, cast, pasts, start)
+    return Drawn(segment.latents, scores, Texts(cast.embeddings, row), work, go_on)
+
+
+def _of_samples(run: Run, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))
+
+
+def _kept_or(
+    run: Run, point: Point, sample: Callable[[], tuple[dict, dict]], template: dict, progress: Progress
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Arrays and scores {name: [N]} of an epoch's videos: those that a killed run has saved, or sampled now."""
     place = (run.workdir, point.epoch)
     if run.config.train.save_samples:
-        shape = (len(batch.texts), *run.latent_shape)
-        template = {"latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))}
         found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
         if found is not None:
             say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
-            return found.state["latents"], {
-                name: np.array(values, np.float32) for name, values in found.progress.items()
-            }
-    what = f"epoch {point.epoch + 1}: sampling batch"
-    videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
-    latents = jnp.concatenate([latents for latents, _ in videos])
-    scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+            return found.state, {name: np.array(values, np.float32) for name, values in found.progress.items()}
+    arrays, scores = sample()
     if run.config.train.save_samples:
         with progress.phase("save samples"):
             listed = {name: values.tolist() for name, values in scores.items()}
-            size = checkpoint.save_samples(*place, {"latents": latents}, listed, point.state.old, run.identity)
+            size = checkpoint.save_samples(*place, arrays, listed, point.state.old, run.identity)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
-    return latents, scores
+    return arrays, scores
 
 
 def _kl_mask(
@@ -193,9 +272,18 @@ def _kl_mask(
 def _save(run: Run, point: Point, progress: Progress) -> int:
     record = {"risk": point.risk._asdict(), "reset": point.reset._asdict(), "seconds": progress.seconds}
     keep = run.config.train.checkpoints_kept
-    size = checkpoint.save(run.workdir, point.epoch, point.state, record, run.identity, keep)
+    saved = _saved(point.state, segments.gathered(run, point.streams))
+    size = checkpoint.save(run.workdir, point.epoch, saved, record, run.identity, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return point.epoch
+
+
+def _to_be_saved(config: ConfigDict, point: Point) -> bool:
+    """Whether a checkpoint follows; progressive streams are saved at their end, with streaming.save 'full' always."""
+    if point.epoch == config.train.epochs:
+        return True
+    held_back = point.streams and config.streaming.save == "sequence_end"
+    return point.epoch % config.train.checkpoint_every == 0 and not held_back
 
 
 def _due(run: Run, epoch: int) -> bool:

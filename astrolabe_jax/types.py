@@ -34,6 +34,8 @@ class Purpose(enum.IntEnum):
     HELD_OUT = 4  # choice of the evaluation prompts, and the noise of their videos
     REAL = 5  # start positions of the real videos behind eval.ceiling
     SAMPLE = 6  # noise of the videos of `python -m astrolabe_jax.sample`
+    WINDOW = 7  # where an epoch's window begins
+    CONTINUATION = 8  # which video a progressive stream goes on with
 
 
 class PromptBatch(NamedTuple):

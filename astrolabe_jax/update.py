@@ -220,17 +220,14 @@ class TrainStep:
         def begin(current):
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), current)
 
-        def accumulate(total, state: TrainState, params, text, batch: Batch, i, number, history, *, frames):
+        def accumulate(total, state: TrainState, params, text, batch: Batch, i, number, share, history):
             micro = jax.tree.map(lambda part: part[i], batch)
-            first, stop = frames or (0, micro.latents.shape[1])
-            share = (stop - first) / micro.latents.shape[1]
-            micro = micro._replace(latents=micro.latents[:, first:stop])
             if number is not None:
                 micro = micro._replace(key=jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro.key, number))
 
             def objective(current):
                 terms = terms_of(state._replace(current=current), params, text, micro, history)
-                terms = jax.tree.map(lambda term: term * share, terms)
+                terms = terms if share is None else jax.tree.map(lambda term: term * share, terms)
                 return terms["total_loss"].sum() / batch.r.size, terms
 
             grads, terms = jax.grad(objective, has_aux=True)(state.current)
@@ -250,9 +247,7 @@ class TrainStep:
 
         whole = sharding.replicated(mesh)
         self._begin = jax.jit(begin, out_shardings=whole)
-        self.accumulate = jax.jit(
-            sharding.on_mesh(mesh, accumulate), donate_argnums=0, static_argnames="frames", out_shardings=whole
-        )
+        self.accumulate = jax.jit(sharding.on_mesh(mesh, accumulate), donate_argnums=0, out_shardings=whole)
         self.finish = jax.jit(finish, donate_argnums=0, out_shardings=whole)
 
     def __call__(self, state: TrainState, params, text, batch: Batch, parts: Callable | None = None):
@@ -260,9 +255,13 @@ class TrainStep:
         for i in range(batch.r.shape[0]):
             of_sample = None
             for work in parts(state, batch, i) if parts else (Work(),):
-                number = jnp.int32(work.number) if work.frames else None
+                part, number, share = batch, None, None
+                if work.frames:  # cut outside of the program, so that one serves all windows of a length
+                    part = batch._replace(latents=batch.latents[:, :, slice(*work.frames)])
+                    share = np.float32((work.frames[1] - work.frames[0]) / batch.latents.shape[2])
+                    number = np.int32(work.number)
                 grads, made = self.accumulate(
-                    grads, state, params, text, batch, jnp.int32(i), number, work.history, frames=work.frames
+                    grads, state, params, text, part, np.int32(i), number, share, work.history
                 )
                 of_sample = made if of_sample is None else jax.tree.map(jnp.add, of_sample, made)
             terms.append(of_sample)

@@ -29,10 +29,10 @@ def assert_same(a, b):
 
 
 def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
-    assert checkpoint.restore(tmp_path, make_state(0), IDENTITY) is None
+    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY) is None
     for epoch in (0, 2, 4):
         checkpoint.save(tmp_path, epoch, make_state(epoch), PROGRESS | {"step": epoch}, IDENTITY, keep=2)
-    found = checkpoint.restore(tmp_path, make_state(0), IDENTITY)
+    found = checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY)
     assert found.epoch == 4 and found.progress == PROGRESS | {"step": 4}
     assert_same(found.state, make_state(4))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
@@ -50,7 +50,7 @@ def test_restores_onto_other_devices(tmp_path):
 
     checkpoint.save(tmp_path, 1, placed(make_state(1), 8), PROGRESS, IDENTITY, keep=1)
     template = placed(make_state(0), 2)
-    state = checkpoint.restore(tmp_path, template, IDENTITY).state
+    state = checkpoint.restore(tmp_path, lambda epoch: template, IDENTITY).state
     assert_same(state, make_state(1))
     assert state["current"]["q"]["a"].sharding == template["current"]["q"]["a"].sharding
 
@@ -91,7 +91,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(two
         spoilt = {file: payload for file, payload in (before | {name: content}).items() if payload is not None}
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = checkpoint.restore(workdir, make_state(0), IDENTITY)
+            found = checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY)
         assert_same(found.state, make_state(found.epoch))
         assert found.progress == PROGRESS
         if found.epoch == 1:
@@ -108,18 +108,18 @@ def test_a_damaged_epoch_is_saved_again_and_may_be_damaged_again(two_checkpoints
     shutil.copytree(two_checkpoints, workdir)
     for _ in range(3):
         next((workdir / "checkpoints" / "2").rglob("progress/metadata")).write_text("{")
-        assert checkpoint.restore(workdir, make_state(0), IDENTITY).epoch == 1
+        assert checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).epoch == 1
         checkpoint.save(workdir, 2, make_state(2), PROGRESS, IDENTITY, keep=2)
     names = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert names == {"1", "2", "2.damaged", "2.damaged.2", "2.damaged.3"}
-    assert_same(checkpoint.restore(workdir, make_state(0), IDENTITY).state, make_state(2))
+    assert_same(checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).state, make_state(2))
 
 
 def refused(workdir, error, match, template=None):
     """The newest checkpoint stops the program with a message that names it, and everything stays where it is."""
     before = contents(workdir)
     with pytest.raises(error, match=match):
-        checkpoint.restore(workdir, template or make_state(0), IDENTITY)
+        checkpoint.restore(workdir, lambda epoch: template or make_state(0), IDENTITY)
     assert contents(workdir) == before
 
 
@@ -160,7 +160,7 @@ def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
     unfinished = tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp-17"
     unfinished.mkdir()
     (unfinished / "state").write_text("half")
-    assert checkpoint.restore(tmp_path / "run", make_state(0), IDENTITY).epoch == 2
+    assert checkpoint.restore(tmp_path / "run", lambda epoch: make_state(0), IDENTITY).epoch == 2
     assert not unfinished.exists()
 
 
@@ -181,7 +181,7 @@ def test_nothing_whole_is_refused(two_checkpoints, tmp_path):
 )
 def test_checkpoints_and_workdirs_of_another_run_are_refused(two_checkpoints, tmp_path, change, expected):
     with pytest.raises(ValueError, match=f"(?s)is of another run.*{expected}"):
-        checkpoint.restore(two_checkpoints, make_state(0), IDENTITY | change)
+        checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), IDENTITY | change)
     checkpoint.claim(tmp_path / "run", IDENTITY)
     with pytest.raises(ValueError, match=f"(?s)belongs to another run.*{expected}"):
         checkpoint.claim(tmp_path / "run", IDENTITY | change)
@@ -330,6 +330,6 @@ def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path
             checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint.restore(tmp_path, make_state(0), IDENTITY).epoch == 1
+    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY).epoch == 1
     checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]

@@ -24,11 +24,13 @@ LAYERS = {
     "stages": ("prompts", "encode", "scenes", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
     "run": ("prepare", "report", "requests"),
     "videos": ("generate", "stream"),
+    "segments": ("segments",),
     "evaluation": ("evaluate",),
     "conductor": ("train",),
     "entry": ("main", "plan", "sample", "convert.__main__"),
 }
 ORDER = list(LAYERS)
+DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames")  # read in config.py for others
 WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
 EXCEPTIONS = {("update", "losses"), ("report", "prepare")}
 
@@ -115,7 +117,14 @@ def fields_read(fields: set[str]) -> set[str]:
         tree = ast.parse(path.read_text())
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-            if module not in ("config", "published") or function.name in ("samples", "repeats", "piece", "window_end"):
+            if module not in ("config", "published") or function.name in (
+                "samples",
+                "repeats",
+                "piece",
+                "window_starts",
+                "rounds",
+                "eval_frames",
+            ):
                 given = "mesh" if function.name == "_mesh_shape" else ""  # what its parameter `config` is
                 found |= _read_in(function, {"config": given}, fields, strings)
     return found

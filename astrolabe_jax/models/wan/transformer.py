@@ -33,7 +33,9 @@ class Past(NamedTuple):
 
     cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
     start: int | jax.Array  # frames so far in the cache's count; traced, one program serves every window
-    positions: jax.Array | None = None  # rotary positions [W] of the window's frames; None: their numbers
+    positions: jax.Array | None = (
+        None  # rotary, [W] of the window, of which x may be the first frames; None: numbers
+    )
 
 
 class Attention(nnx.Module):
@@ -329,7 +331,7 @@ class WanTransformer(nnx.Module):
             raise ValueError(f"a window of {frames} frames is not whole blocks of {layout.block}")
         recent = max(layout.capacity - layout.kept - layout.block, 0) if recent is None else recent
         numbers = past.start + jnp.arange(frames)
-        table = rope_table(numbers if past.positions is None else past.positions, grid, head_dim)
+        table = rope_table(numbers if past.positions is None else past.positions[:frames], grid, head_dim)
         stored_table, sink_tables = _stored_table(table, numbers, layout), None
         if layout.sink_moves:
             ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
