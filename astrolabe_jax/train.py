@@ -224,14 +224,17 @@ def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> 
         pasts = segments.Pasts(segments.dealt(run, arrays["streams"]), arrays.get("whole", []))
     else:
         pasts = segments.untouched(run, point.state.old, cast, batch, start, point.streams)
-    row = np.array([cast.rows[prompt] for prompt in cast.at(start // run.layout.block)], np.int32)
+    # As many texts as prompts, whatever other scenes their stories have: one shape, one program.
+    _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
+    told = np.array([cast.rows[prompt] for prompt in cast.at(start // run.layout.block)])
+    texts = Texts(cast.embeddings[told[first]], row.astype(np.int32))
     segment = segments.Segment(arrays["latents"], scores, pasts)
 
     def go_on(policy, total):
         return segments.go_on(run, policy, batch, cast, segment, total, point.epoch, progress)
 
     work = functools.partial(segments.work_on, run, cast, pasts, start)
-    return Drawn(segment.latents, scores, Texts(cast.embeddings, row), work, go_on)
+    return Drawn(segment.latents, scores, texts, work, go_on)
 
 
 def _of_samples(run: Run, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

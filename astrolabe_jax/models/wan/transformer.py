@@ -33,9 +33,7 @@ class Past(NamedTuple):
 
     cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
     start: int | jax.Array  # frames so far in the cache's count; traced, one program serves every window
-    positions: jax.Array | None = (
-        None  # rotary, [W] of the window, of which x may be the first frames; None: numbers
-    )
+    positions: jax.Array | None = None  # rotary, [W] of the window, of which x may be the first frames; None: numbers
 
 
 class Attention(nnx.Module):
