@@ -159,7 +159,7 @@ def _history(run: Run, streams: segments.Streams) -> update.History | None:
 
 def _step_batch(run: Run) -> update.Batch:
     """The samples of the first optimiser step."""
-    whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool))
+    whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size)
     shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
     numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
     clip = run.starts and run.config.streaming.sampling == "clip"
