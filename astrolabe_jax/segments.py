@@ -353,7 +353,7 @@ def go_on(
     chosen = continuation(run, batch, total, epoch)
     streams, each = segment.pasts.streams, len(batch.texts) // (count * number)
     after = []
-    with progress.phase("past"):
+    with progress.phase("past", may_end=False):  # the policy has learnt from this epoch
         for r, past in enumerate(streams):
             firsts = _firsts(batch.index, np.arange(len(batch.texts)).reshape(count, number, each)[r, :, 0])
             taken = np.array([chosen[int(batch.index[first])] for first in firsts])
