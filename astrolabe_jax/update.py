@@ -130,7 +130,7 @@ class Forward:
             return Past(cache, history.start, history.positions)
         first, recent = history.first, history.recent[:, history.recent.shape[1] - self.recent_frames :]
         level = t if self.prefix == "noised_prefix" else self.context_noise
-        text, options["adapter"] = _stopped((_of_streams(text, first), adapter))
+        first, recent, text, options["adapter"] = _stopped((first, recent, _of_streams(text, first), adapter))
         cache = model.reencode(first, recent, level, text, history.start, **options)
         return Past(cache, history.start, history.positions)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax import prepare, stop, train
+from astrolabe_jax.report import Progress
 from configs import moving_shapes
 from tests.meshes import mesh_of
 
@@ -42,6 +43,7 @@ WINDOWS = {
     "model.positions": "relative",
     "streaming.window": 2,
 }
+QUIET = Progress({}, lambda: None, lambda line: None)
 PROGRESSIVE = WINDOWS | {"streaming.mode": "progressive", "streaming.save": "full"}
 
 

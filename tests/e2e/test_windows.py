@@ -1,0 +1,264 @@
+"""Training on windows of long videos, epoch by epoch through the real conductor, in every variant."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from astrolabe_jax import prompts, segments, stream, train
+from astrolabe_jax.config import flatten
+from astrolabe_jax.update import TrainStep
+from tests.e2e import runs
+from tests.models import tiny
+from tests.policies import assert_same_state
+
+ONE = {"streaming.prompts_per_device": 2}
+PLAIN = "a red circle moving left on a grey background"
+SECOND = "a red circle moving right on a grey background"
+# Fields that are compiled into a train step.
+COMPILED = ("loss", "model", "sampler", "lora", "optimiser", "advantages", "streaming.prefix", "streaming.backprop")
+
+
+STEPS = {}
+
+
+def step_of(run):
+    """The train step of a run, compiled once for all that have the same."""
+    fields = json.dumps({field: value for field, value in flatten(run.config).items() if field.startswith(COMPILED)})
+    key = fields, run.layout, run.mesh
+    if key not in STEPS:
+        STEPS[key] = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
+    return STEPS[key]
+
+
+class Made:
+    """Some epochs of a run."""
+
+    def __init__(self, run, epochs=1, starts=None):
+        run = run._replace(adapter=jax.device_get(tiny.adapter()), starts=starts or run.starts)
+        self.run, self.point = run, train.resume(run)
+        self.records, self.drawn, self.pasts = [], [], []  # of each epoch
+        original = segments.sample
+
+        def kept(*arguments):
+            self.drawn.append(original(*arguments))
+            self.pasts.append(jax.device_get(self.drawn[-1].pasts.streams[0]) if self.drawn[-1].pasts.streams else None)
+            self.latents = np.asarray(self.drawn[-1].latents)
+            return self.drawn[-1]
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(segments, "sample", kept)
+            for _ in range(epochs):
+                self.point, record = train._epoch(run, self.point, step_of(run), runs.QUIET)
+                self.records.append(record)
+        self.state = jax.device_get(self.point.state)
+
+
+@pytest.fixture(scope="module")
+def made(base, tmp_path_factory):
+    """made(changes, epochs, devices, starts): epochs of a run of windows."""
+
+    def make(changes=None, epochs=1, devices=1, starts=None):
+        config = runs.small_config(base, **runs.WINDOWS | (ONE if devices == 1 else {}) | (changes or {}))
+        return Made(runs.prepared(config, tmp_path_factory.mktemp("runs") / "run", devices), epochs, starts)
+
+    return make
+
+
+def assert_same_epoch(one, other):
+    """Videos, figures and policies agree to rounding; bytes of frames, which rewards read, may differ by one."""
+    np.testing.assert_allclose(one.latents, other.latents, atol=2e-5)
+    for a, b in zip(one.records, other.records, strict=True):
+        for name in set(a) - {"seconds", "kind"}:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, err_msg=name)
+    assert_same_state(one.state, other.state)
+
+
+def assert_learnt(made):
+    for record in made.records:
+        assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
+        assert record["grad_norm"] > 0
+    assert np.isfinite(made.latents).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"streaming.reward": "window_alone"},
+        {"streaming.reward": "full"},
+        pytest.param({"streaming.prefix": "noised_prefix", "loss.context": "noisy"}, marks=pytest.mark.slow),
+        pytest.param({"loss.kind": "diffusion_nft", "loss.mask_block": 1}, marks=pytest.mark.slow),
+        pytest.param({"streaming.sampling": "sequence", "loss.context": "noisy"}, marks=pytest.mark.slow),
+        pytest.param({"streaming.backprop": "full", "streaming.reward": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_variant_learns(made, changes):
+    epochs = made(changes, epochs=1, starts=(4,))
+    assert_learnt(epochs)
+    assert epochs.records[0]["window_start"] == 4
+
+
+def test_rewards_of_other_frames_are_others(made):
+    scored = {kind: made({"streaming.reward": kind}, starts=(4,)) for kind in ("window_stream", "window_alone", "full")}
+    for kind in ("window_alone", "full"):
+        np.testing.assert_array_equal(scored[kind].latents, scored["window_stream"].latents)
+        assert scored[kind].records[0]["total_reward"] != scored["window_stream"].records[0]["total_reward"]
+
+
+def test_6_one_program_serves_every_start(made):
+    first = made(starts=(2,))
+    programs = (stream.sample_block, segments._noise, segments._remember, step_of(first.run).accumulate)
+    before = [program._cache_size() for program in programs]
+    sizes = set()
+    for start in (0, 1, 3, 4):
+        there = made(starts=(start,))
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(there.drawn[0].pasts)))
+    assert [program._cache_size() for program in programs] == before
+    assert step_of(first.run).accumulate._cache_size() == 1
+    assert len(sizes) == 1  # what the loss reads does not grow with the video
+
+
+@pytest.mark.parametrize("context", ["clean", pytest.param("noisy", marks=pytest.mark.slow)])
+def test_at_frame_0_a_clip_is_a_sequence(made, context):
+    one, other = (
+        made({"loss.context": context, "streaming.sampling": sampling}, starts=(0,))
+        for sampling in ("clip", "sequence")
+    )
+    assert_same_epoch(one, other)
+
+
+def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, tmp_path):
+    """Of as many frames, with gradients through the clean context."""
+    fields = {"streaming.sampling": "sequence", "streaming.backprop": "full"}
+    window = made(fields, starts=(0,))
+    short = runs.WINDOWS | {"video.frames": 5, "eval.frames": 0, "streaming.window": 0, "loss.context_gradient": True}
+    run = runs.prepared(runs.small_config(base, **short), tmp_path / "short")
+    run = run._replace(adapter=jax.device_get(tiny.adapter()))
+    point, record = train._epoch(run, train.resume(run), step_of(run), runs.QUIET)
+    for name in set(record) - {"seconds", "kind"}:
+        np.testing.assert_allclose(window.records[0][name], record[name], rtol=2e-4, err_msg=name)
+    assert_same_state(window.state, jax.device_get(point.state))
+
+
+@pytest.mark.parametrize("start", [2, 4])
+def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evicted(made, start):
+    """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers differ."""
+    one, other = (made({"streaming.prefix": prefix}, starts=(start,)) for prefix in ("rollout_old", "per_policy"))
+    if start <= 3 - 1:  # capacity less a block
+        assert_same_epoch(one, other)
+    else:
+        np.testing.assert_allclose(one.latents, other.latents, atol=2e-5)
+        assert abs(one.records[0]["policy_loss"] / other.records[0]["policy_loss"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [
+        ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
+        ({"mesh.samples_per_device": 4}, 1),
+        ({}, 2),
+        ({}, 4),  # more devices than prompts
+        pytest.param({"mesh.samples_per_device": 1}, 4, marks=pytest.mark.slow),
+        pytest.param({}, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_and_pieces_do_not_change_an_epoch(made, changes, devices):
+    assert_same_epoch(made(changes, devices=devices, starts=(4,)), made(starts=(4,)))
+
+
+# Progressive streams.
+
+
+@pytest.fixture(scope="module")
+def progressive(made):
+    return functools.cache(
+        lambda continuation: made({"streaming.mode": "progressive", "streaming.continuation": continuation}, epochs=3)
+    )
+
+
+@pytest.mark.parametrize("continuation", ["uniform", "best", "first"])
+def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, continuation):
+    """Its past is what was chosen in the windows before; at the video's end there are new prompts."""
+    epochs = progressive(continuation)
+    assert_learnt(epochs)
+    assert [record["window_start"] for record in epochs.records] == [0, 2, 4] and not epochs.point.streams
+    run, weights = epochs.run, dict(epochs.run.config.rewards)
+    before = [np.zeros((2, 0, *run.latent_shape[1:]), np.float32)]
+    for epoch, drawn in enumerate(epochs.drawn):
+        batch = prompts.draw(run.train_prompts, run.config.seed, segments.drawing(run, epoch), 2, 4, 1)
+        assert batch.index[0] == prompts.draw(run.train_prompts, run.config.seed, 0, 2, 4, 1).index[0]
+        total = sum(weight * drawn.scores[name].astype(np.float64) for name, weight in weights.items())
+        chosen = segments.continuation(run, batch, total, epoch)
+        places = [chosen[int(batch.index[first])] for first in (0, 4)]
+        if continuation == "best":
+            assert places == [int(np.argmax(total[:4])), 4 + int(np.argmax(total[4:]))]
+        elif continuation == "first":
+            assert places == [0, 4]
+        before.append(np.asarray(drawn.latents)[places])
+    video = np.concatenate(before, axis=1)
+    assert video.shape[1] == 6
+    last = epochs.pasts[-1]
+    np.testing.assert_array_equal(last.recent, video[:, 1:4])
+    np.testing.assert_array_equal(last.first, video[:, :1])
+    following = prompts.draw(run.train_prompts, run.config.seed, segments.drawing(run, 3), 2, 4, 1)
+    assert set(following.index).isdisjoint(batch.index)
+
+
+def test_every_video_is_chosen_now_and_then(made):
+    epochs = [made({"streaming.mode": "progressive"}, epochs=0).run]
+    batch = prompts.draw(epochs[0].train_prompts, 0, 0, 2, 4, 1)
+    drawn = [segments.continuation(epochs[0], batch, np.zeros(8), epoch) for epoch in range(200)]
+    counts = np.bincount([place for chosen in drawn for place in chosen.values()], minlength=8)
+    assert counts.min() > 30 and counts.max() < 70
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_devices_do_not_change_progressive_streams(made, progressive, devices):
+    changes = {"streaming.mode": "progressive", "streaming.continuation": "first"}
+    assert_same_epoch(made(changes, epochs=3, devices=devices), progressive("first"))
+
+
+@pytest.mark.parametrize("reward", ["window_stream", pytest.param("window_alone", marks=pytest.mark.slow)])
+def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
+    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", "streaming.reward": reward}
+    epochs = made(changes | {"streaming.recache_on_update": True}, epochs=3)
+    assert_learnt(epochs)
+    np.testing.assert_array_equal(epochs.drawn[0].latents, progressive("first").drawn[0].latents)
+    assert np.abs(np.asarray(epochs.drawn[1].latents) - progressive("first").drawn[1].latents).max() > 1e-5
+
+
+# Prompts that change on the way.
+
+
+@pytest.mark.parametrize(
+    ("transition", "scenes", "mode"),
+    [
+        ("recache", (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}"), "epoch"),
+        ("flush", (f"{PLAIN}[0.5s] | {SECOND}", f"{SECOND}[0.5s] | {PLAIN}"), "progressive"),
+        pytest.param(
+            "recache", (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}"), "progressive",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("cut", (f"{PLAIN}[0.5s] | {SECOND}", f"{SECOND}[0.5s] | {PLAIN}"), "epoch", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode):
+    """Of 16 frames a second, 4 a latent frame: half a second is a window of two."""
+    (tmp_path / "list.txt").write_text("\n".join(scenes))
+    fields = {"prompts.train": str(tmp_path / "list.txt"), "prompts.test": str(tmp_path / "list.txt")}
+    fields |= {"scenes.transition": transition, "streaming.mode": mode, "streaming.selection": "choices"}
+    judged, judge = [], segments.judge
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest))
+        epochs = made(fields | {"streaming.starts": (0, 2, 4)}, epochs=3)
+    assert_learnt(epochs)
+    for epoch, texts in enumerate(judged):
+        batch = prompts.draw(epochs.run.train_prompts, 0, segments.drawing(epochs.run, epoch), 2, 4, 1)
+        start = epochs.records[epoch]["window_start"]
+        for text, story in zip(texts, batch.texts, strict=True):
+            parts = [part.strip() for part in story.split("|")]
+            changes = 4 if "[1s]" in story else 2
+            assert text == (parts[-1] if start >= changes else parts[0].split("[")[0].strip())
