@@ -139,9 +139,9 @@ def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Samp
         frames = sizes["vae"].latent_frames(config.video.frames)
     with blame("config.video.frames and config.model"):
         layout.check_frames(frames)
+    last = max(window_starts(config, frames), default=None)
     with blame("config.loss.mask_block"):
         training_layout(config, layout).check_frames(config.streaming.window or frames)
-    last = max(window_starts(config, frames), default=None)
     return layout, sampler, (frames if last is None else last + config.streaming.window, *size)
 
 

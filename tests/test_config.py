@@ -64,6 +64,73 @@ def test_a_field_at_fault_is_named(changes, expected):
         check(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"streaming.window": 0, "eval.frames": 33},
+            "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window",
+        ),
+        ({"streaming.prompts_per_device": 4}, "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev"),
+        ({"sampler.batch": 16}, "config.sampler.batch is 16; expected the same number of videos, a divisor of 8, of"),
+        ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12; expected the same number of videos"),
+        (
+            {"streaming.sampling": "sequence", "streaming.mode": "progressive"},
+            "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive",
+        ),
+        (
+            {"streaming.backprop": "full", "streaming.mode": "progressive"},
+            "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and prefix 'rollout_old'",
+        ),
+        ({"streaming.backprop": "full", "streaming.prefix": "per_policy"}, "config.streaming.backprop 'full' makes"),
+        (
+            {"streaming.sampling": "sequence", "streaming.prefix": "per_policy"},
+            "config.streaming.prefix is 'per_policy'; expected 'rollout_old' where sampling is 'sequence'",
+        ),
+        (
+            {"streaming.mode": "progressive", "streaming.reward": "full"},
+            "config.streaming.reward is 'full', a progressive stream does not keep its frames; expected window_stream",
+        ),
+        (
+            {"model.independent_first_frame": True},
+            "config.streaming.window cuts videos into equal blocks with whole sinks; expected model.independent_first",
+        ),
+        ({"model.faithful_sinks": True, "model.sink": 4, "model.window": 12}, "model.faithful_sinks False for a sink"),
+        ({"prompts.repeated": 2}, "config.prompts.repeated is 2; expected 1 where windows are trained"),
+        ({"model.sink": 3, "loss.mask_sink": False}, "config.loss.mask_sink and mask_block ask for frames that the"),
+        ({"loss.mask_block": 9}, "config.loss.mask_sink and mask_block ask .*mask_block at most model.block"),
+        (
+            {"model.window": 10, "streaming.prefix": "per_policy"},
+            "config.streaming makes keys anew, but a window of 10 less a sink of 0 is not whole blocks of 3; expected",
+        ),
+        (
+            {"model.window": 10, "streaming.recache_on_update": True, "streaming.mode": "progressive"},
+            "config.streaming makes keys anew, but a window of 10 less a sink",
+        ),
+        (
+            {"streaming.selection": "any"},
+            "config.streaming.selection is 'any'; expected one of random, first, last, ch",
+        ),
+        ({"streaming.window": -3}, "config.streaming.window is -3; expected at least 0"),
+    ],
+)
+def test_a_field_of_windows_at_fault_is_named(changes, expected):
+    good = {"streaming.window": 9, "video.frames": 69, "sampler.batch": 8, "optimiser.microbatch": 8}
+    good["optimiser.steps_per_pass"] = 1
+    check(**good)
+    with pytest.raises(ValueError, match=expected):
+        check(**good | changes)
+
+
+def test_prompts_of_windows_must_fit_the_devices():
+    good = {"streaming.window": 9, "video.frames": 69, "sampler.batch": 24, "optimiser.microbatch": 24}
+    good["optimiser.steps_per_pass"] = 1
+    check(devices=3, **good)
+    check(devices=12, **good)  # two devices for each prompt
+    with pytest.raises(ValueError, match="config.prompts.groups is 6; expected a multiple of 8 .* each of 8 devices"):
+        check(devices=8, **good)
+
+
 def test_unknown_and_missing_rewards_are_named():
     config = moving_shapes.get_config()
     with config.unlocked():

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from astrolabe_jax import decode, prompts, segments, stream, train, update
-from astrolabe_jax.config import window_starts
+from astrolabe_jax import prompts, segments, update
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Layout
@@ -120,6 +119,57 @@ def test_2_a_stream_equals_the_rollout(told, geometry):
     slots = run.layout.capacity
     np.testing.assert_array_equal(streamed.streams.recent, np.asarray(streamed.latents)[:, -slots:])
     np.testing.assert_array_equal(streamed.streams.first, np.asarray(streamed.latents)[:, : run.layout.kept])
+
+
+@pytest.mark.parametrize("start", [2, 4])
+def test_a_stream_goes_on_behind_given_latents_as_if_it_had_sampled_them(told, start):
+    """streaming.md 5.2: the clean passes alone leave the same keys, latents and decoder, bit for bit."""
+    run, cast = told("sink, relative")
+    past, stop = filmed(run, cast, 0, start), start + 2
+    want = filmed(run, cast, start, stop, segments.fork(run, past.streams, 1))
+    got = segments.proceed(run, tiny.adapter(), cast, past.streams, want.latents, segments.blocks_of(run, start, stop))
+    jax.tree.map(np.testing.assert_array_equal, got, want.streams)
+
+
+def test_making_keys_anew_changes_nothing_while_all_is_in_sight(told):
+    """By the same policy (streaming.md 5.2); behind evicted frames deep layers, which have seen them, differ."""
+    run, cast = told("sink, relative")
+    for start, frames in ((2, 2), (4, 3)):
+        streams = filmed(run, cast, 0, start).streams
+        again = segments.recached(run, tiny.adapter(), cast, streams, start)
+        for got, want in zip(again.cache, streams.cache, strict=True):
+            apart = np.abs(got - want)[:, :, : frames * 1]
+            assert apart[0].max() < 2e-5 and (apart[1].max() < 2e-5) == (start == 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"streaming.selection": "random"}, {0, 1, 2, 3, 4}),
+        ({"streaming.selection": "first"}, {0}),
+        ({"streaming.selection": "last"}, {4}),
+        ({"streaming.selection": "choices", "streaming.starts": (3, 1)}, {1, 3}),
+        ({"streaming.mode": "progressive"}, {0, 2, 4}),
+        ({"model.block": 2, "model.window": 4}, {0, 2, 4}),
+    ],
+    ids=str,
+)
+def test_10_windows_begin_at_the_same_frames_everywhere(base, tmp_path, changes, expected):
+    """For 1000 epochs, on one device or two: at whole blocks, the last one ends with the video, all equally often."""
+    config = runs.small_config(base, **runs.WINDOWS | {"model.sink": 0} | changes)
+    one, other = (
+        [segments.begins_at(run, epoch) for epoch in range(1000)]
+        for run in (runs.prepared(config, tmp_path / f"{devices}", devices) for devices in (2, 4))
+    )
+    assert one == other and set(one) == expected
+    assert all(start % config.model.block == 0 and 0 <= start <= FRAMES - 2 for start in one)
+    assert config.streaming.starts or max(one) == FRAMES - 2 or config.streaming.selection == "first"
+    counts = np.bincount(one)[sorted(expected)] / (1000 / len(expected))
+    assert 0.8 < counts.min() and counts.max() < 1.2
+    other_seed = runs.small_config(base, **runs.WINDOWS | {"model.sink": 0, "seed": 1} | changes)
+    run = runs.prepared(other_seed, tmp_path / "seed", 2)
+    drawn = config.streaming.mode == "epoch" and len(expected) > 1
+    assert ([segments.begins_at(run, epoch) for epoch in range(1000)] != one) == drawn
 
 
 LAYOUT = Layout(block=2, window=6, sink=2, positions="relative")

@@ -80,6 +80,95 @@ def test_settings(base, tmp_path, changes, expected):
     assert not (tmp_path / "run").exists()
 
 
+TOLD = "a red circle moving {} on a grey background"
+LEFT, RIGHT = (TOLD.format(way) for way in ("left", "right"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"streaming.window": 9}, "config.streaming: a window of 9 from frame 0 does not lie in the 6 latent frames"),
+        (
+            {"streaming.selection": "choices", "streaming.starts": (5,)},
+            "config.streaming: a window of 2 from frame 5 does not lie in the 6 latent frames of a video; give other",
+        ),
+        (
+            {"streaming.selection": "choices"},
+            "config.streaming: a window of 2 from frame .none. does not lie in the 6 latent frames",
+        ),
+        (
+            {"streaming.selection": "choices", "streaming.starts": (0.5,)},
+            r"config.streaming has a window of 2 and starts \(0.5,\); expected whole blocks of 1",
+        ),
+        (
+            {"model.block": 2, "model.window": 4, "model.sink": 0, "streaming.window": 3},
+            r"config.streaming has a window of 3 and starts \(\); expected whole blocks of 2",
+        ),
+        ({"eval.frames": 14}, "config.eval.frames: 14 pixel frames: expected 1 modulo 4"),
+        (
+            {"model.block": 2, "model.window": 4, "model.sink": 0, "eval.frames": 17},
+            "config.eval.frames: 5 frames are not a whole number of blocks of 2",
+        ),
+    ],
+)
+def test_windows(base, tmp_path, changes, expected):
+    config = runs.small_config(base, **runs.WINDOWS | changes)
+    assert re.search(expected, refusal(config, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "expected"),
+    [
+        ([LEFT, f"{LEFT}[9s] | {RIGHT}"], {}, "line 2: the 6 latent frames of a video are over before its last scene"),
+        (
+            [LEFT, f"{LEFT}[0.5s] | {RIGHT}"],
+            {"streaming.backprop": "full"},
+            "line 2: its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'",
+        ),
+        ([f"{LEFT}[0.5s] | {RIGHT}"] * 2, {"streaming.sampling": "sequence"}, "line 1: its prompt changes; expected"),
+        (
+            [f"{LEFT}[0.5s] | {RIGHT}"] * 2,
+            {"scenes.transition": "flush", "streaming.prefix": "per_policy"},
+            "line 1: a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be made anew",
+        ),
+        (
+            [f"{LEFT}[0.5s#] | {RIGHT}"] * 2,
+            {"streaming.mode": "progressive", "streaming.recache_on_update": True},
+            "line 1: a flush or a hard cut leaves frames that are not the last ones",
+        ),
+        (
+            [f"{LEFT}[0.5s] | {RIGHT}", LEFT],
+            {"scenes.transition": "flush"},
+            r"line 2: its prompt changes at the latent frames \[\], that of line 1 at \[2\]; flushes and hard",
+        ),
+        (
+            [f"{LEFT}[0.5s] | {RIGHT}", f"{LEFT}[0.5s#] | {RIGHT}"],
+            {},
+            r"line 2: its prompt changes at the latent frames \[2\], that of line 1 at \[2\]; flushes and hard",
+        ),
+        (
+            [LEFT, f"{LEFT}[0.75s] | {RIGHT}"],
+            {"streaming.mode": "progressive"},
+            r"line 2: its prompt changes at the latent frames \[3\], inside of a window of 2 from 2; let scenes begin",
+        ),
+        (
+            [f"{LEFT}[0.25s] | {RIGHT}[0.25s] | {LEFT}", LEFT],
+            {"streaming.selection": "first"},
+            r"line 1: its prompt changes at the latent frames \[1, 2\], inside of a window of 2 from 0; let scenes",
+        ),
+        ([LEFT, f"{LEFT}[0.5s] | "], {}, "line 2: character .* is a scene without a prompt"),
+        ([LEFT, f"{LEFT}[0.5s] | a dog"], {}, "line 2: reward 'shapes_mq': not a prompt of the moving-shapes world"),
+    ],
+)
+def test_stories_of_windows(base, tmp_path, lines, changes, expected):
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    fields = runs.WINDOWS | {"scenes.transition": "recache", "prompts.train": str(tmp_path / "list.txt")} | changes
+    found = refusal(runs.small_config(base, **fields), tmp_path / "run")
+    assert re.search(f"config.prompts.train: .*{expected}", found), found
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_prompts_for_an_epoch(base, tmp_path):
     (tmp_path / "list.txt").write_text("a red circle moving left on a grey background\n")
     config = runs.small_config(base, **{"prompts.train": str(tmp_path / "list.txt")})

@@ -18,7 +18,17 @@ ONE = {"streaming.prompts_per_device": 2}
 PLAIN = "a red circle moving left on a grey background"
 SECOND = "a red circle moving right on a grey background"
 # Fields that are compiled into a train step.
-COMPILED = ("loss", "model", "sampler", "lora", "optimiser", "advantages", "streaming.prefix", "streaming.backprop")
+COMPILED = (
+    "loss",
+    "mesh",
+    "model",
+    "sampler",
+    "lora",
+    "optimiser",
+    "advantages",
+    "streaming.prefix",
+    "streaming.backprop",
+)
 
 
 STEPS = {}
@@ -233,18 +243,19 @@ def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
 # Prompts that change on the way.
 
 
+AT_THE_SAME = (f"{PLAIN}[0.5s] | {SECOND}", f"{SECOND}[0.5s] | {PLAIN}")
+ANYWHERE = (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}")
+
+
 @pytest.mark.parametrize(
     ("transition", "scenes", "mode"),
     [
-        ("recache", (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}"), "epoch"),
-        ("flush", (f"{PLAIN}[0.5s] | {SECOND}", f"{SECOND}[0.5s] | {PLAIN}"), "progressive"),
-        pytest.param(
-            "recache", (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}"), "progressive",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("cut", (f"{PLAIN}[0.5s] | {SECOND}", f"{SECOND}[0.5s] | {PLAIN}"), "epoch", marks=pytest.mark.slow),
+        ("recache", ANYWHERE, "epoch"),
+        ("flush", AT_THE_SAME, "progressive"),
+        pytest.param("recache", ANYWHERE, "progressive", marks=pytest.mark.slow),
+        pytest.param("cut", AT_THE_SAME, "epoch", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode):
     """Of 16 frames a second, 4 a latent frame: half a second is a window of two."""
     (tmp_path / "list.txt").write_text("\n".join(scenes))
