@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from astrolabe_jax import prompts, segments, update
+from astrolabe_jax import prompts, rollout, segments, update
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
+from astrolabe_jax.rollout import Sampler, noise_from_keys
 from astrolabe_jax.schedule import velocity_to_x0
 from astrolabe_jax.types import Purpose
 from tests.e2e import runs
@@ -110,7 +110,7 @@ def test_2_a_stream_equals_the_rollout(told, geometry):
     def sampled(params, adapter, text):
         draw, hw = noise_from_keys(own.keys, run.latent_shape[1:]), run.latent_shape[2:]
         options = {"layout": run.layout, "sampler": run.sampler, "lora_scale": run.lora_scale}
-        return rollout(net.graphdef, params, adapter, text, draw, frames=FRAMES, latent_hw=hw, **options)
+        return rollout.rollout(net.graphdef, params, adapter, text, draw, frames=FRAMES, latent_hw=hw, **options)
 
     latents, cache = sampled(net.params, tiny.adapter(), text)
     np.testing.assert_allclose(streamed.latents, latents, atol=2e-5)
@@ -173,7 +173,7 @@ def test_10_windows_begin_at_the_same_frames_everywhere(base, tmp_path, changes,
 
 
 LAYOUT = Layout(block=2, window=6, sink=2, positions="relative")
-PAST = 8  # frames, of which the window sees six
+PAST = 6  # frames, of which the window sees four
 
 
 @functools.cache
@@ -199,7 +199,8 @@ def past_of(prefix):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["rollout_old", "per_policy", "full", pytest.param("noised_prefix", marks=pytest.mark.slow)]
+    "prefix",
+    ["rollout_old", *(pytest.param(name, marks=pytest.mark.slow) for name in ("per_policy", "noised_prefix", "full"))],
 )
 def test_4_gradients_end_at_the_window_unless_they_are_asked_to_go_on(prefix):
     """Of the loss, by the latents of the past, by its keys, and by the policy through either: exactly zero, or not."""
@@ -235,33 +236,32 @@ def test_4_gradients_end_at_the_window_unless_they_are_asked_to_go_on(prefix):
 
 
 def test_4_the_policy_learns_through_the_past_with_full_gradients():
-    """The same predictions from its own keys of the past, held fixed, have another gradient; the first one is right."""
+    """The same predictions from its own keys of the past, held fixed, have another gradient.
+
+    So do the latents of the past, which have none then.
+    """
     graphdef, params = tiny.model()
     full = update.training_forward(make_config(streaming__backprop="full", streaming__window=4), graphdef, LAYOUT)
     fixed = update.training_forward(make_config(streaming__window=4, loss__context_gradient=True), graphdef, LAYOUT)
     x0, x_t, t = tiny.latents(4, 2, seed=5), tiny.latents(4, 2, seed=6), np.full(2, 700.0, np.float32)
     weight, before = tiny.latents(4, 2, seed=7), tiny.latents(PAST, 2, seed=4)
 
-    def value(adapter, params, forward, prefix):
+    def value(adapter, before, params, forward, prefix):
         history = past_of(prefix)(adapter, before)
         return (forward.velocity(params, adapter, tiny.text(2), x0, x_t, t, history) * weight).mean()
 
     both = jax.jit(
-        lambda adapter, params: [
-            jax.value_and_grad(value)(adapter, params, *given) for given in ((full, "full"), (fixed, "rollout_old"))
+        lambda *given: [
+            jax.value_and_grad(value, argnums=(0, 1))(*given, *kind)
+            for kind in ((full, "full"), (fixed, "rollout_old"))
         ]
     )
-    (one, through), (other, ended) = both(tiny.adapter(), params)
+    (one, (through, reached)), (other, (ended, unreached)) = both(tiny.adapter(), before, params)
     np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(through))
     gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), through, ended)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(through)) and max(jax.tree.leaves(gap)) > 1e-3
-    direction, ahead = tiny.adapter(seed=9), jax.jit(lambda a, p: value(a, p, full, "full"))
-
-    def moved(step):
-        return ahead(jax.tree.map(lambda a, d: a + np.float32(step) * d, tiny.adapter(), direction), params)
-
-    slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, jax.device_get(through), direction)))
-    np.testing.assert_allclose((moved(1e-2) - moved(-1e-2)) / 2e-2, slope, rtol=2e-2, atol=1e-5)
+    assert max(jax.tree.leaves(gap)) > 1e-3
+    assert np.abs(reached).max() > 1e-5 and not np.any(unreached)
 
 
 @pytest.mark.parametrize(
@@ -281,19 +281,13 @@ def test_5_a_window_behind_a_past_returns_what_was_sampled(layout):
     forward = update.training_forward(make_config(streaming__window=count), graphdef, layout)
 
     @jax.jit
-    def streamed(params, adapter):
-        draw = noise_from_keys(jax.random.split(jax.random.key(0), 2), tiny.FRAME)
-        options = {"latent_hw": tiny.LATENT_HW, "layout": layout, "sampler": sampler, "trace": True}
-        cache = kv.init_cache(tiny.CONFIG, layout, 2, frames, tiny.LATENT_HW)
-        latents, inputs, caches = [], [], []
-        for start in range(0, frames, 2):
-            caches.append(cache)
-            made, cache, traces = rollout(
-                graphdef, params, adapter, tiny.text(2), draw, frames=2, cache=cache, start=start, **options
-            )
-            latents.append(made)
-            inputs += [trace.inputs[-2] for trace in traces]  # the last pass is the clean one
-        return jnp.concatenate(latents, axis=1), jnp.concatenate(inputs, axis=1), caches
+    def sampled(params, adapter, cache, start):
+        noise = noise_from_keys(jax.random.split(jax.random.key(0), 2), tiny.FRAME)
+        noise = jnp.stack([noise(start, step, layout.block) for step in range(2)])
+        text = rollout.encode_text(graphdef, params, adapter, tiny.text(2))
+        return rollout.rollout_block(
+            graphdef, params, adapter, text, noise, cache, start, layout=layout, sampler=sampler, partial=True
+        )
 
     @jax.jit
     def predicted(params, adapter, cache, start, x0, x_t):
@@ -301,11 +295,18 @@ def test_5_a_window_behind_a_past_returns_what_was_sampled(layout):
         velocity = forward.velocity(params, adapter, tiny.text(2), x0, x_t, t, history)
         return velocity_to_x0(x_t, velocity, t / 1000)
 
-    latents, inputs, caches = streamed(params, tiny.adapter())
-    for start in range(0, frames - count + 1, 2):
+    cache = kv.empty_cache(tiny.CONFIG, 2, layout.capacity, tiny.LATENT_HW)
+    blocks, inputs, caches = [], [], {}
+    for start in range(0, frames, layout.block):
+        caches[start] = cache
+        latents, cache, record = sampled(params, tiny.adapter(), cache, jnp.int32(start))
+        blocks.append(latents)
+        inputs.append(record.inputs[-2])  # the last pass is the clean one
+    latents, inputs = (np.concatenate(parts, axis=1) for parts in (blocks, inputs))
+    for start in range(0, frames - count + 1, layout.block):
         part = slice(start, start + count)
-        given = params, tiny.adapter(), caches[start // 2], jnp.int32(start), latents[:, part], inputs[:, part]
+        given = params, tiny.adapter(), caches[start], jnp.int32(start), latents[:, part], inputs[:, part]
         np.testing.assert_allclose(predicted(*given), latents[:, part], atol=2e-5)
     assert predicted._cache_size() == 1
-    other = jax.tree.map(lambda part: part + 0.1, caches[start // 2])
+    other = jax.tree.map(lambda part: part + 0.1, caches[start])
     assert np.abs(predicted(params, tiny.adapter(), other, *given[3:]) - latents[:, part]).max() > 1e-3

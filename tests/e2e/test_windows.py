@@ -273,3 +273,128 @@ def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode
             parts = [part.strip() for part in story.split("|")]
             changes = 4 if "[1s]" in story else 2
             assert text == (parts[-1] if start >= changes else parts[0].split("[")[0].strip())
+
+
+# Runs in pieces.
+
+
+@pytest.fixture(scope="module")
+def go(base):
+    """go(workdir, changes, devices, check): a run to its end, or on; its config and summary."""
+
+    def run_on(workdir, changes=None, devices=1, check=lambda: None):
+        fields = runs.PROGRESSIVE | (ONE if devices == 1 else {}) | {"train.checkpoint_every": 1} | (changes or {})
+        config = runs.small_config(base, **fields)
+        run = runs.prepared(config, workdir, devices)
+        return run, train.train(run, train.resume(run), check)
+
+    return run_on
+
+
+@pytest.fixture(scope="module")
+def undisturbed(go, tmp_path_factory):
+    """Three windows of one set of streams, and the first of the next."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    go(workdir)
+    return workdir
+
+
+def assert_same_end(run, one, other):
+    """Outcomes and checkpoints, streams too, bit for bit."""
+    first, second = runs.outcome(one), runs.outcome(other)
+    for key in first:
+        assert first[key] == second[key], key
+    points = [train.resume(run._replace(workdir=workdir)) for workdir in (one, other)]
+    assert points[0].epoch == points[1].epoch and len(points[0].streams) == 1
+    jax.tree.map(np.testing.assert_array_equal, *((point.state, point.streams) for point in points))
+
+
+@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_9_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path, stop):
+    """After the first, the second or the last window, with and without saved samples: bit for bit."""
+    go(tmp_path / "run", {"train.epochs": stop, "train.save_samples": stop == 2})
+    run, _ = go(tmp_path / "run")
+    assert_same_end(run, undisturbed, tmp_path / "run")
+
+
+def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
+    """To rounding: two prompts on four devices, so that each stream is there twice."""
+    go(tmp_path / "run", {"train.epochs": 2})
+    run, _ = go(tmp_path / "run", devices=4)
+    points = [train.resume(run._replace(workdir=workdir)) for workdir in (undisturbed, tmp_path / "run")]
+    assert_same_state(*(jax.device_get(point.state) for point in points), atol=2e-5)
+    for a, b in zip(*(jax.tree.leaves(point.streams) for point in points), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
+    """streaming.save 'sequence_end': there is one where no streams are, and at the end; the run is the same."""
+    fields = {"streaming.save": "sequence_end", "train.checkpoints_kept": 9}
+    run, _ = go(tmp_path / "run", fields)
+    assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {3, 4}
+    assert_same_end(run, undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("save", ["full", "sequence_end"])
+def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(go, undisturbed, tmp_path, monkeypatch, save):
+    stops, blend = [], train.blend_old
+
+    def stopped(*arguments):
+        stops.append(None)
+        return blend(*arguments)
+
+    def check():
+        if len(stops) == 2:
+            stops.append(None)
+            raise train.Stopped("enough")
+
+    monkeypatch.setattr(train, "blend_old", stopped)
+    run, summary = go(tmp_path / "run", {"streaming.save": save}, check=check)
+    assert summary is None and train.resume(run).epoch == 2
+    monkeypatch.undo()
+    run, _ = go(tmp_path / "run", {"streaming.save": save})
+    assert_same_end(run, undisturbed, tmp_path / "run")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"streaming.mode": "epoch"},
+        {"streaming.recache_on_update": True},
+        pytest.param({"streaming.mode": "epoch", "streaming.prefix": "per_policy"}, marks=pytest.mark.slow),
+        pytest.param({"streaming.mode": "epoch", "streaming.backprop": "full"}, marks=pytest.mark.slow),
+        pytest.param({"streaming.mode": "epoch", "streaming.sampling": "sequence"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_samples_of_windows_are_saved_with_their_pasts(go, tmp_path, monkeypatch, capsys, changes):
+    """Killed in the update behind them, the epoch is not sampled again, and ends in the same bits."""
+    fields = {"train.save_samples": True, "train.epochs": 2, "streaming.selection": "last"} | changes
+    go(tmp_path / "whole", fields)
+    blend, calls = train.blend_old, []
+
+    def killed(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise Killed
+        return blend(*arguments)
+
+    monkeypatch.setattr(train, "blend_old", killed)
+    with pytest.raises(Killed):
+        go(tmp_path / "run", fields)
+    monkeypatch.setattr(train, "blend_old", blend)
+    monkeypatch.setattr(segments, "judge", None)  # nothing is scored before the last evaluation
+    capsys.readouterr()
+    with pytest.raises(TypeError):
+        go(tmp_path / "run", fields)
+    assert "epoch 2 goes on with the samples that were saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    go(tmp_path / "run", fields)
+    first, second = runs.outcome(tmp_path / "whole"), runs.outcome(tmp_path / "run")
+    for key in first:
+        assert first[key] == second[key], key
