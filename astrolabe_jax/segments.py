@@ -117,16 +117,16 @@ def film(
     The streams must have come to the first of these blocks. At a change of prompts the keys in sight follow it as
     config.scenes says, for those streams whose prompt changes (spec/streaming.md 9).
     """
-    policy, shape = _policy(run, adapter), run.latent_shape[1:]
+    policy, shape, keys = _policy(run, adapter), run.latent_shape[1:], sharding.shard_batch(run.mesh, cast.keys)
     made, frames, spoken, text = [], [], None, None
     for block in blocks:
         prompts, step = cast.at(block), cast.stories[0].steps[block]
         if prompts != spoken:
             spoken, text = prompts, _text(policy, cast, prompts)
         streams = _changed(policy, cast, text, streams, block, shape[1:])
-        noise = _noise(cast.keys, jnp.int32(step.frame), len(run.sampler.steps), step.count, shape, run.mesh)
+        noise = _noise(keys, np.int32(step.frame), len(run.sampler.steps), step.count, shape, run.mesh)
         latents, cache = stream.sample_block(
-            *stream.split(policy), text, noise, streams.cache, jnp.int32(step.start), _positions(step), at=None,
+            *stream.split(policy), text, noise, streams.cache, np.int32(step.start), _positions(step), at=None,
             aligned=step.aligned, trace=False, partial=True,
         )  # fmt: skip
         streams, seen = _advance(run, streams._replace(cache=cache), latents, step, decode or watch)
@@ -135,10 +135,12 @@ def film(
     return Take(streams, jnp.concatenate(made, axis=1), np.concatenate(frames, axis=1) if watch else None)
 
 
-def proceed(run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.Array, blocks: range) -> Streams:
+def proceed(
+    run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.Array, blocks: range, decode: bool
+) -> Streams:
     """Streams, whose memory is taken, behind given `latents` [streams, F, C, H, W] of these blocks (streaming.md 5.2).
 
-    Only the clean passes are run, with the policy `adapter`.
+    Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
     policy, shape = _policy(run, adapter), run.latent_shape[1:]
     for i, block in enumerate(blocks):
@@ -146,7 +148,7 @@ def proceed(run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.
         streams = _changed(policy, cast, text, streams, block, shape[1:])
         part = latents[:, i * step.count : (i + 1) * step.count]
         cache, _ = stream.cache_block(
-            *stream.split(policy), text, part, streams.cache, jnp.int32(step.start), _positions(step), at=None,
+            *stream.split(policy), text, part, streams.cache, np.int32(step.start), _positions(step), at=None,
             t=run.sampler.context_noise, aligned=step.aligned, partial=True,
         )  # fmt: skip
         streams, _ = _advance(
@@ -161,7 +163,7 @@ def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) 
     text = _text(policy, cast, cast.at(block))
     recent = streams.recent[:, -(run.layout.capacity - run.layout.kept) :]
     cache = _reencode(
-        *stream.split(policy), text, streams.first, recent, jnp.int32(step.start), run.sampler.context_noise
+        *stream.split(policy), text, streams.first, recent, np.int32(step.start), run.sampler.context_noise
     )
     return streams._replace(cache=cache)
 
@@ -314,9 +316,11 @@ def work_on(
         own, streams, stop = cast.part(order), begin(run, len(order)), start + streaming.window
         for number, frames in enumerate(windows(run, stop)):
             blocks = blocks_of(run, *frames)
-            yield Work(frames, number, History(jnp.int32(frames[0]), _places(own, blocks), streams.cache))
+            yield Work(frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache))
             if frames[1] < stop:
-                streams = proceed(run, state.old, own, streams, batch.latents[i, :, frames[0] : frames[1]], blocks)
+                streams = proceed(
+                    run, state.old, own, streams, batch.latents[i, :, slice(*frames)], blocks, decode=False
+                )
 
 
 def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> History:
@@ -324,33 +328,30 @@ def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> Histo
     blocks, streams = blocks_of(run, start, start + run.config.streaming.window), pasts.streams[turn]
     positions, begins = _places(cast, blocks), cast.stories[0].steps[blocks[0]].start
     if run.config.streaming.backprop == "full":
-        return History(jnp.int32(begins), positions, whole=pasts.whole[turn])
+        return History(np.int32(begins), positions, whole=pasts.whole[turn])
     if run.config.streaming.prefix == "rollout_old":
-        return History(jnp.int32(begins), positions, streams.cache)
-    return History(jnp.int32(begins), positions, first=streams.first, recent=streams.recent)
+        return History(np.int32(begins), positions, streams.cache)
+    return History(np.int32(begins), positions, first=streams.first, recent=streams.recent)
 
 
 def go_on(
-    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int,
-    progress: Progress,
-) -> list[Streams]:  # fmt: skip
+    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int
+) -> list[Streams]:
     """Progressive streams behind an epoch's window, each with one of its candidates (5.2); none at the video's end.
 
-    total [N]: rewards; adapter: the policy that will sample next.
+    total [N]: rewards; adapter: the policy that will sample next. The memory of the segment's streams is taken.
     """
     start, window = begins_at(run, epoch), run.config.streaming.window
     if run.config.streaming.mode != "progressive" or start == run.starts[-1]:
         return []
     count, number = rounds(run.config, run.mesh.size)
-    chosen = continuation(run, batch, total, epoch)
-    streams, each = segment.pasts.streams, len(batch.texts) // (count * number)
-    after = []
-    with progress.phase("past"):
-        for r, past in enumerate(streams):
-            firsts = _firsts(batch.index, np.arange(len(batch.texts)).reshape(count, number, each)[r, :, 0])
-            taken = np.array([chosen[int(batch.index[first])] for first in firsts])
-            latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
-            after.append(proceed(run, adapter, cast.part(firsts), past, latents, blocks_of(run, start, start + window)))
+    chosen, after = continuation(run, batch, total, epoch), []
+    places = np.arange(len(batch.texts)).reshape(count, number, -1)[:, :, 0]
+    for past, place in zip(segment.pasts.streams, places, strict=True):
+        taken = np.array([chosen[line] for line in batch.index[place].tolist()])
+        latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
+        own, blocks = cast.part(_firsts(batch.index, place)), blocks_of(run, start, start + window)
+        after.append(proceed(run, adapter, own, past, latents, blocks, _decodes(run)))
     return jax.block_until_ready(after)
 
 
@@ -511,7 +512,7 @@ def _changed(policy, cast, text, streams: Streams, block: int, latent_hw) -> Str
 
 def _advance(run: Run, streams: Streams, latents, step: Step, decode: bool) -> tuple[Streams, list[jax.Array]]:
     """The streams behind a block whose keys are in the cache, and its frames if it is decoded."""
-    first, recent = _remember(streams.first, streams.recent, latents, jnp.int32(step.frame))
+    first, recent = _remember(streams.first, streams.recent, latents, np.int32(step.frame))
     memory, frames = streams.vae, []
     if decode:
         frames, memory = decoded(run, latents, memory)
