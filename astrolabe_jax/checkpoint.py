@@ -52,6 +52,8 @@ MAY_DIFFER = frozenset(
         "train.checkpoint_every",
         "train.checkpoints_kept",
         "train.save_samples",
+        "streaming.save",
+        "streaming.prompts_per_device",
         "mesh.data",
         "mesh.fsdp",
         "mesh.samples_per_device",

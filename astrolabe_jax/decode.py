@@ -32,7 +32,7 @@ def decode_chunk(graphdef: Any, params: dict, latents: jax.Array, stream: Stream
 
     def step(params, latents, stream):
         pixels, stream = layers.merge(graphdef, params).decode(sharding.by_sample(latents), stream)
-        return sharding.by_sample(to_uint8(pixels)), stream
+        return jax.tree.map(sharding.by_sample, (to_uint8(pixels), stream))
 
     return sharding.on_mesh(mesh, step)(params, latents, stream)
 

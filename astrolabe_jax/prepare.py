@@ -189,32 +189,52 @@ def _window_starts(
     Raises ValueError for scenes that cannot be trained on, with the line at fault.
     """
     frames = sizes["vae"].latent_frames(config.video.frames)
-    starts, changes = window_starts(config, frames), {}
+    starts = window_starts(config, frames)
     if not starts:
         return ()
-    for name, length in (("train", frames), ("test", sizes["vae"].latent_frames(eval_frames(config)))):
-        layout.check_frames(length)
+    with blame("config.eval.frames"):
+        shown = sizes["vae"].latent_frames(eval_frames(config))
+        layout.check_frames(shown)
+    for name, length in (("train", frames), ("test", shown)):
+        first = None
         for number, line in enumerate(lists[name], start=1):
             with blame(f"config.prompts.{name}: line {number}"):
                 told = story_of(config, layout, line, length)
-                _check_story(config, told, changes.setdefault(name, told.changes), length)
+                first = first or told
+                _check_story(config, told, first, length)
                 if name == "train":
                     starts = _without_change(config, starts, told)
     return starts
 
 
-def _check_story(config: ConfigDict, told: Story, first: list[int], frames: int) -> None:
-    """ValueError for a story that streams cannot tell together with the others; `first`: the changes of the first."""
-    streaming, transition = config.streaming, config.scenes.transition
+def _check_story(config: ConfigDict, told: Story, first: Story, frames: int) -> None:
+    """ValueError for a story that streams cannot tell together with others, such as that of the first line."""
+    streaming = config.streaming
     if told.steps[-1].scene != len(told.prompts) - 1:
-        raise ValueError(f"the {frames} latent frames of a video are over before its last scene; raise video.frames")
+        raise ValueError(
+            f"the {frames} latent frames of a video are over before its last scene; raise config.video.frames, or for "
+            "held-out videos config.eval.frames"
+        )
     if told.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
         raise ValueError("its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'")
-    if transition != "recache" and told.changes != first:
+    if any(step.change and step.change.keep is not None for step in told.steps) and (
+        streaming.prefix != "rollout_old" or streaming.recache_on_update
+    ):
         raise ValueError(
-            f"its prompt changes at the latent frames {told.changes}, that of line 1 at {first}; with "
-            f"scenes.transition {transition!r} all must change at the same; or use recache"
+            "a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be made anew; expected "
+            "scenes.transition 'recache', or streaming.prefix 'rollout_old' without recache_on_update"
         )
+    if _places(told) != _places(first):
+        raise ValueError(
+            f"its prompt changes at the latent frames {told.changes}, that of line 1 at {first.changes}; flushes and "
+            "hard cuts must come at the same frames in all lines; or use scenes.transition 'recache' and no #"
+        )
+
+
+def _places(told: Story) -> list:
+    """Where the blocks stand in the cache, and what it keeps before them: alike for all that is sampled together."""
+    keeps = [step.change and step.change.keep for step in told.steps]
+    return [(step.start, step.positions, step.aligned, keep) for step, keep in zip(told.steps, keeps, strict=True)]
 
 
 def _without_change(config: ConfigDict, starts: tuple[int, ...], told: Story) -> tuple[int, ...]:

@@ -31,10 +31,11 @@ from tensorboardX.summary import scalar
 
 import astrolabe_jax
 from astrolabe_jax import pictures, processes
-from astrolabe_jax.config import flatten, piece, repeats, samples
+from astrolabe_jax.config import flatten, piece, repeats, rounds, samples
 from astrolabe_jax.convert.files import read_jsonl, write_atomic, writing
+from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
-from astrolabe_jax.models.wan.cache import init_cache
+from astrolabe_jax.models.wan.cache import empty_cache
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.types import Evaluation, PromptBatch
 
@@ -192,23 +193,52 @@ def warnings(run: Run) -> list[str]:
 
 def memory(run: Run) -> dict[str, int]:
     """Bytes per device of the large arrays, from their shapes; activations come on top."""
-    config, devices = run.config, run.mesh.size
-    batch = piece(config, config.sampler.batch, devices)
-    cache = jax.eval_shape(
-        lambda: init_cache(run.base.transformer.config, run.layout, batch, run.latent_shape[0], run.latent_shape[2:])
-    )
+    config, devices, layout = run.config, run.mesh.size, run.layout
+    batch, window = piece(config, config.sampler.batch, devices), config.streaming.window
     nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
-    pixels = config.video.frames * config.video.height * config.video.width * 3
+    frames = window if window and config.streaming.sampling == "clip" else run.latent_shape[0]
+    pixels = run.base.vae.config.temporal_stride * frames if window else config.video.frames
+    split = {  # over the devices
+        "cache": _cache(run, batch, min(layout.capacity, frames)),
+        "latents": 4 * samples(config) * frames * math.prod(run.latent_shape[1:]),
+        "frames": batch * pixels * config.video.height * config.video.width * 3,
+    }
+    if window:
+        keys, decoders = _streams(run)
+        split |= {"cache": _cache(run, keys, layout.capacity), "decoder": _decoder(run, decoders)}
     return {
         "base": sum(
             leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
         ),
         "four policies": 4 * _bytes(run.adapter),
         "optimiser": 2 * _bytes(run.adapter),
-        "cache": _bytes(cache) // devices,
-        "latents": 4 * samples(config) * math.prod(run.latent_shape) // devices,
-        "frames": batch * pixels // devices,
-    }
+    } | {name: size // devices for name, size in split.items()}
+
+
+def _streams(run: Run) -> tuple[int, int]:
+    """Where windows are trained, of how many streams the keys are held at once, and of how many the decoder's memory.
+
+    They are those of an epoch's pasts, and of what forks from them.
+    """
+    config, devices, streaming = run.config, run.mesh.size, run.config.streaming
+    videos, learnt = (piece(config, batch, devices) for batch in (config.sampler.batch, config.optimiser.microbatch))
+    if streaming.sampling == "sequence":
+        return max(videos, learnt), videos
+    count, number = rounds(config, devices)
+    progressive, seen = streaming.mode == "progressive", streaming.reward != "window_alone"
+    kept = progressive or (streaming.prefix, streaming.backprop) == ("rollout_old", "detach")
+    return videos + number * (count if kept else 1), videos + seen * number * (count if progressive else 1)
+
+
+def _cache(run: Run, streams: int, slots: int) -> int:
+    net = run.base.transformer.config
+    return _bytes(jax.eval_shape(lambda: empty_cache(net, streams, slots, run.latent_shape[2:])))
+
+
+def _decoder(run: Run, streams: int) -> int:
+    """What decoders remember of the frames so far."""
+    vae, latents = run.base.vae, jax.ShapeDtypeStruct((streams, 1, *run.latent_shape[1:]), np.float32)
+    return _bytes(jax.eval_shape(lambda p, x: merge(vae.graphdef, p).decode(x)[1], vae.params, latents))
 
 
 def mean_and_interval(values: np.ndarray) -> dict[str, float]:
@@ -395,6 +425,7 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         f"steps at {steps}; blocks of {config.model.block} latent frames, each sees {window}",
         "videos": f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
         f"{frames}x{channels}x{rows}x{columns}",
+        **({"windows": _windows(run)} if run.starts else {}),
         "rewards": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()),
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
@@ -408,6 +439,15 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         "memory": f"{sum(sizes_.values()) / 2**20:,.0f} MiB per device and activations: "
         + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes_.items()),
     }
+
+
+def _windows(run: Run) -> str:
+    streaming, starts = run.config.streaming, run.starts
+    places = f"{starts[0]}" if len(starts) == 1 else f"one of {len(starts)} frames {starts[0]} to {starts[-1]}"
+    return (
+        f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling {streaming.sampling}, "
+        f"backprop {streaming.backprop}, prefix {streaming.prefix}, reward {streaming.reward}"
+    )
 
 
 def _bytes(tree: Any) -> int:

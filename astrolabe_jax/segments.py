@@ -104,7 +104,7 @@ def cast_of(run: Run, batch: PromptBatch, keys: jax.Array, frames: int, progress
 def begin(run: Run, count: int) -> Streams:
     """So many streams at frame 0."""
     layout, (_, *latent) = run.layout, run.latent_shape
-    cache = stream.empty_cache(_policy(run, {}), count, layout.capacity, tuple(latent[1:]))
+    cache = stream.empty_cache(policy_of(run, {}), count, layout.capacity, tuple(latent[1:]))
     first, recent = _blank(run.mesh, (count, layout.kept, *latent), (count, layout.capacity, *latent))
     return Streams(cache, None, first, recent)
 
@@ -117,22 +117,31 @@ def film(
     The streams must have come to the first of these blocks. At a change of prompts the keys in sight follow it as
     config.scenes says, for those streams whose prompt changes (spec/streaming.md 9).
     """
-    policy, shape, keys = _policy(run, adapter), run.latent_shape[1:], sharding.shard_batch(run.mesh, cast.keys)
+    policy, latent_hw = policy_of(run, adapter), run.latent_shape[2:]
+    keys = sharding.shard_batch(run.mesh, cast.keys)
     made, frames, spoken, text = [], [], None, None
-    for block in blocks:
-        prompts, step = cast.at(block), cast.stories[0].steps[block]
+    for number in blocks:
+        prompts, step = cast.at(number), cast.stories[0].steps[number]
         if prompts != spoken:
             spoken, text = prompts, _text(policy, cast, prompts)
-        streams = _changed(policy, cast, text, streams, block, shape[1:])
-        noise = _noise(keys, np.int32(step.frame), len(run.sampler.steps), step.count, shape, run.mesh)
-        latents, cache = stream.sample_block(
-            *stream.split(policy), text, noise, streams.cache, np.int32(step.start), _positions(step), at=None,
-            aligned=step.aligned, trace=False, partial=True,
-        )  # fmt: skip
-        streams, seen = _advance(run, streams._replace(cache=cache), latents, step, decode or watch)
+        streams = _changed(policy, cast, text, streams, number, latent_hw)
+        latents, streams = block(policy, text, keys, streams, step, run.latent_shape[1:])
+        streams, seen = _advance(run, streams, latents, step, decode or watch)
         made.append(latents)
         frames += [sharding.to_host(part) for part in seen] if watch else []
     return Take(streams, jnp.concatenate(made, axis=1), np.concatenate(frames, axis=1) if watch else None)
+
+
+def block(
+    policy: stream.Policy, text: KeyValues, keys: jax.Array, streams: Streams, step: Step, shape: tuple[int, int, int]
+) -> tuple[jax.Array, Streams]:
+    """Samples a block of latents (C, H, W) of the streams: [streams, P, C, H, W], and the keys behind it."""
+    noise = _noise(keys, np.int32(step.frame), len(policy.sampler.steps), step.count, shape, policy.mesh)
+    latents, cache = stream.sample_block(
+        *stream.split(policy), text, noise, streams.cache, np.int32(step.start), _positions(step), at=None,
+        aligned=step.aligned, trace=False, partial=True,
+    )  # fmt: skip
+    return latents, streams._replace(cache=cache)
 
 
 def proceed(
@@ -142,7 +151,7 @@ def proceed(
 
     Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
-    policy, shape = _policy(run, adapter), run.latent_shape[1:]
+    policy, shape = policy_of(run, adapter), run.latent_shape[1:]
     for i, block in enumerate(blocks):
         step, text = cast.stories[0].steps[block], _text(policy, cast, cast.at(block))
         streams = _changed(policy, cast, text, streams, block, shape[1:])
@@ -159,7 +168,7 @@ def proceed(
 
 def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) -> Streams:
     """The keys in sight made anew, in one pass from their latents, before a block (config.streaming)."""
-    policy, step = _policy(run, adapter), cast.stories[0].steps[block]
+    policy, step = policy_of(run, adapter), cast.stories[0].steps[block]
     text = _text(policy, cast, cast.at(block))
     recent = streams.recent[:, -(run.layout.capacity - run.layout.kept) :]
     cache = _reencode(
@@ -474,7 +483,8 @@ def _random(run: Run, purpose: Purpose, epoch: int, count: int) -> np.ndarray:
     return np.random.Philox(key=key).random_raw(count)
 
 
-def _policy(run: Run, adapter: dict) -> stream.Policy:
+def policy_of(run: Run, adapter: dict) -> stream.Policy:
+    """What streams are sampled from."""
     net = run.base.transformer
     return stream.Policy(
         net.graphdef, net.params, adapter, run.lora_scale, net.config, run.layout, run.sampler, run.mesh

@@ -222,8 +222,9 @@ class TrainStep:
 
         def accumulate(total, state: TrainState, params, text, batch: Batch, i, number, share, history):
             micro = jax.tree.map(lambda part: part[i], batch)
-            if number is not None:
-                micro = micro._replace(key=jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro.key, number))
+            if number is not None:  # the first part draws what a whole would
+                others = jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro.key, number)
+                micro = micro._replace(key=jnp.where(number > 0, others, micro.key))
 
             def objective(current):
                 terms = terms_of(state._replace(current=current), params, text, micro, history)

@@ -1,14 +1,16 @@
 """plan.py describes the run that prepare.py would make, without its files."""
 
 import os
+import re
 import subprocess
 import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
-from astrolabe_jax import plan, prepare, report, train
+from astrolabe_jax import plan, prepare, report, segments, sharding, train
 from tests.e2e import runs
 from tests.tiny_base import write_tiny_base
 
@@ -18,7 +20,9 @@ def base(tmp_path_factory):
     return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-@pytest.mark.parametrize("changes", [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}, runs.PROGRESSIVE]
+)
 def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
     config = runs.small_config(base, **changes | {"prompts.groups": 4})
     run, planned = prepare.prepare(config, tmp_path / "run"), plan.abstract_run(config, jax.device_count())
@@ -41,6 +45,50 @@ def test_the_traced_programs_are_those_of_an_epoch(base, tmp_path):
         "train step": ((4,), "float32"),
     }
     assert {name: (out.shape, str(out.dtype)) for name, out in shapes.items()} == want
+
+
+@pytest.mark.parametrize(
+    ("changes", "past", "pixels"),
+    [
+        ({}, 2, 4),
+        pytest.param(*({"streaming.prefix": "per_policy"}, 2, 4), marks=pytest.mark.slow),
+        pytest.param(
+            *({"streaming.backprop": "full", "streaming.reward": "window_alone"}, 2, 1), marks=pytest.mark.slow
+        ),
+        ({"streaming.sampling": "sequence"}, 4, 1),
+        pytest.param(*({"streaming.sampling": "sequence", "streaming.backprop": "full"}, 4, 1), marks=pytest.mark.slow),
+        ({"streaming.mode": "progressive", "loss.context": "noisy"}, 2, 4),
+    ],
+    ids=str,
+)
+def test_the_traced_programs_of_windows(base, changes, past, pixels):
+    """A block of the streams (of sequences, those of an update), of what forks from them, and the train step."""
+    fields = runs.WINDOWS | {"sampler.batch": 8, "optimiser.microbatch": 4} | changes
+    shapes = plan.trace(plan.abstract_run(runs.small_config(base, **fields), 2))
+    want = {
+        "text encoder": ((8, 16, 16), "float32"),
+        "past": ((past, 1, 4, 2, 2), "float32"),
+        "rollout": ((8, 1, 4, 2, 2), "float32"),
+        "decoder": ((8, pixels, 16, 16, 3), "uint8"),
+        "train step": ((8,), "float32"),
+    }
+    assert {name: (out.shape, str(out.dtype)) for name, out in shapes.items()} == want
+
+
+def test_the_memory_of_streams_is_that_of_their_arrays(base, tmp_path):
+    """Two pasts, and four videos that fork from them; on two devices."""
+    config = runs.small_config(base, **runs.WINDOWS | {"sampler.batch": 4, "optimiser.microbatch": 4})
+    run = runs.prepared(config, tmp_path / "run", 2)
+    past = segments.begin(run, 2)
+    latents = sharding.shard_batch(run.mesh, np.zeros((2, 1, *run.latent_shape[1:]), np.float32))
+    past = past._replace(vae=segments.decoded(run, latents, None)[1])
+    both = [past, segments.fork(run, past, 2)]
+
+    def held(trees):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trees))
+
+    assert report.memory(run)["cache"] == held([streams.cache for streams in both])
+    assert report.memory(run)["decoder"] == held([streams.vae for streams in both])
 
 
 def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
@@ -79,6 +127,12 @@ def test_the_program_plans_without_files():
         "traced the train step: float32 [256]",
     ):
         assert part in done.stdout, part
+
+
+def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
+    config = runs.small_config(base, **runs.PROGRESSIVE)
+    plan.main(["plan"], *(types.SimpleNamespace(value=value) for value in (config, 2)))
+    assert re.search("a checkpoint with streams in the middle takes \\d+ MiB more", capsys.readouterr().out)
 
 
 def refusal(config, devices, capsys):

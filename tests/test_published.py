@@ -13,11 +13,12 @@ from astrolabe_jax.config import (
     repeats,
     samples,
     validate,
-    window_end,
+    window_starts,
     with_reference,
 )
 from astrolabe_jax.convert import base as bases
 from configs import causal_forcing, krea14b, longlive, self_forcing
+from tests.tiny_base import write_tiny_base
 
 RECIPES = {
     "self_forcing": self_forcing,
@@ -174,16 +175,24 @@ def test_a_published_run_is_what_the_specification_says(name):
     assert groups // repeats(published_prompts) == prompts
 
 
-def test_streaming_starts_from_the_adapter_and_is_planned_but_not_trained(tmp_path):
+def test_streaming_starts_from_the_adapter_and_trains_the_window_behind_the_first_one(tmp_path):
     config = longlive.get_config("streaming")
     assert config.name == STREAMING and config.to_json() == longlive.get_config("streaming,lora_init").to_json()
+    validate(config, published.REWARDS, 8, "cpu")
     run = plan.abstract_run(config, 8)
-    assert run.latent_shape[0] == 42  # frames 0 to 41: the window and what is before it
-    config.rewards = {"shapes_vq": 1.0}
-    with pytest.raises(ValueError, match="config.streaming.window is 21: this version plans training on windows"):
-        prepare.prepare(config, tmp_path / "run")
+    assert run.latent_shape[0] == 42 and run.starts == (21,)  # frames 0 to 41: the window and what is before it
+    assert "21 latent frames from 21; mode epoch, sampling clip" in report.describe(run, "8")["windows"]
     with pytest.raises(ValueError, match="no run streaming,lora_init,devices=24 was published"):
         longlive.get_config("streaming,devices=24")
+
+
+def test_streaming_is_prepared_with_another_base(tmp_path):
+    config = longlive.get_config("streaming,rewards=shapes_vq")
+    changes = {"base": str(write_tiny_base(tmp_path / "base")), "transformer": "", "lora.init": "", "model.size": ""}
+    changes |= {f"prompts.{split}": f"world:moving_shapes/{split}" for split in ("train", "test")}
+    config.update_from_flattened_dict(changes | {"video.height": 16, "video.width": 16})
+    run = prepare.prepare(config, tmp_path / "run")
+    assert run.starts == (21,) and run.latent_shape == (42, 4, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +203,7 @@ def test_streaming_starts_from_the_adapter_and_is_planned_but_not_trained(tmp_pa
         ({"selection": "random"}, 240),
         ({"starts": (21, 39, 219)}, 240),
         ({"starts": (222,)}, "a window of 21 from frame 222 does not lie in the 240 latent frames"),
-        ({"starts": ()}, "a window of 21 from frame -1 does not lie in"),
+        ({"starts": ()}, r"a window of 21 from frame \(none\) does not lie in"),
         ({"starts": (20,)}, r"a window of 21 and starts \(20,\); expected whole blocks of 3"),
         ({"window": 20, "selection": "last"}, "a window of 20 .* whole blocks of 3"),
     ],
@@ -203,10 +212,10 @@ def test_windows_lie_in_the_video(changes, expected):
     config = longlive.get_config("streaming")
     config.update_from_flattened_dict({f"streaming.{field}": value for field, value in changes.items()})
     if isinstance(expected, int):
-        assert window_end(config, 240) == expected
+        assert window_starts(config, 240)[-1] + 21 == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            window_end(config, 240)
+            window_starts(config, 240)
 
 
 @pytest.mark.parametrize("devices", [8, 16, 24, 48])
@@ -270,7 +279,7 @@ def test_published_rewards_are_refused_with_the_way_out():
         validate(load("longlive_video_hpsv3_gardo"), rewards.TABLE, 8, "cpu", published.REWARDS)
     assert re.search(
         "config.rewards has hpsv3, videoalign_mq, published rewards that this version does not have yet; a reward of "
-        "your own is one function and one line in .*rewards=NAME.* one of shapes_mq, shapes_ta, shapes_vq, in their",
+        "your own is one function and one line in .*rewards=NAME.* one of bounce_mq, .*, shapes_vq, in their",
         str(error.value),
     )
 
@@ -319,8 +328,11 @@ def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
     config = load(name)
     limit, batch = config.mesh.samples_per_device, config.sampler.batch
     for devices in (1, 2, 4, 8, 16, 24, 48):
-        if batch % devices:
-            with pytest.raises(ValueError, match=f"config.sampler.batch is {batch}; expected a multiple of"):
+        refused = f"config.sampler.batch is {batch}; expected a multiple of" if batch % devices else ""
+        if name == STREAMING and devices == 24:  # 16 prompts, whose pasts are on one device each
+            refused = "config.prompts.groups is 16; expected a multiple of 24 .streaming.prompts_per_device on each of"
+        if refused:
+            with pytest.raises(ValueError, match=refused):
                 validate(config, published.REWARDS, devices, "cpu")
         else:
             validate(config, published.REWARDS, devices, "cpu")
@@ -358,6 +370,7 @@ def test_every_recipe_is_planned(family, argument):
     key = tuple(str(value) for field, value in flatten(config).items() if field.startswith(SHAPING))
     if key not in TRACED:
         TRACED[key] = plan.trace(run)
-    assert TRACED[key]["rollout"].shape[1:] == run.latent_shape
-    frames = config.video.frames if not config.streaming.window else 4 * 41 + 1
+    block = config.model.block
+    latents, frames = (block, 4) if config.streaming.window else (run.latent_shape[0], config.video.frames)
+    assert TRACED[key]["rollout"].shape[1:] == (latents, *run.latent_shape[1:])
     assert TRACED[key]["decoder"].shape[1:] == (frames, 480, 832, 3)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from astrolabe_jax import prepare, stop, train
 from configs import moving_shapes
+from tests.meshes import mesh_of
 
 # Two prompts with four videos each: 8 videos, which 1, 2, 4 and 8 devices divide.
 SMALL = {
@@ -31,6 +33,16 @@ SMALL = {
     "eval.shown": 2,
     "eval.ceiling": False,
 }
+# Windows of two latent frames out of six; from frame 3 on, a block does not see all before it.
+WINDOWS = {
+    "video.frames": 21,
+    "eval.frames": 13,
+    "model.window": 3,
+    "model.sink": 1,
+    "model.positions": "relative",
+    "streaming.window": 2,
+}
+PROGRESSIVE = WINDOWS | {"streaming.mode": "progressive", "streaming.save": "full"}
 
 
 def small_config(base: Path | str, variant: str = "", **changes):
@@ -44,6 +56,15 @@ def flags(base: Path, **changes) -> list[str]:
     """The command line of the same run."""
     values = SMALL | {"base": str(base)} | changes
     return ["--config=configs/moving_shapes.py", *(f"--config.{field}={value}" for field, value in values.items())]
+
+
+def prepared(config, workdir: Path, devices: int = 1):
+    """The run of a config on some of the devices of this process."""
+    mesh = mesh_of(devices=jax.devices()[:devices])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
+        return prepare.prepare(config, workdir)
 
 
 def start(config, workdir: Path):
