@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, generate, published, recipes, report, rewards, sharding, update
-from astrolabe_jax.config import piece, repeats, samples, validate
+from astrolabe_jax.config import piece, repeats, samples, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
@@ -42,7 +42,8 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         nets[name] = net._replace(params=place(mesh, net.params))
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
-    return Run(config, Path(), {}, base, layout, sampler, mesh, latent_shape, (), (), adapter)
+    starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
+    return Run(config, Path(), {}, base, layout, sampler, mesh, latent_shape, (), (), adapter, starts)
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
