@@ -114,8 +114,7 @@ def film(
 ) -> Take:
     """Samples `blocks` of the streams, whose memory is taken. decode: also advance the decoder; watch: see its frames.
 
-    The streams must have come to the first of these blocks. At a change of prompts the keys in sight follow it as
-    config.scenes says, for those streams whose prompt changes (spec/streaming.md 9).
+    The streams must have come to the first of these blocks and, where prompts change before it, have entered it.
     """
     policy, latent_hw = policy_of(run, adapter), run.latent_shape[2:]
     keys = sharding.shard_batch(run.mesh, cast.keys)
@@ -124,12 +123,21 @@ def film(
         prompts, step = cast.at(number), cast.stories[0].steps[number]
         if prompts != spoken:
             spoken, text = prompts, _text(policy, cast, prompts)
-        streams = _changed(policy, cast, text, streams, number, latent_hw)
+        streams = _changed(policy, cast, text, streams, number, latent_hw) if number > blocks[0] else streams
         latents, streams = block(policy, text, keys, streams, step, run.latent_shape[1:])
         streams, seen = _advance(run, streams, latents, step, decode or watch)
         made.append(latents)
         frames += [sharding.to_host(part) for part in seen] if watch else []
     return Take(streams, jnp.concatenate(made, axis=1), np.concatenate(frames, axis=1) if watch else None)
+
+
+def enter(run: Run, adapter: dict, cast: Cast, streams: Streams, number: int) -> Streams:
+    """Streams before a block, for which prompts may have changed; they are copied where they have.
+
+    The keys in sight follow a change as config.scenes says, for the streams that it is about (spec/streaming.md 9).
+    """
+    policy = policy_of(run, adapter)
+    return _changed(policy, cast, _text(policy, cast, cast.at(number)), streams, number, run.latent_shape[2:])
 
 
 def block(
@@ -152,17 +160,15 @@ def proceed(
     Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
     policy, shape = policy_of(run, adapter), run.latent_shape[1:]
-    for i, block in enumerate(blocks):
-        step, text = cast.stories[0].steps[block], _text(policy, cast, cast.at(block))
-        streams = _changed(policy, cast, text, streams, block, shape[1:])
+    for i, number in enumerate(blocks):
+        step, text = cast.stories[0].steps[number], _text(policy, cast, cast.at(number))
+        streams = _changed(policy, cast, text, streams, number, shape[1:]) if number > blocks[0] else streams
         part = latents[:, i * step.count : (i + 1) * step.count]
         cache, _ = stream.cache_block(
             *stream.split(policy), text, part, streams.cache, np.int32(step.start), _positions(step), at=None,
             t=run.sampler.context_noise, aligned=step.aligned, partial=True,
         )  # fmt: skip
-        streams, _ = _advance(
-            run, streams._replace(cache=cache), part, step, run.config.streaming.reward != "window_alone"
-        )
+        streams, _ = _advance(run, streams._replace(cache=cache), part, step, decode)
     return streams
 
 
@@ -255,14 +261,17 @@ def _come_to(run: Run, adapter: dict, own: Cast, start: int, begun: Streams | No
     streaming, past = run.config.streaming, begin(run, len(own.stories)) if begun is None else begun
     full = streaming.reward == "full"
     with progress.phase("past"):
-        if begun is not None and streaming.recache_on_update and start:
-            past = recached(run, adapter, own, past, start // run.layout.block)
-        if begun is not None or not start:
+        if not start:
             return past, [], []
-        take = film(run, adapter, own, past, blocks_of(run, 0, start), _decodes(run), full)
-        jax.block_until_ready(take.latents)
-    whole = [take.latents] if streaming.backprop == "full" else []
-    return take.streams, whole, [take.frames] if full else []
+        whole, frames, first = [], [], start // run.layout.block
+        if begun is None:
+            past, latents, seen = film(run, adapter, own, past, range(first), _decodes(run), full)
+            whole, frames = [latents] if streaming.backprop == "full" else [], [seen] if full else []
+        past = enter(run, adapter, own, past, first)
+        if begun is not None and streaming.recache_on_update:
+            past = recached(run, adapter, own, past, first)
+        jax.block_until_ready(past.cache)
+    return past, whole, frames
 
 
 def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segment:
@@ -301,6 +310,7 @@ def watch(
         for window in windows(run, frames):
             blocks = blocks_of(run, *window)
             with progress.phase("rollout"):
+                streams = enter(run, adapter, part, streams, blocks[0])
                 take = film(run, adapter, part, streams, blocks, watch=True)
             streams, prompts = take.streams, part.at(blocks[0])[: len(numbers)]
             refuse_non_finite(take.latents, prompts, numbers)
@@ -327,9 +337,8 @@ def work_on(
             blocks = blocks_of(run, *frames)
             yield Work(frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache))
             if frames[1] < stop:
-                streams = proceed(
-                    run, state.old, own, streams, batch.latents[i, :, slice(*frames)], blocks, decode=False
-                )
+                seen = batch.latents[i, :, slice(*frames)]
+                streams = proceed(run, state.old, own, streams, seen, blocks, decode=False)
 
 
 def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> History:
@@ -512,10 +521,8 @@ def _changed(policy, cast, text, streams: Streams, block: int, latent_hw) -> Str
     slots = policy.layout.capacity
     gone = cast.stories[0].steps[block].frame - slots  # frames that are no longer among the recent ones
     frames = {f: streams.first[:, f] if f < gone else streams.recent[:, f - gone] for f in change.frames}
-    everybody = all(changes)
-    cache = streams.cache if everybody else jax.tree.map(jnp.copy, streams.cache)
-    cache, _ = stream.changed(policy, text, cache, change, frames, slots, latent_hw)
-    if not everybody:
+    cache, _ = stream.changed(policy, text, jax.tree.map(jnp.copy, streams.cache), change, frames, slots, latent_hw)
+    if not all(changes):
         cache = _where(np.array([bool(change) for change in changes]), cache, streams.cache)
     return streams._replace(cache=cache)
 
