@@ -211,7 +211,10 @@ def _check_story(config: ConfigDict, told: Story, first: Story, frames: int) -> 
     """ValueError for a story that streams cannot tell together with others, such as that of the first line."""
     streaming = config.streaming
     if told.steps[-1].scene != len(told.prompts) - 1:
-        raise ValueError(f"the {frames} latent frames of a video are over before its last scene; raise video.frames, eval.frames")
+        raise ValueError(
+            f"the {frames} latent frames of a video are over before its last scene; raise config.video.frames, or for "
+            "held-out videos config.eval.frames"
+        )
     if told.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
         raise ValueError("its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'")
     if any(step.change and step.change.keep is not None for step in told.steps) and (

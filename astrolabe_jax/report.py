@@ -65,13 +65,9 @@ class Progress:
         self._told: set[str] = set()
 
     @contextlib.contextmanager
-    def phase(self, name: str, may_end: bool = True) -> Iterator[None]:
-        """Adds the time inside to the phase `name`; the caller waits for the device before it leaves.
-
-        may_end: the run may end before it; not so where the state before has been given up already.
-        """
-        if may_end:
-            self._check()
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to the phase `name`; the caller waits for the device before it leaves."""
+        self._check()
         start = time.monotonic()
         yield
         elapsed, name = time.monotonic() - start, self._prefix + name

@@ -114,52 +114,61 @@ def film(
 ) -> Take:
     """Samples `blocks` of the streams, whose memory is taken. decode: also advance the decoder; watch: see its frames.
 
-    The streams must have come to the first of these blocks. At a change of prompts the keys in sight follow it as
-    config.scenes says, for those streams whose prompt changes (spec/streaming.md 9).
+    The streams must have come to the first of these blocks and, where prompts change before it, have entered it.
     """
     policy, latent_hw = policy_of(run, adapter), run.latent_shape[2:]
+    keys = sharding.shard_batch(run.mesh, cast.keys)
     made, frames, spoken, text = [], [], None, None
     for number in blocks:
         prompts, step = cast.at(number), cast.stories[0].steps[number]
         if prompts != spoken:
             spoken, text = prompts, _text(policy, cast, prompts)
-        streams = _changed(policy, cast, text, streams, number, latent_hw)
-        latents, streams = block(policy, text, cast.keys, streams, step, run.latent_shape[1:])
+        streams = _changed(policy, cast, text, streams, number, latent_hw) if number > blocks[0] else streams
+        latents, streams = block(policy, text, keys, streams, step, run.latent_shape[1:])
         streams, seen = _advance(run, streams, latents, step, decode or watch)
         made.append(latents)
         frames += [sharding.to_host(part) for part in seen] if watch else []
     return Take(streams, jnp.concatenate(made, axis=1), np.concatenate(frames, axis=1) if watch else None)
 
 
+def enter(run: Run, adapter: dict, cast: Cast, streams: Streams, number: int) -> Streams:
+    """Streams before a block, for which prompts may have changed; they are copied where they have.
+
+    The keys in sight follow a change as config.scenes says, for the streams that it is about (spec/streaming.md 9).
+    """
+    policy = policy_of(run, adapter)
+    return _changed(policy, cast, _text(policy, cast, cast.at(number)), streams, number, run.latent_shape[2:])
+
+
 def block(
     policy: stream.Policy, text: KeyValues, keys: jax.Array, streams: Streams, step: Step, shape: tuple[int, int, int]
 ) -> tuple[jax.Array, Streams]:
     """Samples a block of latents (C, H, W) of the streams: [streams, P, C, H, W], and the keys behind it."""
-    noise = _noise(keys, jnp.int32(step.frame), len(policy.sampler.steps), step.count, shape, policy.mesh)
+    noise = _noise(keys, np.int32(step.frame), len(policy.sampler.steps), step.count, shape, policy.mesh)
     latents, cache = stream.sample_block(
-        *stream.split(policy), text, noise, streams.cache, jnp.int32(step.start), _positions(step), at=None,
+        *stream.split(policy), text, noise, streams.cache, np.int32(step.start), _positions(step), at=None,
         aligned=step.aligned, trace=False, partial=True,
     )  # fmt: skip
     return latents, streams._replace(cache=cache)
 
 
-def proceed(run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.Array, blocks: range) -> Streams:
+def proceed(
+    run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.Array, blocks: range, decode: bool
+) -> Streams:
     """Streams, whose memory is taken, behind given `latents` [streams, F, C, H, W] of these blocks (streaming.md 5.2).
 
-    Only the clean passes are run, with the policy `adapter`.
+    Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
     policy, shape = policy_of(run, adapter), run.latent_shape[1:]
-    for i, block in enumerate(blocks):
-        step, text = cast.stories[0].steps[block], _text(policy, cast, cast.at(block))
-        streams = _changed(policy, cast, text, streams, block, shape[1:])
+    for i, number in enumerate(blocks):
+        step, text = cast.stories[0].steps[number], _text(policy, cast, cast.at(number))
+        streams = _changed(policy, cast, text, streams, number, shape[1:]) if number > blocks[0] else streams
         part = latents[:, i * step.count : (i + 1) * step.count]
         cache, _ = stream.cache_block(
-            *stream.split(policy), text, part, streams.cache, jnp.int32(step.start), _positions(step), at=None,
+            *stream.split(policy), text, part, streams.cache, np.int32(step.start), _positions(step), at=None,
             t=run.sampler.context_noise, aligned=step.aligned, partial=True,
         )  # fmt: skip
-        streams, _ = _advance(
-            run, streams._replace(cache=cache), part, step, run.config.streaming.reward != "window_alone"
-        )
+        streams, _ = _advance(run, streams._replace(cache=cache), part, step, decode)
     return streams
 
 
@@ -169,7 +178,7 @@ def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) 
     text = _text(policy, cast, cast.at(block))
     recent = streams.recent[:, -(run.layout.capacity - run.layout.kept) :]
     cache = _reencode(
-        *stream.split(policy), text, streams.first, recent, jnp.int32(step.start), run.sampler.context_noise
+        *stream.split(policy), text, streams.first, recent, np.int32(step.start), run.sampler.context_noise
     )
     return streams._replace(cache=cache)
 
@@ -252,14 +261,17 @@ def _come_to(run: Run, adapter: dict, own: Cast, start: int, begun: Streams | No
     streaming, past = run.config.streaming, begin(run, len(own.stories)) if begun is None else begun
     full = streaming.reward == "full"
     with progress.phase("past"):
-        if begun is not None and streaming.recache_on_update and start:
-            past = recached(run, adapter, own, past, start // run.layout.block)
-        if begun is not None or not start:
+        if not start:
             return past, [], []
-        take = film(run, adapter, own, past, blocks_of(run, 0, start), _decodes(run), full)
-        jax.block_until_ready(take.latents)
-    whole = [take.latents] if streaming.backprop == "full" else []
-    return take.streams, whole, [take.frames] if full else []
+        whole, frames, first = [], [], start // run.layout.block
+        if begun is None:
+            past, latents, seen = film(run, adapter, own, past, range(first), _decodes(run), full)
+            whole, frames = [latents] if streaming.backprop == "full" else [], [seen] if full else []
+        past = enter(run, adapter, own, past, first)
+        if begun is not None and streaming.recache_on_update:
+            past = recached(run, adapter, own, past, first)
+        jax.block_until_ready(past.cache)
+    return past, whole, frames
 
 
 def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segment:
@@ -298,6 +310,7 @@ def watch(
         for window in windows(run, frames):
             blocks = blocks_of(run, *window)
             with progress.phase("rollout"):
+                streams = enter(run, adapter, part, streams, blocks[0])
                 take = film(run, adapter, part, streams, blocks, watch=True)
             streams, prompts = take.streams, part.at(blocks[0])[: len(numbers)]
             refuse_non_finite(take.latents, prompts, numbers)
@@ -322,9 +335,10 @@ def work_on(
         own, streams, stop = cast.part(order), begin(run, len(order)), start + streaming.window
         for number, frames in enumerate(windows(run, stop)):
             blocks = blocks_of(run, *frames)
-            yield Work(frames, number, History(jnp.int32(frames[0]), _places(own, blocks), streams.cache))
+            yield Work(frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache))
             if frames[1] < stop:
-                streams = proceed(run, state.old, own, streams, batch.latents[i, :, frames[0] : frames[1]], blocks)
+                seen = batch.latents[i, :, slice(*frames)]
+                streams = proceed(run, state.old, own, streams, seen, blocks, decode=False)
 
 
 def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> History:
@@ -332,33 +346,30 @@ def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> Histo
     blocks, streams = blocks_of(run, start, start + run.config.streaming.window), pasts.streams[turn]
     positions, begins = _places(cast, blocks), cast.stories[0].steps[blocks[0]].start
     if run.config.streaming.backprop == "full":
-        return History(jnp.int32(begins), positions, whole=pasts.whole[turn])
+        return History(np.int32(begins), positions, whole=pasts.whole[turn])
     if run.config.streaming.prefix == "rollout_old":
-        return History(jnp.int32(begins), positions, streams.cache)
-    return History(jnp.int32(begins), positions, first=streams.first, recent=streams.recent)
+        return History(np.int32(begins), positions, streams.cache)
+    return History(np.int32(begins), positions, first=streams.first, recent=streams.recent)
 
 
 def go_on(
-    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int,
-    progress: Progress,
-) -> list[Streams]:  # fmt: skip
+    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int
+) -> list[Streams]:
     """Progressive streams behind an epoch's window, each with one of its candidates (5.2); none at the video's end.
 
-    total [N]: rewards; adapter: the policy that will sample next.
+    total [N]: rewards; adapter: the policy that will sample next. The memory of the segment's streams is taken.
     """
     start, window = begins_at(run, epoch), run.config.streaming.window
     if run.config.streaming.mode != "progressive" or start == run.starts[-1]:
         return []
     count, number = rounds(run.config, run.mesh.size)
-    chosen = continuation(run, batch, total, epoch)
-    streams, each = segment.pasts.streams, len(batch.texts) // (count * number)
-    after = []
-    with progress.phase("past", may_end=False):  # the policy has learnt from this epoch
-        for r, past in enumerate(streams):
-            firsts = _firsts(batch.index, np.arange(len(batch.texts)).reshape(count, number, each)[r, :, 0])
-            taken = np.array([chosen[int(batch.index[first])] for first in firsts])
-            latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
-            after.append(proceed(run, adapter, cast.part(firsts), past, latents, blocks_of(run, start, start + window)))
+    chosen, after = continuation(run, batch, total, epoch), []
+    places = np.arange(len(batch.texts)).reshape(count, number, -1)[:, :, 0]
+    for past, place in zip(segment.pasts.streams, places, strict=True):
+        taken = np.array([chosen[line] for line in batch.index[place].tolist()])
+        latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
+        own, blocks = cast.part(_firsts(batch.index, place)), blocks_of(run, start, start + window)
+        after.append(proceed(run, adapter, own, past, latents, blocks, _decodes(run)))
     return jax.block_until_ready(after)
 
 
@@ -510,17 +521,15 @@ def _changed(policy, cast, text, streams: Streams, block: int, latent_hw) -> Str
     slots = policy.layout.capacity
     gone = cast.stories[0].steps[block].frame - slots  # frames that are no longer among the recent ones
     frames = {f: streams.first[:, f] if f < gone else streams.recent[:, f - gone] for f in change.frames}
-    everybody = all(changes)
-    cache = streams.cache if everybody else jax.tree.map(jnp.copy, streams.cache)
-    cache, _ = stream.changed(policy, text, cache, change, frames, slots, latent_hw)
-    if not everybody:
+    cache, _ = stream.changed(policy, text, jax.tree.map(jnp.copy, streams.cache), change, frames, slots, latent_hw)
+    if not all(changes):
         cache = _where(np.array([bool(change) for change in changes]), cache, streams.cache)
     return streams._replace(cache=cache)
 
 
 def _advance(run: Run, streams: Streams, latents, step: Step, decode: bool) -> tuple[Streams, list[jax.Array]]:
     """The streams behind a block whose keys are in the cache, and its frames if it is decoded."""
-    first, recent = _remember(streams.first, streams.recent, latents, jnp.int32(step.frame))
+    first, recent = _remember(streams.first, streams.recent, latents, np.int32(step.frame))
     memory, frames = streams.vae, []
     if decode:
         frames, memory = decoded(run, latents, memory)

@@ -159,7 +159,7 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         taken = int(state.step)
         settings = config.optimiser
         state = blend_old(state, old_decay(settings.old_decay, taken, settings.old_decay_constant))
-    streams = drawn.go_on(state.old, result.total) if drawn.go_on else []
+        streams = drawn.go_on(state.old, result.total) if drawn.go_on else []
     distinct = len(set(batch.index.tolist()))
     record = {
         "kind": "epoch",
@@ -231,7 +231,7 @@ def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> 
     segment = segments.Segment(arrays["latents"], scores, pasts)
 
     def go_on(policy, total):
-        return segments.go_on(run, policy, batch, cast, segment, total, point.epoch, progress)
+        return segments.go_on(run, policy, batch, cast, segment, total, point.epoch)
 
     work = functools.partial(segments.work_on, run, cast, pasts, start)
     return Drawn(segment.latents, scores, texts, work, go_on)
