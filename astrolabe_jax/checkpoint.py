@@ -70,7 +70,8 @@ class Restored(NamedTuple):
 def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
     """Makes `workdir` the directory of the run `identity`, a flat JSON-able mapping.
 
-    Raises ValueError if it belongs to another run or holds other files, OSError if it cannot be written.
+    Files that a killed run had half written are removed. Raises ValueError if it belongs to another run or holds other
+    files, OSError if it cannot be written.
     """
     record = workdir / "run.json"
     try:
@@ -90,6 +91,9 @@ def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(
             f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a new or empty --workdir"
         )
+    for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
+        for path in workdir.glob(half_written):
+            path.unlink()
     write_atomic(record, json.dumps(identity, indent=1).encode())
 
 
