@@ -21,12 +21,12 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,13 +321,16 @@ def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs a traceback of what it raises."""
-    before = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    try:
-        yield
-    finally:
-        absl.logging.set_verbosity(before)
+    """Orbax prints tracebacks of what it raises. After an error it stays silenced: its threads go on writing."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers], sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    levels, sys.unraisablehook = before
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _manager(directory: Path, keep: int | None, alone: bool = False, clean: bool = False) -> ocp.CheckpointManager:

@@ -1,8 +1,10 @@
 """A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it belongs to."""
 
+import gc
 import logging
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -320,7 +322,19 @@ def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
     assert unused >= 4
 
 
-def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path):
+@pytest.fixture
+def loud_again():
+    """What a failing save silences for the rest of a process."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    yield
+    gc.collect()  # what was never awaited
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path, loud_again):
     """A limit on the size of files stands for a full disk."""
     checkpoint.save(tmp_path, 1, make_state(1), PROGRESS, IDENTITY, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
