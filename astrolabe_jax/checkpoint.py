@@ -117,7 +117,7 @@ def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mappin
     processes call it. Raises WriteError if the file system refuses.
     """
     size = _write(workdir / CHECKPOINTS, epoch, state, {"progress": progress, "identity": dict(identity)}, keep)
-    processes.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+    _remove_samples(workdir)
     return size
 
 
@@ -153,13 +153,14 @@ def restore(workdir: Path, template: Any, identity: Mapping[str, Any]) -> Restor
 def save_samples(
     workdir: Path, epoch: int, samples: Any, progress: dict, policy: Any, identity: Mapping[str, Any]
 ) -> int:
-    """Saves what an epoch has sampled, before anything is learnt from it, in the place of an earlier epoch's.
+    """Saves what an epoch has sampled, before anything is learnt from it, in the place of any other epoch's.
 
     epoch: finished ones, as of the checkpoint that it follows. samples: a pytree, not a lone array, of any dtypes that
     JAX has; its numpy arrays are equal on all processes. progress: JSON-able, such as scores. policy: the adapter that
     has sampled. Returns bytes, raises and is called as `save`, which removes them again.
     """
     record = {"progress": progress, "identity": dict(identity), "policy": int(_checksum(policy))}
+    _remove_samples(workdir)  # those of a later epoch, of a checkpoint that was damaged, would count as newer
     return _write(workdir / SAMPLES, epoch, samples, record, keep=1)
 
 
@@ -184,6 +185,10 @@ def restore_samples(
             return restored
         logging.warning("samples in %s are not used (%s): epoch %d is sampled again", path, fault, epoch + 1)
     return None
+
+
+def _remove_samples(workdir: Path) -> None:
+    processes.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
 
 
 class _Damaged(Exception):

@@ -260,8 +260,9 @@ def save_samples(workdir, epoch=3):
 
 def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     assert in_flight(tmp_path) is None
-    save_samples(tmp_path, 2)
-    size = save_samples(tmp_path, 3)  # in the place of those before
+    for other in (2, 4):  # in the place of those before, and of those after, when a checkpoint was damaged
+        save_samples(tmp_path, other)
+    size = save_samples(tmp_path, 3)
     directory = tmp_path / "samples_in_flight"
     assert [path.name for path in directory.iterdir()] == ["3"]
     assert size == sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
