@@ -21,12 +21,12 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +72,8 @@ class Restored(NamedTuple):
 def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
     """Makes `workdir` the directory of the run `identity`, a flat JSON-able mapping.
 
-    Raises ValueError if it belongs to another run or holds other files, OSError if it cannot be written.
+    Files that a killed run had half written are removed. Raises ValueError if it belongs to another run or holds other
+    files, OSError if it cannot be written.
     """
     record = workdir / "run.json"
     try:
@@ -92,6 +93,9 @@ def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(
             f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a new or empty --workdir"
         )
+    for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
+        for path in workdir.glob(half_written):
+            path.unlink()
     write_atomic(record, json.dumps(identity, indent=1).encode())
 
 
@@ -115,7 +119,7 @@ def save(workdir: Path, epoch: int, state: Any, progress: dict, identity: Mappin
     processes call it. Raises WriteError if the file system refuses.
     """
     size = _write(workdir / CHECKPOINTS, epoch, state, {"progress": progress, "identity": dict(identity)}, keep)
-    processes.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+    _remove_samples(workdir)
     return size
 
 
@@ -153,13 +157,14 @@ def restore(workdir: Path, template: Callable[[int], Any], identity: Mapping[str
 def save_samples(
     workdir: Path, epoch: int, samples: Any, progress: dict, policy: Any, identity: Mapping[str, Any]
 ) -> int:
-    """Saves what an epoch has sampled, before anything is learnt from it, in the place of an earlier epoch's.
+    """Saves what an epoch has sampled, before anything is learnt from it, in the place of any other epoch's.
 
     epoch: finished ones, as of the checkpoint that it follows. samples: a pytree, not a lone array, of any dtypes that
     JAX has; its numpy arrays are equal on all processes. progress: JSON-able, such as scores. policy: the adapter that
     has sampled. Returns bytes, raises and is called as `save`, which removes them again.
     """
     record = {"progress": progress, "identity": dict(identity), "policy": int(_checksum(policy))}
+    _remove_samples(workdir)  # those of a later epoch, of a checkpoint that was damaged, would count as newer
     return _write(workdir / SAMPLES, epoch, samples, record, keep=1)
 
 
@@ -184,6 +189,10 @@ def restore_samples(
             return restored
         logging.warning("samples in %s are not used (%s): epoch %d is sampled again", path, fault, epoch + 1)
     return None
+
+
+def _remove_samples(workdir: Path) -> None:
+    processes.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
 
 
 class _Damaged(Exception):
@@ -321,13 +330,16 @@ def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs a traceback of what it raises."""
-    before = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    try:
-        yield
-    finally:
-        absl.logging.set_verbosity(before)
+    """Orbax prints tracebacks of what it raises. After an error it stays silenced: its threads go on writing."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers], sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    levels, sys.unraisablehook = before
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _manager(directory: Path, keep: int | None, alone: bool = False, clean: bool = False) -> ocp.CheckpointManager:

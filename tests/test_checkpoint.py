@@ -1,8 +1,10 @@
 """A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it belongs to."""
 
+import gc
 import logging
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -258,8 +260,9 @@ def save_samples(workdir, epoch=3):
 
 def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     assert in_flight(tmp_path) is None
-    save_samples(tmp_path, 2)
-    size = save_samples(tmp_path, 3)  # in the place of those before
+    for other in (2, 4):  # in the place of those before, and of those after, when a checkpoint was damaged
+        save_samples(tmp_path, other)
+    size = save_samples(tmp_path, 3)
     directory = tmp_path / "samples_in_flight"
     assert [path.name for path in directory.iterdir()] == ["3"]
     assert size == sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -320,7 +323,19 @@ def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
     assert unused >= 4
 
 
-def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path):
+@pytest.fixture
+def loud_again():
+    """What a failing save silences for the rest of a process."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    yield
+    gc.collect()  # what was never awaited
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path, loud_again):
     """A limit on the size of files stands for a full disk."""
     checkpoint.save(tmp_path, 1, make_state(1), PROGRESS, IDENTITY, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

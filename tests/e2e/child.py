@@ -1,8 +1,10 @@
-"""The real program in a process that kills itself: python -m tests.e2e.child WHERE FLAGS...
+"""The real program in a process that kills itself, or tells where it is: python -m tests.e2e.child WHERE FLAGS...
 
-WHERE is `-`, or SIGNAL:MODULE.FUNCTION:N, which sends itself the signal when that function is called for the N-th time.
+WHERE is `-`, or SIGNAL:MODULE.FUNCTION:N, which sends itself the signal when that function is called for the N-th time,
+or a file, to which a line is added when a phase begins or ends: `begin 2 update` in the second epoch.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -28,8 +30,31 @@ def arm(where: str) -> None:
     setattr(module, function, armed)
 
 
+def tell(path: str) -> None:
+    from astrolabe_jax import report, train
+
+    phase, run_epoch, epochs = report.Progress.phase, train._epoch, [0]
+
+    def line(what, progress, name):
+        with open(path, "ab", buffering=0) as file:  # in one piece, whatever happens next
+            file.write(f"{what} {epochs[-1]} {progress._prefix}{name}\n".encode())
+
+    @contextlib.contextmanager
+    def telling_phase(progress, name):
+        with phase(progress, name):
+            line("begin", progress, name)
+            yield
+        line("end", progress, name)
+
+    def telling_epoch(run, point, *others):
+        epochs.append(point.epoch + 1)
+        return run_epoch(run, point, *others)
+
+    report.Progress.phase, train._epoch = telling_phase, telling_epoch
+
+
 if __name__ == "__main__":
     where = sys.argv.pop(1)
     if where != "-":
-        arm(where)
+        (arm if ":" in where else tell)(where)
     app.run(main.main, flags_parser=recipes.parse)

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import pytest
 
@@ -16,6 +18,16 @@ def compiled_once(tmp_path_factory):
     yield cache
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def environment(compiled_once):
+    """Of runs in processes of their own: compiled programs are shared between them."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_once),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": str(runs.ROOT),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Small real runs: the tiny random base, two prompts, sixteen pixels, a second or two per epoch once compiled."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +13,8 @@ from astrolabe_jax import prepare, stop, train
 from astrolabe_jax.report import Progress
 from configs import moving_shapes
 from tests.meshes import mesh_of
+
+ROOT = Path(__file__).parents[2]
 
 # Two prompts with four videos each: 8 videos, which 1, 2, 4 and 8 devices divide.
 SMALL = {
@@ -74,6 +78,19 @@ def start(config, workdir: Path):
     run = prepare.prepare(config, workdir)
     with stop.listening() as check:
         return train.train(run, train.resume(run), check)
+
+
+def launch(environment, arguments, where="-", **options) -> subprocess.Popen:
+    """The program in a process of its own; `where` as in child.py."""
+    command = [sys.executable, "-m", "tests.e2e.child", str(where), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Its status, output and errors at its end."""
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
 
 
 def outcome(workdir: Path) -> dict:

@@ -1,38 +1,13 @@
 """The program as a user starts it: killed anywhere it goes on, and every mistake is one clear line."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e import runs
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def environment(compiled_once):
-    """Compiled programs are shared between the pieces."""
-    return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(compiled_once),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
-    }
-
-
-def launch(environment, arguments, where="-", **options):
-    command = [sys.executable, "-m", "tests.e2e.child", where, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
-
-
-def finish(process) -> tuple[int, str, str]:
-    out, errors = process.communicate(timeout=300)
-    return process.returncode, out, errors
+from tests.e2e.runs import finish, launch
 
 
 def kill_while_saving(process, checkpoints: Path) -> None:
