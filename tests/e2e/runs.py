@@ -47,7 +47,6 @@ WINDOWS = {
     "model.positions": "relative",
     "streaming.window": 2,
 }
-QUIET = Progress({}, lambda: None, lambda line: None)
 PROGRESSIVE = WINDOWS | {"streaming.mode": "progressive", "streaming.save": "full"}
 
 
@@ -62,6 +61,11 @@ def flags(base: Path, **changes) -> list[str]:
     """The command line of the same run."""
     values = SMALL | {"base": str(base)} | changes
     return ["--config=configs/moving_shapes.py", *(f"--config.{field}={value}" for field, value in values.items())]
+
+
+def quiet() -> Progress:
+    """Progress that says nothing, and never ends a run."""
+    return Progress({}, lambda: None, lambda line: None)
 
 
 def prepared(config, workdir: Path, devices: int = 1):

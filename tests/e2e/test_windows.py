@@ -61,7 +61,7 @@ class Made:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(segments, "sample", kept)
             for _ in range(epochs):
-                self.point, record = train._epoch(run, self.point, step_of(run), runs.QUIET)
+                self.point, record = train._epoch(run, self.point, step_of(run), runs.quiet())
                 self.records.append(record)
         self.state = jax.device_get(self.point.state)
 
@@ -96,8 +96,7 @@ def assert_learnt(made):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"streaming.reward": "window_alone"},
-        {"streaming.reward": "full"},
+        {},
         pytest.param({"streaming.prefix": "noised_prefix", "loss.context": "noisy"}, marks=pytest.mark.slow),
         pytest.param({"loss.kind": "diffusion_nft", "loss.mask_block": 1}, marks=pytest.mark.slow),
         pytest.param({"streaming.sampling": "sequence", "loss.context": "noisy"}, marks=pytest.mark.slow),
@@ -114,13 +113,14 @@ def test_every_variant_learns(made, changes):
 def test_rewards_of_other_frames_are_others(made):
     scored = {kind: made({"streaming.reward": kind}, starts=(4,)) for kind in ("window_stream", "window_alone", "full")}
     for kind in ("window_alone", "full"):
+        assert_learnt(scored[kind])
         np.testing.assert_array_equal(scored[kind].latents, scored["window_stream"].latents)
         assert scored[kind].records[0]["total_reward"] != scored["window_stream"].records[0]["total_reward"]
 
 
 COMPILED_NOW = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **kwargs: COMPILED_NOW.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+    lambda event, seconds, **kwargs: COMPILED_NOW.append(kwargs.get("fun_name")) if "backend_compile" in event else None
 )
 
 
@@ -149,6 +149,7 @@ def test_at_frame_0_a_clip_is_a_sequence(made, context):
     assert_same_epoch(one, other)
 
 
+@pytest.mark.slow
 def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, tmp_path):
     """Of as many frames, with gradients through the clean context."""
     fields = {"streaming.sampling": "sequence", "streaming.backprop": "full"}
@@ -156,7 +157,7 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     short = runs.WINDOWS | {"video.frames": 5, "eval.frames": 0, "streaming.window": 0, "loss.context_gradient": True}
     run = runs.prepared(runs.small_config(base, **short), tmp_path / "short")
     run = run._replace(adapter=jax.device_get(tiny.adapter()))
-    point, record = train._epoch(run, train.resume(run), step_of(run), runs.QUIET)
+    point, record = train._epoch(run, train.resume(run), step_of(run), runs.quiet())
     for name in set(record) - {"seconds", "kind"}:
         np.testing.assert_allclose(window.records[0][name], record[name], rtol=2e-4, err_msg=name)
     assert_same_state(window.state, jax.device_get(point.state))
@@ -178,7 +179,7 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
     [
         ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
         ({"mesh.samples_per_device": 4}, 1),
-        ({}, 2),
+        pytest.param({}, 2, marks=pytest.mark.slow),
         ({}, 4),  # more devices than prompts
         pytest.param({"mesh.samples_per_device": 1}, 4, marks=pytest.mark.slow),
         pytest.param({}, 8, marks=pytest.mark.slow),
@@ -234,10 +235,17 @@ def test_every_video_is_chosen_now_and_then(made):
     assert counts.min() > 30 and counts.max() < 70
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_devices_do_not_change_progressive_streams(made, progressive, devices):
-    changes = {"streaming.mode": "progressive", "streaming.continuation": "first"}
-    assert_same_epoch(made(changes, epochs=3, devices=devices), progressive("first"))
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_do_not_change_progressive_streams(made, devices):
+    """With a large epsilon, since a first step of Adam takes the sign of rounding for a gradient."""
+    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", "optimiser.eps": 1e-2}
+    one, other = (made(changes, epochs=3, devices=count) for count in (1, devices))
+    for a, b in zip(one.drawn, other.drawn, strict=True):
+        np.testing.assert_allclose(a.latents, b.latents, atol=1e-4)
+    for a, b in zip(one.records, other.records, strict=True):
+        for name in ("total_loss", "policy_loss", "total_reward", "window_start"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("reward", ["window_stream", pytest.param("window_alone", marks=pytest.mark.slow)])
@@ -246,7 +254,9 @@ def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
     epochs = made(changes | {"streaming.recache_on_update": True}, epochs=3)
     assert_learnt(epochs)
     np.testing.assert_array_equal(epochs.drawn[0].latents, progressive("first").drawn[0].latents)
-    assert np.abs(np.asarray(epochs.drawn[1].latents) - progressive("first").drawn[1].latents).max() > 1e-5
+    apart = [np.abs(np.asarray(a.latents) - b.latents).max() for a, b in zip(epochs.drawn, progressive("first").drawn)]
+    assert apart[1] < 2e-5  # the window before was put behind its past by the policy that samples this one
+    assert apart[2] > 1e-4
 
 
 # Prompts that change on the way.
@@ -269,7 +279,12 @@ def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode
     """Of 16 frames a second, 4 a latent frame: half a second is a window of two."""
     (tmp_path / "list.txt").write_text("\n".join(scenes))
     fields = {"prompts.train": str(tmp_path / "list.txt"), "prompts.test": str(tmp_path / "list.txt")}
-    fields |= {"scenes.transition": transition, "streaming.mode": mode, "streaming.selection": "choices"}
+    fields |= {
+        "eval.frames": 21,
+        "scenes.transition": transition,
+        "streaming.mode": mode,
+        "streaming.selection": "choices",
+    }
     judged, judge = [], segments.judge
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest))
