@@ -121,7 +121,7 @@ def assert_same_run(config, one: Path, other: Path) -> None:
     points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
     assert points[0].risk == points[1].risk and points[0].reset == points[1].reset
-    leaves = [jax.tree.leaves(point.state) for point in points]
+    leaves = [jax.tree.leaves((point.state, point.streams)) for point in points]
     assert len(leaves[0]) > 40
     for a, b in zip(*leaves, strict=True):
         assert a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
