@@ -138,11 +138,13 @@ def split(policy: Policy) -> tuple:
 
 def empty_cache(policy: Policy, batch: int, slots: int, latent_hw: tuple[int, int]) -> kv.Cache:
     """A cache of `slots` frames, split over the samples."""
+    return _empty(policy.config, batch, slots, latent_hw, policy.mesh)
 
-    def make():
-        return kv.empty_cache(policy.config, batch, slots, latent_hw)
 
-    return jax.jit(make, out_shardings=sharding.batch_sharding(policy.mesh, axis=1))()
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _empty(config, batch, slots, latent_hw, mesh):
+    cache = kv.empty_cache(config, batch, slots, latent_hw)
+    return jax.lax.with_sharding_constraint(cache, sharding.batch_sharding(mesh, axis=1))
 
 
 _program = functools.partial(jax.jit, donate_argnames="cache")

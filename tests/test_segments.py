@@ -55,7 +55,7 @@ def told(base, tmp_path_factory):
         run = runs.prepared(config, tmp_path_factory.mktemp("runs") / "run")
         batch = prompts.draw(run.train_prompts, config.seed, 0, 2, 4, 1)
         keys = prompts.sample_keys(batch, config.seed, Purpose.ROLLOUT, 0)
-        return run, segments.cast_of(run, batch, keys, FRAMES, runs.QUIET)
+        return run, segments.cast_of(run, batch, keys, FRAMES, runs.quiet())
 
     return tell
 

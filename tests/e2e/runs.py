@@ -47,7 +47,6 @@ WINDOWS = {
     "model.positions": "relative",
     "streaming.window": 2,
 }
-QUIET = Progress({}, lambda: None, lambda line: None)
 PROGRESSIVE = WINDOWS | {"streaming.mode": "progressive", "streaming.save": "full"}
 
 
@@ -62,6 +61,11 @@ def flags(base: Path, **changes) -> list[str]:
     """The command line of the same run."""
     values = SMALL | {"base": str(base)} | changes
     return ["--config=configs/moving_shapes.py", *(f"--config.{field}={value}" for field, value in values.items())]
+
+
+def quiet() -> Progress:
+    """Progress that says nothing, and never ends a run."""
+    return Progress({}, lambda: None, lambda line: None)
 
 
 def prepared(config, workdir: Path, devices: int = 1):
@@ -117,7 +121,7 @@ def assert_same_run(config, one: Path, other: Path) -> None:
     points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
     assert points[0].risk == points[1].risk and points[0].reset == points[1].reset
-    leaves = [jax.tree.leaves(point.state) for point in points]
+    leaves = [jax.tree.leaves((point.state, point.streams)) for point in points]
     assert len(leaves[0]) > 40
     for a, b in zip(*leaves, strict=True):
         assert a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))

@@ -17,13 +17,17 @@ from tests.e2e import runs
 from tests.e2e.disks import small_disk
 from tests.e2e.runs import finish, launch
 
-CASES = {"short videos": {}}  # changes of runs.SMALL
+# Changes of runs.SMALL. A stream carries its past from one epoch to the next.
+CASES = {"short videos": {}, "windows": runs.WINDOWS, "streams": runs.PROGRESSIVE}
 SAVING = {"train.save_samples": True, "train.checkpoint_every": 1}
 FAULTS = ("kill", "full", "damage", "nearly full", "stop")
 SEED = 0
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=["short videos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("windows", "streams"))],
+)
 def undisturbed(request, straight, base, tmp_path_factory):
     """Changes of a config, and the config and directory of a whole run with it."""
     changes = CASES[request.param]

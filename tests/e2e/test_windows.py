@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prompts, segments, stream, train
+from astrolabe_jax import prompts, segments, train
 from astrolabe_jax.config import flatten
 from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
@@ -61,7 +61,7 @@ class Made:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(segments, "sample", kept)
             for _ in range(epochs):
-                self.point, record = train._epoch(run, self.point, step_of(run), runs.QUIET)
+                self.point, record = train._epoch(run, self.point, step_of(run), runs.quiet())
                 self.records.append(record)
         self.state = jax.device_get(self.point.state)
 
@@ -96,8 +96,7 @@ def assert_learnt(made):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"streaming.reward": "window_alone"},
-        {"streaming.reward": "full"},
+        {},
         pytest.param({"streaming.prefix": "noised_prefix", "loss.context": "noisy"}, marks=pytest.mark.slow),
         pytest.param({"loss.kind": "diffusion_nft", "loss.mask_block": 1}, marks=pytest.mark.slow),
         pytest.param({"streaming.sampling": "sequence", "loss.context": "noisy"}, marks=pytest.mark.slow),
@@ -114,20 +113,30 @@ def test_every_variant_learns(made, changes):
 def test_rewards_of_other_frames_are_others(made):
     scored = {kind: made({"streaming.reward": kind}, starts=(4,)) for kind in ("window_stream", "window_alone", "full")}
     for kind in ("window_alone", "full"):
+        assert_learnt(scored[kind])
         np.testing.assert_array_equal(scored[kind].latents, scored["window_stream"].latents)
         assert scored[kind].records[0]["total_reward"] != scored["window_stream"].records[0]["total_reward"]
 
 
+COMPILED_NOW = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **kwargs: COMPILED_NOW.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+)
+
+
 def test_6_one_program_serves_every_start(made):
-    first = made(starts=(2,))
-    programs = (stream.sample_block, segments._noise, segments._remember, step_of(first.run).accumulate)
-    before = [program._cache_size() for program in programs]
+    """At frame 0 the decoder has other programs, since it remembers nothing; those of the network are the same.
+
+    Besides them only the latents of as many blocks are put together.
+    """
+    made(starts=(2,))
     sizes = set()
-    for start in (0, 1, 3, 4):
+    for start in (0, 4, 1, 3):
+        COMPILED_NOW.clear()
         there = made(starts=(start,))
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(there.drawn[0].pasts)))
-    assert [program._cache_size() for program in programs] == before
-    assert step_of(first.run).accumulate._cache_size() == 1
+        first = {"jit(_fork)", "jit(decode_chunk)", "jit(_score_video)"}
+        assert set(COMPILED_NOW) <= {"jit(concatenate)"} | (first if start == 0 else set()), COMPILED_NOW
     assert len(sizes) == 1  # what the loss reads does not grow with the video
 
 
@@ -140,6 +149,7 @@ def test_at_frame_0_a_clip_is_a_sequence(made, context):
     assert_same_epoch(one, other)
 
 
+@pytest.mark.slow
 def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, tmp_path):
     """Of as many frames, with gradients through the clean context."""
     fields = {"streaming.sampling": "sequence", "streaming.backprop": "full"}
@@ -147,7 +157,7 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     short = runs.WINDOWS | {"video.frames": 5, "eval.frames": 0, "streaming.window": 0, "loss.context_gradient": True}
     run = runs.prepared(runs.small_config(base, **short), tmp_path / "short")
     run = run._replace(adapter=jax.device_get(tiny.adapter()))
-    point, record = train._epoch(run, train.resume(run), step_of(run), runs.QUIET)
+    point, record = train._epoch(run, train.resume(run), step_of(run), runs.quiet())
     for name in set(record) - {"seconds", "kind"}:
         np.testing.assert_allclose(window.records[0][name], record[name], rtol=2e-4, err_msg=name)
     assert_same_state(window.state, jax.device_get(point.state))
@@ -169,7 +179,7 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
     [
         ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
         ({"mesh.samples_per_device": 4}, 1),
-        ({}, 2),
+        pytest.param({}, 2, marks=pytest.mark.slow),
         ({}, 4),  # more devices than prompts
         pytest.param({"mesh.samples_per_device": 1}, 4, marks=pytest.mark.slow),
         pytest.param({}, 8, marks=pytest.mark.slow),
@@ -225,10 +235,17 @@ def test_every_video_is_chosen_now_and_then(made):
     assert counts.min() > 30 and counts.max() < 70
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_devices_do_not_change_progressive_streams(made, progressive, devices):
-    changes = {"streaming.mode": "progressive", "streaming.continuation": "first"}
-    assert_same_epoch(made(changes, epochs=3, devices=devices), progressive("first"))
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_do_not_change_progressive_streams(made, devices):
+    """With a small rate, since a first step of Adam takes the sign of rounding for a gradient."""
+    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", "optimiser.learning_rate": 1e-4}
+    one, other = (made(changes, epochs=3, devices=count) for count in (1, devices))
+    for a, b in zip(one.drawn, other.drawn, strict=True):
+        np.testing.assert_allclose(a.latents, b.latents, atol=1e-4)
+    for a, b in zip(one.records, other.records, strict=True):
+        for name in ("total_loss", "policy_loss", "total_reward", "window_start"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("reward", ["window_stream", pytest.param("window_alone", marks=pytest.mark.slow)])
@@ -237,7 +254,10 @@ def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
     epochs = made(changes | {"streaming.recache_on_update": True}, epochs=3)
     assert_learnt(epochs)
     np.testing.assert_array_equal(epochs.drawn[0].latents, progressive("first").drawn[0].latents)
-    assert np.abs(np.asarray(epochs.drawn[1].latents) - progressive("first").drawn[1].latents).max() > 1e-5
+    both = zip(epochs.drawn, progressive("first").drawn, strict=True)
+    apart = [np.abs(np.asarray(one.latents) - other.latents).max() for one, other in both]
+    assert apart[1] < 2e-5  # the window before was put behind its past by the policy that samples this one
+    assert apart[2] > 1e-4
 
 
 # Prompts that change on the way.
@@ -260,7 +280,12 @@ def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode
     """Of 16 frames a second, 4 a latent frame: half a second is a window of two."""
     (tmp_path / "list.txt").write_text("\n".join(scenes))
     fields = {"prompts.train": str(tmp_path / "list.txt"), "prompts.test": str(tmp_path / "list.txt")}
-    fields |= {"scenes.transition": transition, "streaming.mode": mode, "streaming.selection": "choices"}
+    fields |= {
+        "eval.frames": 21,
+        "scenes.transition": transition,
+        "streaming.mode": mode,
+        "streaming.selection": "choices",
+    }
     judged, judge = [], segments.judge
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest))
