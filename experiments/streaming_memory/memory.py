@@ -239,7 +239,9 @@ def main(argv: list[str]) -> None:
         return
     for cell in values.cells:
         variant, start = cell.split(":")
-        for name, peak in measure(setting(variant, int(start)), values.target, tuple(values.programs)).items():
+        config = setting(variant, int(start))
+        config.model.attention = values.attention
+        for name, peak in measure(config, values.target, tuple(values.programs)).items():
             sizes = peak.held, peak.program.arguments, peak.program.temporaries, peak.program.fresh, peak.total
             row = "  ".join(f"{size / 2**30:7.2f}" for size in sizes)
             print(f"{values.target} {variant:12} {start:>4} {name:8} {row}  {peak.program.seconds:6.0f} s", flush=True)
@@ -248,6 +250,7 @@ def main(argv: list[str]) -> None:
 flags.DEFINE_string("target", "cpu", "cpu, h200, or the name of a TPU's topology")
 flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
 flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
+flags.DEFINE_string("attention", "auto", "model.attention: auto takes cudnn on a GPU, else xla")
 flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
 
 if __name__ == "__main__":
