@@ -4,6 +4,7 @@ Block-causal attention is run block by block on static slices of the keys, so th
 applies; the result is exact (spec/model.md 7).
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,10 +15,13 @@ from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.models.wan.rope import rotate
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str = "auto", length=None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str = "auto", length=None, remat: bool = False
+) -> jax.Array:
     """Softmax attention, scale 1/sqrt(K). q [B, N, A, K], k and v [B, M, A, K], mask bool [N, M] or None.
 
-    length: see the first `length` keys only; a traced scalar, or None for all.
+    length: see the first `length` keys only; a traced scalar, or None for all. remat: make the scores [B, A, N, M] anew
+    in the backward pass, where 'xla' would keep those of all calls of a layer at once; cudnn never does.
 
     backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto', which takes cudnn where it can.
     """
@@ -32,7 +36,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str 
         )
     mask = None if mask is None else jnp.asarray(mask)[None, None]
     length = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=length, implementation=backend)
+    run = functools.partial(jax.nn.dot_product_attention, implementation=backend)
+    if remat and backend == "xla":
+        run = jax.checkpoint(run)
+    return run(q, k, v, mask=mask, key_value_seq_lengths=length)
 
 
 def block_causal_attention(
@@ -46,6 +53,7 @@ def block_causal_attention(
     sink: int = 0,
     sink_tables=None,
     backend: str = "auto",
+    remat: bool = False,
 ) -> jax.Array:
     """Attention of each block's queries to the frames it sees. q, k, v [B, F L, A, K] -> [B, F L, A, K].
 
@@ -67,7 +75,7 @@ def block_causal_attention(
             values.append(v_source[:, tokens])
         queries = q[:, block.start * frame_tokens : block.stop * frame_tokens]
         keys, values = jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
-        outputs.append(attention(queries, keys, values, mask, backend))
+        outputs.append(attention(queries, keys, values, mask, backend, remat=remat))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -83,6 +91,7 @@ def window_attention(
     context=None,
     sink_tables=None,
     backend: str = "auto",
+    remat: bool = False,
 ) -> jax.Array:
     """Attention of the blocks of a window that begins at frame `start` of a video (spec/streaming.md 6.1).
 
@@ -124,7 +133,7 @@ def window_attention(
         if isinstance(start, int):
             keys, values, length = keys[:, :length], values[:, :length], None
         queries = q[:, first * frame_tokens : stop * frame_tokens]
-        outputs.append(attention(queries, keys, values, None, backend, length))
+        outputs.append(attention(queries, keys, values, None, backend, length, remat))
     return jnp.concatenate(outputs, axis=1)
 
 

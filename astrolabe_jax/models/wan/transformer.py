@@ -349,6 +349,7 @@ class WanTransformer(nnx.Module):
                 context=context,
                 sink_tables=sink_tables,
                 backend=self.config.attention,
+                remat=self.config.remat,
             )
             return y, cache, (k, v) if keep else None
 
@@ -375,6 +376,7 @@ class WanTransformer(nnx.Module):
                 sink=sink,
                 sink_tables=sink_tables,
                 backend=self.config.attention,
+                remat=self.config.remat,
             )
             return y, cache, (k, v) if keep else None
 

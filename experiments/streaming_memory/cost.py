@@ -1,0 +1,132 @@
+"""Sampling a window of a long video: candidates that share their past, against candidates from frame 0 on.
+
+    python -m experiments.streaming_memory.cost [--start=219] [--base=DIRECTORY]
+
+Both are what an epoch runs, segments.sample, on the same prompt, with every program compiled before. Passes are counted
+where they are made: a pass is one block of one video through the transformer once. Neither decodes or scores: the whole
+videos would have far more of that.
+"""
+
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from astrolabe_jax import prepare, prompts, segments, sharding, stream
+from astrolabe_jax.report import Progress
+from astrolabe_jax.types import Purpose
+from configs import moving_shapes_long
+
+CANDIDATES, WINDOW = 24, 21
+SIZES = {
+    "prompts.train": "world:moving_shapes/train",  # of one scene
+    "prompts.test": "world:moving_shapes/test",
+    "prompts.groups": 1,
+    "prompts.candidates": CANDIDATES,
+    "optimiser.microbatch": CANDIDATES,
+    "optimiser.steps_per_pass": 1,
+    "sampler.batch": CANDIDATES,
+    "streaming.window": WINDOW,
+    "streaming.selection": "last",
+    "streaming.prompts_per_device": 1,
+    "streaming.reward": "window_alone",  # the past is not decoded, so that its time is that of the rollout
+}
+
+
+def setting(start: int, **changes) -> ConfigDict:
+    """The config of a run whose windows begin at latent frame `start`; `changes` as {field: value}."""
+    config = moving_shapes_long.get_config()
+    frames = 1 + 4 * (start + WINDOW - 1)
+    config.update_from_flattened_dict({**SIZES, "video.frames": frames, **changes})
+    return config
+
+
+def measure(config: ConfigDict, start: int, times: int = 3) -> dict[str, dict[str, float]]:
+    """'clip' and 'sequence' -> passes, and the least seconds of so many epochs' sampling, taken in turn."""
+    with tempfile.TemporaryDirectory() as directory, undecoded():
+        runs = {}
+        for kind in ("clip", "sequence"):
+            own = config.copy_and_resolve_references()
+            own.streaming.sampling = kind
+            runs[kind] = prepare.prepare(own, Path(directory) / kind)
+        epochs = [{kind: _sampled(run, start, epoch) for kind, run in runs.items()} for epoch in range(1 + times)]
+    later = epochs[1:]  # the first compiles
+    return {
+        kind: {"passes": later[0][kind]["passes"], "seconds": min(epoch[kind]["seconds"] for epoch in later)}
+        for kind in runs
+    }
+
+
+def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
+    wanted, progress = run.config.prompts, Progress({}, lambda: None, lambda line: None)
+    batch = prompts.draw(run.train_prompts, run.config.seed, epoch, wanted.groups, wanted.candidates, 1)
+    keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, epoch)
+    cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
+    adapter = sharding.replicate(run.mesh, run.adapter)
+    began = time.monotonic()
+    with counted() as passes:
+        segments.sample(run, adapter, batch, cast, start, [], progress, "sampling")  # waits for the latents
+    return {"passes": sum(passes), "seconds": time.monotonic() - began}
+
+
+@contextlib.contextmanager
+def undecoded() -> Iterator[None]:
+    """Within it videos are neither decoded nor scored: their frames are black, and few."""
+
+    def decoded(run, latents, memory):
+        return [np.zeros((latents.shape[0], 1, 1, 1, 3), np.uint8)], memory
+
+    def judge(run, frames, *_):
+        return {"total": np.zeros(len(frames))}
+
+    with mock.patch.object(segments, "decoded", decoded), mock.patch.object(segments, "judge", judge):
+        yield
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """Collects the passes of every call of the two programs that run the transformer on a stream's blocks."""
+    passes: list[int] = []
+
+    def counting(program, each):
+        @functools.wraps(program)
+        def call(static, params, adapter, scale, text, given, cache, *rest, **options):
+            passes.append(each(static, given))
+            return program(static, params, adapter, scale, text, given, cache, *rest, **options)
+
+        return call
+
+    def of_sample(static, noise):  # [steps, B, ...]: the denoising passes, and the clean one
+        return (noise.shape[0] + 1) * noise.shape[1]
+
+    def of_given(static, latents):
+        return latents.shape[0]
+
+    with (
+        mock.patch.object(stream, "sample_block", counting(stream.sample_block, of_sample)),
+        mock.patch.object(stream, "cache_block", counting(stream.cache_block, of_given)),
+    ):
+        yield passes
+
+
+def main(argv: list[str]) -> None:
+    """Prints both and their ratios."""
+    values = flags.FLAGS
+    made = measure(setting(values.start, base=values.base), values.start)
+    made["clip / sequence"] = {name: clip / made["sequence"][name] for name, clip in made["clip"].items()}
+    for kind, row in made.items():
+        print(f"{kind:16} {row['passes']:10.4g} passes {row['seconds']:10.4g} s", flush=True)
+
+
+flags.DEFINE_integer("start", 219, "latent frame at which the window begins, whole blocks of 3")
+flags.DEFINE_string("base", "moving_shapes", "name of a shipped base, or its directory")
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,257 @@
+"""Peak memory of the programs of a streaming epoch, compiled from shapes alone for a device that need not be there.
+
+    python -m experiments.streaming_memory.memory --target=h200 --cells=clip_detach:39,seq_full:39
+    python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the update
+
+The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device has one prompt with
+24 candidates and works on one at a time. A cell is VARIANT:START; variants are those of Table 4a (streaming.md 5.3).
+
+--target: cpu; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or a TPU's topology as
+v5p:2x2x1, with TPU_LIBRARY_PATH (README.md).
+"""
+
+import contextlib
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from astrolabe_jax import plan, segments, sharding, stream, update
+from astrolabe_jax.config import piece
+from astrolabe_jax.decode import decode_chunk
+from astrolabe_jax.models.wan import cache as kv
+from astrolabe_jax.prepare import Run
+from configs import longlive
+
+VARIANTS = {  # streaming.sampling, streaming.backprop
+    "clip_detach": ("clip", "detach"),
+    "seq_detach": ("sequence", "detach"),
+    "clip_fullbp": ("clip", "full"),
+    "seq_fullbp": ("sequence", "full"),
+}
+SIZES = {
+    "lora.init": "",
+    "streaming.selection": "choices",
+    "prompts.groups": 1,
+    "prompts.candidates": 24,
+    "sampler.batch": 24,
+    "optimiser.microbatch": 24,
+    "mesh.samples_per_device": 1,
+}
+
+
+class Program(NamedTuple):
+    """Memory of a compiled program, in bytes."""
+
+    temporaries: int
+    arguments: int
+    fresh: int  # outputs that do not take an argument's place
+    seconds: float  # of tracing and compiling
+
+
+class Peak(NamedTuple):
+    """Bytes on the device while a program runs."""
+
+    held: int  # arrays that are there anyway: nets, policies, optimiser, gradient, latents, pasts
+    program: Program
+
+    @property
+    def total(self) -> int:
+        return self.held + self.program.temporaries + self.program.fresh
+
+
+def setting(variant: str, start: int, config: ConfigDict | None = None) -> ConfigDict:
+    """The config of a cell, from `config` (LongLive's streaming run if None)."""
+    config = longlive.get_config("streaming") if config is None else config
+    config.update_from_flattened_dict(SIZES)
+    config.streaming.starts = (start,)
+    config.streaming.sampling, config.streaming.backprop = VARIANTS[variant]
+    return config
+
+
+def measure(config: ConfigDict, target: str, only: tuple[str, ...] = ()) -> dict[str, Peak]:
+    """Program -> its peak, at the single start of `config`; `only` these programs, or all."""
+    with compiling_for(target) as devices:
+        run = plan.abstract_run(config, 1)
+        run = run._replace(mesh=sharding.make_mesh(config.mesh, devices))
+        held, peaks = held_bytes(run), {}
+        for name, lower in programs(run).items():
+            if name in (only or (name,)):
+                peaks[name] = Peak(held["update" if name == "update" else "sampling"], compiled(lower))
+    return peaks
+
+
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[list[Any]]:
+    """The device that is compiled for; within, the library chooses what it would choose there."""
+    if target == "cpu":
+        yield jax.devices()[:1]
+        return
+    if target == "h200":
+        importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
+        config = (Path(__file__).parent / "h200.txtpb").read_text()
+        backend, given = "gpu", {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"}
+    else:
+        backend, given = "tpu", {"platform": "tpu", "topology_name": target}
+    devices = topologies.get_topology_desc(**given).devices[:1]
+    with mock.patch.object(jax, "default_backend", lambda: backend):
+        yield devices
+
+
+def programs(run: Run) -> dict[str, Callable]:
+    """Name -> lower(), for the programs that work on a piece of an epoch's videos."""
+    mesh, net, vae, (_, *latent) = run.mesh, run.base.transformer, run.base.vae, run.latent_shape
+    count = piece(run.config, run.config.sampler.batch, 1)
+    policy = stream.Policy(
+        net.graphdef, net.params, run.adapter, run.lora_scale, net.config, run.layout, run.sampler, mesh
+    )
+    block, chunk = run.layout.block, run.config.video.decode_chunk
+    embeddings = _shape(count, run.base.text.config.text_len, net.config.text_dim)
+    text = jax.eval_shape(
+        functools.partial(stream.encode_text, net.graphdef, mesh=mesh),
+        net.params, run.adapter, run.lora_scale, embeddings,
+    )  # fmt: skip
+    noise = _shape(len(run.sampler.steps), count, block, *latent)
+    memory = segments.shapes(run, block, progressive=True).vae
+    static, params, adapter, _ = stream.split(policy)
+    sample = (params, adapter, _shape(), text, noise, _cache(run, count), _number(), _shape(block, dtype=jnp.int32))
+    decode = (vae.params, _shape(count, chunk, *latent), memory)
+    return {
+        # A past's block and a candidate's: one program where the past of one prompt and one candidate are made at once.
+        "block": lambda: stream.sample_block.lower(
+            static, *sharding.replicate(mesh, sample), at=None, aligned=True, trace=False, partial=True
+        ),
+        "decoder": lambda: decode_chunk.lower(vae.graphdef, *sharding.replicate(mesh, decode), mesh=mesh),
+        "update": lambda: update.TrainStep(run.config, net.graphdef, run.layout, mesh).accumulate.lower(
+            *sharding.replicate(mesh, step_arguments(run))
+        ),
+    }  # fmt: skip
+
+
+def step_arguments(run: Run) -> tuple:
+    """Shapes of the arguments of update.TrainStep.accumulate."""
+    config, net, (_, *latent), window = run.config, run.base.transformer, run.latent_shape, run.config.streaming.window
+    state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
+    size = piece(config, config.optimiser.microbatch, 1)
+    number = config.optimiser.microbatch // size
+    frames = window if config.streaming.backprop == "detach" else kept_frames(run)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (number, size)))
+    each = _shape(number, size)
+    batch = update.Batch(_shape(number, size, frames, *latent), each, each, _shape(number, size, dtype=jnp.int32),
+                         each, key)  # fmt: skip
+    text = _shape(config.prompts.groups, run.base.text.config.text_len, net.config.text_dim)
+    part = (None, None)  # which part of the video, and its share of the loss
+    if config.streaming.sampling == "sequence" and config.streaming.backprop == "detach":
+        part = (_number(), _shape())
+    gradient = jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter)
+    return gradient, state, net.params, text, batch, _number(), *part, history(run)
+
+
+def history(run: Run) -> update.History | None:
+    """Shapes of what the loss reads of the past."""
+    streaming, (start,) = run.config.streaming, run.config.streaming.starts
+    if streaming.backprop == "detach":
+        return update.History(_number(), _shape(streaming.window, dtype=jnp.int32), _cache(run, 1))
+    if streaming.sampling == "sequence" or not start:
+        return None
+    whole = _shape(1, start, *run.latent_shape[1:])
+    return update.History(_number(), _shape(streaming.window, dtype=jnp.int32), whole=whole)
+
+
+def held_bytes(run: Run) -> dict[str, int]:
+    """What is on the device in each phase while a program runs, its own temporaries and outputs apart."""
+    config = run.config
+    nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
+    state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
+    latents = 4 * config.prompts.groups * config.prompts.candidates * kept_frames(run) * np.prod(run.latent_shape[1:])
+    one = size_of(segments.shapes(run, run.layout.block, progressive=True))  # a stream, with the decoder's memory
+    always = size_of((nets, state)) + 2 * int(latents)  # twice: in pieces and sorted, then sorted and dealt to a step
+    streams = 2 if config.streaming.sampling == "clip" else 1  # the past, and the one that is made
+    gradient = size_of(jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter))
+    return {"sampling": always + streams * one, "update": always + gradient + size_of(history(run))}
+
+
+def kept_frames(run: Run) -> int:
+    """Latent frames that the epoch keeps of each video."""
+    (start,), window = run.config.streaming.starts, run.config.streaming.window
+    return start + window if run.config.streaming.sampling == "sequence" else window
+
+
+def stored(run: Run) -> dict[str, int]:
+    """Bytes that a sample of the window leaves for the update, here and where likelihoods of steps are trained."""
+    steps, window = len(run.sampler.steps), run.config.streaming.window
+    latents = 4 * window * int(np.prod(run.latent_shape[1:]))
+    frame = size_of(_cache(run, 1)) // run.layout.capacity
+    keys = size_of(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))))
+    return {
+        "NFT: clean latents": latents,
+        "NFT: r, KL mask, prompt, key of the noise": 4 + 1 + 4 + keys,
+        "trajectory: x_t of every step, clean latents": (steps + 1) * latents,
+        "trajectory: log-probability of every step of every block": 4 * steps * window // run.layout.block,
+        "trajectory: clean keys and values of the window, where they are kept": window * frame,
+        "trajectory: the same of every step": (steps + 1) * window * frame,
+    }
+
+
+def compiled(lower: Callable) -> Program:
+    """The compiler's own figures."""
+    began = time.monotonic()
+    found = lower().compile().memory_analysis()
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Program(found.temp_size_in_bytes, found.argument_size_in_bytes, fresh, time.monotonic() - began)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of arrays or shapes."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _number() -> jax.ShapeDtypeStruct:
+    return _shape(dtype=jnp.int32)
+
+
+def _cache(run: Run, count: int) -> kv.Cache:
+    slots, latent_hw = run.layout.capacity, tuple(run.latent_shape[2:])
+    return jax.eval_shape(lambda: kv.empty_cache(run.base.transformer.config, count, slots, latent_hw))
+
+
+def main(argv: list[str]) -> None:
+    """A line for each cell and program, in GiB."""
+    values = flags.FLAGS
+    if values.stored:
+        for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
+            print(f"{name:72} {size / 2**20:12,.6g} MiB")
+        return
+    for cell in values.cells:
+        variant, start = cell.split(":")
+        config = setting(variant, int(start))
+        config.model.attention = values.attention
+        for name, peak in measure(config, values.target, tuple(values.programs)).items():
+            sizes = peak.held, peak.program.arguments, peak.program.temporaries, peak.program.fresh, peak.total
+            row = "  ".join(f"{size / 2**30:7.2f}" for size in sizes)
+            print(f"{values.target} {variant:12} {start:>4} {name:8} {row}  {peak.program.seconds:6.0f} s", flush=True)
+
+
+flags.DEFINE_string("target", "cpu", "cpu, h200, or the name of a TPU's topology")
+flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
+flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
+flags.DEFINE_string("attention", "auto", "model.attention: auto takes cudnn on a GPU, else xla")
+flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,73 @@
+"""The measurements of experiments/streaming_memory at tiny size: what must hold at any size does."""
+
+import jax
+import pytest
+
+from astrolabe_jax import plan, sharding
+from astrolabe_jax.config import rounds
+from configs import moving_shapes
+from experiments.streaming_memory import cost, memory
+from tests.e2e.runs import SMALL
+from tests.tiny_base import write_tiny_base
+
+GEOMETRY = {
+    "model.block": 3,
+    "model.window": 9,
+    "model.sink": 3,
+    "model.positions": "relative",
+    "video.height": 16,
+    "video.width": 16,
+    "sampler.steps": (1000, 500),
+    "lora.rank": 2,
+    "lora.alpha": 2.0,
+    "streaming.window": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(write_tiny_base(tmp_path_factory.mktemp("base")))
+
+
+def tiny(base: str, variant: str, start: int):
+    config = moving_shapes.get_config()
+    config.update_from_flattened_dict(SMALL | GEOMETRY | {"base": base, "video.frames": 1 + 4 * (start + 6 - 1)})
+    return memory.setting(variant, start, config)
+
+
+def test_what_a_window_behind_a_past_takes_does_not_depend_on_where_it_begins(base):
+    programs = set()
+    for start in (0, 60):
+        run = plan.abstract_run(tiny(base, "clip_detach", start), 1)
+        run = run._replace(mesh=sharding.make_mesh(run.config.mesh, jax.devices()[:1]))
+        assert memory.held_bytes(run) == memory.held_bytes(plan.abstract_run(tiny(base, "clip_detach", 3), 1))
+        programs.add("".join(lower().as_text() for lower in memory.programs(run).values()))
+    assert len(programs) == 1
+
+
+@pytest.mark.slow
+def test_gradients_into_the_past_take_more_the_later_a_window_begins(base):
+    def update(variant, start=6):
+        return memory.measure(tiny(base, variant, start), "cpu", ("update",))["update"]
+
+    peaks = [update(variant) for variant in memory.VARIANTS]
+    totals = [peak.total for peak in peaks]
+    assert totals == sorted(set(totals))  # the order of the paper's Table 4a
+    earlier = update("clip_fullbp", 3).program.temporaries
+    assert peaks[0].program.temporaries < earlier < peaks[2].program.temporaries
+
+
+def test_passes_are_those_of_the_past_once_and_of_the_windows(base):
+    start, sizes = 6, {name: value for name, value in (SMALL | GEOMETRY).items() if name not in cost.SIZES}
+    config = cost.setting(start, **(sizes | {"base": base, "video.frames": 1 + 4 * (start + cost.WINDOW - 1)}))
+    made, (_, streams) = cost.measure(config, start, times=1), rounds(config, jax.device_count())
+    passes, past, window = 3, start // 3, cost.WINDOW // 3  # two denoising passes and the clean one; blocks
+    assert made["clip"]["passes"] == passes * (streams * past + cost.CANDIDATES * window)
+    assert made["sequence"]["passes"] == passes * cost.CANDIDATES * (past + window)
+
+
+@pytest.mark.slow
+def test_late_windows_cost_a_seventh_of_whole_videos():
+    made = cost.measure(cost.setting(219), 219)
+    assert made["clip"]["passes"] <= made["sequence"]["passes"] / 7
+    assert made["clip"]["seconds"] <= made["sequence"]["seconds"] / 6
