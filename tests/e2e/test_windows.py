@@ -342,6 +342,7 @@ def test_9_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path,
     assert_same_end(run, undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
     """To rounding: two prompts on four devices, so that each stream is there twice."""
     go(tmp_path / "run", {"train.epochs": 2})
@@ -360,7 +361,7 @@ def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
     assert_same_end(run, undisturbed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("save", ["full", "sequence_end"])
+@pytest.mark.parametrize("save", ["full", pytest.param("sequence_end", marks=pytest.mark.slow)])
 def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(go, undisturbed, tmp_path, monkeypatch, save):
     stops, blend = [], train.blend_old
 
@@ -389,8 +390,8 @@ class Killed(BaseException):
     "changes",
     [
         {},
-        {"streaming.mode": "epoch"},
-        {"streaming.recache_on_update": True},
+        pytest.param({"streaming.mode": "epoch"}, marks=pytest.mark.slow),
+        pytest.param({"streaming.recache_on_update": True}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.prefix": "per_policy"}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.backprop": "full"}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.sampling": "sequence"}, marks=pytest.mark.slow),
