@@ -5,8 +5,8 @@
 
 Reproduces the 18 published configurations: hpsv3 (default) with devices=8 (default), 16, 24 or 48; hpsv3,lora_init with
 8, 24 or 48; multi_reward with 8, 16 or 48; multi_reward,lora_init with 8; mq with 8 or 16; gardo (selective KL) with 8,
-24 or 48; long (60 latent frames) with 8; streaming (windows of 21 latent frames in videos of 240) with 8. `paper` is the
-paper's default run.
+24 or 48; long (60 latent frames) with 8; streaming (windows of 21 latent frames in videos of 240) with 8. `paper` is
+the paper's default run.
 The words of an argument: astrolabe_jax/published.py. The rewards hpsv3, videoalign_mq and videoalign_ta are still to
 come; until then the word rewards=NAME[+NAME...] puts others in their place.
 
