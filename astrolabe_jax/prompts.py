@@ -30,10 +30,11 @@ def load(
         if not line.strip():
             raise ValueError(f"{source}, line {number} is empty; write a prompt there or delete the line")
         try:
-            check(line.strip())
+            if (tokens := count_tokens(line)) <= limit:
+                check(line.strip())
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: {error}") from None
-        if (tokens := count_tokens(line)) > limit:
+        if tokens > limit:
             raise ValueError(
                 f"{source}, line {number} has {tokens} tokens, the text encoder takes {limit} with the end token; "
                 f"shorten the prompt: {line[:60]!r}..."
