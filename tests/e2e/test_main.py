@@ -46,7 +46,10 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         ),
         (["--config.optimizer.b1=1"], 'unknown config field optimizer: did you mean "optimiser"'),
         (["--config.seed=abc"], "config.seed=abc"),
-        (["--config.rewards.beauty=1"], "config.rewards.beauty: unknown reward; expected one of bounce_mq, bounce_ta, shapes_mq"),
+        (
+            ["--config.rewards.beauty=1"],
+            "config.rewards.beauty: unknown reward; expected one of bounce_mq, bounce_ta, shapes_mq",
+        ),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/moving_shapes.py:refrence"], "unknown variant 'refrence' of configs/moving_shapes.py"),
         (["--wrkdir=x"], "wrkdir"),
