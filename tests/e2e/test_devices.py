@@ -31,7 +31,7 @@ def first_epoch(base, workdir, mesh, monkeypatch, **changes):
     monkeypatch.undo()
     vae = run.base.vae
     again = [
-        evaluate._encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, part.frames), mesh=run.mesh)
+        evaluate._encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, part.frames), None, mesh=run.mesh)[0]
         for part in videos
     ]
     for array in (*again, *(part.latents for part in videos)):  # whole videos on every device, evenly
