@@ -191,7 +191,7 @@ def test_checkpoints_and_workdirs_of_another_run_are_refused(two_checkpoints, tm
 
 def test_a_run_may_go_further(two_checkpoints, tmp_path):
     longer = IDENTITY | {"config.train.epochs": 8}
-    assert checkpoint.restore(two_checkpoints, make_state(0), longer).epoch == 2
+    assert checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), longer).epoch == 2
     checkpoint.claim(tmp_path / "run", IDENTITY)
     checkpoint.claim(tmp_path / "run", longer)
 

@@ -127,7 +127,8 @@ def test_a_stream_goes_on_behind_given_latents_as_if_it_had_sampled_them(told, s
     run, cast = told("sink, relative")
     past, stop = filmed(run, cast, 0, start), start + 2
     want = filmed(run, cast, start, stop, segments.fork(run, past.streams, 1))
-    got = segments.proceed(run, tiny.adapter(), cast, past.streams, want.latents, segments.blocks_of(run, start, stop))
+    blocks = segments.blocks_of(run, start, stop)
+    got = segments.proceed(run, tiny.adapter(), cast, past.streams, want.latents, blocks, decode=True)
     jax.tree.map(np.testing.assert_array_equal, got, want.streams)
 
 

@@ -17,6 +17,7 @@ def kill_while_saving(process, checkpoints: Path) -> None:
     process.kill()
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp_path, environment):
     """SIGKILL in a rollout, an update and a save, SIGTERM before the last epoch; then to the end."""
     config, whole, _ = straight

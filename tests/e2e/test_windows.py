@@ -110,6 +110,7 @@ def test_every_variant_learns(made, changes):
     assert epochs.records[0]["window_start"] == 4
 
 
+@pytest.mark.slow
 def test_rewards_of_other_frames_are_others(made):
     scored = {kind: made({"streaming.reward": kind}, starts=(4,)) for kind in ("window_stream", "window_alone", "full")}
     for kind in ("window_alone", "full"):
@@ -180,7 +181,7 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
         ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
         ({"mesh.samples_per_device": 4}, 1),
         pytest.param({}, 2, marks=pytest.mark.slow),
-        ({}, 4),  # more devices than prompts
+        pytest.param({}, 4, marks=pytest.mark.slow),  # more devices than prompts
         pytest.param({"mesh.samples_per_device": 1}, 4, marks=pytest.mark.slow),
         pytest.param({}, 8, marks=pytest.mark.slow),
     ],
