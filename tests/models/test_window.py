@@ -44,12 +44,12 @@ def streamed(name: str, stop: int, partial: bool = True):
     return cache, np.concatenate(made, axis=1) if made else None
 
 
-def window(name: str, start: int, frames: int, traced: bool, context: bool, t: float = 0.0, latents=None):
+def window(name: str, start: int, frames: int, context: bool, t: float = 0.0, latents=None):
     """Velocity of a window behind the streamed frames."""
     layout, (graphdef, params) = LAYOUTS[name], tiny.model()
     x = tiny.latents(FRAMES, 2)[:, start : start + frames] if latents is None else latents
 
-    @functools.partial(jax.jit, static_argnums=() if traced else 1)
+    @jax.jit
     def run(cache, start):
         model, adapter = merge(graphdef, params), tiny.adapter()
         text, past = model.encode_text(tiny.text(2), adapter), Past(cache, start)
@@ -59,7 +59,7 @@ def window(name: str, start: int, frames: int, traced: bool, context: bool, t: f
         times = jnp.full(x.shape[:2], t)
         return model(x, times, text, adapter, layout=layout, context=clean, past=past)
 
-    return run(streamed(name, start)[0], jnp.int32(start) if traced else start)
+    return run(streamed(name, start)[0], jnp.int32(start))
 
 
 @pytest.mark.parametrize("context", [False, True])
@@ -68,9 +68,7 @@ def window(name: str, start: int, frames: int, traced: bool, context: bool, t: f
 def test_clean_window_equals_the_stream(name, start, context):
     """Read clean, the frames behind a cache give what the stream gives, before and after its window is full."""
     _, expected = streamed(name, FRAMES)
-    for traced in (True, False):
-        got = window(name, start, 9, traced, context)
-        np.testing.assert_allclose(got, expected[:, start : start + 9], atol=2e-5)
+    np.testing.assert_allclose(window(name, start, 9, context), expected[:, start : start + 9], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -84,15 +82,15 @@ def test_first_window_equals_the_forward_of_a_short_video(name):
         text = model.encode_text(tiny.text(2), tiny.adapter())
         return model(x, jnp.full(x.shape[:2], 700.0), text, tiny.adapter(), layout=layout)
 
-    np.testing.assert_allclose(window(name, 0, 9, True, False, 700.0, x), plain(x), atol=2e-5)
+    np.testing.assert_allclose(window(name, 0, 9, False, 700.0, x), plain(x), atol=2e-5)
 
 
 def test_policies_of_positions_agree_until_the_window_is_full():
     """streaming.md 10.7."""
     x = tiny.latents(9, 2, seed=3)
-    same = [window(name, 3, 9, True, False, 500.0, x) for name in ("sink, relative", "sink, absolute")]
+    same = [window(name, 3, 9, False, 500.0, x) for name in ("sink, relative", "sink, absolute")]
     np.testing.assert_allclose(*same, atol=2e-5)
-    apart = [window(name, 12, 9, True, False, 500.0, x) for name in ("sink, relative", "sink, absolute")]
+    apart = [window(name, 12, 9, False, 500.0, x) for name in ("sink, relative", "sink, absolute")]
     assert np.abs(apart[0] - apart[1]).max() > 1e-2
 
 

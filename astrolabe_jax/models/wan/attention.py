@@ -97,12 +97,12 @@ def window_attention(
 
     q, k, v [B, W L, A, K]; past: keys and values [b, (kept + n) L, A, K] of the sink and of the n frames before the
     window, as cache.past_frames gives them, where b divides B: row i is the past of samples i B/b to (i + 1) B/b - 1.
-    start: a Python int, or traced, so that one program serves every window. Keys are rotated but for those of a moving
-    sink, for which sink_tables has the rotary table of each block. context: keys and values of the clean stream, for
-    all but the last block; earlier blocks of the window are then read from it.
+    start: traced, so that one program serves every window. Keys are rotated but for those of a moving sink, for which
+    sink_tables has the rotary table of each block. context: keys and values of the clean stream, for all but the last
+    block; earlier blocks of the window are then read from it.
 
-    A block's keys stand in the order sink, then newest frame first, so that those which exist are the first ones: at a
-    traced start the kernel's sequence length leaves out the rest, and no mask is needed.
+    A block's keys stand in the order sink, then newest frame first, so that those which exist are the first ones: the
+    kernel's sequence length leaves out the rest, and no mask is needed.
     """
     block, kept = layout.block, layout.kept
     frames, recent = q.shape[1] // frame_tokens, past[0].shape[1] // frame_tokens - kept
@@ -114,8 +114,7 @@ def window_attention(
     for j in range(frames // block):
         first, stop = j * block, (j + 1) * block
         count = min(layout.capacity - kept, recent + stop)  # frames besides the sink, own block included
-        visible = start + stop if isinstance(start, int) else jnp.maximum(start + stop, 1)
-        visible = min(visible, kept + count) if isinstance(start, int) else jnp.minimum(visible, kept + count)
+        visible = jnp.clip(start + stop, 1, kept + count)
 
         def keys_of(own, clean, before, first=first, stop=stop, count=count):
             seen = [before[:, kept:], clean[:, :first], own[:, first:stop]]
@@ -129,11 +128,8 @@ def window_attention(
         if sink_tables:
             sink = kept * frame_tokens
             keys = jnp.concatenate([rotate(keys[:, :sink], sink_tables[j]), keys[:, sink:]], axis=1)
-        length = visible * frame_tokens
-        if isinstance(start, int):
-            keys, values, length = keys[:, :length], values[:, :length], None
         queries = q[:, first * frame_tokens : stop * frame_tokens]
-        outputs.append(attention(queries, keys, values, None, backend, length, remat))
+        outputs.append(attention(queries, keys, values, None, backend, visible * frame_tokens, remat))
     return jnp.concatenate(outputs, axis=1)
 
 

@@ -34,7 +34,7 @@ class View(NamedTuple):
     start: int | jax.Array  # traced only once the cache is full, or where it is `partial`
     frames: int  # of the block
     aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` has shifted them
-    partial: bool = False  # `start` is traced and the cache may not be full: reads are cut by `visible_frames`
+    partial: bool = False  # `start` is traced and the cache may not be full: reads are cut by `visible_tokens`
 
     @property
     def static(self) -> bool:
@@ -47,9 +47,9 @@ class View(NamedTuple):
         return self.static and self.start + self.frames <= self.slots
 
     @property
-    def visible_frames(self) -> jax.Array | None:
-        """How many of the frames that `read` gives are there, first ones first; None for all of them."""
-        return jnp.minimum(self.start + self.frames, self.slots) if self.partial else None
+    def visible_tokens(self) -> jax.Array | None:
+        """How many of the keys that `read` gives are there, first ones first; None for all of them."""
+        return self.frame_tokens * jnp.minimum(self.start + self.frames, self.slots) if self.partial else None
 
     @property
     def raw_frames(self) -> int:
@@ -142,7 +142,7 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
 def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int):
     """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames before `start`.
 
-    start: frames so far, a Python int or traced. Places of frames that do not exist hold anything.
+    start: frames so far, traced. Places of frames that do not exist hold anything.
     """
     slots = frames_of(cache, frame_tokens)
     before = jnp.clip(start - recent + jnp.arange(recent), 0)

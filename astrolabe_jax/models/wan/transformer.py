@@ -32,7 +32,7 @@ class Past(NamedTuple):
     """What a window of a long video sees of the frames before it (spec/streaming.md 4)."""
 
     cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
-    start: int | jax.Array  # frames so far in the cache's count; traced, one program serves every window
+    start: jax.Array  # frames so far in the cache's count; traced, so that one program serves every window
     positions: jax.Array | None = None  # rotary, [W] of the window, of which x may be the first frames; None: numbers
 
 
@@ -255,13 +255,12 @@ class WanTransformer(nnx.Module):
         table = rope_table(positions, grid, self.config.head_dim)
         stored_table = _stored_table(table, start + jnp.arange(frames), layout) if partial else table
         sink_table = self._sink_table(layout, start + frames, grid)
-        visible = length * view.visible_frames if partial else None
 
         def attend(q, k, v, cache, layer, _):
             k = self._stored_keys(k, stored_table, view.raw_frames, length)
             cache = kv.write(cache, layer, k, v, view, first_pass)
             keys, values = kv.read(cache, layer, view, sink_table)
-            y = attention(rotate(q, table), keys, values, backend=self.config.attention, length=visible)
+            y = attention(rotate(q, table), keys, values, backend=self.config.attention, length=view.visible_tokens)
             return y, cache, None
 
         tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
