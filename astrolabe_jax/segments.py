@@ -116,19 +116,16 @@ def film(
 
     The streams must have come to the first of these blocks and, where prompts change before it, have entered it.
     """
-    policy, latent_hw = policy_of(run, adapter), run.latent_shape[2:]
-    keys = sharding.shard_batch(run.mesh, cast.keys)
-    made, frames, spoken, text = [], [], None, None
-    for number in blocks:
-        prompts, step = cast.at(number), cast.stories[0].steps[number]
-        if prompts != spoken:
-            spoken, text = prompts, _text(policy, cast, prompts)
-        streams = _changed(policy, cast, text, streams, number, latent_hw) if number > blocks[0] else streams
+    policy, keys = policy_of(run, adapter), sharding.shard_batch(run.mesh, cast.keys)
+    made, frames = [], []
+    for number, step, text in _told(policy, cast, blocks):
+        if number > blocks[0]:
+            streams = _changed(policy, cast, text, streams, number, run.latent_shape[2:])
         latents, streams = block(policy, text, keys, streams, step, run.latent_shape[1:])
         streams, seen = _advance(run, streams, latents, step, decode or watch)
         made.append(latents)
-        frames += [sharding.to_host(part) for part in seen] if watch else []
-    return Take(streams, jnp.concatenate(made, axis=1), np.concatenate(frames, axis=1) if watch else None)
+        frames += seen if watch else []
+    return Take(streams, jnp.concatenate(made, axis=1), on_host(frames) if watch else None)
 
 
 def enter(run: Run, adapter: dict, cast: Cast, streams: Streams, number: int) -> Streams:
@@ -159,10 +156,10 @@ def proceed(
 
     Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
-    policy, shape = policy_of(run, adapter), run.latent_shape[1:]
-    for i, number in enumerate(blocks):
-        step, text = cast.stories[0].steps[number], _text(policy, cast, cast.at(number))
-        streams = _changed(policy, cast, text, streams, number, shape[1:]) if number > blocks[0] else streams
+    policy = policy_of(run, adapter)
+    for i, (number, step, text) in enumerate(_told(policy, cast, blocks)):
+        if number > blocks[0]:
+            streams = _changed(policy, cast, text, streams, number, run.latent_shape[2:])
         part = latents[:, i * step.count : (i + 1) * step.count]
         cache, _ = stream.cache_block(
             *stream.split(policy), text, part, streams.cache, np.int32(step.start), _positions(step), at=None,
@@ -498,6 +495,15 @@ def policy_of(run: Run, adapter: dict) -> stream.Policy:
     return stream.Policy(
         net.graphdef, net.params, adapter, run.lora_scale, net.config, run.layout, run.sampler, run.mesh
     )
+
+
+def _told(policy: stream.Policy, cast: Cast, blocks: range) -> Iterator[tuple[int, Step, KeyValues]]:
+    """Number, step and text of each block; texts are encoded once for as long as nobody's prompt changes."""
+    spoken = text = None
+    for number in blocks:
+        if (prompts := cast.at(number)) != spoken:
+            spoken, text = prompts, _text(policy, cast, prompts)
+        yield number, cast.stories[0].steps[number], text
 
 
 def _text(policy: stream.Policy, cast: Cast, prompts: Sequence[str]) -> KeyValues:
