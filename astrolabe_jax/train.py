@@ -187,10 +187,11 @@ def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> D
         what = f"epoch {point.epoch + 1}: sampling batch"
         videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
         latents = jnp.concatenate([latents for latents, _ in videos])
-        return {"latents": latents}, {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+        scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
+        return {"latents": latents}, scores, None
 
     shape = (len(batch.texts), *run.latent_shape)
-    arrays, scores = _kept_or(run, point, sample, {"latents": _of_samples(run, shape)}, progress)
+    arrays, scores, _ = _kept_or(run, point, sample, {"latents": _of_samples(run, shape)}, progress)
     return Drawn(arrays["latents"], scores, texts)
 
 
@@ -208,21 +209,17 @@ def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> 
         if own_pasts:
             arrays |= {"streams": segments.gathered(run, made.pasts.streams)}
             arrays |= {"whole": made.pasts.whole} if made.pasts.whole else {}
-        held.append(made.pasts)
-        return arrays, made.scores
+        return arrays, made.scores, made.pasts
 
-    held: list[segments.Pasts] = []
     frames = start + streaming.window if streaming.sampling == "sequence" else streaming.window
     template = {"latents": _of_samples(run, (len(batch.texts), frames, *run.latent_shape[1:]))}
     if own_pasts:
         template |= {"streams": segments.shapes(run, start, progressive=False)}
         template |= {"whole": segments.whole_shapes(run, start)} if streaming.backprop == "full" else {}
-    arrays, scores = _kept_or(run, point, sample, template, progress)
-    if held:
-        pasts = held[0]
-    elif own_pasts:
+    arrays, scores, pasts = _kept_or(run, point, sample, template, progress)
+    if pasts is None and own_pasts:
         pasts = segments.Pasts(segments.dealt(run, arrays["streams"]), arrays.get("whole", []))
-    else:
+    elif pasts is None:
         pasts = segments.untouched(run, point.state.old, cast, batch, start, point.streams)
     # As many texts as prompts, whatever other scenes their stories have: one shape, one program.
     _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
@@ -242,22 +239,25 @@ def _of_samples(run: Run, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _kept_or(
-    run: Run, point: Point, sample: Callable[[], tuple[dict, dict]], template: dict, progress: Progress
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Arrays and scores {name: [N]} of an epoch's videos: those that a killed run has saved, or sampled now."""
+    run: Run, point: Point, sample: Callable[[], tuple[dict, dict, Any]], template: dict, progress: Progress
+) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
+    """Arrays and scores {name: [N]} of an epoch's videos: those that a killed run has saved, or sampled now.
+
+    The third is what `sample` gives besides, which is not saved; None with saved ones.
+    """
     place = (run.workdir, point.epoch)
     if run.config.train.save_samples:
         found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
         if found is not None:
             say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
-            return found.state, {name: np.array(values, np.float32) for name, values in found.progress.items()}
-    arrays, scores = sample()
+            return found.state, {name: np.array(values, np.float32) for name, values in found.progress.items()}, None
+    arrays, scores, rest = sample()
     if run.config.train.save_samples:
         with progress.phase("save samples"):
             listed = {name: values.tolist() for name, values in scores.items()}
             size = checkpoint.save_samples(*place, arrays, listed, point.state.old, run.identity)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
-    return arrays, scores
+    return arrays, scores, rest
 
 
 def _kl_mask(

@@ -55,7 +55,7 @@ class Samples(NamedTuple):
 class History(NamedTuple):
     """What the loss of a window may read of the frames before it, for each stream, that is prompt or sample."""
 
-    start: int | jax.Array  # frames so far, in the count of the cache
+    start: jax.Array  # frames so far, in the count of the cache
     positions: np.ndarray  # [W] int32 rotary positions of the window's frames
     cache: kv.Cache | None = None  # [layers, streams, slots L, A, K] of the rollout
     first: jax.Array | None = None  # [streams, kept, C, H, W] the clean latents of the sink
