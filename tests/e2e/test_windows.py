@@ -239,11 +239,12 @@ def test_every_video_is_chosen_now_and_then(made):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_do_not_change_progressive_streams(made, devices):
-    """With a small rate, since a first step of Adam takes the sign of rounding for a gradient."""
-    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", "optimiser.learning_rate": 1e-4}
+    """With a rate of 0, since a first step of Adam takes the sign of rounding for a gradient."""
+    still = {"optimiser.learning_rate": 0.0, "optimiser.weight_decay": 0.0}
+    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", **still}
     one, other = (made(changes, epochs=3, devices=count) for count in (1, devices))
     for a, b in zip(one.drawn, other.drawn, strict=True):
-        np.testing.assert_allclose(a.latents, b.latents, atol=1e-4)
+        np.testing.assert_allclose(a.latents, b.latents, atol=2e-5)
     for a, b in zip(one.records, other.records, strict=True):
         for name in ("total_loss", "policy_loss", "total_reward", "window_start"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
