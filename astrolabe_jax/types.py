@@ -55,4 +55,5 @@ class PromptBatch(NamedTuple):
 
 
 # Reward name, and `total` for their weighted sum -> one value [n] float64 per held-out video, always the same videos.
+# Of long videos, means over their windows; `late` is the total of the second half's, `total/FRAME` that of one window.
 Evaluation = dict[str, np.ndarray]

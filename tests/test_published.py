@@ -161,6 +161,7 @@ def test_a_published_run_is_what_the_specification_says(name):
         "eval.videos": 20 * eval_batch * int(devices),
         "lora.init": "checkpoints/longlive_models/models/lora.pt" if "lora" in special else "",
         "video.frames": 237 if "long" in special else 957 if name == STREAMING else 81,
+        "eval.frames": 237 if name == STREAMING else 0,
         "streaming.window": 21 if name == STREAMING else 0,
         "streaming.starts": [21] if name == STREAMING else [],
         "streaming.selection": "choices" if name == STREAMING else "random",
