@@ -149,8 +149,8 @@ VARIANTS = {
     "gardo": Variant({"hpsv3": 1.0, "videoalign_mq": 1.0}, _SELECTIVE),
     # Published as 240 frames, which it cuts to 60 latents; the VAE makes 237 frames of those (1 + 4 x 59).
     "long": Variant({"hpsv3": 1.0}, {"video.frames": 237}),
-    # Published as 960 frames, of which 957 make the 240 latents that are sampled at most; evaluated as published, on 240,
-    # whose 60 latents are 237.
+    # Published as 960 frames, of which 957 make the 240 latents that are sampled at most. It evaluates 240 frames: 60
+    # latents, of which the VAE makes 237.
     "streaming": Variant(
         {"hpsv3": 1.0},
         {
