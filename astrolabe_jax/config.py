@@ -506,10 +506,12 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
         return
     each = samples(config) // (count * streams)
     for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", config.optimiser.microbatch)):
-        if streaming.sampling == "clip" and (size % streams or each % (size // streams)):
+        at_once = size if size % devices else piece(config, size, devices)
+        if streaming.sampling == "clip" and (size % streams or at_once % streams or each % (size // streams)):
             yield (
-                f"config.{field} is {size}; expected the same number of videos, a divisor of {each}, of each of the "
-                f"{streams} prompts that are worked on together (streaming.prompts_per_device)"
+                f"config.{field} is {size}, {at_once} at once (mesh.samples_per_device); expected the same number of "
+                f"videos, a divisor of {each}, of each of the {streams} prompts that are worked on together "
+                "(streaming.prompts_per_device)"
             )
     if streaming.sampling == "sequence" and streaming.mode == "progressive":
         yield "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive"

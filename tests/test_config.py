@@ -72,8 +72,12 @@ def test_a_field_at_fault_is_named(changes, expected):
             "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window",
         ),
         ({"streaming.prompts_per_device": 4}, "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev"),
-        ({"sampler.batch": 16}, "config.sampler.batch is 16; expected the same number of videos, a divisor of 8, of"),
-        ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12; expected the same number of videos"),
+        ({"sampler.batch": 16}, "config.sampler.batch is 16, 16 at once .*expected the same number of videos, a divi"),
+        ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12, 12 at once"),
+        (
+            {"streaming.prompts_per_device": 2, "mesh.samples_per_device": 1},
+            "config.sampler.batch is 8, 1 at once .mesh.samples_per_device.; expected the same number of videos",
+        ),
         (
             {"streaming.sampling": "sequence", "streaming.mode": "progressive"},
             "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive",
