@@ -139,7 +139,7 @@ def _policy(checkpoint: Path, policy: str) -> tuple[dict, int, float]:
         raise ValueError(f"{checkpoint} is no whole checkpoint of a run: {error}") from None
     adapter: dict[str, dict[str, Any]] = {module: {} for module in TARGETS}
     for name, leaf in leaves.items():
-        owner, _, rest = name.partition(".")
+        owner, _, rest = name.removeprefix("train.").partition(".")
         module, _, half = rest.rpartition(".")
         if owner == policy and module in adapter:
             adapter[module][half] = leaf

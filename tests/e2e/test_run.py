@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from astrolabe_jax import generate, prepare, report, rewards, train
+from astrolabe_jax.convert import commands
 from tests.e2e import runs
 
 
@@ -154,6 +155,13 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
     assert f"saved after epoch {max(0, call - 2)} of 4" in capsys.readouterr().out
     assert runs.start(runs.small_config(base), tmp_path / "run") is not None
     runs.assert_same_run(config, workdir, tmp_path / "run")
+
+
+def test_the_adapter_of_a_checkpoint_is_the_one_that_the_run_exports(straight, tmp_path):
+    _, workdir, _ = straight
+    commands.export_lora(workdir, tmp_path / "lora", "peft")
+    for path in (workdir / "lora").iterdir():
+        assert (tmp_path / "lora" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_seed_changes_every_draw(straight, base, tmp_path):
