@@ -4,7 +4,8 @@
     python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the update
 
 The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device has one prompt with
-24 candidates and works on one at a time. A cell is VARIANT:START; variants are those of Table 4a (streaming.md 5.3).
+24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes world, which compiles
+in seconds. A cell is VARIANT:START; variants are those of Table 4a (streaming.md 5.3).
 
 --target: cpu; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or a TPU's topology as
 v5p:2x2x1, with TPU_LIBRARY_PATH (README.md).
@@ -31,7 +32,7 @@ from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.prepare import Run
-from configs import longlive
+from configs import longlive, moving_shapes_long
 
 VARIANTS = {  # streaming.sampling, streaming.backprop
     "clip_detach": ("clip", "detach"),
@@ -76,6 +77,16 @@ def setting(variant: str, start: int, config: ConfigDict | None = None) -> Confi
     config.update_from_flattened_dict(SIZES)
     config.streaming.starts = (start,)
     config.streaming.sampling, config.streaming.backprop = VARIANTS[variant]
+    return config
+
+
+def shipped(start: int) -> ConfigDict:
+    """The embedded world's long videos with windows like the 1.3B's, for `setting`."""
+    config = moving_shapes_long.get_config()
+    config.model.remat = True
+    config.optimiser.steps_per_pass = 1
+    config.streaming.window, config.streaming.prompts_per_device = 21, 1
+    config.video.frames = 4 * (start + 20) + 1
     return config
 
 
@@ -231,23 +242,25 @@ def _cache(run: Run, count: int) -> kv.Cache:
 
 
 def main(argv: list[str]) -> None:
-    """A line for each cell and program, in GiB."""
+    """A line for each cell and program, in GiB; in MiB for the shipped model."""
     values = flags.FLAGS
+    unit = 20 if values.model == "shipped" else 30
     if values.stored:
         for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
             print(f"{name:72} {size / 2**20:12,.6g} MiB")
         return
     for cell in values.cells:
         variant, start = cell.split(":")
-        config = setting(variant, int(start))
+        config = setting(variant, int(start), shipped(int(start)) if values.model == "shipped" else None)
         config.model.attention = values.attention
         for name, peak in measure(config, values.target, tuple(values.programs)).items():
             sizes = peak.held, peak.program.arguments, peak.program.temporaries, peak.program.fresh, peak.total
-            row = "  ".join(f"{size / 2**30:7.2f}" for size in sizes)
+            row = "  ".join(f"{size / 2**unit:7.2f}" for size in sizes)
             print(f"{values.target} {variant:12} {start:>4} {name:8} {row}  {peak.program.seconds:6.0f} s", flush=True)
 
 
 flags.DEFINE_string("target", "cpu", "cpu, h200, or the name of a TPU's topology")
+flags.DEFINE_enum("model", "longlive", ["longlive", "shipped"], "whose programs")
 flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
 flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
 flags.DEFINE_string("attention", "auto", "model.attention: auto takes cudnn on a GPU, else xla")
