@@ -85,22 +85,11 @@ def merge(given: Path, adapter: Path, to: Path, form: str, dtype: str = "", num_
     for module in TARGETS:
         for i, (a, b) in enumerate(zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)):
             name = f"blocks.{i}.{module}.weight"
-            tensors[name] = _merged(tensors[name], a, b, scale, dtype)
+            a, b = (half.map(np.transpose, half.shape[::-1]) for half in (a, b))
+            tensors[name] = lora.merged(tensors[name], a, b, scale, dtype)
     if dtype:
         tensors = {name: tensor.map(lambda x: x.astype(dtype), dtype=dtype) for name, tensor in tensors.items()}
     return _write(to, source, tensors, form)
-
-
-def _merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str) -> Lazy:
-    target = jnp.dtype(dtype) if dtype else weight.dtype
-
-    def change(w: np.ndarray) -> np.ndarray:
-        merged = np.asarray(b, np.float32).T @ np.asarray(a, np.float32).T  # [out, in]
-        merged *= np.float32(scale)
-        merged += w  # in place: of a 14B model's largest weight, a copy in float32 is 0.3 GB
-        return merged.astype(target)
-
-    return weight.map(change, dtype=target)
 
 
 def export_lora(given: Path, to: Path, form: str, policy: str = "ema") -> Path:

@@ -19,6 +19,7 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),  # counters and tables of positions, which some writers store beside the weights
 }
 INDEX = ".safetensors.index.json"
 # What is at fault where a file is written, and never where one is read: a full disk, a quota, a limit, a file system

@@ -26,7 +26,8 @@ READERS = {
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")  # the first that is there is read
 _PREFIXES = re.compile(r"^(model\.|diffusion_model\.|module\.|generator\.|net\.|base_model\.model\.)+")
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-NOT_WEIGHTS = frozenset({"freqs"})  # the rotary table, which some writers store
+# Buffers that some writers store: the rotary table, numbers of positions, how many batches a BatchNorm has seen.
+NOT_WEIGHTS = re.compile(r"freqs|(.+\.)?(position_ids|num_batches_tracked)")
 
 
 class Weights(NamedTuple):
@@ -70,7 +71,7 @@ def open_weights(path: Path | str, entry: str = "", containers: Sequence[str] = 
         names.setdefault(plain, []).append(name)
     if twice := [same for same in names.values() if len(same) > 1]:
         raise ValueError(f"{path} holds the same weight twice: {'; '.join(' and '.join(same) for same in twice[:3])}")
-    tensors = {plain: state[name] for plain, (name,) in names.items() if plain not in NOT_WEIGHTS}
+    tensors = {plain: state[name] for plain, (name,) in names.items() if not NOT_WEIGHTS.fullmatch(plain)}
     if odd := [name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
         raise ValueError(f"{path} holds a tensor of dtype {tensors[odd[0]].dtype}, {odd[0]}; expected float weights")
     return Weights(tensors, tuple(map(str, tree)) if found else (), found, tuple(prefixes))

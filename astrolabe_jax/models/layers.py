@@ -65,6 +65,17 @@ class Linear(nnx.Module):
         return y
 
 
+class Embedding(nnx.Module):
+    """Rows of a table [rows, width] by integer index, in the compute dtype."""
+
+    def __init__(self, rows: int, width: int, std: float, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param((std * jax.random.normal(rngs.params(), (rows, width))).astype(param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.embedding[...][index].astype(self.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis: normalised in float32, rounded, then scaled in the dtype of x."""
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astrolabe_jax.models.layers import Linear, RMSNorm
+from astrolabe_jax.models.layers import Embedding, Linear, RMSNorm
 from astrolabe_jax.sharding import by_sample
 
 
@@ -52,7 +52,7 @@ class UMT5(nnx.Module):
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
         self.config = config
-        self.token_embedding = Embedding(config.vocab_size, config.dim, 1.0, config, rngs)
+        self.token_embedding = _embedding(config.vocab_size, config.dim, 1.0, config, rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -89,7 +89,7 @@ class Block(nnx.Module):
         self.norm1 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
         self.attn = Attention(config, rngs)
         std = (2 * config.num_buckets * config.num_heads) ** -0.5
-        self.position_bias = Embedding(config.num_buckets, config.num_heads, std, config, rngs)
+        self.position_bias = _embedding(config.num_buckets, config.num_heads, std, config, rngs)
         self.norm2 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
         self.ffn = FeedForward(config, rngs)
 
@@ -132,18 +132,6 @@ class FeedForward(nnx.Module):
         return self.fc2(self.fc1(x) * jax.nn.gelu(self.gate(x), approximate=True))
 
 
-class Embedding(nnx.Module):
-    """Rows of a table [rows, width] by integer index, in the compute dtype."""
-
-    def __init__(self, rows: int, width: int, std: float, config: UMT5Config, rngs: nnx.Rngs):
-        table = std * jax.random.normal(rngs.params(), (rows, width))
-        self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
-        self.dtype = config.dtype
-
-    def __call__(self, index: jax.Array) -> jax.Array:
-        return self.embedding[...][index].astype(self.dtype)
-
-
 def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
     """Bucket of every (query, key) pair: [length, length] int32 in [0, num_buckets), exact at the boundaries (B3).
 
@@ -166,3 +154,7 @@ def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
 def _linear(n_in: int, n_out: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Linear:
     init = nnx.initializers.normal(std)
     return Linear(n_in, n_out, use_bias=False, param_dtype=jnp.dtype(config.param_dtype), kernel_init=init, rngs=rngs)
+
+
+def _embedding(rows: int, width: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Embedding:
+    return Embedding(rows, width, std, dtype=config.dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)

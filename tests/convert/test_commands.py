@@ -322,6 +322,7 @@ def test_memory_stays_near_one_tensor(base, tmp_path):
     assert (tmp_path / "out.safetensors").read_bytes()[-(10**6) :] == path.read_bytes()[-(10**6) :]
 
 
+@pytest.mark.slow
 def test_an_import_that_is_killed_leaves_nothing_that_loads(base, tmp_path):
     path = tmp_path / "big.safetensors"
     big_transformer(path, bases.WanConfig(dim=1024, ffn_dim=4096, num_layers=2, num_heads=8))

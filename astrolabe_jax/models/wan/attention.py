@@ -16,12 +16,21 @@ from astrolabe_jax.models.wan.rope import rotate
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask=None, backend: str = "auto", length=None, remat: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask=None,
+    backend: str = "auto",
+    length=None,
+    remat: bool = False,
+    causal: bool = False,
 ) -> jax.Array:
     """Softmax attention, scale 1/sqrt(K). q [B, N, A, K], k and v [B, M, A, K], mask bool [N, M] or None.
 
-    length: see the first `length` keys only; a traced scalar, or None for all. remat: make the scores [B, A, N, M] anew
-    in the backward pass, where 'xla' would keep those of all calls of a layer at once; cudnn never does.
+    k and v may have fewer heads, each of which then serves as many consecutive heads of q. causal: token i of q sees
+    the first i + 1 keys. length: see the first `length` keys only; a traced scalar, or None for all. remat: make the
+    scores [B, A, N, M] anew in the backward pass, where 'xla' would keep those of all calls of a layer at once; cudnn
+    never does.
 
     backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto', which takes cudnn where it can.
     """
@@ -36,7 +45,7 @@ def attention(
         )
     mask = None if mask is None else jnp.asarray(mask)[None, None]
     length = None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
-    run = functools.partial(jax.nn.dot_product_attention, implementation=backend)
+    run = functools.partial(jax.nn.dot_product_attention, implementation=backend, is_causal=causal)
     if remat and backend == "xla":
         run = jax.checkpoint(run)
     return run(q, k, v, mask=mask, key_value_seq_lengths=length)
