@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from astrolabe_jax.config import reward_weights
+
 STD_FLOOR = 1e-4  # added to every standard deviation
 TOP_SHARES = (100, 75, 50, 25, 10)  # per cent of each group's best samples whose mean is logged
 
@@ -29,7 +31,7 @@ def advantages(config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np
 
     Raises ValueError on a non-finite reward, naming it and the sample.
     """
-    settings, weights = config.advantages, dict(config.rewards)
+    settings, weights = config.advantages, reward_weights(config)
     total = total_reward(rewards, weights)
     score = total_reward(standardise(rewards), weights) if settings.standardise else total
     advantage = normalise(score, groups, settings.std)

@@ -59,7 +59,14 @@ MAY_DIFFER = frozenset(
         "mesh.samples_per_device",
         "prompts.tuned_for",
         "model.attention",
+        "scoring.overlap",
+        "scoring.weights",
+        "scoring.timeout",
     )
+)
+# Likewise of the options of rewards; weights are known by their content.
+MAY_DIFFER_OPTION = re.compile(
+    r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|frames_per_batch)"
 )
 
 
@@ -105,7 +112,7 @@ def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any], com
     differing = [
         f"{name}: {saved.get(name, absent)!r} there, {current.get(name, absent)!r} now"
         for name in sorted({*saved, *current} - MAY_DIFFER)
-        if saved.get(name, absent) != current.get(name, absent)
+        if saved.get(name, absent) != current.get(name, absent) and not MAY_DIFFER_OPTION.fullmatch(name)
     ]
     if differing:
         advice = "give another --workdir, or the same settings as there"

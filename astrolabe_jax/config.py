@@ -10,6 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+WEIGHT = "weight"  # of a reward that has options
+
 
 def get_config() -> ConfigDict:
     """The defaults: the corrected behaviour of every switch (spec objective.md section 14).
@@ -104,8 +106,16 @@ def _generation(config: ConfigDict) -> None:
 
 
 def _objective(config: ConfigDict) -> None:
-    # Reward name -> weight; the total of a video is the weighted sum (rewards/__init__.py lists the names).
+    # Reward name -> weight, or {"weight": weight, OPTION: value, ...} for one that has options; the total of a video is
+    # the weighted sum (rewards/__init__.py lists the names, the file of a reward its options).
     config.rewards = ConfigDict()
+
+    config.scoring = ConfigDict()
+    # Rewards that may be computed while the next videos are sampled: none; host, those without weights on the devices,
+    # such as remote ones; or all, which takes the memory of both.
+    config.scoring.overlap = "host"
+    config.scoring.weights = "device"  # where weights of rewards are between two batches: device, or host
+    config.scoring.timeout = 3600.0  # seconds that a batch may take a reward, compilation included
 
     config.advantages = ConfigDict()
     config.advantages.std = "global"  # divide by the std of the whole epoch (global) or of each prompt (prompt)
@@ -210,6 +220,12 @@ def samples(config: ConfigDict) -> int:
     return config.prompts.groups * config.prompts.candidates
 
 
+def reward_weights(config: ConfigDict) -> dict[str, float]:
+    """Name of a reward -> its weight."""
+    settings = config.rewards.items()
+    return {name: value.get(WEIGHT) if isinstance(value, ConfigDict) else value for name, value in settings}
+
+
 def repeats(config: ConfigDict) -> int:
     """Sampling batches that share their prompts: `prompts.repeated`, or all batches of the epoch for -1."""
     repeated = config.prompts.repeated
@@ -304,6 +320,8 @@ _CHOICES = {
     "loss.context": ("clean", "noisy"),
     "loss.timesteps": ("warped", "raw"),
     "loss.timestep_draw": ("stratified", "batch"),
+    "scoring.overlap": ("none", "host", "all"),
+    "scoring.weights": ("device", "host"),
     "kl.kind": ("uniform", "selective"),
     "kl.rank_direction": ("paper", "published"),
     "kl.reduction": ("epoch", "microbatch"),
@@ -355,15 +373,13 @@ _POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_thre
 _OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data", "mesh.samples_per_device")
 
 
-def validate(
-    config: ConfigDict, reward_names: Collection[str], devices: int, backend: str, announced: Collection[str] = ()
-) -> None:
+def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
     """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
 
-    `reward_names` are those that the program knows, `announced` those that a later one will; `backend` is JAX's, 'cpu',
+    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu',
     'gpu' or 'tpu', with so many `devices`. What depends on the base model or the prompts: prepare.py.
     """
-    faults = [*_field_faults(config), *_reward_faults(config, reward_names, announced)]
+    faults = [*_field_faults(config), *_reward_faults(config, reward_names)]
     faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
         faults = [*_batch_faults(config, devices), *_kl_faults(config), *_streaming_faults(config, devices)]
@@ -434,24 +450,20 @@ def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
         )
 
 
-def _reward_faults(config: ConfigDict, reward_names: Collection[str], announced: Collection[str]) -> Iterator[str]:
+def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
         yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
-    if missing := [name for name in config.rewards if name in announced and name not in reward_names]:
-        yield (
-            f"config.rewards has {', '.join(missing)}, published rewards that this version does not have yet; a reward "
-            "of your own is one function and one line in astrolabe_jax/rewards/__init__.py, and the word "
-            f"rewards=NAME[+NAME...] in a recipe's argument takes it, or one of {known}, in their place"
-        )
-    for name, weight in config.rewards.items():
-        if name not in {*reward_names, *announced}:
+    weights = reward_weights(config)
+    for name, weight in weights.items():
+        if name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
         if not _finite(weight):
-            yield f"config.rewards.{name} is {weight!r}; expected a finite weight"
-    if config.rewards and all(map(_finite, config.rewards.values())) and sum(config.rewards.values()) == 0:
-        weights = ", ".join(f"{name}={weight}" for name, weight in config.rewards.items())
-        yield f"config.rewards has a total weight of 0 ({weights}); raise a weight"
+            field = f"config.rewards.{name}" + f".{WEIGHT}" * isinstance(config.rewards[name], ConfigDict)
+            yield f"{field} is {weight!r}; expected a finite weight"
+    if weights and all(map(_finite, weights.values())) and sum(weights.values()) == 0:
+        told = ", ".join(f"{name}={weight}" for name, weight in weights.items())
+        yield f"config.rewards has a total weight of 0 ({told}); raise a weight"
 
 
 def _finite(weight: Any) -> bool:

@@ -1,6 +1,7 @@
 """Scores a policy on held-out prompts: always the same prompts and noise, so that before and after are comparable."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +10,12 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import prompts, segments, sharding
 from astrolabe_jax.advantages import total_reward
-from astrolabe_jax.config import eval_frames, piece
-from astrolabe_jax.generate import encode_texts, generate, judge, score
+from astrolabe_jax.config import eval_frames, piece, reward_weights
+from astrolabe_jax.generate import encode_texts, generate, joined, judge, score
 from astrolabe_jax.models import layers
 from astrolabe_jax.prepare import Run, story_of
 from astrolabe_jax.report import Progress
+from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
 
 
@@ -61,7 +63,9 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     return (_total_of_windows if run.starts else _total)(run, parts)
 
 
-def _ceiling_of_videos(run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress) -> dict:
+def _ceiling_of_videos(
+    run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress
+) -> Callable[[], Scores]:
     vae = run.base.vae
     with progress.phase("encode"):
         latents, _ = _encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, videos), None, mesh=run.mesh)
@@ -69,7 +73,7 @@ def _ceiling_of_videos(run: Run, part: PromptBatch, videos: np.ndarray, first: i
     return score(run, latents, part, progress, first).scores
 
 
-def _ceiling_of_windows(run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress) -> list[dict]:
+def _ceiling_of_windows(run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress) -> list:
     vae, stride = run.base.vae, run.base.vae.config.temporal_stride
     stories = [story_of(run.config, run.layout, text, _length(run)) for text in part.texts]
     encoder = decoder = None
@@ -115,15 +119,16 @@ def _encode(graphdef: Any, params: dict, frames: jax.Array, stream: Any, *, mesh
     return sharding.on_mesh(mesh, encode)(params, frames, stream)
 
 
-def _total(run: Run, parts: list[dict[str, np.ndarray]]) -> Evaluation:
-    values = {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in run.config.rewards}
-    return values | {"total": total_reward(values, dict(run.config.rewards))}
+def _total(run: Run, parts: Sequence[Callable[[], Scores]]) -> Evaluation:
+    scores, weights = joined(parts), reward_weights(run.config)
+    values = {name: scores[name].astype(np.float64) for name in weights}
+    return values | {"total": total_reward(values, weights)}
 
 
-def _total_of_windows(run: Run, parts: list[list[dict[str, np.ndarray]]]) -> Evaluation:
+def _total_of_windows(run: Run, parts: list[list[Callable[[], Scores]]]) -> Evaluation:
     """Means over the windows of a video; `late` is the total over those in its second half, total/FRAME that of one."""
     length = _length(run)
-    windows = [_total(run, list(pieces)) for pieces in zip(*parts, strict=True)]
+    windows = [_total(run, pieces) for pieces in zip(*parts, strict=True)]
     begins = [first for first, _ in segments.windows(run, length)]
     late = [w["total"] for first, w in zip(begins, windows, strict=True) if 2 * first >= length] or [
         windows[-1]["total"]

@@ -5,24 +5,22 @@ on how they are cut into pieces.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, processes, rewards, sharding
+from astrolabe_jax import encode, processes, sharding
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Progress
+from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys, rollout
 from astrolabe_jax.types import PromptBatch
-
-
-class RewardError(Exception):
-    """A reward is not finite or cannot be had; the message names it and the sample, by its number in the epoch."""
 
 
 class Videos(NamedTuple):
@@ -30,7 +28,7 @@ class Videos(NamedTuple):
 
     latents: jax.Array  # [B or more, F, C, H, W]
     frames: np.ndarray  # [B, T, height, width, 3] uint8
-    scores: dict[str, np.ndarray]  # [B] of every reward, and of its parts as REWARD/PART
+    scores: Callable[[], Scores]  # waits for [B] of every reward, and of its parts as REWARD/PART
 
 
 class Texts(NamedTuple):
@@ -58,7 +56,8 @@ def generate(
 ) -> Iterator[Videos]:
     """Samples, decodes and scores every video of `batch` with the policy `adapter`, from one key [B] per video.
 
-    Raises RewardError for a reward that is not finite, FloatingPointError for latents that are not.
+    The next piece may be sampled before the scores of the last one are there (config.scoring.overlap). Raises
+    RewardError for a reward that is not finite, from here or from Videos.scores, FloatingPointError for latents.
     """
     size, count = piece(run.config, run.config.sampler.batch, run.mesh.size), len(batch.texts)
     starts = range(0, count, size)
@@ -87,13 +86,27 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
 
 def judge(
     run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
-) -> dict[str, np.ndarray]:
-    """Scores [B] of B videos, which have these numbers in their epoch or evaluation. Raises RewardError."""
-    with progress.phase("rewards"):
-        try:
-            return processes.together(lambda: rewards.score(run.config.rewards, frames, texts, numbers))
-        except ValueError as error:
-            raise RewardError(f"{error}; nothing was learnt from these videos") from error
+) -> Callable[[], Scores]:
+    """Begins to score B videos, which have these numbers in their epoch or evaluation; the result waits for [B].
+
+    Both raise RewardError.
+    """
+
+    def counted(action: Callable) -> Any:
+        with progress.phase("rewards"):
+            try:
+                return processes.together(action)
+            except RewardError as error:
+                raise RewardError(f"{error}; nothing was learnt from these videos") from error
+
+    waiting = counted(lambda: run.panel.score(frames, texts, numbers))
+    return lambda: counted(waiting)
+
+
+def joined(scores: Sequence[Callable[[], Scores]]) -> Scores:
+    """Of several pieces, one after the other."""
+    pieces = [wait() for wait in scores]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:

@@ -18,22 +18,23 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, generate, published, recipes, report, rewards, segments, sharding, stream, update
+from astrolabe_jax import encode, generate, recipes, report, rewards, segments, sharding, stream, update
 from astrolabe_jax.config import piece, repeats, rounds, samples, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
 from astrolabe_jax.decode import decode, decode_chunk
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.prepare import Run, geometry, numerics, story_of
+from astrolabe_jax.prepare import Run, blame, geometry, numerics, story_of
+from astrolabe_jax.rewards.panel import Panel
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
     """The run of `config` on so many devices, with shapes in place of its arrays, and without prompts and directory.
 
-    Raises ValueError or OSError as prepare.prepare does, but takes the published rewards that are still to come.
+    Raises ValueError or OSError as prepare.prepare does. Weights of rewards need not be there.
     """
-    validate(config, {*rewards.TABLE, *published.REWARDS}, devices, jax.default_backend())
+    validate(config, rewards.TABLE, devices, jax.default_backend())
     parts = _sizes(config)
     layout, sampler, latent_shape = geometry(config, parts)
     mesh = sharding.abstract_mesh(config.mesh, devices)
@@ -44,7 +45,9 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    return Run(config, Path(), {}, base, layout, sampler, mesh, latent_shape, (), (), adapter, starts)
+    with blame("config.rewards"):
+        panel = Panel(rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights)
+    return Run(config, Path(), {}, base, layout, sampler, mesh, latent_shape, (), (), adapter, starts, panel)
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:

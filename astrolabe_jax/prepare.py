@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, processes, prompts, published, rewards, scenes, sharding
+from astrolabe_jax import checkpoint, processes, prompts, rewards, scenes, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -21,6 +21,7 @@ from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.rewards.panel import Panel
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.scenes import Rules, Story
 from astrolabe_jax.schedule import Schedule, warp
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     test_prompts: tuple[str, ...]
     adapter: dict  # of every policy before the first epoch; on the host
     starts: tuple[int, ...]  # latent frames at which a trained window may begin; () where whole videos are trained
+    panel: Panel  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
@@ -66,7 +68,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
 
 def _read(config: ConfigDict, workdir: Path) -> Run:
     """All of `prepare` but for the working directory; without the other processes."""
-    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend(), published.REWARDS)
+    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
     with blame("config.rewards"):
         rewards.validate(config.rewards)
     sizes, tokenizer = open_base(config)
@@ -85,7 +87,18 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
     train, test = lists["train"], lists["test"]
-    return Run(config, workdir, identity, base, layout, sampler, mesh, latent_shape, train, test, adapter, starts)
+    panel = load_panel(config, mesh)
+    identity |= panel.identity
+    return Run(
+        config, workdir, identity, base, layout, sampler, mesh, latent_shape, train, test, adapter, starts, panel
+    )
+
+
+def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
+    """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
+    scoring = config.scoring
+    loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
+    return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import get_config, with_reference
+from astrolabe_jax.config import WEIGHT, get_config, with_reference
 
 # Published as video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.
-REWARDS = ("hpsv3", "videoalign_mq", "videoalign_ta")
+# Reward -> the reward directory that it expects (rewards/, convert reward).
+REWARDS = {"hpsv3": "rewards/hpsv3", "videoalign_mq": "rewards/videoalign", "videoalign_ta": "rewards/videoalign"}
 
 
 class Preset(NamedTuple):
@@ -258,7 +259,7 @@ def recipe(family: str, argument: str = "") -> ConfigDict:
     config.train.eval_every = row.eval_every
     config.prompts.tuned_for = config.prompts.groups * config.prompts.candidates
     for name, weight in rewards.items():
-        config.rewards[name] = weight
+        config.rewards[name] = {WEIGHT: weight, "path": REWARDS[name]} if name in REWARDS else weight
     if row.lora_init:
         config.lora.init = FAMILIES[family].lora
     if "framewise" in wish:

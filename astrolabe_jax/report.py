@@ -5,6 +5,7 @@ Files of the working directory written here:
     metrics.jsonl          one JSON object per epoch and per evaluation, `epoch` counts the finished ones (so epochs
                            from 1); tensorboard/ has the same figures as events
     samples/before, after  held-out videos as mp4 and as film strips (png); samples/contact_sheet.png shows both
+    scores/EPOCH.csv       every sample of an epoch: prompt, rewards raw and standardised, total, advantage
     curves.png             rewards, losses and deviations over the epochs
     summary.json           evaluations before and after, ceiling, gain, seconds per phase, versions, config
 """
@@ -31,7 +32,7 @@ from tensorboardX.summary import scalar
 
 import astrolabe_jax
 from astrolabe_jax import pictures, processes
-from astrolabe_jax.config import flatten, piece, repeats, rounds, samples
+from astrolabe_jax.config import flatten, piece, repeats, reward_weights, rounds, samples
 from astrolabe_jax.convert.files import read_jsonl, write_atomic, writing
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
@@ -206,13 +207,18 @@ def memory(run: Run) -> dict[str, int]:
     if window:
         keys, decoders = _streams(run)
         split |= {"cache": _cache(run, keys, layout.capacity), "decoder": _decoder(run, decoders)}
-    return {
-        "base": sum(
-            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
-        ),
-        "four policies": 4 * _bytes(run.adapter),
-        "optimiser": 2 * _bytes(run.adapter),
-    } | {name: size // devices for name, size in split.items()}
+    rewards = {"rewards": run.panel.weights} if run.panel.weights else {}
+    return (
+        rewards
+        | {
+            "base": sum(
+                leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
+            ),
+            "four policies": 4 * _bytes(run.adapter),
+            "optimiser": 2 * _bytes(run.adapter),
+        }
+        | {name: size // devices for name, size in split.items()}
+    )
 
 
 def _streams(run: Run) -> tuple[int, int]:
@@ -260,6 +266,13 @@ def evaluation_line(what: str, evaluation: Evaluation) -> str:
     rows = {name: row for name, row in table(evaluation).items() if "/" not in name}
     parts = [f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}" for name, row in rows.items()]
     return f"{what}: {', '.join(parts)} ({len(evaluation['total'])} held-out videos)"
+
+
+def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> None:
+    """scores/EPOCH.csv: columns [N] of an epoch, one line for each sample."""
+    lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
+    (workdir / "scores").mkdir(exist_ok=True)
+    write_atomic(workdir / "scores" / f"{epoch:06}.csv", "".join(f"{line}\n" for line in lines).encode())
 
 
 def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
@@ -363,6 +376,7 @@ def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
         "samples/contact_sheet.png": "before and after, side by side; the videos are beside it",
         "curves.png": "rewards, losses, deviations",
         "metrics.jsonl": "every figure of every epoch; also `tensorboard --logdir` on tensorboard/",
+        "scores/": "every sample of every epoch: its rewards, raw and standardised, and its advantage",
         "lora/": "the adapter, adapter_model.safetensors, in PEFT's format",
         "checkpoints/": "to go further, raise --config.train.epochs and run the same command",
     }
@@ -426,7 +440,9 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         "videos": f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
         f"{frames}x{channels}x{rows}x{columns}",
         **({"windows": _windows(run)} if run.starts else {}),
-        "rewards": " + ".join(f"{weight:g} {name}" for name, weight in config.rewards.items()),
+        "rewards": " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
+        + (f"; their weights between two batches on the {config.scoring.weights}" if run.panel.weights else "")
+        + f"; scored while others are sampled: {config.scoring.overlap}",
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
         "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "

@@ -45,6 +45,7 @@ from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.pictures import Mp4Writer
 from astrolabe_jax.report import TICK_SECONDS, clock, say
 from astrolabe_jax.requests import Asked, Given, Request, Terms, read_given, read_requests
+from astrolabe_jax.rewards.panel import Panel
 from astrolabe_jax.rollout import noise_from_keys
 from astrolabe_jax.scenes import Rules, Shot, cache_slots
 from astrolabe_jax.stop import Stopped, listening
@@ -66,10 +67,14 @@ class Model(NamedTuple):
     latent_size: tuple[int, int, int]  # C, H, W
     given: jax.Array | None  # latents [T0, C, H, W] that begin every video
     identity: dict[str, Any]  # what a video depends on, besides its request
+    panel: Panel | None  # the rewards that score it
 
 
-def load(config: ConfigDict, lora: tuple[dict, float] | None, given: Given) -> Model:
-    """The model of a config, on its devices, with an adapter and its scale merged in. Raises ValueError or OSError."""
+def load(config: ConfigDict, lora: tuple[dict, float] | None, given: Given, score: bool = False) -> Model:
+    """The model of a config, on its devices, with an adapter and its scale merged in, and its rewards if they `score`.
+
+    Raises ValueError or OSError.
+    """
     layout, denoising = prepare.layout_of(config), prepare.sampler_of(config)
     mesh = sharding.make_mesh(config.mesh)
     base = prepare.load_base(config, mesh)
@@ -87,7 +92,8 @@ def load(config: ConfigDict, lora: tuple[dict, float] | None, given: Given) -> M
     policy = Policy(net.graphdef, net.params, None, 1.0, net.config, layout, denoising, mesh)
     sizes = {"vae": base.vae.config, "transformer": net.config}
     size = prepare.latent_size(config, sizes)
-    return Model(config, base, policy, prepare.rules_of(config), size, latents, identity)
+    panel = prepare.load_panel(config, mesh) if score else None
+    return Model(config, base, policy, prepare.rules_of(config), size, latents, identity, panel)
 
 
 def _merged(params: dict, adapter: dict, scale: float) -> dict:
@@ -134,7 +140,7 @@ def make(
                 held.append(frames)
             if score and ends:
                 texts = [request.shots[number].prompts[scene] for request in requests]
-                for name, values in rewards.score(model.config.rewards, np.concatenate(held, 1), texts).items():
+                for name, values in model.panel.score(np.concatenate(held, 1), texts)().items():
                     for row, value in zip(scores, values, strict=True):
                         row.setdefault((number, scene), {})[name] = float(value)
                 held.clear()
@@ -271,7 +277,7 @@ def _row(model: Model, request: Request, path: Path, scores: dict, score: bool) 
 
 def key_of(model: Model, request: Request, score: bool) -> str:
     """A hash of all that a row of results depends on."""
-    scored = sorted(model.config.rewards) if score else None
+    scored = sorted((name, rewards.options(value)) for name, value in model.config.rewards.items()) if score else None
     asked = [request.index, request.candidate, request.prompt, [shot._asdict() for shot in request.shots], scored]
     return hashlib.sha256(json.dumps([model.identity, asked], sort_keys=True).encode()).hexdigest()
 
@@ -377,7 +383,7 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         requests = read_requests(config, asked, Terms(layout, rules, stride, first.count, tokens, most))
         adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
         (directory / "videos").mkdir(parents=True, exist_ok=True)
-        model = load(config, adapter, first)
+        model = load(config, adapter, first, score=asked.score)
     except (ValueError, OSError) as error:
         recipes.fail(error, 2)
     say(_opening(model, requests))

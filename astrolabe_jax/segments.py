@@ -7,7 +7,7 @@ begin with its stream's past and go on with noise of their own.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +17,13 @@ import numpy as np
 from astrolabe_jax import sharding, stream
 from astrolabe_jax.config import piece, rounds
 from astrolabe_jax.decode import decode_chunk
-from astrolabe_jax.generate import encode_distinct, judge, refuse_non_finite
+from astrolabe_jax.generate import encode_distinct, joined, judge, refuse_non_finite
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.transformer import KeyValues
 from astrolabe_jax.prepare import Run, story_of
 from astrolabe_jax.report import Progress
+from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys
 from astrolabe_jax.scenes import Step, Story
 from astrolabe_jax.types import PromptBatch, Purpose
@@ -233,7 +234,7 @@ def sample(
         pasts.whole.extend(whole)
     back = np.argsort(np.concatenate(order))
     latents = _sorted(parts, back, mesh=run.mesh)
-    return Segment(latents, {name: np.concatenate([s[name] for s in scores])[back] for name in scores[0]}, pasts)
+    return Segment(latents, {name: values[back] for name, values in joined(scores).items()}, pasts)
 
 
 def _firsts(index: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -287,12 +288,12 @@ def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segme
         parts.append(latents)
         progress.tick(what, len(parts), len(batch.texts) // size)
     latents = _sorted(parts, np.arange(len(batch.texts)), mesh=run.mesh)
-    return Segment(latents, {name: np.concatenate([s[name] for s in scores]) for name in scores[0]}, Pasts([], []))
+    return Segment(latents, joined(scores), Pasts([], []))
 
 
 def watch(
     run: Run, adapter: dict, batch: PromptBatch, cast: Cast, frames: int, progress: Progress, what: str
-) -> Iterator[tuple[np.ndarray, list[dict[str, np.ndarray]]]]:
+) -> Iterator[tuple[np.ndarray, list[Callable[[], Scores]]]]:
     """Whole videos of `frames` latent frames, a piece after the other, scored window by window.
 
     Yields the frames [B, T, height, width, 3] uint8 of a piece, and the scores [B] of each window; the last one may be

@@ -19,9 +19,10 @@ from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.files import read_json
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.generate import RewardError, Texts, encode_texts, generate
+from astrolabe_jax.generate import Texts, encode_texts, generate, joined
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Metrics, Progress, say
+from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.stop import Stopped
 from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
 from astrolabe_jax.update import (
@@ -175,7 +176,16 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         **record,
         "seconds": progress.take(),
     }
+    table = _table(batch, rewards, result)
+    processes.by_first(lambda: report.write_scores(run.workdir, epoch + 1, table))
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds), streams), record
+
+
+def _table(batch: PromptBatch, rewards: Mapping[str, np.ndarray], result: adv.Advantages) -> dict[str, np.ndarray]:
+    """Of every sample: the line of its prompt, its rewards, raw and standardised (/z), and what follows from them."""
+    table = {"prompt": batch.index, "candidate": batch.candidate, **rewards}
+    table |= {f"{name}/z": values for name, values in adv.standardise(rewards).items()}
+    return table | {"total": result.total, "advantage": result.advantage, "optimality": result.r}
 
 
 def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> Drawn:
@@ -187,8 +197,7 @@ def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> D
         what = f"epoch {point.epoch + 1}: sampling batch"
         videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
         latents = jnp.concatenate([latents for latents, _ in videos])
-        scores = {name: np.concatenate([part[name] for _, part in videos]) for name in videos[0][1]}
-        return {"latents": latents}, scores, None
+        return {"latents": latents}, joined([scores for _, scores in videos]), None
 
     shape = (len(batch.texts), *run.latent_shape)
     arrays, scores, _ = _kept_or(run, point, sample, {"latents": _of_samples(run, shape)}, progress)

@@ -140,7 +140,7 @@ def test_unknown_and_missing_rewards_are_named():
     with config.unlocked():
         config.rewards.shapes_qv = 1.0
     with pytest.raises(
-        ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of bounce_mq, bounce_ta, s"
+        ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of aesthetic, bounce_mq, "
     ):
         validate(config, rewards.TABLE, 1, "cpu")
     for weight in ("high", True, float("nan")):

@@ -27,7 +27,7 @@ LAYERS = {
     "segments": ("segments",),
     "evaluation": ("evaluate",),
     "conductor": ("train",),
-    "entry": ("main", "plan", "sample", "convert.__main__"),
+    "entry": ("main", "plan", "sample", "convert.__main__", "rewards.__main__"),
 }
 ORDER = list(LAYERS)
 DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames")  # read in config.py for others

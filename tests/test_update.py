@@ -285,7 +285,7 @@ def cut_config(reduction, draw, limit):
     ("devices", "limit", "reduction", "draw"),
     [
         (1, 3, "epoch", "stratified"),
-        (8, 1, "microbatch", "batch"),
+        pytest.param(8, 1, "microbatch", "batch", marks=pytest.mark.slow),
         pytest.param(2, 5, "epoch", "stratified", marks=pytest.mark.slow),
         pytest.param(1, 3, "microbatch", "batch", marks=pytest.mark.slow),
     ],

@@ -1,4 +1,4 @@
-"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge ...: checkpoints in and out."""
+"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge|reward ...: checkpoints in and out."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from astrolabe_jax.convert import commands, describe, lora, parts
+from astrolabe_jax.convert import commands, describe, lora, parts, rewards
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("original", "diffusers")
@@ -58,7 +58,21 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=FORMATS, default="original")
     one.add_argument("--dtype", choices=DTYPES, default="", help="default: the base's own")
     one.add_argument("--num_heads", type=int, help="of a transformer whose config.json is not at hand")
+
+    one = command("reward", "Writes the directory that a published reward model is loaded from.")
+    one.add_argument("kind", choices=rewards.KINDS)
+    one.add_argument("--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published")
+    one.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="tokenizer.json, or the folder that holds it")
+    one.add_argument("--template", type=Path, metavar="FILE|DIR", help="module of the official package, or its folder")
+    one.add_argument("--to", type=Path, required=True, metavar="DIR")
+    one.add_argument("--dtype", choices=DTYPES, default="", help="default: the file's own")
+    one.add_argument("--quantised", action="store_true", help="large weights as int8: half the memory of bfloat16")
     return top
+
+
+def _reward(args: argparse.Namespace) -> None:
+    given = rewards.Given(tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised)
+    rewards.convert(args.kind, given, args.to)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -72,6 +86,7 @@ RUN = {
     "export": lambda args: commands.export(args.given, args.to, args.part, args.format),
     "export-lora": lambda args: commands.export_lora(args.given, args.to, args.format, args.policy),
     "merge": lambda args: commands.merge(args.given, args.adapter, args.to, args.format, args.dtype, args.num_heads),
+    "reward": _reward,
 }
 
 

@@ -84,7 +84,7 @@ def undecoded() -> Iterator[None]:
         return [np.zeros((latents.shape[0], 1, 1, 1, 3), np.uint8)], memory
 
     def judge(run, frames, *_):
-        return {"total": np.zeros(len(frames))}
+        return lambda: {"total": np.zeros(len(frames))}
 
     with mock.patch.object(segments, "decoded", decoded), mock.patch.object(segments, "judge", judge):
         yield

@@ -103,10 +103,10 @@ def measure(config: ConfigDict, target: str, only: tuple[str, ...] = ()) -> dict
 
 
 @contextlib.contextmanager
-def compiling_for(target: str) -> Iterator[list[Any]]:
-    """The device that is compiled for; within, the library chooses what it would choose there."""
+def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
+    """The devices that are compiled for; within, the library chooses what it would choose there."""
     if target == "cpu":
-        yield jax.devices()[:1]
+        yield jax.devices()[:count]
         return
     if target == "h200":
         importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
@@ -114,7 +114,7 @@ def compiling_for(target: str) -> Iterator[list[Any]]:
         backend, given = "gpu", {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"}
     else:
         backend, given = "tpu", {"platform": "tpu", "topology_name": target}
-    devices = topologies.get_topology_desc(**given).devices[:1]
+    devices = topologies.get_topology_desc(**given).devices[:count]
     with mock.patch.object(jax, "default_backend", lambda: backend):
         yield devices
 

@@ -102,7 +102,7 @@ def outcome(workdir: Path) -> dict:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((workdir / "summary.json").read_text())
     made = {}
-    for path in sorted([*workdir.glob("samples/**/*.*"), *workdir.glob("lora/*")]):
+    for path in sorted(path for place in ("samples/**/*.*", "lora/*", "scores/*") for path in workdir.glob(place)):
         made[str(path.relative_to(workdir))] = path.read_bytes()
     return {
         "metrics": [{key: value for key, value in record.items() if key != "seconds"} for record in records],

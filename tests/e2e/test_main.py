@@ -49,7 +49,7 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         (["--config.seed=abc"], "config.seed=abc"),
         (
             ["--config.rewards.beauty=1"],
-            "config.rewards.beauty: unknown reward; expected one of bounce_mq, bounce_ta, shapes_mq",
+            "config.rewards.beauty: unknown reward; expected one of aesthetic, bounce_mq, bounce_ta",
         ),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=configs/moving_shapes.py:refrence"], "unknown variant 'refrence' of configs/moving_shapes.py"),

@@ -59,7 +59,8 @@ def assert_close(config, one, other):
 def assert_one_set_of_files(workdir):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "run.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "curves.png", "lora", "summary.json"
+        "run.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "curves.png", "lora", "summary.json",
+        "scores",
     }  # fmt: skip
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     kinds = [(record["kind"], record["epoch"]) for record in records]

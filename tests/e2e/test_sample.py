@@ -177,6 +177,7 @@ def test_videos_begin_with_what_is_given(base, tmp_path):
     assert np.abs(frames["image"][0] - frames["video"][0]).mean() < 5 < np.abs(frames["image"][0] - plain[0]).mean()
 
 
+@pytest.mark.slow
 def test_switched_prompts(base, tmp_path):
     path = tmp_path / "switched.jsonl"
     path.write_text(json.dumps({"prompts": [RED, GREEN], "switch_frames": [3]}) + "\n" + json.dumps({"prompts": [RED]}))

@@ -12,6 +12,12 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 FRAMES = np.arange(3 * 2 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 4, 3)
 
 
+def score(names, frames=FRAMES, prompts=PROMPTS, **numbers):
+    """All rewards of these names with weight 1."""
+    loaded = rewards.load(dict.fromkeys(names, 1.0), None)
+    return {key: values for group in loaded for key, values in rewards.score(group, frames, prompts, **numbers).items()}
+
+
 @pytest.fixture
 def add(monkeypatch):
     """Adds a reward as a user does: a module with a function, and one line in the table."""
@@ -32,8 +38,8 @@ def test_a_reward_is_a_function_and_a_line(add):
         return frames.mean((1, 2, 3, 4))
 
     add("brightness", brightness)
-    rewards.validate(["brightness"])
-    scores = rewards.score(["brightness"], FRAMES, PROMPTS)
+    rewards.validate(dict.fromkeys(["brightness"], 1.0))
+    scores = score(["brightness"])
     assert list(scores) == ["brightness"] and scores["brightness"].dtype == np.float32
     np.testing.assert_allclose(scores["brightness"], FRAMES.reshape(3, -1).mean(1))
 
@@ -47,34 +53,34 @@ def test_rewards_of_one_function_cost_one_call(add):
 
     add("a", both)
     add("b", both, "fake_a:score")
-    scores = rewards.score(["b", "a"], FRAMES, PROMPTS)
+    scores = score(["b", "a"])
     assert {name: list(values) for name, values in scores.items()} == {
         "b": [4, 5, 6], "b/part": [7, 8, 9], "a": [1, 2, 3],
     }  # fmt: skip
     assert calls == [3]
-    assert list(rewards.score(["a"], FRAMES, PROMPTS)) == ["a"]
+    assert list(score(["a"])) == ["a"]
 
 
 def test_unknown_rewards_are_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown rewards 'vq', 'mq'; known rewards: .*shapes_mq, .*shapes_vq"):
-        rewards.validate(["vq", "shapes_ta", "mq"])
+        rewards.validate(dict.fromkeys(["vq", "shapes_ta", "mq"], 1.0))
     with pytest.raises(ValueError, match="no reward is configured"):
         rewards.validate({})
     with pytest.raises(ValueError, match="unknown reward 'vq'"):
-        rewards.score(["vq"], FRAMES, PROMPTS)
+        score(["vq"])
 
 
 @pytest.mark.parametrize("target", ["no_such_module_here:score", "math:score"])
 def test_a_wrong_line_is_named(add, target):
     add("broken", None, target)
     with pytest.raises(ValueError, match=f"reward 'broken': cannot import '{target}'"):
-        rewards.validate(["broken"])
+        rewards.validate(dict.fromkeys(["broken"], 1.0))
 
 
 def test_a_wrong_line_for_the_check_is_named(monkeypatch):
     monkeypatch.setitem(rewards.TABLE, "broken", rewards.Reward("math:sqrt", "math:no_such_check"))
     with pytest.raises(ValueError, match="reward 'broken': cannot import 'math:no_such_check'"):
-        rewards.validate(["broken"])
+        rewards.validate(dict.fromkeys(["broken"], 1.0))
 
 
 def test_prompts_are_checked_by_the_rewards_that_care(add):
@@ -100,7 +106,7 @@ def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
         with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
             rewards.check_prompt([name], prompt)
         with pytest.raises(ValueError, match="not a prompt of the moving-shapes world"):
-            rewards.score([name], frames, [prompt])
+            score([name], frames, [prompt])
     rewards.check_prompt([name], vocabulary.prompts("test")[0])
 
 
@@ -118,27 +124,88 @@ def test_modules_are_imported_when_first_used():
         ([1.0, np.nan, 3.0], r"'bad' is nan for sample 1 \(prompt 'a dog'\)"),
         ([1.0, -np.inf, np.inf], r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more"),
         ({"bad": [1, 2, 3], "bad/part": [1, 2, np.nan]}, r"'bad/part' is nan for sample 2 \(prompt 'a cow'\)"),
-        ({"good": [1, 2, 3]}, "'bad': fake_bad:score returned only 'good'"),
+        ({"good": [1, 2, 3]}, "'bad': its scorer returned only 'good'"),
     ],
 )
 def test_scores_that_are_no_scores_are_refused(add, returned, message):
     add("bad", lambda frames, prompts: returned)
     with pytest.raises(ValueError, match=message):
-        rewards.score(["bad"], FRAMES, PROMPTS)
+        score(["bad"])
 
 
 def test_a_sample_is_named_by_its_number_in_the_epoch(add):
     add("bad", lambda frames, prompts: [1.0, 2.0, np.nan])
     with pytest.raises(ValueError, match=r"'bad' is nan for sample 26 \(prompt 'a cow'\)"):
-        rewards.score(["bad"], FRAMES, PROMPTS, numbers=range(24, 24 + len(PROMPTS)))
+        score(["bad"], numbers=range(24, 24 + len(PROMPTS)))
 
 
 def test_the_shipped_rewards_score_their_world():
     prompts = vocabulary.prompts("test")[:2]
     frames = np.stack([render.sample(prompt, np.random.default_rng(0)) for prompt in prompts])
-    scores = rewards.score(SHIPPED, frames, prompts)
+    scores = score(SHIPPED, frames, prompts)
     assert [name for name in scores if "/" not in name] == SHIPPED
     assert all(values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in SHIPPED))
     for reward in ("shapes_ta", "bounce_ta"):
         parts = {name.partition("/")[2] for name in scores if name.startswith(f"{reward}/")}
         assert parts == {"visibility", *vocabulary.Attributes._fields}
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    """A reward with options, `tint` and `shade`; what it was loaded with is collected."""
+    loaded = []
+
+    def load(names, setting, path, gain=1.0):
+        loaded.append((names, setting, path, gain))
+        if path == "nowhere":
+            raise FileNotFoundError("nowhere is not there; convert the weights first")
+        return rewards.Scorer(
+            lambda params, frames, prompts: {name: params * len(frames) for name in names}, np.ones(3)
+        )
+
+    module = types.ModuleType("fake_loader")
+    module.load = load
+    monkeypatch.setitem(sys.modules, "fake_loader", module)
+    for name in ("tint", "shade"):
+        monkeypatch.setitem(rewards.TABLE, name, rewards.Reward(load="fake_loader:load"))
+    return loaded
+
+
+def test_options_reach_the_loader_and_equal_ones_share_a_call(loader):
+    setting = rewards.Setting(None, 16.0)
+    same = {"weight": 0.5, "path": "a"}
+    rewards.load({"tint": same, "shade": {**same, "weight": 2.0}}, setting)
+    assert loader == [(("tint", "shade"), setting, "a", 1.0)]
+    loader.clear()
+    rewards.load({"tint": same, "shade": same | {"gain": 2.0}}, setting)
+    assert loader == [(("tint",), setting, "a", 1.0), (("shade",), setting, "a", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, "config.rewards.tint needs the options path beside its weight; it takes path, gain"),
+        (
+            {"weight": 1.0, "paht": "a", "path": "a"},
+            "config.rewards.tint has unknown options paht; it takes path, gain",
+        ),
+        ({"weight": 1.0, "path": "nowhere"}, "config.rewards.tint: nowhere is not there; convert the weights first"),
+    ],
+)
+def test_wrong_options_are_named(loader, value, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        rewards.load({"tint": value}, rewards.Setting(None, 16.0))
+
+
+def test_a_reward_without_options_refuses_them():
+    with pytest.raises(ValueError, match="config.rewards.shapes_vq has unknown options gain; it takes none"):
+        rewards.validate({"shapes_vq": {"weight": 1.0, "gain": 2.0}})
+
+
+def test_whatever_a_scorer_raises_names_reward_samples_and_place(add):
+    def broken(frames, prompts):
+        raise KeyError("no such thing")
+
+    add("bad", broken)
+    with pytest.raises(rewards.RewardError, match=r"'bad' failed on samples 4 to 6: KeyError: .*test_registry"):
+        score(["bad"], numbers=range(4, 7))

@@ -411,7 +411,7 @@ def test_the_first_three_rewards_are_those_of_the_first_version():
         np.testing.assert_allclose(scores[name], np.float32(values), rtol=1e-5)
 
 
-@pytest.mark.parametrize("frames", [CLIP, render.FRAMES])
+@pytest.mark.parametrize("frames", [CLIP, pytest.param(render.FRAMES, marks=pytest.mark.slow)])
 def test_a_bounce_scores_like_a_straight_path(frames):
     """Wherever it happens in the clip; quick shapes that turn near an end turn twice."""
     starts = [(a, render.sample_start(a, np.random.default_rng(i))) for i, (a, _) in enumerate(BOUNCING)]

@@ -1,0 +1,154 @@
+"""A reward with weights in the mix: a tiny random HPSv3 beside the rewards of the world, in whole runs."""
+
+import csv
+import types
+
+import numpy as np
+import pytest
+
+from astrolabe_jax import prepare, rewards, train
+from astrolabe_jax.convert import rewards as convert_rewards
+from astrolabe_jax.convert.rewards import HPSV3
+from astrolabe_jax.rewards import __main__ as self_check
+from astrolabe_jax.rewards import hpsv3
+from tests.e2e import runs
+from tests.e2e.runs import finish, launch
+from tests.rewards import published
+
+SHORT = {"train.epochs": 2, "train.checkpoint_every": 1}
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A reward directory, made of files in the published layout."""
+    place = tmp_path_factory.mktemp("hpsv3")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        published.stand_in(monkeypatch)
+        return convert_rewards.convert(HPSV3.name, published.write(place / "given", HPSV3.name), place / "reward")
+
+
+def config(base, directory, **changes):
+    made = runs.small_config(base, **(SHORT | changes))
+    with made.unlocked():
+        made.rewards.hpsv3 = {
+            "weight": 0.5,
+            "path": str(directory),
+            "frame_stride": 4,
+            "frames_per_batch": 1,
+            "dtype": "float32",
+        }
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(base, directory, tmp_path_factory, compiled_once):
+    """An undisturbed run that does one thing after the other."""
+    made, workdir = config(base, directory, **{"scoring.overlap": "none"}), tmp_path_factory.mktemp("whole") / "run"
+    runs.start(made, workdir)
+    return made, workdir
+
+
+def test_it_is_one_of_the_rewards(whole):
+    made, workdir = whole
+    outcome = runs.outcome(workdir)
+    assert {"hpsv3", "shapes_vq", "total"} <= outcome["eval"]["after"].keys()
+    epochs = [record for record in outcome["metrics"] if record["kind"] == "epoch"]
+    assert len({record["reward/hpsv3"] for record in epochs}) == len(epochs) == 2
+    assert all(np.isfinite(record["part/hpsv3/uncertainty"]) for record in epochs)
+
+
+def test_every_sample_has_its_scores_raw_and_standardised(whole):
+    made, workdir = whole
+    for epoch in (1, 2):
+        with open(workdir / "scores" / f"{epoch:06}.csv") as file:
+            rows = list(csv.DictReader(file))
+        table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+        assert len(rows) == 8 and {"prompt", "candidate", "hpsv3", "hpsv3/z", "shapes_vq"} <= table.keys()
+        total = 0.5 * table["hpsv3"] + sum(table[f"shapes_{part}"] for part in ("vq", "mq", "ta"))
+        np.testing.assert_allclose(table["total"], total, rtol=1e-6)
+        np.testing.assert_allclose([table["hpsv3/z"].mean(), table["hpsv3/z"].std()], [0, 1], atol=0.05)
+        groups = [table["advantage"][table["prompt"] == prompt] for prompt in np.unique(table["prompt"])]
+        np.testing.assert_allclose([group.mean() for group in groups], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("overlap", "weights"), [("all", "device"), pytest.param("host", "host", marks=SLOW)])
+def test_neither_overlap_nor_where_weights_are_change_a_run(whole, base, directory, tmp_path, overlap, weights):
+    """Batches of four, so that there is something to overlap with, and a stop in between."""
+    made, workdir = whole
+    changes = {"scoring.overlap": overlap, "scoring.weights": weights, "mesh.samples_per_device": 4}
+    runs.start(config(base, directory, **changes, **{"train.epochs": 1}), tmp_path / "run")
+    runs.start(config(base, directory, **changes), tmp_path / "run")
+    runs.assert_same_run(made, workdir, tmp_path / "run")
+
+
+@pytest.mark.parametrize("overlap", [pytest.param("none", marks=SLOW), "all"])
+def test_a_scorer_that_fails_on_its_third_call_loses_nothing(whole, base, directory, tmp_path, monkeypatch, overlap):
+    """The evaluation before, the first epoch, the second: which is repeated from the start or its last checkpoint."""
+    made, workdir = whole
+    score, calls = rewards.score, []
+
+    def failing(loaded, *given):
+        if loaded.names == ("hpsv3",):
+            calls.append(None)
+            if len(calls) == 3:
+                raise rewards.RewardError("reward 'hpsv3' failed on samples 0 to 7: out of memory")
+        return score(loaded, *given)
+
+    monkeypatch.setattr(rewards, "score", failing)
+    with pytest.raises(train.REFUSED, match="'hpsv3' failed on samples 0 to 7: .*nothing was learnt from these"):
+        runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
+    assert len(calls) == 3
+    assert train.resume(prepare.prepare(config(base, directory), tmp_path / "run")).epoch == 1
+    runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
+    runs.assert_same_run(made, workdir, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_path, monkeypatch):
+    made, workdir = whole
+    other = tmp_path / "reward"
+    with pytest.MonkeyPatch.context() as stand_in:
+        published.stand_in(stand_in)
+        given = published.write(tmp_path / "given", HPSV3.name)
+        convert_rewards.convert(HPSV3.name, given._replace(dtype="bfloat16"), other)
+    changed = config(base, other)
+    with pytest.raises(ValueError, match="reward.hpsv3: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+        prepare.prepare(changed, workdir)
+    moved = tmp_path / "moved"
+    moved.symlink_to(directory)
+    assert prepare.prepare(config(base, moved), workdir).panel.names == prepare.prepare(made, workdir).panel.names
+
+
+def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(base, tmp_path, environment):
+    arguments = [
+        *runs.flags(base),
+        "--config.rewards.hpsv3={'weight': 1.0, 'path': 'nowhere'}",
+        f"--workdir={tmp_path}",
+    ]
+    status, _, errors = finish(launch(environment, arguments))
+    assert status == 2 and "error: config.rewards.hpsv3: no nowhere" in errors and "convert reward hpsv3" in errors
+
+
+def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(self_check.pictures, "read_video", lambda path, fps: pixels)
+    holders = {
+        "config": config(base, directory), "video": "a.mp4", "prompt": "a red circle moving left on a blue background",
+        "golden": str(tmp_path / "golden.json"), "record": True, "tolerance": 1e-3,
+    }  # fmt: skip
+
+    def run(**changed):
+        given = {name: types.SimpleNamespace(value=value) for name, value in (holders | changed).items()}
+        self_check.main([""], given)
+        return capsys.readouterr().out
+
+    told = run()
+    assert "5 frames of 16x16 at 16 a second" in told and "hpsv3/uncertainty" in told and "recorded 4 scores" in told
+    assert "agrees with the recorded" in run(record=False)
+    assert "has no score of these weights, frames and prompt" in run(
+        record=False, prompt="a red circle moving right on a blue background"
+    )
+    monkeypatch.setattr(hpsv3, "top_mean", lambda scores: scores.max(axis=1) + 1)
+    with pytest.raises(SystemExit) as error:
+        run(record=False)
+    assert error.value.code == 1 and "DIFFERS from" in capsys.readouterr().out
