@@ -1,0 +1,70 @@
+"""Memory of a language-model reward on one device, compiled from shapes for a device that need not be there.
+
+    python -m experiments.reward_memory.memory --target=h200 --rewards=hpsv3,hpsv3:int8,videoalign
+    python -m experiments.reward_memory.memory --target=v5e:4x4 --fsdp=16
+
+A call scores `--batch` frames of HPSv3, or videos of VideoAlign, on each device.
+Targets, and what must be installed for them: experiments/streaming_memory/memory.py.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from astrolabe_jax import sharding
+from astrolabe_jax.convert import qwen2_vl
+from astrolabe_jax.models import layers
+from astrolabe_jax.models.qwen2_vl.config import HPSV3, PATCH_VALUES, VIDEOALIGN
+from experiments.streaming_memory.memory import Program, compiled, compiling_for, size_of
+
+# config, grid of patches, reward tokens, tokens in all: an image's or video's, the instruction's and a long prompt's
+REWARDS = {"hpsv3": (HPSV3, (1, 24, 42), 1, 960), "videoalign": (VIDEOALIGN, (5, 24, 42), 3, 2240)}
+
+
+def measure(reward: str, target: str, batch: int, fsdp: int) -> tuple[Program, int]:
+    """The program of a reward, 'hpsv3' or 'hpsv3:int8' and so on, and the bytes of its whole net."""
+    name, _, kernels = reward.partition(":")
+    config, grid, outputs, length = REWARDS[name]
+    graphdef, params, _ = qwen2_vl.shapes(dataclasses.replace(config, quantised=kernels == "int8"))
+    with compiling_for(target, fsdp) as devices:
+        mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": fsdp}), devices)
+        samples = batch * mesh.size
+        inputs = sharding.shard_batch(
+            mesh,
+            (
+                jax.ShapeDtypeStruct((samples, int(np.prod(grid)), PATCH_VALUES), jnp.float32),
+                jax.ShapeDtypeStruct((samples, length), jnp.int32),
+                jax.ShapeDtypeStruct((samples, outputs), jnp.int32),
+            ),
+        )
+
+        def score(params, patches, ids, where):
+            return layers.merge(graphdef, params)(patches, grid, ids, where)
+
+        placed = sharding.shard_params(mesh, params)
+        return compiled(lambda: jax.jit(sharding.on_mesh(mesh, score)).lower(placed, *inputs)), size_of(params)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target", default="h200", help="cpu, h200, or a TPU's topology")
+    parser.add_argument("--rewards", default="hpsv3,hpsv3:int8,videoalign,videoalign:int8", help="what to compile")
+    parser.add_argument("--batch", type=int, default=4, help="samples of a call on each device")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices, over which the net is split")
+    given = parser.parse_args()
+    for reward in given.rewards.split(","):
+        program, whole = measure(reward, given.target, given.batch, given.fsdp)
+        held, temporaries, net = (count / 2**30 for count in (program.arguments, program.temporaries, whole))
+        print(
+            f"{given.target} x {given.fsdp}, {reward}, {given.batch} a device: net {net:.2f} GiB, held on a device "
+            f"{held:.2f}, temporaries {temporaries:.2f}, peak {held + temporaries:.2f}; {program.seconds:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
