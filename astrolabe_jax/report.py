@@ -441,8 +441,8 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         f"{frames}x{channels}x{rows}x{columns}",
         **({"windows": _windows(run)} if run.starts else {}),
         "rewards": " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
-        + (f"; their weights between two batches on the {config.scoring.weights}" if run.panel.weights else "")
-        + f"; scored while others are sampled: {config.scoring.overlap}",
+        + f"; overlap {config.scoring.overlap}"
+        + (f", weights on the {config.scoring.weights}" if run.panel.weights else ""),
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
         "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "
