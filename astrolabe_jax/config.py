@@ -376,8 +376,8 @@ _OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.da
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
     """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
 
-    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu',
-    'gpu' or 'tpu', with so many `devices`. What depends on the base model or the prompts: prepare.py.
+    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with so many `devices`.
+    What depends on the base model or the prompts: prepare.py.
     """
     faults = [*_field_faults(config), *_reward_faults(config, reward_names)]
     faults += _attention_faults(config, backend)
@@ -503,6 +503,11 @@ def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
     if data * mesh.fsdp != devices:
         yield f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be the {devices} devices"
+    if config.scoring.overlap == "all" and mesh.fsdp > 1:
+        yield (
+            f"config.scoring.overlap is 'all' with mesh.fsdp {mesh.fsdp}: rewards and sampling that gather weights "
+            "at one time may wait for each other for ever; expected host or none"
+        )
 
 
 def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:

@@ -25,7 +25,7 @@ from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
 from astrolabe_jax.decode import decode, decode_chunk
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.prepare import Run, blame, geometry, numerics, story_of
+from astrolabe_jax.prepare import Run, geometry, numerics, story_of
 from astrolabe_jax.rewards.panel import Panel
 
 
@@ -45,8 +45,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    with blame("config.rewards"):
-        panel = Panel(rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights)
+    panel = Panel(rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights)
     return Run(config, Path(), {}, base, layout, sampler, mesh, latent_shape, (), (), adapter, starts, panel)
 
 

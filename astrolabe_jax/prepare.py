@@ -69,8 +69,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
 def _read(config: ConfigDict, workdir: Path) -> Run:
     """All of `prepare` but for the working directory; without the other processes."""
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
-    with blame("config.rewards"):
-        rewards.validate(config.rewards)
+    rewards.validate(config.rewards)
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
@@ -97,6 +96,11 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
 def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
     """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
     scoring = config.scoring
+    if scoring.overlap == "all" and jax.process_count() > 1:
+        raise ValueError(
+            "config.scoring.overlap is 'all' with several processes, which must start programs in one order; expected "
+            "host or none"
+        )
     loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
     return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 

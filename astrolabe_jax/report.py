@@ -207,18 +207,15 @@ def memory(run: Run) -> dict[str, int]:
     if window:
         keys, decoders = _streams(run)
         split |= {"cache": _cache(run, keys, layout.capacity), "decoder": _decoder(run, decoders)}
-    rewards = {"rewards": run.panel.weights} if run.panel.weights else {}
-    return (
-        rewards
-        | {
-            "base": sum(
-                leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
-            ),
-            "four policies": 4 * _bytes(run.adapter),
-            "optimiser": 2 * _bytes(run.adapter),
-        }
-        | {name: size // devices for name, size in split.items()}
-    )
+    whole = {  # on each of them
+        **({"rewards": run.panel.weights} if run.panel.weights else {}),
+        "base": sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
+        ),
+        "four policies": 4 * _bytes(run.adapter),
+        "optimiser": 2 * _bytes(run.adapter),
+    }
+    return whole | {name: size // devices for name, size in split.items()}
 
 
 def _streams(run: Run) -> tuple[int, int]:
@@ -271,8 +268,10 @@ def evaluation_line(what: str, evaluation: Evaluation) -> str:
 def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> None:
     """scores/EPOCH.csv: columns [N] of an epoch, one line for each sample."""
     lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
-    (workdir / "scores").mkdir(exist_ok=True)
-    write_atomic(workdir / "scores" / f"{epoch:06}.csv", "".join(f"{line}\n" for line in lines).encode())
+    folder = workdir / "scores"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    write_atomic(folder / f"{epoch:06}.csv", "".join(f"{line}\n" for line in lines).encode())
 
 
 def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:

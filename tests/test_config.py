@@ -46,6 +46,7 @@ def test_every_published_list_of_steps_is_valid(steps):
         ({"sampler.steps": (500, -1)}, r"config.sampler.steps is \(500, -1\)"),
         ({"eval.shown": 200}, "config.eval.shown is 200; expected at most eval.videos, 144"),
         ({"rewards.shapes_vq": float("inf")}, "config.rewards.shapes_vq is inf; expected a finite weight"),
+        ({"scoring.overlap": "all", "mesh.fsdp": 2}, "config.scoring.overlap is 'all' with mesh.fsdp 2"),
         ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight"),
         ({"sampler.batch": 13}, "config.sampler.batch is 13; expected a divisor of the 48 videos of an epoch"),
         ({"prompts.repeated": 4}, "config.prompts.repeated asks for 4 batches .* divisor of prompts.groups, 6"),
