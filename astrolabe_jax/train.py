@@ -132,6 +132,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
         return None
     finally:
         metrics.close()
+        run.panel.settle()
 
 
 def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[Point, dict[str, Any]]:

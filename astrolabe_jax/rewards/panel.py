@@ -56,14 +56,18 @@ class Panel:
         waited for first: the frames of two batches are held at most.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        if self._waiting:
-            concurrent.futures.wait([self._waiting], self._timeout)
+        self.settle()
         beside = [i for i, group in enumerate(self._loaded) if self._may_wait(group)]
         now = [i for i in range(len(self._loaded)) if i not in beside]
-        first = self._begin(beside, frames, prompts, numbers)
+        self._waiting = first = self._begin(beside, frames, prompts, numbers)
         scores = self._await(self._begin(now, frames, prompts, numbers), now, numbers)
-        self._waiting = first
         return lambda: scores | self._await(first, beside, numbers)
+
+    def settle(self) -> None:
+        """Waits until nothing is under way: a program that ends while a thread of its own computes may crash."""
+        if self._waiting:
+            concurrent.futures.wait([self._waiting], self._timeout)
+            self._waiting = None
 
     def _may_wait(self, group: Loaded) -> bool:
         return self._overlap == "all" or (self._overlap == "host" and group.scorer.params is None)
@@ -88,6 +92,7 @@ class Panel:
         try:
             return future.result(self._timeout)
         except concurrent.futures.TimeoutError:
+            self._waiting = None  # nobody waits for it again
             names = ", ".join(repr(name) for i in groups for name in self._loaded[i].names)
             raise RewardError(
                 f"rewards {names} did not answer within {self._timeout:g} s for samples {numbers[0]} to {numbers[-1]}; "

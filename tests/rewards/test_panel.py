@@ -1,6 +1,7 @@
 """Scoring beside sampling: order, waiting, hanging, and where weights live."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -53,11 +54,23 @@ def test_calls_do_not_overtake_each_other_and_two_batches_are_held_at_most():
     assert first().keys() == second().keys() == {"a"} and order == ["scored"] * 2
 
 
+def test_what_is_under_way_can_be_waited_for():
+    finished = []
+    panel = Panel([group("a", lambda: (time.sleep(0.2), finished.append(True)))], "host")
+    panel.score(FRAMES, PROMPTS)
+    assert not finished
+    panel.settle()
+    assert finished
+
+
 @pytest.mark.parametrize("overlap", ["none", "host"])
 def test_a_scorer_that_hangs_is_named(overlap):
     panel = Panel([group("slow", threading.Event().wait)], overlap, timeout=0.2)
     with pytest.raises(RewardError, match="rewards 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout"):
         panel.score(FRAMES, PROMPTS, range(5, 7))()
+    began = time.monotonic()
+    panel.settle()  # nor is it waited for again
+    assert time.monotonic() - began < 0.1
 
 
 @pytest.mark.parametrize("overlap", ["none", "host"])
