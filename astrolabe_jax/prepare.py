@@ -142,8 +142,7 @@ def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
     """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split over `fsdp`."""
     if part == "vae":
         return sharding.replicate(mesh, leaf)
-    tree = functools.reduce(lambda node, key: {key: node}, reversed(path), leaf)  # the rule goes by the path
-    return jax.tree.leaves(sharding.shard_params(mesh, tree))[0]
+    return sharding.shard_param(mesh, path, leaf)
 
 
 def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:

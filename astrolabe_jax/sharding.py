@@ -88,6 +88,11 @@ def shard_params(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
+def shard_param(mesh: Mesh, path: tuple, leaf: Any) -> Any:
+    """One of them, at this path of keys in its tree."""
+    return _place(leaf, param_sharding(mesh, "".join(f"[{key!r}]" for key in path), leaf.shape))
+
+
 def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
     """Arrays with samples along `axis`, split over all devices. ValueError unless the devices divide the samples."""
 

@@ -153,7 +153,8 @@ def read(directory: Path, kind: Kind, mesh: Mesh, dtype: str) -> Net:
         leaves = engine.flatten(store.tree(store.open_leaves(path), net.params))
     except store.StoreError as error:
         raise store.StoreError(f"{path}: {error}") from None
-    return net._replace(params=engine.nested((where, _placed(mesh, where, leaf)) for where, leaf in leaves.items()))
+    placed = ((where, sharding.shard_param(mesh, where, np.asarray(leaf))) for where, leaf in leaves.items())
+    return net._replace(params=engine.nested(placed))
 
 
 def planned(directory: Path, kind: Kind, mesh: Any) -> Any:
@@ -187,8 +188,3 @@ def _config(path: Path, kind: Kind, dtype: str) -> Any:
 
 def _sizes(config: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NUMERICS}
-
-
-def _placed(mesh: Mesh, where: tuple, leaf: Any) -> jax.Array:
-    tree = engine.nested([(where, np.asarray(leaf))])  # the rule goes by the path
-    return jax.tree.leaves(sharding.shard_params(mesh, tree))[0]
