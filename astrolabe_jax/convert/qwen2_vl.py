@@ -5,22 +5,20 @@ transformers put `language_model.` before those of the decoder.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from astrolabe_jax.convert import engine
+from astrolabe_jax.convert import engine, reward_store
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Stack
 from astrolabe_jax.convert.files import Lazy, read_json
 from astrolabe_jax.convert.lora import merged
 from astrolabe_jax.convert.parts import Net
+from astrolabe_jax.convert.reward_store import Checkpoint
 from astrolabe_jax.convert.weights import open_weights
-from astrolabe_jax.models import layers
 from astrolabe_jax.models.qwen2_vl.config import PATCH, QWEN2_VL_7B, Qwen2VLConfig
 from astrolabe_jax.models.qwen2_vl.linear import quantise
 from astrolabe_jax.models.qwen2_vl.model import Qwen2VL, RewardNet
@@ -49,18 +47,9 @@ class Adapter(NamedTuple):
     scale: float  # alpha / rank
 
 
-class Checkpoint(NamedTuple):
-    """A net whose names and shapes are checked, and of which nothing is read."""
-
-    config: Qwen2VLConfig
-    stacks: dict[tuple, Stack]  # leaves by their paths, as store.save takes them
-
-
-@functools.cache
 def shapes(config: Qwen2VLConfig) -> Net:
     """The net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
-    make = RewardNet if config.head else Qwen2VL
-    return Net(*layers.graphdef_of(lambda: make(config, nnx.Rngs(0))), config)
+    return reward_store.shapes(RewardNet if config.head else Qwen2VL, config)
 
 
 def open_checkpoint(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from astrolabe_jax.convert import clip, qwen2_vl, reward_store, sea_raft, templates
 from astrolabe_jax.convert.commands import Progress
 from astrolabe_jax.convert.files import INDEX, read_json
-from astrolabe_jax.convert.reward_store import Kind
+from astrolabe_jax.convert.reward_store import Checkpoint, Kind
 from astrolabe_jax.models import clip_tokenizer
 from astrolabe_jax.models.qwen2_vl import config as sizes
 from astrolabe_jax.models.qwen2_vl.model import RewardNet
@@ -45,7 +45,7 @@ class Made(NamedTuple):
     """What becomes of it."""
 
     kind: Kind
-    checkpoint: Any  # config and stacks, of which nothing is read
+    checkpoint: Checkpoint
     sources: tuple[Path, ...]
     texts: dict[str, bytes]  # by file name
     facts: dict[str, Any]  # what config.json says besides
