@@ -110,20 +110,16 @@ def table(config: CLIPConfig) -> list[Rule]:
     return [*_vision(config), *text]
 
 
-def hugging_face(config: CLIPConfig) -> list[Rule]:
-    """The rules of both towers under Hugging Face's names, whose projections are [out, in]."""
-    return _named_by_hugging_face(table(config))
-
-
 def aesthetic_table(config: CLIPConfig) -> list[Rule]:
     """The rules of the image tower, under Hugging Face's names, and of the layers behind it."""
-    rules = _named_by_hugging_face(_vision(config))
+    rules = hugging_face(_vision(config))
     for i, number in enumerate(_AESTHETIC_LAYERS):
         rules += _linear(f"layers.{number}", f"head.{i}")
     return rules
 
 
-def _named_by_hugging_face(rules: list[Rule]) -> list[Rule]:
+def hugging_face(rules: list[Rule]) -> list[Rule]:
+    """The same under Hugging Face's names, whose projections are [out, in]."""
     transposed = [
         rule._replace(transform=LINEAR) if rule.target.endswith(".projection.kernel") else rule for rule in rules
     ]

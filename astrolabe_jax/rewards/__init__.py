@@ -187,12 +187,6 @@ def _scorer(names: Sequence[str], value: Any, setting: Setting) -> Scorer:
         raise type(error)(f"config.rewards.{names[0]}: {error}") from error
 
 
-def identity(loaded: Iterable[Loaded]) -> dict[str, str]:
-    """Of the rewards that have one: what makes two runs the same."""
-    known = [group for group in loaded if group.scorer.identity]
-    return {f"reward.{name}": group.scorer.identity for group in known for name in group.names}
-
-
 def score(
     loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:

@@ -28,11 +28,6 @@ _LOW = 11  # of which so many are multiplied apart: both products and their sums
 _BLOCK = 14  # pixels that are computed from one window of the source: fewer are less work, but more products
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Images in [0, 1], or 8-bit ones as they are -> uint8 of the same shape, rounded half to even (spec 1)."""
-    return images if images.dtype == jnp.uint8 else _levels(images * 255.0)
-
-
 def _levels(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
 
@@ -69,7 +64,7 @@ def resize(images: jax.Array, size: tuple[int, int], rounding: str = "pil") -> j
     if rounding not in ("pil", "torch"):
         raise ValueError(f"rounding is {rounding!r}; expected 'pil' or 'torch'")
     if images.dtype != jnp.uint8:
-        raise ValueError(f"images are {images.dtype}; expected uint8, as to_uint8 gives")
+        raise ValueError(f"images are {images.dtype}; expected uint8")
     one_pass = _fixed_point if rounding == "pil" else _floating
     count, height, width, channels = images.shape
     # What shrinks becomes the rows of a matrix, which lie whole in memory; it is transposed while it has 8 bits.

@@ -12,8 +12,6 @@ import numpy as np
 from astrolabe_jax import rewards
 from astrolabe_jax.rewards import Loaded, RewardError
 
-OVERLAPS = ("host", "all", "none")
-PLACES = ("device", "host")
 Scores = dict[str, np.ndarray]
 
 
@@ -35,19 +33,15 @@ class Panel:
 
     @property
     def identity(self) -> dict[str, str]:
-        """See rewards.identity."""
-        return rewards.identity(self._loaded)
+        """Of the rewards that have one: what makes two runs the same."""
+        known = [group for group in self._loaded if group.scorer.identity]
+        return {f"reward.{name}": group.scorer.identity for group in known for name in group.names}
 
     @property
     def weights(self) -> int:
         """Bytes of all weights on one device."""
         leaves = [leaf for group in self._loaded for leaf in jax.tree.leaves(group.scorer.params)]
         return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-
-    @property
-    def names(self) -> list[str]:
-        """The rewards, in the order in which they are computed."""
-        return [name for group in self._loaded for name in group.names]
 
     def score(self, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None) -> Callable[[], Scores]:
         """Begins to score B videos; what it returns waits for the scores.

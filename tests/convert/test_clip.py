@@ -123,7 +123,7 @@ def test_published_names_and_shapes_of_openai():
         net = CLIPModel(given)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     assert shapes.pop("logit_scale") == ()
-    assert engine.source_shapes(clip.hugging_face(VIT_L_14), expected(CLIP, VIT_L_14)) == shapes
+    assert engine.source_shapes(clip.hugging_face(clip.table(VIT_L_14)), expected(CLIP, VIT_L_14)) == shapes
     mine = engine.source_shapes(clip.aesthetic_table(VIT_L_14), expected(Aesthetic, VIT_L_14))
     head = {name: tensor.shape for name, tensor in predictor(768).items()}
     assert mine == clip.aesthetic(shapes) | head
