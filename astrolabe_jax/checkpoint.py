@@ -66,7 +66,7 @@ MAY_DIFFER = frozenset(
 )
 # Likewise of the options of rewards; weights are known by their content.
 MAY_DIFFER_OPTION = re.compile(
-    r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|frames_per_batch)"
+    r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|\w+_per_batch)"
 )
 
 

@@ -323,6 +323,21 @@ def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
     assert unused >= 4
 
 
+@pytest.mark.parametrize(
+    ("option", "may"),
+    [("path", True), ("url", True), ("frames_per_batch", True), ("pairs_per_batch", True), ("weight", False),
+     ("frame_stride", False), ("published", False)],
+)  # fmt: skip
+def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path, option, may):
+    name = f"config.rewards.hpsv3.{option}"
+    checkpoint.claim(tmp_path, IDENTITY | {name: 1})
+    if may:
+        checkpoint.claim(tmp_path, IDENTITY | {name: 2})
+    else:
+        with pytest.raises(ValueError, match=f"belongs to another run.*\n  {name}: 1 there, 2 now"):
+            checkpoint.claim(tmp_path, IDENTITY | {name: 2})
+
+
 @pytest.fixture
 def loud_again():
     """What a failing save silences for the rest of a process."""
