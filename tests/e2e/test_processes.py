@@ -18,6 +18,7 @@ from tests.test_processes import free_port
 
 # Sums over devices are taken in another order across processes, as they are on other numbers of devices.
 TOLERANCE = 1e-4
+GLOO = re.compile(r"\[Gloo\]|peer ranks")
 SAVING = {"train.save_samples": True, "train.checkpoint_every": 1}
 
 
@@ -75,7 +76,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(str
         finish(process) for process in both(environment, arguments, ("-", "SIGTERM:astrolabe_jax.train.blend_old:1"))
     ]
     assert [status for status, _, _ in ends] == [0, 0], ends
-    outs = ["".join(line for line in out.splitlines(True) if "[Gloo]" not in line) for _, out, _ in ends]
+    # Gloo's threads write their lines to stdout in pieces, which may come apart.
+    outs = ["".join(line for line in out.splitlines(True) if not GLOO.search(line)) for _, out, _ in ends]
     assert "SIGTERM: saved after epoch 1 of 4; run the same command to go on" in outs[0] and not outs[1]
     assert "2 process" in outs[0] and "SIGTERM: ending at the next phase" in ends[1][2]
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]

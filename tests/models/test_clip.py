@@ -19,9 +19,9 @@ END = clips.SIZES["vocab_size"] - 1
 IDS = np.array([[58, 3, 7, 1, END, 0, 0, 0, 0], [58, END, 0, 0, 0, 0, 0, 0, 0], [58, 9, 8, 7, 6, 5, 4, 3, END]])
 
 
-def loaded(config, tensors, table):
+def loaded(config, tensors, names=tables.hugging_face):
     graphdef, expected = layers.graphdef_of(lambda: CLIP(config, nnx.Rngs(0)))
-    return graphdef, engine.load(table(config), tensors, expected)
+    return graphdef, engine.load(names(tables.table(config)), tensors, expected)
 
 
 def images(config, batch=3, seed=0):
@@ -35,7 +35,7 @@ def pair(request):
     config = request.param
     net = clips.model(config)
     given = {name: tensor for name, tensor in clips.tensors(net).items() if name != "logit_scale"}
-    graphdef, params = loaded(config, given, tables.hugging_face)
+    graphdef, params = loaded(config, given)
     run = jax.jit(lambda name, params, x: getattr(layers.merge(graphdef, params), name)(x), static_argnums=0)
     return config, net, lambda name, x: np.asarray(run(name, params, x))
 
@@ -69,8 +69,8 @@ def test_openclip_stores_the_same_net(pair):
     config, net, _ = pair
     given = clips.tensors(net)
     plain = {name: tensor for name, tensor in given.items() if name != "logit_scale"}
-    want = loaded(config, plain, tables.hugging_face)[1]
-    got = loaded(config, tables.hpsv2(clips.open_clip(given)), tables.table)[1]
+    want = loaded(config, plain)[1]
+    got = loaded(config, tables.hpsv2(clips.open_clip(given)), names=list)[1]
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -104,7 +104,7 @@ def test_sixteen_bit_activations_stay_close_to_float32(pair):
     config, net, run = pair
     given = {name: tensor for name, tensor in clips.tensors(net).items() if name != "logit_scale"}
     half = dataclasses.replace(config, dtype="bfloat16")
-    graphdef, params = loaded(half, given, tables.hugging_face)
+    graphdef, params = loaded(half, given)
     got = jax.jit(lambda params, x: layers.merge(graphdef, params).vision(x))(params, images(config))
     assert got.dtype == jnp.float32
     want = run("vision", images(config))
