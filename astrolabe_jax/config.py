@@ -176,6 +176,7 @@ def _running(config: ConfigDict) -> None:
     config.eval = ConfigDict()
     config.eval.videos = 96  # held-out videos per evaluation
     config.eval.frames = 0  # pixel frames of a held-out video when windows are trained; 0: video.frames
+    config.eval.window = 0  # latent frames of it that are scored at once, as one clip; 0: streaming.window
     config.eval.policy = "ema"  # adapter that is evaluated and exported: ema or current
     config.eval.ceiling = True  # also score reconstructions of real videos (worlds only)
     config.eval.shown = 8  # prompts on the contact sheet and in samples/
@@ -235,6 +236,11 @@ def repeats(config: ConfigDict) -> int:
 def eval_frames(config: ConfigDict) -> int:
     """Pixel frames of a held-out video."""
     return config.eval.frames or config.video.frames
+
+
+def eval_window(config: ConfigDict) -> int:
+    """Latent frames of a held-out long video that are scored at once."""
+    return config.eval.window or config.streaming.window
 
 
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
@@ -364,6 +370,7 @@ _BOUNDS = {
     "train.checkpoints_kept": (1, math.inf),
     "eval.videos": (2, math.inf),
     "eval.frames": (0, math.inf),
+    "eval.window": (0, math.inf),
     "eval.shown": (1, math.inf),
     "mesh.fsdp": (1, math.inf),
 }
@@ -513,9 +520,12 @@ def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
 def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     streaming, model = config.streaming, config.model
     if not streaming.window:
-        if config.eval.frames:
-            yield "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window"
+        for field, other in (("frames", "set video.frames, or streaming.window"), ("window", "set streaming.window")):
+            if config.eval[field]:
+                yield f"config.eval.{field} belongs to the training of windows; {other}"
         return
+    if config.eval.window % model.block:
+        yield f"config.eval.window is {config.eval.window}; expected whole blocks of {model.block}"
     try:
         count, streams = rounds(config, devices)
     except ValueError as error:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import sharding, stream
-from astrolabe_jax.config import piece, rounds
+from astrolabe_jax.config import eval_window, piece, rounds
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.generate import encode_distinct, joined, judge, refuse_non_finite
 from astrolabe_jax.models.layers import merge
@@ -186,9 +186,8 @@ def fork(run: Run, streams: Streams, each: int) -> Streams:
     return _fork(streams, each, mesh=run.mesh)
 
 
-def windows(run: Run, frames: int) -> list[tuple[int, int]]:
+def windows(frames: int, window: int) -> list[tuple[int, int]]:
     """First and end frame of the windows that a video of so many frames is cut into; the last may be shorter."""
-    window = run.config.streaming.window
     return [(start, min(start + window, frames)) for start in range(0, frames, window)]
 
 
@@ -305,7 +304,7 @@ def watch(
         numbers = np.arange(first, min(first + size, count))
         part = cast.part(np.resize(numbers, size))  # the last piece is filled up
         streams, clips, scores = begin(run, size), [], []
-        for window in windows(run, frames):
+        for window in windows(frames, eval_window(run.config)):
             blocks = blocks_of(run, *window)
             with progress.phase("rollout"):
                 streams = enter(run, adapter, part, streams, blocks[0])
@@ -331,7 +330,7 @@ def work_on(
         yield Work()
     else:
         own, streams, stop = cast.part(order), begin(run, len(order)), start + streaming.window
-        for number, frames in enumerate(windows(run, stop)):
+        for number, frames in enumerate(windows(stop, streaming.window)):
             blocks = blocks_of(run, *frames)
             yield Work(frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache))
             if frames[1] < stop:

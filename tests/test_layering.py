@@ -30,7 +30,8 @@ LAYERS = {
     "entry": ("main", "plan", "sample", "convert.__main__", "rewards.__main__"),
 }
 ORDER = list(LAYERS)
-DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames")  # read in config.py for others
+# read in config.py for others
+DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames", "eval_window")
 WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
 EXCEPTIONS = {("update", "losses"), ("report", "prepare")}
 
@@ -117,14 +118,7 @@ def fields_read(fields: set[str]) -> set[str]:
         tree = ast.parse(path.read_text())
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
-            if module not in ("config", "published") or function.name in (
-                "samples",
-                "repeats",
-                "piece",
-                "window_starts",
-                "rounds",
-                "eval_frames",
-            ):
+            if module not in ("config", "published") or function.name in DERIVED:
                 given = "mesh" if function.name == "_mesh_shape" else ""  # what its parameter `config` is
                 found |= _read_in(function, {"config": given}, fields, strings)
     return found

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prompts, segments, train
+from astrolabe_jax import evaluate, prompts, segments, train
 from astrolabe_jax.config import flatten
 from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
@@ -226,6 +226,23 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
     np.testing.assert_array_equal(last.first, video[:, :1])
     following = prompts.draw(run.train_prompts, run.config.seed, segments.drawing(run, 3), 2, 4, 1)
     assert set(following.index).isdisjoint(batch.index)
+
+
+def test_held_out_videos_are_scored_in_windows_of_their_own(base, tmp_path):
+    """The same videos of six frames, cut into other clips."""
+    shown, scores = {}, {}
+    for window in (2, 4, 6):
+        config = runs.small_config(base, **runs.WINDOWS | ONE | {"eval.frames": 0, "eval.window": window})
+        run = runs.prepared(config, tmp_path / str(window), 1)
+        scores[window], shown[window] = evaluate.evaluate(run, run.adapter, runs.quiet(), "held-out")
+    np.testing.assert_array_equal(shown[6], shown[2])
+    np.testing.assert_array_equal(shown[4], shown[2])
+    for window, found in scores.items():
+        begins = [f"total/{first}" for first in range(0, 6, window)]
+        assert [name for name in found if name.startswith("total/")] == begins
+        np.testing.assert_allclose(found["total"], np.mean([found[name] for name in begins], axis=0))
+    np.testing.assert_array_equal(scores[2]["late"], scores[2]["total/4"])
+    assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
 
 def test_every_video_is_chosen_now_and_then(made):
