@@ -34,7 +34,7 @@ def advantages(config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np
     settings, weights = config.advantages, reward_weights(config)
     total = total_reward(rewards, weights)
     score = total_reward(standardise(rewards), weights) if settings.standardise else total
-    advantage = normalise(score, groups, settings.std)
+    advantage = normalise(score, groups, settings.std, settings.min_std)
     r = optimality(advantage, settings.clip).astype(np.float32)
     return Advantages(total, advantage, r, statistics(total, groups))
 
@@ -59,22 +59,22 @@ def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: (x - x.mean()) / (x.std() + STD_FLOOR) for name, x in scores.items()}
 
 
-def normalise(score: np.ndarray, groups: np.ndarray, std: str) -> np.ndarray:
+def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 0.0) -> np.ndarray:
     """Advantages [N] = (score - mean of its group) / (std + 1e-4), with population standard deviations (section 4).
 
     std: 'global', over the whole epoch, or 'prompt', of the group. Where every group has one member, mean and
-    standard deviation are those of the whole epoch.
+    standard deviation are those of the whole epoch. A deviation below min_std counts as min_std.
     """
     if std not in ("global", "prompt"):
         raise ValueError(f"advantages.std is {std!r}; use 'global' or 'prompt'")
     score = np.asarray(score, np.float64)
     _, members = _by_group(groups)
     if all(len(member) == 1 for member in members):
-        return (score - score.mean()) / (score.std() + STD_FLOOR)
+        return (score - score.mean()) / (max(score.std(), min_std) + STD_FLOOR)
     advantage = np.empty_like(score)
     for member in members:
         spread = score.std() if std == "global" else score[member].std()
-        advantage[member] = (score[member] - score[member].mean()) / (spread + STD_FLOOR)
+        advantage[member] = (score[member] - score[member].mean()) / (max(spread, min_std) + STD_FLOOR)
     return advantage
 
 

@@ -73,7 +73,7 @@ def _generation(config: ConfigDict) -> None:
     # of its prompts go on from epoch to epoch, a window each, until the video is full (Mode B).
     config.streaming.mode = "epoch"
     config.streaming.selection = "random"  # where an epoch's window begins: random, first, last, or one of `starts`
-    config.streaming.starts = ()  # for choices
+    config.streaming.starts = ()  # for choices; a frame that is there twice is drawn twice as often
     config.streaming.sampling = "clip"  # clip: the videos of a prompt share its past; sequence: each is made from 0 on
     config.streaming.backprop = "detach"  # detach: gradients end at the window; full: they go back to frame 0
     # Whose keys of the past the loss reads: those of the rollout (rollout_old), each policy's own, made anew from the
@@ -119,6 +119,7 @@ def _objective(config: ConfigDict) -> None:
 
     config.advantages = ConfigDict()
     config.advantages.std = "global"  # divide by the std of the whole epoch (global) or of each prompt (prompt)
+    config.advantages.min_std = 0.0  # a smaller std counts as this: it would make advantages of the rewards' noise
     config.advantages.clip = 5.0  # A_max: advantages are clipped to +-this before they become r
     config.advantages.standardise = False  # divide each reward by its std over the epoch before weighting
 
@@ -246,7 +247,8 @@ def eval_window(config: ConfigDict) -> int:
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
     """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if none is trained.
 
-    Raises ValueError for a window that is not whole blocks, or does not lie in the video.
+    A frame that `starts` has twice is there twice. Raises ValueError for a window that is not whole blocks, or does not
+    lie in the video.
     """
     streaming, block = config.streaming, config.model.block
     window, last = streaming.window, frames - streaming.window
@@ -256,7 +258,7 @@ def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
         "first": (0,),
         "last": (last - last % block,),
         "random": range(0, max(last, 0) + 1, block),
-        "choices": sorted(set(streaming.starts)),
+        "choices": sorted(streaming.starts),
     }
     progressive = streaming.mode == "progressive"
     starts = tuple(range(0, max(last, 0) + 1, window) if progressive else choices[streaming.selection])
@@ -368,6 +370,7 @@ _BOUNDS = {
     "train.eval_every": (0, math.inf),
     "train.checkpoint_every": (1, math.inf),
     "train.checkpoints_kept": (1, math.inf),
+    "advantages.min_std": (0, math.inf),
     "eval.videos": (2, math.inf),
     "eval.frames": (0, math.inf),
     "eval.window": (0, math.inf),

@@ -40,6 +40,14 @@ def test_group_and_global_spread():
         adv.normalise(score, groups, "group")
 
 
+def test_a_small_spread_counts_as_the_least():
+    score, groups = np.array([0.0, 0.02, 10.0, 30.0]), np.array([0, 0, 1, 1])
+    np.testing.assert_allclose(adv.normalise(score, groups, "prompt", 0.1), [-0.1, 0.1, -1, 1], rtol=2e-3)
+    np.testing.assert_allclose(adv.normalise(score / 1e3, groups, "global", 0.1)[2:], [-0.1, 0.1], rtol=2e-3)
+    alone = adv.normalise(score[:2], np.arange(2), "prompt", 0.1)  # one video of each prompt
+    np.testing.assert_allclose(alone, [-0.1, 0.1], rtol=2e-3)
+
+
 def test_single_candidates_are_compared_with_the_whole_epoch():
     score = np.array([1.0, 2.0, 6.0])
     want = (score - 3) / (score.std() + 1e-4)

@@ -220,6 +220,12 @@ def test_windows_lie_in_the_video(changes, expected):
             window_starts(config, 240)
 
 
+def test_a_start_that_is_given_twice_is_drawn_twice_as_often():
+    config = longlive.get_config("streaming")
+    config.streaming.update(selection="choices", starts=(21, 0, 21))
+    assert window_starts(config, 240) == (0, 21, 21)
+
+
 @pytest.mark.parametrize("devices", [8, 16, 24, 48])
 @pytest.mark.parametrize("family", RECIPES)
 def test_the_papers_run(family, devices):
