@@ -41,20 +41,20 @@ def both(environment, arguments, where=("-", "-"), extra=((), ())):
     ]
 
 
-def assert_close(config, one, other):
+def assert_close(config, one, other, tolerance=TOLERANCE):
     """Equal runs but for rounding: records, summaries and the last state."""
     first, second = (runs.outcome(workdir) for workdir in (one, other))
     assert first["files"].keys() == second["files"].keys() and len(first["metrics"]) == len(second["metrics"])
     for key in ("metrics", "eval", "gain"):
         numbers, others = (jax.tree.leaves(result[key]) for result in (first, second))
         for a, b in zip(numbers, others, strict=True):
-            assert a == b or abs(a - b) <= TOLERANCE * max(1, abs(a)), key
+            assert a == b or abs(a - b) <= tolerance * max(1, abs(a)), key
     points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
     states = [[np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.device_get(policy))])
                for policy in point.state[:4]] for point in points]  # fmt: skip
     for a, b in zip(*states, strict=True):
-        assert np.linalg.norm(a - b) <= 10 * TOLERANCE * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 10 * tolerance * np.linalg.norm(b)
 
 
 def assert_one_set_of_files(workdir):

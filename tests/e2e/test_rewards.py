@@ -13,9 +13,11 @@ from astrolabe_jax.rewards import __main__ as self_check
 from astrolabe_jax.rewards import hpsv3
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
+from tests.e2e.test_processes import assert_close, both, environment_of
 from tests.rewards import published
 
 SHORT = {"train.epochs": 2, "train.checkpoint_every": 1}
+OPTIONS = {"frame_stride": 4, "frames_per_batch": 1, "dtype": "float32"}
 SLOW = pytest.mark.slow
 
 
@@ -31,13 +33,7 @@ def directory(tmp_path_factory):
 def config(base, directory, **changes):
     made = runs.small_config(base, **(SHORT | changes))
     with made.unlocked():
-        made.rewards.hpsv3 = {
-            "weight": 0.5,
-            "path": str(directory),
-            "frame_stride": 4,
-            "frames_per_batch": 1,
-            "dtype": "float32",
-        }
+        made.rewards.hpsv3 = {"weight": 0.5, "path": str(directory), **OPTIONS}
     return made
 
 
@@ -129,8 +125,24 @@ def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(base, t
     assert status == 2 and "error: config.rewards.hpsv3: no nowhere" in errors and "convert reward hpsv3" in errors
 
 
+@SLOW
+def test_two_processes_score_as_one(base, directory, tmp_path, environment):
+    """With the reward's weights split over the devices of both. It is a steep function of bytes, which may differ."""
+    changes = SHORT | {"mesh.fsdp": 4}
+    arguments = [
+        *runs.flags(base, **changes),
+        f"--config.rewards.hpsv3={ {'weight': 0.5, 'path': str(directory)} | OPTIONS }",
+    ]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert finish(launch(environment_of(environment, 4), [*arguments, f"--workdir={alone}"]))[0] == 0
+    ends = [finish(process) for process in both(environment, [*arguments, f"--workdir={together}"])]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert_close(config(base, directory, **changes), alone, together, tolerance=1e-3)
+
+
 def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(self_check.recipes, "set_up", lambda: None)  # these tests have a cache of their own
     monkeypatch.setattr(self_check.pictures, "read_video", lambda path, fps: pixels)
     holders = {
         "config": config(base, directory), "video": "a.mp4", "prompt": "a red circle moving left on a blue background",
