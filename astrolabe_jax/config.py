@@ -80,6 +80,7 @@ def _generation(config: ConfigDict) -> None:
     # latents in sight (per_policy), or the same from noised latents, Algorithm 2 to the letter (noised_prefix).
     config.streaming.prefix = "rollout_old"
     config.streaming.reward = "window_stream"  # score the window as it continues (window_stream), alone, or all (full)
+    config.streaming.clip = 0  # frames that are scored at once: a window has the mean of its clips; 0: the whole window
     config.streaming.continuation = "uniform"  # progressive: the video that goes on: uniform (random), best or first
     config.streaming.recache_on_update = False  # progressive: make the keys in sight anew before each window
     config.streaming.prompts_per_device = 1  # prompts whose pasts are made together on a device
@@ -177,7 +178,6 @@ def _running(config: ConfigDict) -> None:
     config.eval = ConfigDict()
     config.eval.videos = 96  # held-out videos per evaluation
     config.eval.frames = 0  # pixel frames of a held-out video when windows are trained; 0: video.frames
-    config.eval.window = 0  # latent frames of it that are scored at once, as one clip; 0: streaming.window
     config.eval.policy = "ema"  # adapter that is evaluated and exported: ema or current
     config.eval.ceiling = True  # also score reconstructions of real videos (worlds only)
     config.eval.shown = 8  # prompts on the contact sheet and in samples/
@@ -239,9 +239,9 @@ def eval_frames(config: ConfigDict) -> int:
     return config.eval.frames or config.video.frames
 
 
-def eval_window(config: ConfigDict) -> int:
-    """Latent frames of a held-out long video that are scored at once."""
-    return config.eval.window or config.streaming.window
+def clip_length(config: ConfigDict) -> int:
+    """Latent frames of a long video that are scored at once."""
+    return config.streaming.clip or config.streaming.window
 
 
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
@@ -352,6 +352,7 @@ _BOUNDS = {
     "video.fps": (1, math.inf),
     "video.decode_chunk": (1, math.inf),
     "streaming.window": (0, math.inf),
+    "streaming.clip": (0, math.inf),
     "streaming.prompts_per_device": (1, math.inf),
     "prompts.groups": (1, math.inf),
     "prompts.candidates": (1, math.inf),
@@ -373,7 +374,6 @@ _BOUNDS = {
     "advantages.min_std": (0, math.inf),
     "eval.videos": (2, math.inf),
     "eval.frames": (0, math.inf),
-    "eval.window": (0, math.inf),
     "eval.shown": (1, math.inf),
     "mesh.fsdp": (1, math.inf),
 }
@@ -523,12 +523,14 @@ def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
 def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     streaming, model = config.streaming, config.model
     if not streaming.window:
-        for field, other in (("frames", "set video.frames, or streaming.window"), ("window", "set streaming.window")):
-            if config.eval[field]:
-                yield f"config.eval.{field} belongs to the training of windows; {other}"
+        if config.eval.frames:
+            yield "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window"
         return
-    if config.eval.window % model.block:
-        yield f"config.eval.window is {config.eval.window}; expected whole blocks of {model.block}"
+    if streaming.clip and (streaming.clip % model.block or streaming.window % streaming.clip):
+        yield (
+            f"config.streaming.clip is {streaming.clip}; expected whole blocks of {model.block}, and the window of "
+            f"{streaming.window} to be whole clips"
+        )
     try:
         count, streams = rounds(config, devices)
     except ValueError as error:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import prompts, segments, sharding
 from astrolabe_jax.advantages import total_reward
-from astrolabe_jax.config import eval_frames, eval_window, piece, reward_weights
+from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
 from astrolabe_jax.generate import encode_texts, generate, joined, judge, score
 from astrolabe_jax.models import layers
 from astrolabe_jax.prepare import Run, story_of
@@ -78,7 +78,7 @@ def _ceiling_of_windows(run: Run, part: PromptBatch, videos: np.ndarray, first: 
     stories = [story_of(run.config, run.layout, text, _length(run)) for text in part.texts]
     encoder = decoder = None
     scores = []
-    for begin, stop in segments.windows(_length(run), eval_window(run.config)):
+    for begin, stop in segments.windows(_length(run), clip_length(run.config)):
         clip = videos[:, max(stride * begin - stride + 1, 0) : stride * stop - stride + 1]
         with progress.phase("encode"):
             placed = sharding.shard_batch(run.mesh, clip)
@@ -129,7 +129,7 @@ def _total_of_windows(run: Run, parts: list[list[Callable[[], Scores]]]) -> Eval
     """Means over the windows of a video; `late` is the total over those in its second half, total/FRAME that of one."""
     length = _length(run)
     windows = [_total(run, pieces) for pieces in zip(*parts, strict=True)]
-    begins = [first for first, _ in segments.windows(length, eval_window(run.config))]
+    begins = [first for first, _ in segments.windows(length, clip_length(run.config))]
     late = [w["total"] for first, w in zip(begins, windows, strict=True) if 2 * first >= length] or [
         windows[-1]["total"]
     ]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import sharding, stream
-from astrolabe_jax.config import eval_window, piece, rounds
+from astrolabe_jax.config import clip_length, piece, rounds
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.generate import encode_distinct, joined, judge, refuse_non_finite
 from astrolabe_jax.models.layers import merge
@@ -225,7 +225,7 @@ def sample(
                 latents = jax.block_until_ready(take.latents)
             pixels = _seen(run, latents, forked.vae if _decodes(run) else None, cast, blocks, chosen, progress)
             pixels = np.concatenate([*(np.repeat(part, share, axis=0) for part in before), pixels], axis=1)
-            scores.append(judge(run, pixels, cast.part(chosen).at(blocks[0]), chosen, progress))
+            scores.append(_judged(run, pixels, cast.part(chosen), start, chosen, progress))
             parts.append(latents)
             order.append(chosen)
             progress.tick(what, len(parts), count * each // share)
@@ -282,12 +282,34 @@ def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segme
             take = film(run, adapter, cast.part(chosen), begin(run, size), blocks, decode=False)
             latents = jax.block_until_ready(take.latents)
         pixels = _seen(run, latents, None, cast, blocks, chosen, progress)
-        prompts = cast.part(chosen).at(blocks_of(run, start, stop)[0])
-        scores.append(judge(run, pixels, prompts, chosen, progress))
+        scores.append(_judged(run, pixels, cast.part(chosen), start, chosen, progress))
         parts.append(latents)
         progress.tick(what, len(parts), len(batch.texts) // size)
     latents = _sorted(parts, np.arange(len(batch.texts)), mesh=run.mesh)
     return Segment(latents, joined(scores), Pasts([], []))
+
+
+def _judged(
+    run: Run, pixels: np.ndarray, cast: Cast, start: int, numbers: Sequence[int], progress: Progress
+) -> Callable[[], Scores]:
+    """Begins to score videos that end with the window from `start` on: [B] of the whole, or the means of their clips.
+
+    pixels [B, T, height, width, 3]. A clip is judged by the prompt that it begins with, the whole by the window's.
+    """
+    streaming, stride = run.config.streaming, run.base.vae.config.temporal_stride
+    count = -(-pixels.shape[1] // stride)  # latent frames; the first one of a video is one frame, not `stride`
+    lacking, first = stride * count - pixels.shape[1], start + streaming.window - count
+    waiting = []
+    for begin, stop in windows(count, streaming.clip or count):
+        clip = pixels[:, max(stride * begin - lacking, 0) : stride * stop - lacking]
+        prompts = cast.at((first + begin if streaming.clip else start) // run.layout.block)
+        waiting.append(judge(run, clip, prompts, numbers, progress))
+
+    def mean() -> Scores:
+        clips = [wait() for wait in waiting]
+        return {name: np.mean([clip[name] for clip in clips], axis=0) for name in clips[0]}
+
+    return mean
 
 
 def watch(
@@ -304,7 +326,7 @@ def watch(
         numbers = np.arange(first, min(first + size, count))
         part = cast.part(np.resize(numbers, size))  # the last piece is filled up
         streams, clips, scores = begin(run, size), [], []
-        for window in windows(frames, eval_window(run.config)):
+        for window in windows(frames, clip_length(run.config)):
             blocks = blocks_of(run, *window)
             with progress.phase("rollout"):
                 streams = enter(run, adapter, part, streams, blocks[0])

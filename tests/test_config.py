@@ -72,8 +72,14 @@ def test_a_field_at_fault_is_named(changes, expected):
             {"streaming.window": 0, "eval.frames": 33},
             "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window",
         ),
-        ({"streaming.window": 0, "eval.window": 9}, "config.eval.window belongs to the training of windows; set strea"),
-        ({"eval.window": 10}, "config.eval.window is 10; expected whole blocks of 3"),
+        (
+            {"streaming.clip": 4},
+            "config.streaming.clip is 4; expected whole blocks of 3, and the window of 9 to be whole",
+        ),
+        (
+            {"streaming.clip": 6},
+            "config.streaming.clip is 6; expected whole blocks of 3, and the window of 9 to be whole",
+        ),
         ({"streaming.prompts_per_device": 4}, "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev"),
         ({"sampler.batch": 16}, "config.sampler.batch is 16, 16 at once .*expected the same number of videos, a divi"),
         ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12, 12 at once"),

@@ -31,7 +31,7 @@ LAYERS = {
 }
 ORDER = list(LAYERS)
 # read in config.py for others
-DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames", "eval_window")
+DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames", "clip_length")
 WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
 EXCEPTIONS = {("update", "losses"), ("report", "prepare")}
 

@@ -228,21 +228,50 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
     assert set(following.index).isdisjoint(batch.index)
 
 
-def test_held_out_videos_are_scored_in_windows_of_their_own(base, tmp_path):
+def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
     """The same videos of six frames, cut into other clips."""
     shown, scores = {}, {}
-    for window in (2, 4, 6):
-        config = runs.small_config(base, **runs.WINDOWS | ONE | {"eval.frames": 0, "eval.window": window})
+    for window in (2, 3, 6):
+        changes = {"eval.frames": 0, "streaming.window": 6, "streaming.clip": window}
+        config = runs.small_config(base, **runs.WINDOWS | ONE | changes)
         run = runs.prepared(config, tmp_path / str(window), 1)
         scores[window], shown[window] = evaluate.evaluate(run, run.adapter, runs.quiet(), "held-out")
     np.testing.assert_array_equal(shown[6], shown[2])
-    np.testing.assert_array_equal(shown[4], shown[2])
+    np.testing.assert_array_equal(shown[3], shown[2])
     for window, found in scores.items():
         begins = [f"total/{first}" for first in range(0, 6, window)]
         assert [name for name in found if name.startswith("total/")] == begins
         np.testing.assert_allclose(found["total"], np.mean([found[name] for name in begins], axis=0))
     np.testing.assert_array_equal(scores[2]["late"], scores[2]["total/4"])
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, start", [({}, 2), ({}, 0), ({"streaming.reward": "full"}, 2), ({"streaming.reward": "window_alone"}, 2)]
+)
+def test_a_window_has_the_mean_of_its_clips(made, changes, start):
+    """The frames that are scored, cut by hand: of a window of four, two clips of two latent frames."""
+    calls, judge = [], segments.judge
+
+    def kept(run, frames, texts, numbers, progress):
+        wait = judge(run, frames, texts, numbers, progress)
+        calls.append((frames, numbers, wait))
+        return wait
+
+    changes = changes | {"streaming.window": 4}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(segments, "judge", kept)
+        whole = made(changes, starts=(start,))
+        frames, numbers, _ = calls.pop()
+        cut = made(changes | {"streaming.clip": 2}, starts=(start,))
+    length = 4 * (4 + start * (changes.get("streaming.reward") == "full"))
+    length -= 3 * (start == 0 or "streaming.reward" in changes)
+    assert frames.shape[1] == length and not np.array_equal(cut.records, whole.records)
+    np.testing.assert_array_equal(np.concatenate([clip for clip, _, _ in calls], axis=1), frames)
+    assert [clip.shape[1] for clip, _, _ in calls[1:]] == [8] * (len(calls) - 1)
+    scores = [wait() for _, _, wait in calls]
+    for name, values in cut.drawn[0].scores.items():
+        np.testing.assert_array_equal(values[numbers], np.mean([clip[name] for clip in scores], axis=0), err_msg=name)
 
 
 def test_every_video_is_chosen_now_and_then(made):
