@@ -458,11 +458,11 @@ def describe(run: Run, devices: str) -> dict[str, str]:
 
 def _windows(run: Run) -> str:
     streaming, starts = run.config.streaming, run.starts
-    distinct = len(set(starts))
+    distinct, clips = len(set(starts)), f", clips of {streaming.clip}" if streaming.clip else ""
     places = f"{starts[0]}" if distinct == 1 else f"one of {distinct} frames {starts[0]} to {starts[-1]}"
     return (
         f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling {streaming.sampling}, "
-        f"backprop {streaming.backprop}, prefix {streaming.prefix}, reward {streaming.reward}"
+        f"backprop {streaming.backprop}, prefix {streaming.prefix}, reward {streaming.reward}{clips}"
     )
 
 

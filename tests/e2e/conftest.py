@@ -9,13 +9,18 @@ from tests.tiny_base import write_tiny_base
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Every run jits its own train step; runs of one shape share the compiled program through the disk cache."""
+    """Every run jits its own train step; runs of one shape share the compiled program through the disk cache.
+
+    So do programs whose `main` a test calls, and which would otherwise take the user's (recipes.set_up).
+    """
     cache = tmp_path_factory.mktemp("xla")
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(cache), 0.1), strict=True):
         jax.config.update(name, value)
-    yield cache
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        yield cache
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
 

@@ -142,7 +142,6 @@ def test_two_processes_score_as_one(base, directory, tmp_path, environment):
 
 def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(self_check.recipes, "set_up", lambda: None)  # these tests have a cache of their own
     monkeypatch.setattr(self_check.pictures, "read_video", lambda path, fps: pixels)
     holders = {
         "config": config(base, directory), "video": "a.mp4", "prompt": "a red circle moving left on a blue background",
