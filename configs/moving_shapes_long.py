@@ -2,10 +2,10 @@
 
     python -m astrolabe_jax.main --config=configs/moving_shapes_long.py --workdir=runs/long
 
-An epoch trains on 27 latent frames that begin at frame 0, or at 36 behind a past that the eight videos of a prompt share:
-three times of four at 0, where videos differ most. Shapes bounce off the border; a window is scored in clips of 9, as
-long as rewards know a bounce. Held-out videos are judged in the same clips; a third of their prompts stay, the others
-change in mid-stream.
+An epoch trains on 27 latent frames that begin at frame 0, or at 36 behind a past that the eight videos of a prompt
+share: three times of four at 0, where videos differ most. Shapes bounce off the border; a window is scored in clips of
+9, as long as rewards know a bounce. Held-out videos are judged in the same clips; a third of their prompts stay, the
+others change in mid-stream.
 """
 
 from astrolabe_jax.config import get_config as base_config
