@@ -356,8 +356,7 @@ VARIANTS |= {f"{family}:{words}": (family, words) for family in RECIPES for word
 VARIANTS |= {"causal_forcing:framewise": ("causal_forcing", "framewise")}
 TRACED = {}
 QUICK = {  # one of each family, and what is unlike the others
-    "self_forcing_video_hpsv3", "krea14b_video_hpsv3", "longlive_video_hpsv3_streaming_with_lora_init",
-    "causal_forcing:framewise", "longlive:reference",
+    "krea14b_video_hpsv3", "longlive_video_hpsv3_streaming_with_lora_init", "causal_forcing:framewise",
 }  # fmt: skip
 
 

@@ -236,6 +236,7 @@ def test_4_gradients_end_at_the_window_unless_they_are_asked_to_go_on(prefix):
     assert (of_latents > 0) == (prefix == "full")
 
 
+@pytest.mark.slow
 def test_4_the_policy_learns_through_the_past_with_full_gradients():
     """The same predictions from its own keys of the past, held fixed, have another gradient.
 

@@ -68,6 +68,7 @@ def assert_one_set_of_files(workdir):
     assert kinds == [("evaluation", 0), *(("epoch", epoch) for epoch in range(1, 5)), ("evaluation", 4)]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(straight, base, tmp_path, environment):
     config, whole, _ = straight
     workdir = tmp_path / "run"

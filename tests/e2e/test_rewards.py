@@ -68,7 +68,8 @@ def test_every_sample_has_its_scores_raw_and_standardised(whole):
         np.testing.assert_allclose([group.mean() for group in groups], 0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("overlap", "weights"), [("all", "device"), pytest.param("host", "host", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize(("overlap", "weights"), [("all", "device"), ("host", "host")])
 def test_neither_overlap_nor_where_weights_are_change_a_run(whole, base, directory, tmp_path, overlap, weights):
     """Batches of four, so that there is something to overlap with, and a stop in between."""
     made, workdir = whole

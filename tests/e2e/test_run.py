@@ -205,6 +205,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, 
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint_stays(
     straight, base, tmp_path, monkeypatch
 ):

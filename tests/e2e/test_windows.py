@@ -178,7 +178,11 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
 @pytest.mark.parametrize(
     ("changes", "devices"),
     [
-        ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
+        pytest.param(
+            {"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4},
+            1,
+            marks=pytest.mark.slow,
+        ),
         ({"mesh.samples_per_device": 4}, 1),
         pytest.param({}, 2, marks=pytest.mark.slow),
         pytest.param({}, 4, marks=pytest.mark.slow),  # more devices than prompts
@@ -247,7 +251,13 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, start", [({}, 2), ({}, 0), ({"streaming.reward": "full"}, 2), ({"streaming.reward": "window_alone"}, 2)]
+    "changes, start",
+    [
+        ({}, 2),
+        pytest.param({}, 0, marks=pytest.mark.slow),
+        pytest.param({"streaming.reward": "full"}, 2, marks=pytest.mark.slow),
+        pytest.param({"streaming.reward": "window_alone"}, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_window_has_the_mean_of_its_clips(made, changes, start):
     """The frames that are scored, cut by hand: of a window of four, two clips of two latent frames."""
@@ -401,6 +411,7 @@ def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
     """streaming.save 'sequence_end': there is one where no streams are, and at the end; the run is the same."""
     fields = {"streaming.save": "sequence_end", "train.checkpoints_kept": 9}
@@ -409,6 +420,7 @@ def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
     assert_same_end(run, undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["full", pytest.param("sequence_end", marks=pytest.mark.slow)])
 def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(go, undisturbed, tmp_path, monkeypatch, save):
     stops, blend = [], train.blend_old
@@ -437,8 +449,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        pytest.param({"streaming.mode": "epoch"}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+        {"streaming.mode": "epoch"},
         pytest.param({"streaming.recache_on_update": True}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.prefix": "per_policy"}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.backprop": "full"}, marks=pytest.mark.slow),

@@ -346,6 +346,7 @@ def step_file(path: Path, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.slow
 def test_outputs_of_an_optimiser_step_may_be_left_out(folder):
     """Without the stored gradient, and with only one prediction to tell which policy the reference is."""
     path, layer = folder / "fh_x.npz", "x/old_after/base_model.model.blocks.1."

@@ -74,6 +74,7 @@ def test_no_pixel_depends_on_a_later_latent(vae, latent_frame):
     assert jnp.all(jnp.any(derivative[:, first_changed:] != 0, axis=(0, 2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_a_black_input_has_finite_gradients(vae):
     """The norm of a zero vector must not make the gradient of x / |x| infinite."""
 
