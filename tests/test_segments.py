@@ -270,8 +270,8 @@ def test_4_the_policy_learns_through_the_past_with_full_gradients():
     "layout",
     [
         Layout(block=2, window=4, sink=2, positions="relative"),
-        Layout(block=1, window=4, sink=1),
-        Layout(block=2, window=4),
+        pytest.param(Layout(block=1, window=4, sink=1), marks=pytest.mark.slow),
+        pytest.param(Layout(block=2, window=4), marks=pytest.mark.slow),
         pytest.param(Layout(block=1, window=3, positions="relative"), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -99,7 +99,7 @@ def assert_same_step(got, want):
     assert_same_state(state, wanted_state)
 
 
-@pytest.mark.parametrize("microbatch", [4, 2])
+@pytest.mark.parametrize("microbatch", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_microbatches_do_not_change_the_step(microbatch):
     assert_same_step(run_step(make_config(), make_batch(make_samples(), microbatch)), whole_batch_step())
 

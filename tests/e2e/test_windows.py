@@ -449,8 +449,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"streaming.mode": "epoch"},
+        {},
+        pytest.param({"streaming.mode": "epoch"}, marks=pytest.mark.slow),
         pytest.param({"streaming.recache_on_update": True}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.prefix": "per_policy"}, marks=pytest.mark.slow),
         pytest.param({"streaming.mode": "epoch", "streaming.backprop": "full"}, marks=pytest.mark.slow),
