@@ -271,12 +271,12 @@ def test_a_window_has_the_mean_of_its_clips(made, changes, start):
     changes = changes | {"streaming.window": 4}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(segments, "judge", kept)
-        whole = made(changes, starts=(start,))
+        made(changes, starts=(start,))
         frames, numbers, _ = calls.pop()
         cut = made(changes | {"streaming.clip": 2}, starts=(start,))
     length = 4 * (4 + start * (changes.get("streaming.reward") == "full"))
     length -= 3 * (start == 0 or "streaming.reward" in changes)
-    assert frames.shape[1] == length and not np.array_equal(cut.records, whole.records)
+    assert frames.shape[1] == length and len(calls) > 1
     np.testing.assert_array_equal(np.concatenate([clip for clip, _, _ in calls], axis=1), frames)
     assert [clip.shape[1] for clip, _, _ in calls[1:]] == [8] * (len(calls) - 1)
     scores = [wait() for _, _, wait in calls]
@@ -421,7 +421,7 @@ def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save", ["full", pytest.param("sequence_end", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("save", ["full", "sequence_end"])
 def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(go, undisturbed, tmp_path, monkeypatch, save):
     stops, blend = [], train.blend_old
 
