@@ -29,11 +29,17 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def set_up() -> None:
-    """What every program does before it uses JAX: compiled programs are kept on the disk."""
+    """What every program does before it uses JAX: compiled programs are kept on the disk, and float32 is float32.
+
+    Without the latter a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as it is.
+    JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+    """
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
+    precision = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    jax.config.update("jax_default_matmul_precision", precision)
 
 
 def fail(message: str | Exception, status: int) -> None:

@@ -11,12 +11,13 @@ from tests.tiny_base import write_tiny_base
 def compiled_once(tmp_path_factory):
     """Every run jits its own train step; runs of one shape share the compiled program through the disk cache.
 
-    So do programs whose `main` a test calls, and which would otherwise take the user's (recipes.set_up).
+    So do programs whose `main` a test calls, and which would otherwise take the user's (recipes.set_up). The precision
+    is theirs.
     """
     cache = tmp_path_factory.mktemp("xla")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_default_matmul_precision")
     before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(cache), 0.1), strict=True):
+    for name, value in zip(names, (str(cache), 0.1, "float32"), strict=True):
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
