@@ -7,15 +7,15 @@ The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 lat
 24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes world, which compiles
 in seconds. A cell is VARIANT:START; variants are those of Table 4a (streaming.md 5.3).
 
---target: cpu; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or a TPU's topology as
-v5p:2x2x1, with TPU_LIBRARY_PATH (README.md).
+--target: here; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or a TPU's topology as
+v5p:2x2x1, with TPU_LIBRARY_PATH (README.md). With --target=here --run each program also runs, on random numbers.
 """
 
 import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -51,6 +51,24 @@ SIZES = {
 }
 
 
+class Call(NamedTuple):
+    """A jitted function and what to call it with: shapes, and what is static."""
+
+    function: Any
+    arguments: tuple
+    static: dict[str, Any] = {}
+
+    def lower(self):
+        return self.function.lower(*self.arguments, **self.static)
+
+
+class Execution(NamedTuple):
+    """What a program took on the device that is here."""
+
+    seconds: float  # the least of several calls
+    peak: int  # bytes that this process has had on the device at most; 0 where the device does not count
+
+
 class Program(NamedTuple):
     """Memory of a compiled program, in bytes."""
 
@@ -58,6 +76,7 @@ class Program(NamedTuple):
     arguments: int
     fresh: int  # outputs that do not take an argument's place
     seconds: float  # of tracing and compiling
+    execution: Execution | None = None
 
 
 class Peak(NamedTuple):
@@ -90,22 +109,22 @@ def shipped(start: int) -> ConfigDict:
     return config
 
 
-def measure(config: ConfigDict, target: str, only: tuple[str, ...] = ()) -> dict[str, Peak]:
-    """Program -> its peak, at the single start of `config`; `only` these programs, or all."""
+def measure(config: ConfigDict, target: str, only: tuple[str, ...] = (), execute: bool = False) -> dict[str, Peak]:
+    """Program -> its peak, at the single start of `config`; `only` these programs, or all; `execute` also runs them."""
     with compiling_for(target) as devices:
         run = plan.abstract_run(config, 1)
         run = run._replace(mesh=sharding.make_mesh(config.mesh, devices))
         held, peaks = held_bytes(run), {}
-        for name, lower in programs(run).items():
+        for name, call in programs(run).items():
             if name in (only or (name,)):
-                peaks[name] = Peak(held["update" if name == "update" else "sampling"], compiled(lower))
+                peaks[name] = Peak(held["update" if name == "update" else "sampling"], compiled(call, execute))
     return peaks
 
 
 @contextlib.contextmanager
 def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
     """The devices that are compiled for; within, the library chooses what it would choose there."""
-    if target == "cpu":
+    if target == "here":
         yield jax.devices()[:count]
         return
     if target == "h200":
@@ -119,8 +138,8 @@ def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
         yield devices
 
 
-def programs(run: Run) -> dict[str, Callable]:
-    """Name -> lower(), for the programs that work on a piece of an epoch's videos."""
+def programs(run: Run) -> dict[str, Call]:
+    """Name -> the program, of those that work on a piece of an epoch's videos."""
     mesh, net, vae, (_, *latent) = run.mesh, run.base.transformer, run.base.vae, run.latent_shape
     count = piece(run.config, run.config.sampler.batch, 1)
     policy = stream.Policy(
@@ -137,16 +156,17 @@ def programs(run: Run) -> dict[str, Callable]:
     static, params, adapter, _ = stream.split(policy)
     sample = (params, adapter, _shape(), text, noise, _cache(run, count), _number(), _shape(block, dtype=jnp.int32))
     decode = (vae.params, _shape(count, chunk, *latent), memory)
+    step = update.TrainStep(run.config, net.graphdef, run.layout, mesh)
     return {
         # A past's block and a candidate's: one program where the past of one prompt and one candidate are made at once.
-        "block": lambda: stream.sample_block.lower(
-            static, *sharding.replicate(mesh, sample), at=None, aligned=True, trace=False, partial=True
+        "block": Call(
+            stream.sample_block,
+            (static, *sharding.replicate(mesh, sample)),
+            {"at": None, "aligned": True, "trace": False, "partial": True},
         ),
-        "decoder": lambda: decode_chunk.lower(vae.graphdef, *sharding.replicate(mesh, decode), mesh=mesh),
-        "update": lambda: update.TrainStep(run.config, net.graphdef, run.layout, mesh).accumulate.lower(
-            *sharding.replicate(mesh, step_arguments(run))
-        ),
-    }  # fmt: skip
+        "decoder": Call(decode_chunk, (vae.graphdef, *sharding.replicate(mesh, decode)), {"mesh": mesh}),
+        "update": Call(step.accumulate, sharding.replicate(mesh, step_arguments(run))),
+    }
 
 
 def step_arguments(run: Run) -> tuple:
@@ -214,12 +234,45 @@ def stored(run: Run) -> dict[str, int]:
     }
 
 
-def compiled(lower: Callable) -> Program:
-    """The compiler's own figures."""
+def compiled(call: Call, execute: bool = False) -> Program:
+    """The compiler's own figures; with `execute` also the device's."""
     began = time.monotonic()
-    found = lower().compile().memory_analysis()
+    found = call.lower().compile().memory_analysis()
+    seconds = time.monotonic() - began
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Program(found.temp_size_in_bytes, found.argument_size_in_bytes, fresh, time.monotonic() - began)
+    ran = executed(call) if execute else None
+    return Program(found.temp_size_in_bytes, found.argument_size_in_bytes, fresh, seconds, ran)
+
+
+def executed(call: Call, times: int = 3) -> Execution:
+    """Calls it on random numbers, 1 + `times` times; arguments that were donated are made anew."""
+    arguments, seconds = jax.tree.map(_random, call.arguments), []
+    for _ in range(1 + times):
+        arguments = jax.tree.map(
+            lambda shape, leaf: _random(shape) if isinstance(leaf, jax.Array) and leaf.is_deleted() else leaf,
+            call.arguments, arguments,
+        )  # fmt: skip
+        began = time.monotonic()
+        jax.block_until_ready(call.function(*jax.block_until_ready(arguments), **call.static))
+        seconds.append(time.monotonic() - began)
+    return Execution(min(seconds[1:]), (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
+
+
+def _random(leaf: Any) -> Any:
+    """Random numbers of that shape, small ones; zeros of integers; what is no shape stays."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return _normal(leaf.shape, leaf.dtype, leaf.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _normal(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+    made = jax.random.normal(jax.random.key(0), shape, dtype) * jnp.asarray(0.02, dtype)
+    return made if where is None else jax.lax.with_sharding_constraint(made, where)
 
 
 def size_of(tree: Any) -> int:
@@ -244,6 +297,8 @@ def _cache(run: Run, count: int) -> kv.Cache:
 def main(argv: list[str]) -> None:
     """A line for each cell and program, in GiB; in MiB for the shipped model."""
     values = flags.FLAGS
+    if values.run and values.target != "here":
+        raise app.UsageError(f"--run runs on the device that is here, not on {values.target}; give --target=here")
     unit = 20 if values.model == "shipped" else 30
     if values.stored:
         for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
@@ -253,17 +308,21 @@ def main(argv: list[str]) -> None:
         variant, start = cell.split(":")
         config = setting(variant, int(start), shipped(int(start)) if values.model == "shipped" else None)
         config.model.attention = values.attention
-        for name, peak in measure(config, values.target, tuple(values.programs)).items():
+        for name, peak in measure(config, values.target, tuple(values.programs), values.run).items():
             sizes = peak.held, peak.program.arguments, peak.program.temporaries, peak.program.fresh, peak.total
             row = "  ".join(f"{size / 2**unit:7.2f}" for size in sizes)
-            print(f"{values.target} {variant:12} {start:>4} {name:8} {row}  {peak.program.seconds:6.0f} s", flush=True)
+            row += f"  {peak.program.seconds:6.0f} s"
+            if peak.program.execution:
+                row += f"  ran: {peak.program.execution.seconds:.3f} s, {peak.program.execution.peak / 2**unit:.2f}"
+            print(f"{values.target} {variant:12} {start:>4} {name:8} {row}", flush=True)
 
 
-flags.DEFINE_string("target", "cpu", "cpu, h200, or the name of a TPU's topology")
+flags.DEFINE_string("target", "here", "here, h200, or the name of a TPU's topology")
 flags.DEFINE_enum("model", "longlive", ["longlive", "shipped"], "whose programs")
 flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
 flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
 flags.DEFINE_string("attention", "auto", "model.attention: auto takes cudnn on a GPU, else xla")
+flags.DEFINE_bool("run", False, "also run what is compiled, on the device that is here")
 flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
 
 if __name__ == "__main__":
