@@ -1,0 +1,66 @@
+"""What a reward on every k-th frame says of a policy's videos, against the same reward on all frames.
+
+    python -m experiments.frame_stride.measure --reward=hpsv3 --options='{"path": "rewards/hpsv3"}' --strides=1,2,4,8 \
+        --config=configs/self_forcing.py
+
+Samples an epoch's videos of the recipe with its base, and scores them with each stride. Prints, for each: frames and
+seconds; the mean change of the score (bias) and what is left of the change (error), both in deviations of the score
+between the videos of a prompt, which is what advantages are measured in; and the mean rank correlation within prompts.
+"""
+
+import json
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+from scipy.stats import spearmanr
+
+from astrolabe_jax import prompts, recipes, report, rewards
+from astrolabe_jax.generate import encode_texts, generate
+from astrolabe_jax.prepare import prepare
+from astrolabe_jax.types import Purpose
+
+_REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
+_OPTIONS = flags.DEFINE_string("options", None, "JSON of its other options")
+_STRIDES = flags.DEFINE_list("strides", ["1", "2", "4", "8"], "the first is what the others are compared with")
+
+
+def main(config: flags.FlagHolder) -> None:
+    recipes.set_up()
+    with tempfile.TemporaryDirectory() as workdir:
+        run = prepare(config.value, workdir)
+    given = run.config.prompts
+    batch = prompts.draw(run.train_prompts, run.config.seed, 0, given.groups, given.candidates, 1)
+    keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
+    progress = report.Progress({}, lambda: None)
+    videos = generate(run, run.adapter, batch, encode_texts(run, batch, progress), keys, progress, "videos")
+    frames = np.concatenate([piece.frames for piece in videos])
+    setting = rewards.Setting(run.mesh, run.config.video.fps)
+    whole = None
+    for stride in map(int, _STRIDES.value):
+        options = json.loads(_OPTIONS.value) | {"weight": 1.0, "frame_stride": stride}
+        (loaded,) = rewards.load({_REWARD.value: options}, setting)
+        loaded.scorer.score(loaded.scorer.params, frames[:1], batch.texts[:1])  # compiles
+        begin = time.perf_counter()
+        scores = np.asarray(loaded.scorer.score(loaded.scorer.params, frames, batch.texts)[_REWARD.value], np.float64)
+        seconds = time.perf_counter() - begin
+        whole = scores if whole is None else whole
+        counts = {"stride": stride, "frames": len(range(0, frames.shape[1], stride)), "seconds": round(seconds, 2)}
+        print(json.dumps(counts | compared(scores, whole, batch.index)), flush=True)
+
+
+def compared(scores: np.ndarray, whole: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """Of scores [N] against those of all frames; groups [N]: the prompt of each video."""
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    spread = np.sqrt(np.mean([whole[member].var() for member in members]))
+    change = (scores - whole) / spread
+    within = np.concatenate([change[member] - change[member].mean() for member in members])
+    ranks = [spearmanr(scores[member], whole[member]).statistic for member in members]
+    return {"bias": change.mean(), "error": within.std(), "rank_correlation": float(np.mean(ranks))}
+
+
+if __name__ == "__main__":
+    holder = recipes.define()
+    flags.mark_flags_as_required(["config", "options"])
+    app.run(lambda argv: main(holder), flags_parser=recipes.parse)

@@ -1,0 +1,23 @@
+"""What experiments/frame_stride says of scores."""
+
+import numpy as np
+import pytest
+
+from experiments.frame_stride.measure import compared
+
+WHOLE = np.array([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
+GROUPS = np.array([3, 3, 3, 5, 5, 5])
+SPREAD = np.sqrt(2 / 3)  # of 0, 1, 2
+
+
+def test_a_shift_is_bias_alone():
+    assert compared(WHOLE + 1, WHOLE, GROUPS) == pytest.approx({"bias": 1 / SPREAD, "error": 0, "rank_correlation": 1})
+
+
+def test_what_differs_between_the_videos_of_a_prompt_is_error():
+    found = compared(WHOLE[::-1] + [10, 10, 10, -10, -10, -10], WHOLE, GROUPS)  # either prompt the other way round
+    assert found == pytest.approx({"bias": 0, "error": np.sqrt(8 / 3) / SPREAD, "rank_correlation": -1})
+
+
+def test_a_shift_of_one_prompt_is_no_error():
+    assert compared(WHOLE + [3, 3, 3, 0, 0, 0], WHOLE, GROUPS)["error"] == pytest.approx(0)
