@@ -34,6 +34,7 @@ SIZES = {
     "optimiser.steps_per_pass": 1,
     "sampler.batch": CANDIDATES,
     "streaming.window": WINDOW,
+    "streaming.clip": 0,
     "streaming.selection": "last",
     "streaming.prompts_per_device": 1,
     "streaming.reward": "window_alone",  # the past is not decoded, so that its time is that of the rollout

@@ -104,7 +104,7 @@ def shipped(start: int) -> ConfigDict:
     config = moving_shapes_long.get_config()
     config.model.remat = True
     config.optimiser.steps_per_pass = 1
-    config.streaming.window, config.streaming.prompts_per_device = 21, 1
+    config.streaming.window, config.streaming.clip, config.streaming.prompts_per_device = 21, 0, 1
     config.video.frames = 4 * (start + 20) + 1
     return config
 
