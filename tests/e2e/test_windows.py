@@ -93,14 +93,15 @@ def assert_learnt(made):
     assert np.isfinite(made.latents).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        pytest.param({"streaming.prefix": "noised_prefix", "loss.context": "noisy"}, marks=pytest.mark.slow),
-        pytest.param({"loss.kind": "diffusion_nft", "loss.mask_block": 1}, marks=pytest.mark.slow),
-        pytest.param({"streaming.sampling": "sequence", "loss.context": "noisy"}, marks=pytest.mark.slow),
-        pytest.param({"streaming.backprop": "full", "streaming.reward": "full"}, marks=pytest.mark.slow),
+        {"streaming.prefix": "noised_prefix", "loss.context": "noisy"},
+        {"loss.kind": "diffusion_nft", "loss.mask_block": 1},
+        {"streaming.sampling": "sequence", "loss.context": "noisy"},
+        {"streaming.backprop": "full", "streaming.reward": "full"},
     ],
     ids=str,
 )
@@ -164,7 +165,7 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     assert_same_state(window.state, jax.device_get(point.state))
 
 
-@pytest.mark.parametrize("start", [2, 4])
+@pytest.mark.parametrize("start", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evicted(made, start):
     """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers differ."""
     one, other = (made({"streaming.prefix": prefix}, starts=(start,)) for prefix in ("rollout_old", "per_policy"))
@@ -446,15 +447,16 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        pytest.param({"streaming.mode": "epoch"}, marks=pytest.mark.slow),
-        pytest.param({"streaming.recache_on_update": True}, marks=pytest.mark.slow),
-        pytest.param({"streaming.mode": "epoch", "streaming.prefix": "per_policy"}, marks=pytest.mark.slow),
-        pytest.param({"streaming.mode": "epoch", "streaming.backprop": "full"}, marks=pytest.mark.slow),
-        pytest.param({"streaming.mode": "epoch", "streaming.sampling": "sequence"}, marks=pytest.mark.slow),
+        {"streaming.mode": "epoch"},
+        {"streaming.recache_on_update": True},
+        {"streaming.mode": "epoch", "streaming.prefix": "per_policy"},
+        {"streaming.mode": "epoch", "streaming.backprop": "full"},
+        {"streaming.mode": "epoch", "streaming.sampling": "sequence"},
     ],
     ids=str,
 )

@@ -52,11 +52,13 @@ def test_size():
     assert sum(file.stat().st_size for file in files) <= 8e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["visibility", "direction", "background"])
 def test_most_videos_show_what_the_prompt_says(scores, part):
     assert np.mean(scores[f"shapes_ta/{part}"] > 0.5) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "share"), [("circle", 0.8), ("square", 0.4), ("triangle", 0.8)])
 def test_every_shape_is_told_from_the_two_others(drawn, scores, shape, share):
     """The asked shape is seen more clearly than either of the others would be; squares have round corners."""
@@ -72,6 +74,7 @@ def test_every_shape_is_told_from_the_two_others(drawn, scores, shape, share):
     assert len(asked) >= 8 and np.mean(scores["shapes_ta/shape"][asked] > rival) > share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes_ta/colour", "shapes_ta/speed", "shapes_mq/steadiness"])
 def test_there_is_work_left(scores, name):
     assert np.mean(scores[name]) < 0.9
