@@ -165,7 +165,8 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     assert_same_state(window.state, jax.device_get(point.state))
 
 
-@pytest.mark.parametrize("start", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [2, 4])
 def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evicted(made, start):
     """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers differ."""
     one, other = (made({"streaming.prefix": prefix}, starts=(start,)) for prefix in ("rollout_old", "per_policy"))
@@ -176,19 +177,16 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
         assert abs(one.records[0]["policy_loss"] / other.records[0]["policy_loss"] - 1) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "devices"),
     [
-        pytest.param(
-            {"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4},
-            1,
-            marks=pytest.mark.slow,
-        ),
+        ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
         ({"mesh.samples_per_device": 4}, 1),
-        pytest.param({}, 2, marks=pytest.mark.slow),
-        pytest.param({}, 4, marks=pytest.mark.slow),  # more devices than prompts
-        pytest.param({"mesh.samples_per_device": 1}, 4, marks=pytest.mark.slow),
-        pytest.param({}, 8, marks=pytest.mark.slow),
+        ({}, 2),
+        ({}, 4),  # more devices than prompts
+        ({"mesh.samples_per_device": 1}, 4),
+        ({}, 8),
     ],
 )
 def test_devices_and_pieces_do_not_change_an_epoch(made, changes, devices):
@@ -251,13 +249,14 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, start",
     [
         ({}, 2),
-        pytest.param({}, 0, marks=pytest.mark.slow),
-        pytest.param({"streaming.reward": "full"}, 2, marks=pytest.mark.slow),
-        pytest.param({"streaming.reward": "window_alone"}, 2, marks=pytest.mark.slow),
+        ({}, 0),
+        ({"streaming.reward": "full"}, 2),
+        ({"streaming.reward": "window_alone"}, 2),
     ],
 )
 def test_a_window_has_the_mean_of_its_clips(made, changes, start):

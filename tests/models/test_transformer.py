@@ -189,6 +189,7 @@ def test_short_text_is_padded_with_zeros():
         merge(graphdef, params).encode_text(jnp.zeros((1, 9, 8)))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     layout, x = Layout(block=2), tiny.latents(4)
 
