@@ -52,14 +52,15 @@ SIZES = {
 
 
 class Call(NamedTuple):
-    """A jitted function and what to call it with: shapes, and what is static."""
+    """A jitted function and what to call it with: shapes, after what is static by position, and static keywords."""
 
     function: Any
     arguments: tuple
-    static: dict[str, Any] = {}
+    before: tuple = ()
+    keywords: dict[str, Any] = {}
 
     def lower(self):
-        return self.function.lower(*self.arguments, **self.static)
+        return self.function.lower(*self.before, *self.arguments, **self.keywords)
 
 
 class Execution(NamedTuple):
@@ -161,10 +162,11 @@ def programs(run: Run) -> dict[str, Call]:
         # A past's block and a candidate's: one program where the past of one prompt and one candidate are made at once.
         "block": Call(
             stream.sample_block,
-            (static, *sharding.replicate(mesh, sample)),
+            sharding.replicate(mesh, sample),
+            (static,),
             {"at": None, "aligned": True, "trace": False, "partial": True},
         ),
-        "decoder": Call(decode_chunk, (vae.graphdef, *sharding.replicate(mesh, decode)), {"mesh": mesh}),
+        "decoder": Call(decode_chunk, sharding.replicate(mesh, decode), (vae.graphdef,), {"mesh": mesh}),
         "update": Call(step.accumulate, sharding.replicate(mesh, step_arguments(run))),
     }
 
@@ -237,31 +239,30 @@ def stored(run: Run) -> dict[str, int]:
 def compiled(call: Call, execute: bool = False) -> Program:
     """The compiler's own figures; with `execute` also the device's."""
     began = time.monotonic()
-    found = call.lower().compile().memory_analysis()
-    seconds = time.monotonic() - began
+    program = call.lower().compile()
+    seconds, found = time.monotonic() - began, program.memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    ran = executed(call) if execute else None
+    ran = executed(program, call.arguments) if execute else None
     return Program(found.temp_size_in_bytes, found.argument_size_in_bytes, fresh, seconds, ran)
 
 
-def executed(call: Call, times: int = 3) -> Execution:
+def executed(program: Any, shapes: tuple, times: int = 3) -> Execution:
     """Calls it on random numbers, 1 + `times` times; arguments that were donated are made anew."""
-    arguments, seconds = jax.tree.map(_random, call.arguments), []
+    arguments, seconds = jax.tree.map(_random, shapes), []
     for _ in range(1 + times):
         arguments = jax.tree.map(
-            lambda shape, leaf: _random(shape) if isinstance(leaf, jax.Array) and leaf.is_deleted() else leaf,
-            call.arguments, arguments,
+            lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf,
+            shapes, arguments,
         )  # fmt: skip
+        jax.block_until_ready(arguments)
         began = time.monotonic()
-        jax.block_until_ready(call.function(*jax.block_until_ready(arguments), **call.static))
+        jax.block_until_ready(program(*arguments))
         seconds.append(time.monotonic() - began)
     return Execution(min(seconds[1:]), (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
-def _random(leaf: Any) -> Any:
-    """Random numbers of that shape, small ones; zeros of integers; what is no shape stays."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
+def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Random numbers of that shape, small ones; zeros of integers."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
