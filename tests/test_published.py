@@ -355,7 +355,7 @@ VARIANTS = {name: (family_of(name), name) for name in ROWS}
 VARIANTS |= {f"{family}:{words}": (family, words) for family in RECIPES for words in ("paper,devices=48", "reference")}
 VARIANTS |= {"causal_forcing:framewise": ("causal_forcing", "framewise")}
 TRACED = {}
-QUICK = {"longlive_video_hpsv3_streaming_with_lora_init"}  # the others trace the same code in other sizes
+QUICK = {"longlive_video_hpsv3_streaming_with_lora_init"}  # streaming, with an adapter; the others are slow
 
 
 @pytest.fixture(scope="module", autouse=True)
