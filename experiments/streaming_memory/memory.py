@@ -1,6 +1,6 @@
 """Peak memory of the programs of a streaming epoch, compiled from shapes alone for a device that need not be there.
 
-    python -m experiments.streaming_memory.memory --target=h200 --cells=clip_detach:39,seq_full:39
+    python -m experiments.streaming_memory.memory --target=h200 --cells=clip_detach:39,clip_fullbp:39
     python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the update
 
 The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device has one prompt with
