@@ -250,10 +250,7 @@ def executed(program: Any, shapes: tuple, times: int = 3) -> Execution:
     """Calls it on random numbers, 1 + `times` times; arguments that were donated are made anew."""
     arguments, seconds = jax.tree.map(_random, shapes), []
     for _ in range(1 + times):
-        arguments = jax.tree.map(
-            lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf,
-            shapes, arguments,
-        )  # fmt: skip
+        arguments = jax.tree.map(lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf, shapes, arguments)
         jax.block_until_ready(arguments)
         began = time.monotonic()
         jax.block_until_ready(program(*arguments))
