@@ -249,14 +249,13 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, start",
     [
         ({}, 2),
-        ({}, 0),
-        ({"streaming.reward": "full"}, 2),
-        ({"streaming.reward": "window_alone"}, 2),
+        pytest.param({}, 0, marks=pytest.mark.slow),
+        pytest.param({"streaming.reward": "full"}, 2, marks=pytest.mark.slow),
+        pytest.param({"streaming.reward": "window_alone"}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_window_has_the_mean_of_its_clips(made, changes, start):
