@@ -12,7 +12,10 @@ VERSION = next(
 setup(
     name="astrolabe_jax",
     version=VERSION,
-    description="Reinforcement learning of few-step autoregressive video models on the forward process, in JAX",
+    description=(
+        "Reinforcement learning of few-step autoregressive video models on the forward process, "
+        "in JAX"
+    ),
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -43,7 +46,16 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        # torch, diffusers and peft are oracles: what they compute with our files is compared with what we do.
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "torch==2.13.0", "diffusers==0.42.1", "peft==0.21.2"],
+        # torch, diffusers and peft are oracles: what they compute with our files is compared with
+        # what we do.
+        "test": [
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "torch==2.13.0",
+            "diffusers==0.42.1",
+            "peft==0.21.2",
+        ],
     },
 )

@@ -1,8 +1,10 @@
-"""From rewards to what the update needs of them: the optimality r, and which samples the selective KL restrains.
+"""From rewards to what the update needs of them: the optimality r, and which samples the selective
+KL restrains.
 
-Everything here runs on the host, in numpy float64, once per epoch over all N = G K samples; groups are identified by
-the index of their prompt, never by its text. Section numbers are those of spec/objective.md. The controllers of the
-selective KL are pure functions on small states whose `_asdict()` survives JSON.
+Everything here runs on the host, in numpy float64, once per epoch over all N = G K samples; groups
+are identified by the index of their prompt, never by its text. Section numbers are those of
+spec/objective.md. The controllers of the selective KL are pure functions on small states whose
+`_asdict()` survives JSON.
 """
 
 from collections.abc import Mapping
@@ -26,8 +28,11 @@ class Advantages(NamedTuple):
     metrics: dict[str, float]
 
 
-def advantages(config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np.ndarray) -> Advantages:
-    """The advantages of an epoch. config: the whole run's; rewards {name: [N]}; groups [N], the prompt of each sample.
+def advantages(
+    config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np.ndarray
+) -> Advantages:
+    """The advantages of an epoch. config: the whole run's; rewards {name: [N]}; groups [N], the
+    prompt of each sample.
 
     Raises ValueError on a non-finite reward, naming it and the sample.
     """
@@ -40,30 +45,39 @@ def advantages(config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np
 
 
 def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Weighted sum [N] of the rewards {name: [N]} (section 4), after a check that every reward is finite."""
+    """Weighted sum [N] of the rewards {name: [N]} (section 4), after a check that every reward is
+    finite.
+    """
     if set(rewards) != set(weights):
-        raise ValueError(f"rewards {sorted(rewards)} were measured, but weights are given for {sorted(weights)}")
+        raise ValueError(
+            f"rewards {sorted(rewards)} were measured, but weights are given for {sorted(weights)}"
+        )
     for name, values in rewards.items():
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             raise ValueError(
-                f"reward {name!r} of sample {bad[0]} is {np.asarray(values)[bad[0]]} ({bad.size} of "
-                f"{len(values)} samples are not finite); look at that video before training on it"
+                f"reward {name!r} of sample {bad[0]} is {np.asarray(values)[bad[0]]} ({bad.size} "
+                f"of {len(values)} samples are not finite); look at that video before training on "
+                "it"
             )
     return sum(weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards))
 
 
 def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each reward centred and divided by its standard deviation over the epoch, so that no scale dominates the sum."""
+    """Each reward centred and divided by its standard deviation over the epoch, so that no scale
+    dominates the sum.
+    """
     scores = {name: np.asarray(values, np.float64) for name, values in rewards.items()}
     return {name: (x - x.mean()) / (x.std() + STD_FLOOR) for name, x in scores.items()}
 
 
 def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 0.0) -> np.ndarray:
-    """Advantages [N] = (score - mean of its group) / (std + 1e-4), with population standard deviations (section 4).
+    """Advantages [N] = (score - mean of its group) / (std + 1e-4), with population standard
+    deviations (section 4).
 
-    std: 'global', over the whole epoch, or 'prompt', of the group. Where every group has one member, mean and
-    standard deviation are those of the whole epoch. A deviation below min_std counts as min_std.
+    std: 'global', over the whole epoch, or 'prompt', of the group. Where every group has one
+    member, mean and standard deviation are those of the whole epoch. A deviation below min_std
+    counts as min_std.
     """
     if std not in ("global", "prompt"):
         raise ValueError(f"advantages.std is {std!r}; use 'global' or 'prompt'")
@@ -74,7 +88,9 @@ def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 
     advantage = np.empty_like(score)
     for member in members:
         spread = score.std() if std == "global" else score[member].std()
-        advantage[member] = (score[member] - score[member].mean()) / (max(spread, min_std) + STD_FLOOR)
+        advantage[member] = (score[member] - score[member].mean()) / (
+            max(spread, min_std) + STD_FLOOR
+        )
     return advantage
 
 
@@ -84,10 +100,12 @@ def optimality(advantage: np.ndarray, clip: float) -> np.ndarray:
 
 
 def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """The logged figures of section 2 about the groups: their size, spread, and the mean of their best samples.
+    """The logged figures of section 2 about the groups: their size, spread, and the mean of their
+    best samples.
 
-    `zero_std_ratio` is the share of groups whose samples all score the same, from which nothing can be learnt;
-    `top_P` averages over groups the mean of the samples at or above the group's (100 - P)-th percentile.
+    `zero_std_ratio` is the share of groups whose samples all score the same, from which nothing can
+    be learnt; `top_P` averages over groups the mean of the samples at or above the group's (100 -
+    P)-th percentile.
     """
     total = np.asarray(total, np.float64)
     scores = [total[member] for member in _by_group(groups)[1]]
@@ -113,19 +131,20 @@ def _by_group(groups):
 
 
 def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: str) -> np.ndarray:
-    """How far the main reward's ranking of each sample departs from the mean of the others', [N], in ranks (7.1).
+    """How far the main reward's ranking of each sample departs from the mean of the others', [N],
+    in ranks (7.1).
 
-    'paper': positive where the main reward likes a sample more than the others do, which is what reward hacking looks
-    like. 'published': the opposite sign and at most two other rewards, as the released code has it. Ranks run over the
-    whole epoch; ties keep the order of the samples.
+    'paper': positive where the main reward likes a sample more than the others do, which is what
+    reward hacking looks like. 'published': the opposite sign and at most two other rewards, as the
+    released code has it. Ranks run over the whole epoch; ties keep the order of the samples.
     """
     if direction not in ("paper", "published"):
         raise ValueError(f"kl.rank_direction is {direction!r}; use 'paper' or 'published'")
     others = sorted(set(rewards) - {main})
     if main not in rewards or not others:
         raise ValueError(
-            f"selective KL compares the main reward {main!r} with others, but has {sorted(rewards)}; "
-            "set kl.main_reward to one of at least two rewards"
+            f"selective KL compares the main reward {main!r} with others, but has "
+            f"{sorted(rewards)}; set kl.main_reward to one of at least two rewards"
         )
     if direction == "published":
         others = others[:2]
@@ -142,7 +161,9 @@ def _ranks(values):
 
 
 class RiskState(NamedTuple):
-    """Controller of the masked share. `ratio`: share of the non-negative discrepancies; `history`: their last means."""
+    """Controller of the masked share. `ratio`: share of the non-negative discrepancies; `history`:
+    their last means.
+    """
 
     ratio: float = 0.1
     history: tuple[float, ...] = ()
@@ -153,7 +174,8 @@ HISTORY = 20
 
 
 def update_risk(state: RiskState, discrepancy: np.ndarray) -> tuple[RiskState, float]:
-    """The controller after one epoch, and the epoch's risk: the mean non-negative discrepancy (7.2).
+    """The controller after one epoch, and the epoch's risk: the mean non-negative discrepancy
+    (7.2).
 
     A risk above all of the history raises the ratio by 1.1, one below all of it lowers it by 0.9.
     """
@@ -182,26 +204,32 @@ def risk_mask(discrepancy: np.ndarray, ratio: float) -> tuple[np.ndarray, float]
 
 
 class ResetState(NamedTuple):
-    """Controller of the reference. `threshold`: deviation that asks for a reset; `previous`: epoch of the last one."""
+    """Controller of the reference. `threshold`: deviation that asks for a reset; `previous`: epoch
+    of the last one.
+    """
 
     threshold: float
     previous: int = 0
     pending: bool = False
 
 
-# How resets move the threshold: (floor when they are rare, ceiling when they are frequent). The published numbers are
-# exchanged, so that its first frequent reset makes the threshold jump down to 0.05 (section 15.9).
+# How resets move the threshold: (floor when they are rare, ceiling when they are frequent). The
+# published numbers are exchanged, so that its first frequent reset makes the threshold jump down to
+# 0.05 (section 15.9).
 RESET_BOUNDS = {"corrected": (0.05, 0.15), "published": (0.1, 0.05)}
 RESET_STEP = 0.01
 FREQUENT_EPOCHS = 5  # resets fewer epochs apart than this are frequent
 
 
-def start_epoch(state: ResetState, epoch: int, max_epochs: int, bounds: str) -> tuple[ResetState, bool]:
-    """Whether the reference becomes the current policy before this epoch, and the controller after that (7.5).
+def start_epoch(
+    state: ResetState, epoch: int, max_epochs: int, bounds: str
+) -> tuple[ResetState, bool]:
+    """Whether the reference becomes the current policy before this epoch, and the controller after
+    that (7.5).
 
-    It does when a step of an earlier epoch asked for it, or after more than `max_epochs` epochs without.
-    bounds: 'corrected' or 'published', see RESET_BOUNDS. The corrected bounds never move a threshold that starts
-    outside of them the wrong way.
+    It does when a step of an earlier epoch asked for it, or after more than `max_epochs` epochs
+    without. bounds: 'corrected' or 'published', see RESET_BOUNDS. The corrected bounds never move a
+    threshold that starts outside of them the wrong way.
     """
     if bounds not in RESET_BOUNDS:
         raise ValueError(f"kl.reset_bounds is {bounds!r}; use 'corrected' or 'published'")
@@ -219,5 +247,7 @@ def start_epoch(state: ResetState, epoch: int, max_epochs: int, bounds: str) -> 
 
 
 def after_step(state: ResetState, kl: float) -> ResetState:
-    """The controller after an optimiser step whose mean KL was `kl`: above the threshold it asks for a reset (7.5)."""
+    """The controller after an optimiser step whose mean KL was `kl`: above the threshold it asks
+    for a reset (7.5).
+    """
     return state._replace(pending=state.pending or bool(kl > state.threshold))

@@ -1,7 +1,9 @@
-"""Every field of a run, once, with its meaning; and the check that a run makes sense before anything is compiled.
+"""Every field of a run, once, with its meaning; and the check that a run makes sense before
+anything is compiled.
 
-`configs/*.py` start from `get_config()` and change what their recipe changes. The glossary of the objective is
-spec objective.md; where the published code differs from the corrected default, `reference(config)` sets it.
+`configs/*.py` start from `get_config()` and change what their recipe changes. The glossary of the
+objective is spec objective.md; where the published code differs from the corrected default,
+`reference(config)` sets it.
 """
 
 import math
@@ -33,30 +35,36 @@ def _generation(config: ConfigDict) -> None:
 
     # The base model: the name of a shipped one (`moving_shapes`) or a directory with its files.
     config.base = "moving_shapes"
-    # Weights of the transformer in place of the base's: a published file (.safetensors, its .index.json, .pt or .pth),
-    # or a base directory. Empty: the base's own.
+    # Weights of the transformer in place of the base's: a published file (.safetensors, its
+    # .index.json, .pt or .pth), or a base directory. Empty: the base's own.
     config.transformer = ""
 
     config.model = ConfigDict()
-    config.model.size = ""  # sizes of a published model, wan_1.3b or wan_14b; empty: those in the base's config.json
-    config.model.dtype = "float32"  # compute dtype of transformer, text encoder and VAE: float32 or bfloat16
+    # sizes of a published model, wan_1.3b or wan_14b; empty: those in the base's config.json
+    config.model.size = ""
+    # compute dtype of transformer, text encoder and VAE: float32 or bfloat16
+    config.model.dtype = "float32"
     config.model.param_dtype = "float32"  # storage dtype of the frozen base
     config.model.block = 3  # P, latent frames per block of the rollout
-    config.model.window = -1  # attention window in latent frames, sink and current block included; -1: `max_global`
+    # attention window in latent frames, sink and current block included; -1: `max_global`
+    config.model.window = -1
     config.model.max_global = 21  # latent frames that a global window sees
     config.model.sink = 0  # first latent frames that stay visible for ever
     config.model.positions = "absolute"  # rotary positions of a rolled window: absolute or relative
     config.model.independent_first_frame = False  # latent frame 0 is a block of its own
-    config.model.faithful_sinks = False  # the published cache where a block meets the sink's slots (Layout)
+    # the published cache where a block meets the sink's slots (Layout)
+    config.model.faithful_sinks = False
     config.model.remat = True  # recompute each layer in the backward pass
     config.model.attention = "auto"  # attention back end: auto, xla or cudnn
 
     config.sampler = ConfigDict()
     config.sampler.shift = 5.0  # timestep shift of the schedule
-    config.sampler.steps = (1000, 750, 500, 250)  # denoising steps on the unshifted scale; the last may be 0
+    # denoising steps on the unshifted scale; the last may be 0
+    config.sampler.steps = (1000, 750, 500, 250)
     config.sampler.warp = True  # map the steps through the shifted schedule
     config.sampler.context_noise = 0.0  # timestep of the pass that caches a finished block
-    config.sampler.sigma_source = "exact"  # sigma of a timestep: exact (t/1000), or lookup (nearest table entry)
+    # sigma of a timestep: exact (t/1000), or lookup (nearest table entry)
+    config.sampler.sigma_source = "exact"
     config.sampler.batch = 24  # videos sampled, decoded and scored at once, over all devices
 
     config.video = ConfigDict()
@@ -64,83 +72,113 @@ def _generation(config: ConfigDict) -> None:
     config.video.height = 48  # pixels
     config.video.width = 48
     config.video.fps = 16  # of the files in samples/
-    config.video.decode_chunk = 1  # latent frames decoded at once; more is faster only on large accelerators
+    # latent frames decoded at once; more is faster only on large accelerators
+    config.video.decode_chunk = 1
 
-    # Training on windows of long videos (spec/streaming.md), in latent frames; the video has video.frames.
+    # Training on windows of long videos (spec/streaming.md), in latent frames; the video has
+    # video.frames.
     config.streaming = ConfigDict()
     config.streaming.window = 0  # W, frames that an epoch trains on; 0: the whole video
-    # epoch: every epoch has new prompts and one window, whose past is sampled anew (Mode A). progressive: the streams
-    # of its prompts go on from epoch to epoch, a window each, until the video is full (Mode B).
+    # epoch: every epoch has new prompts and one window, whose past is sampled anew (Mode A).
+    # progressive: the streams of its prompts go on from epoch to epoch, a window each, until the
+    # video is full (Mode B).
     config.streaming.mode = "epoch"
-    config.streaming.selection = "random"  # where an epoch's window begins: random, first, last, or one of `starts`
+    # where an epoch's window begins: random, first, last, or one of `starts`
+    config.streaming.selection = "random"
     config.streaming.starts = ()  # for choices; a frame that is there twice is drawn twice as often
-    config.streaming.sampling = "clip"  # clip: the videos of a prompt share its past; sequence: each is made from 0 on
-    config.streaming.backprop = "detach"  # detach: gradients end at the window; full: they go back to frame 0
-    # Whose keys of the past the loss reads: those of the rollout (rollout_old), each policy's own, made anew from the
-    # latents in sight (per_policy), or the same from noised latents, Algorithm 2 to the letter (noised_prefix).
+    # clip: the videos of a prompt share its past; sequence: each is made from 0 on
+    config.streaming.sampling = "clip"
+    # detach: gradients end at the window; full: they go back to frame 0
+    config.streaming.backprop = "detach"
+    # Whose keys of the past the loss reads: those of the rollout (rollout_old), each policy's own,
+    # made anew from the latents in sight (per_policy), or the same from noised latents, Algorithm 2
+    # to the letter (noised_prefix).
     config.streaming.prefix = "rollout_old"
-    config.streaming.reward = "window_stream"  # score the window as it continues (window_stream), alone, or all (full)
-    config.streaming.clip = 0  # frames that are scored at once: a window has the mean of its clips; 0: the whole window
-    config.streaming.continuation = "uniform"  # progressive: the video that goes on: uniform (random), best or first
-    config.streaming.recache_on_update = False  # progressive: make the keys in sight anew before each window
+    # score the window as it continues (window_stream), alone, or all (full)
+    config.streaming.reward = "window_stream"
+    # frames that are scored at once: a window has the mean of its clips; 0: the whole window
+    config.streaming.clip = 0
+    # progressive: the video that goes on: uniform (random), best or first
+    config.streaming.continuation = "uniform"
+    # progressive: make the keys in sight anew before each window
+    config.streaming.recache_on_update = False
     config.streaming.prompts_per_device = 1  # prompts whose pasts are made together on a device
-    # progressive: checkpoints may hold streams in the middle (full; `plan` prints their size), or are made between two
-    # sets of streams only (sequence_end).
+    # progressive: checkpoints may hold streams in the middle (full; `plan` prints their size), or
+    # are made between two sets of streams only (sequence_end).
     config.streaming.save = "sequence_end"
 
     config.scenes = ConfigDict()  # how prompts follow each other within a video
-    config.scenes.transition = "flush"  # flush (keep the first and the last two frames), recache, or cut: always hard
-    config.scenes.cut = "sink"  # what a hard cut keeps: sink (with absolute positions a flush and a jump), or nothing
+    # flush (keep the first and the last two frames), recache, or cut: always hard
+    config.scenes.transition = "flush"
+    # what a hard cut keeps: sink (with absolute positions a flush and a jump), or nothing
+    config.scenes.cut = "sink"
     config.scenes.global_sink = True  # recache: the sink keeps the keys of the first prompt
-    config.scenes.published = False  # read strings and flush as the published command line does (sampling.md 7, 11)
+    # read strings and flush as the published command line does (sampling.md 7, 11)
+    config.scenes.published = False
 
     config.prompts = ConfigDict()
-    config.prompts.train = "world:moving_shapes/train"  # a text file with one prompt a line, or world:NAME/SPLIT
+    # a text file with one prompt a line, or world:NAME/SPLIT
+    config.prompts.train = "world:moving_shapes/train"
     config.prompts.test = "world:moving_shapes/test"  # prompts of the evaluation
     config.prompts.groups = 6  # G, prompts per epoch
     config.prompts.candidates = 8  # K, videos per prompt
-    # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with `repeated` times K
-    # videos each. 1: all groups are distinct; -1: every batch of the epoch.
+    # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with
+    # `repeated` times K videos each. 1: all groups are distinct; -1: every batch of the epoch.
     config.prompts.repeated = 1
-    # Videos per epoch, G K, for which a recipe's rates were chosen: a run with others says so. 0: no opinion.
+    # Videos per epoch, G K, for which a recipe's rates were chosen: a run with others says so. 0:
+    # no opinion.
     config.prompts.tuned_for = 0
 
 
 def _objective(config: ConfigDict) -> None:
-    # Reward name -> weight, or {"weight": weight, OPTION: value, ...} for one that has options; the total of a video is
-    # the weighted sum (rewards/__init__.py lists the names, the file of a reward its options).
+    # Reward name -> weight, or {"weight": weight, OPTION: value, ...} for one that has options; the
+    # total of a video is the weighted sum (rewards/__init__.py lists the names, the file of a
+    # reward its options).
     config.rewards = ConfigDict()
 
     config.scoring = ConfigDict()
-    # Rewards that may be computed while the next videos are sampled: none; host, those without weights on the devices,
-    # such as remote ones; or all, which takes the memory of both.
+    # Rewards that may be computed while the next videos are sampled: none; host, those without
+    # weights on the devices, such as remote ones; or all, which takes the memory of both.
     config.scoring.overlap = "host"
-    config.scoring.weights = "device"  # where weights of rewards are between two batches: device, or host
+    # where weights of rewards are between two batches: device, or host
+    config.scoring.weights = "device"
     config.scoring.timeout = 3600.0  # seconds that a batch may take a reward, compilation included
 
     config.advantages = ConfigDict()
-    config.advantages.std = "global"  # divide by the std of the whole epoch (global) or of each prompt (prompt)
-    config.advantages.min_std = 0.0  # a smaller std counts as this: it would make advantages of the rewards' noise
+    # divide by the std of the whole epoch (global) or of each prompt (prompt)
+    config.advantages.std = "global"
+    # a smaller std counts as this: it would make advantages of the rewards' noise
+    config.advantages.min_std = 0.0
     config.advantages.clip = 5.0  # A_max: advantages are clipped to +-this before they become r
-    config.advantages.standardise = False  # divide each reward by its std over the epoch before weighting
+    # divide each reward by its std over the epoch before weighting
+    config.advantages.standardise = False
 
     config.loss = ConfigDict()
-    config.loss.kind = "astrolabe"  # astrolabe (x0 space) or diffusion_nft (adaptive weight, 1/beta, A_max)
-    config.loss.mix_beta = 0.1  # beta of the objective: interpolation between current and behaviour policy
+    # astrolabe (x0 space) or diffusion_nft (adaptive weight, 1/beta, A_max)
+    config.loss.kind = "astrolabe"
+    # beta of the objective: interpolation between current and behaviour policy
+    config.loss.mix_beta = 0.1
     config.loss.kl_weight = 1e-4  # lambda: weight of the deviation from the reference
     config.loss.context_gradient = False  # clean context: let gradients through it
-    config.loss.context = "clean"  # keys of earlier blocks: clean (a clean stream, as in the rollout) or noisy
-    config.loss.timesteps = "warped"  # noise levels of the loss: warped (the rollout's) or raw (the unshifted list)
-    config.loss.timestep_draw = "stratified"  # stratified: levels balanced over an epoch; batch: one level a microbatch
+    # keys of earlier blocks: clean (a clean stream, as in the rollout) or noisy
+    config.loss.context = "clean"
+    # noise levels of the loss: warped (the rollout's) or raw (the unshifted list)
+    config.loss.timesteps = "warped"
+    # stratified: levels balanced over an epoch; batch: one level a microbatch
+    config.loss.timestep_draw = "stratified"
     config.loss.mask_block = -1  # frames per block of the training mask; -1: model.block
     config.loss.mask_sink = True  # the training mask keeps the sink visible
 
     config.kl = ConfigDict()
-    config.kl.kind = "uniform"  # uniform, or selective: only samples that the main reward alone likes
+    # uniform, or selective: only samples that the main reward alone likes
+    config.kl.kind = "uniform"
     config.kl.main_reward = ""  # name of the main reward, for selective
-    config.kl.rank_direction = "paper"  # selective: paper (mask what only the main reward likes) or published
-    config.kl.reduction = "epoch"  # selective: divide by the masked samples of the epoch, or of each microbatch
-    config.kl.reset_bounds = "corrected"  # adaptation of the reset threshold: corrected or published (inverted)
+    # selective: paper (mask what only the main reward likes) or published
+    config.kl.rank_direction = "paper"
+    # selective: divide by the masked samples of the epoch, or of each microbatch
+    config.kl.reduction = "epoch"
+    # adaptation of the reset threshold: corrected or published (inverted)
+    config.kl.reset_bounds = "corrected"
     config.kl.reset_threshold = 0.15  # mean deviation above which the reference is reset
     config.kl.reset_epochs = 15  # the reference is reset after more epochs than this
 
@@ -148,7 +186,8 @@ def _objective(config: ConfigDict) -> None:
     config.lora.rank = 16
     config.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
     config.lora.dtype = "float32"  # master weights of the adapters: float32 or bfloat16
-    config.lora.init = ""  # an adapter to start from: a file, a PEFT or diffusers directory, a run's; empty: fresh
+    # an adapter to start from: a file, a PEFT or diffusers directory, a run's; empty: fresh
+    config.lora.init = ""
 
     config.optimiser = ConfigDict()
     config.optimiser.learning_rate = 1e-3
@@ -158,9 +197,11 @@ def _objective(config: ConfigDict) -> None:
     config.optimiser.weight_decay = 1e-4
     config.optimiser.clip_norm = 1.0  # global gradient norm
     config.optimiser.microbatch = 12  # videos per forward and backward pass, over all devices
-    config.optimiser.inner_epochs = 1  # passes over an epoch's samples, each with fresh noise and levels
+    # passes over an epoch's samples, each with fresh noise and levels
+    config.optimiser.inner_epochs = 1
     config.optimiser.steps_per_pass = 1  # optimiser steps per pass; gradients accumulate in between
-    config.optimiser.old_decay = "type1"  # behaviour policy <- d old + (1-d) current: type0, type1, type2 or constant
+    # behaviour policy <- d old + (1-d) current: type0, type1, type2 or constant
+    config.optimiser.old_decay = "type1"
     config.optimiser.old_decay_constant = 0.9  # d for constant
     config.optimiser.ema_cap = 0.9  # largest decay of the evaluation average
 
@@ -168,16 +209,18 @@ def _objective(config: ConfigDict) -> None:
 def _running(config: ConfigDict) -> None:
     config.train = ConfigDict()
     config.train.epochs = 40
-    config.train.eval_every = 0  # epochs between evaluations besides the first and the last; 0: only those
+    # epochs between evaluations besides the first and the last; 0: only those
+    config.train.eval_every = 0
     config.train.checkpoint_every = 10  # epochs between checkpoints; the last epoch always saves
     config.train.checkpoints_kept = 2
-    # Also save an epoch's samples and scores before learning from them, so that a killed run repeats at most the phase
-    # it was in; for checkpoint_every 1.
+    # Also save an epoch's samples and scores before learning from them, so that a killed run
+    # repeats at most the phase it was in; for checkpoint_every 1.
     config.train.save_samples = False
 
     config.eval = ConfigDict()
     config.eval.videos = 96  # held-out videos per evaluation
-    config.eval.frames = 0  # pixel frames of a held-out video when windows are trained; 0: video.frames
+    # pixel frames of a held-out video when windows are trained; 0: video.frames
+    config.eval.frames = 0
     config.eval.policy = "ema"  # adapter that is evaluated and exported: ema or current
     config.eval.ceiling = True  # also score reconstructions of real videos (worlds only)
     config.eval.shown = 8  # prompts on the contact sheet and in samples/
@@ -185,11 +228,13 @@ def _running(config: ConfigDict) -> None:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the batch; -1: what fsdp leaves
     config.mesh.fsdp = 1  # devices that the parameters are split over
-    # Videos that a device works on at once; larger batches are cut into pieces, with equal arithmetic. -1: no limit.
+    # Videos that a device works on at once; larger batches are cut into pieces, with equal
+    # arithmetic. -1: no limit.
     config.mesh.samples_per_device = -1
 
 
-# The published behaviour, one switch each (objective.md section 14); `--config=FILE:reference` sets all.
+# The published behaviour, one switch each (objective.md section 14); `--config=FILE:reference` sets
+# all.
 REFERENCE_SWITCHES = {
     "context": {"loss.context": "noisy"},
     "timesteps": {"loss.timesteps": "raw"},
@@ -209,10 +254,15 @@ REFERENCE_SWITCHES = {
 
 
 def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
-    """Sets the published behaviour of the named switches (all of REFERENCE_SWITCHES if none is named)."""
+    """Sets the published behaviour of the named switches (all of REFERENCE_SWITCHES if none is
+    named).
+    """
     for switch in switches or REFERENCE_SWITCHES:
         if switch not in REFERENCE_SWITCHES:
-            raise ValueError(f"unknown reference switch {switch!r}; expected one of {', '.join(REFERENCE_SWITCHES)}")
+            raise ValueError(
+                f"unknown reference switch {switch!r}; expected one of "
+                f"{', '.join(REFERENCE_SWITCHES)}"
+            )
         config.update_from_flattened_dict(REFERENCE_SWITCHES[switch])
     return config
 
@@ -225,11 +275,16 @@ def samples(config: ConfigDict) -> int:
 def reward_weights(config: ConfigDict) -> dict[str, float]:
     """Name of a reward -> its weight."""
     settings = config.rewards.items()
-    return {name: value.get(WEIGHT) if isinstance(value, ConfigDict) else value for name, value in settings}
+    return {
+        name: value.get(WEIGHT) if isinstance(value, ConfigDict) else value
+        for name, value in settings
+    }
 
 
 def repeats(config: ConfigDict) -> int:
-    """Sampling batches that share their prompts: `prompts.repeated`, or all batches of the epoch for -1."""
+    """Sampling batches that share their prompts: `prompts.repeated`, or all batches of the epoch
+    for -1.
+    """
     repeated = config.prompts.repeated
     return samples(config) // config.sampler.batch if repeated == -1 else repeated
 
@@ -245,10 +300,11 @@ def clip_length(config: ConfigDict) -> int:
 
 
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
-    """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if none is trained.
+    """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if
+    none is trained.
 
-    A frame that `starts` has twice is there twice. Raises ValueError for a window that is not whole blocks, or does not
-    lie in the video.
+    A frame that `starts` has twice is there twice. Raises ValueError for a window that is not whole
+    blocks, or does not lie in the video.
     """
     streaming, block = config.streaming, config.model.block
     window, last = streaming.window, frames - streaming.window
@@ -261,25 +317,32 @@ def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
         "choices": sorted(streaming.starts),
     }
     progressive = streaming.mode == "progressive"
-    starts = tuple(range(0, max(last, 0) + 1, window) if progressive else choices[streaming.selection])
-    if window % block or any(type(start) is not int or start < 0 or start % block for start in starts):
+    starts = tuple(
+        range(0, max(last, 0) + 1, window) if progressive else choices[streaming.selection]
+    )
+    if window % block or any(
+        type(start) is not int or start < 0 or start % block for start in starts
+    ):
         raise ValueError(
-            f"config.streaming has a window of {window} and starts {tuple(streaming.starts)}; expected whole blocks of "
-            f"{block}"
+            f"config.streaming has a window of {window} and starts {tuple(streaming.starts)}; "
+            f"expected whole blocks of {block}"
         )
     if last < 0 or not starts or starts[-1] > last:
         raise ValueError(
-            f"config.streaming: a window of {window} from frame {max(starts, default='(none)')} does not lie in the "
-            f"{frames} latent frames of a video; give other starts, or raise config.video.frames"
+            f"config.streaming: a window of {window} from frame {max(starts, default='(none)')} "
+            f"does not lie in the {frames} latent frames of a video; give other starts, or raise "
+            "config.video.frames"
         )
     return starts
 
 
 def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
-    """How an epoch's prompts are taken in turn when windows are trained: (rounds, streams of a round).
+    """How an epoch's prompts are taken in turn when windows are trained: (rounds, streams of a
+    round).
 
-    A stream is the past of one prompt, on one device, with its share of the prompt's videos. With more devices than
-    prompts, several devices hold the same past. ValueError unless groups, candidates and devices fit each other.
+    A stream is the past of one prompt, on one device, with its share of the prompt's videos. With
+    more devices than prompts, several devices hold the same past. ValueError unless groups,
+    candidates and devices fit each other.
     """
     groups, candidates = config.prompts.groups, config.prompts.candidates
     if config.streaming.sampling == "sequence":  # every video is a stream of its own
@@ -287,16 +350,22 @@ def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
     streams = devices * config.streaming.prompts_per_device
     if groups % streams == 0:
         return groups // streams, streams
-    if streams % groups == 0 and streams // groups <= candidates and candidates % (streams // groups) == 0:
+    if (
+        streams % groups == 0
+        and streams // groups <= candidates
+        and candidates % (streams // groups) == 0
+    ):
         return 1, streams
     raise ValueError(
-        f"config.prompts.groups is {groups}; expected a multiple of {streams} (streaming.prompts_per_device on each of "
-        f"{devices} devices), or a divisor of it that splits the {candidates} candidates evenly"
+        f"config.prompts.groups is {groups}; expected a multiple of {streams} "
+        f"(streaming.prompts_per_device on each of {devices} devices), or a divisor of it that "
+        f"splits the {candidates} candidates evenly"
     )
 
 
 def piece(config: ConfigDict, batch: int, devices: int) -> int:
-    """Videos of a `batch`, which the devices divide, that are worked on at once, over all `devices`.
+    """Videos of a `batch`, which the devices divide, that are worked on at once, over all
+    `devices`.
 
     It is the largest divisor of the batch that gives no device more than mesh.samples_per_device.
     """
@@ -377,29 +446,49 @@ _BOUNDS = {
     "eval.shown": (1, math.inf),
     "mesh.fsdp": (1, math.inf),
 }
-_POSITIVE = ("sampler.shift", "advantages.clip", "loss.mix_beta", "kl.reset_threshold", "lora.alpha", "optimiser.eps",
-             "optimiser.clip_norm")  # fmt: skip
+_POSITIVE = (
+    "sampler.shift",
+    "advantages.clip",
+    "loss.mix_beta",
+    "kl.reset_threshold",
+    "lora.alpha",
+    "optimiser.eps",
+    "optimiser.clip_norm",
+)
 # -1, or at least 1
-_OR_MINUS_ONE = ("model.window", "prompts.repeated", "loss.mask_block", "mesh.data", "mesh.samples_per_device")
+_OR_MINUS_ONE = (
+    "model.window",
+    "prompts.repeated",
+    "loss.mask_block",
+    "mesh.data",
+    "mesh.samples_per_device",
+)
 
 
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
-    """Raises one ValueError that lists every field at fault: its value, what was expected, what to do.
+    """Raises one ValueError that lists every field at fault: its value, what was expected, what to
+    do.
 
-    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with so many `devices`.
-    What depends on the base model or the prompts: prepare.py.
+    `reward_names` are those that the program knows; `backend` is JAX's, 'cpu', 'gpu' or 'tpu', with
+    so many `devices`. What depends on the base model or the prompts: prepare.py.
     """
     faults = [*_field_faults(config), *_reward_faults(config, reward_names)]
     faults += _attention_faults(config, backend)
     if not faults:  # the sums below need sensible numbers
-        faults = [*_batch_faults(config, devices), *_kl_faults(config), *_streaming_faults(config, devices)]
+        faults = [
+            *_batch_faults(config, devices),
+            *_kl_faults(config),
+            *_streaming_faults(config, devices),
+        ]
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
 
 
 def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
     """As `validate`, for videos alone: nothing is asked of rewards, batches and objective."""
-    faults = [*_field_faults(config), *_attention_faults(config, backend)] or [*_mesh_faults(config, devices)]
+    faults = [*_field_faults(config), *_attention_faults(config, backend)] or [
+        *_mesh_faults(config, devices)
+    ]
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
 
@@ -430,46 +519,62 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
             yield f"config.{field} is {flat[field]}; expected a positive number"
     for field in _OR_MINUS_ONE:
         if flat[field] != -1 and flat[field] < 1:
-            yield f"config.{field} is {flat[field]}; expected at least 1, or -1 (see its comment in config.py)"
+            yield (
+                f"config.{field} is {flat[field]}; expected at least 1, or -1 (see its comment in "
+                "config.py)"
+            )
     for field in ("optimiser.b1", "optimiser.b2"):
         if not 0 <= flat[field] < 1:
             yield f"config.{field} is {flat[field]}; expected a number in [0, 1)"
     steps = list(config.sampler.steps)
     if any(isinstance(step, bool) or not isinstance(step, int | float) for step in steps):
         yield f"config.sampler.steps is {tuple(steps)}; expected numbers"
-    elif not steps or steps != sorted(set(steps), reverse=True) or not (0 < steps[0] <= 1000 and 0 <= steps[-1]):
+    elif (
+        not steps
+        or steps != sorted(set(steps), reverse=True)
+        or not (0 < steps[0] <= 1000 and 0 <= steps[-1])
+    ):
         yield (
-            f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly decreasing, "
-            "after which a 0 may come"
+            f"config.sampler.steps is {tuple(steps)}; expected timesteps in (0, 1000], strictly "
+            "decreasing, after which a 0 may come"
         )
     if config.train.save_samples and config.train.checkpoint_every != 1:
         yield (
-            f"config.train.save_samples is True and train.checkpoint_every {config.train.checkpoint_every}: samples go "
-            "with the checkpoint before them; expected checkpoint_every 1"
+            "config.train.save_samples is True and train.checkpoint_every "
+            f"{config.train.checkpoint_every}: samples go with the checkpoint before them; "
+            "expected checkpoint_every 1"
         )
     if config.eval.shown > config.eval.videos:
-        yield f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, {config.eval.videos}"
+        yield (
+            f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, "
+            f"{config.eval.videos}"
+        )
 
 
 def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
     model = config.model
     if model.attention == "cudnn" and (backend != "gpu" or model.dtype != "bfloat16"):
         yield (
-            f"config.model.attention is 'cudnn' with model.dtype {model.dtype} on a {backend}; expected bfloat16 on a "
-            "gpu; or use auto"
+            f"config.model.attention is 'cudnn' with model.dtype {model.dtype} on a {backend}; "
+            "expected bfloat16 on a gpu; or use auto"
         )
 
 
 def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
     if not config.rewards:
-        yield f"config.rewards is empty; give at least one reward a weight, config.rewards.NAME = 1.0 ({known})"
+        yield (
+            "config.rewards is empty; give at least one reward a weight, config.rewards.NAME = "
+            f"1.0 ({known})"
+        )
     weights = reward_weights(config)
     for name, weight in weights.items():
         if name not in reward_names:
             yield f"config.rewards.{name}: unknown reward; expected one of {known}"
         if not _finite(weight):
-            field = f"config.rewards.{name}" + f".{WEIGHT}" * isinstance(config.rewards[name], ConfigDict)
+            field = f"config.rewards.{name}" + f".{WEIGHT}" * isinstance(
+                config.rewards[name], ConfigDict
+            )
             yield f"{field} is {weight!r}; expected a finite weight"
     if weights and all(map(_finite, weights.values())) and sum(weights.values()) == 0:
         told = ", ".join(f"{name}={weight}" for name, weight in weights.items())
@@ -478,32 +583,40 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
 
 def _finite(weight: Any) -> bool:
     """A weight that is new on the command line may be any literal."""
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    return (
+        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    )
 
 
 def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     prompts, optimiser = config.prompts, config.optimiser
     count = samples(config)
-    epoch = f"the {count} videos of an epoch (prompts.groups x candidates, {prompts.groups} x {prompts.candidates})"
+    epoch = (
+        f"the {count} videos of an epoch (prompts.groups x candidates, {prompts.groups} x "
+        f"{prompts.candidates})"
+    )
     if count % config.sampler.batch:
         yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
     elif prompts.groups % (repeated := repeats(config)):
         yield (
-            f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected a divisor of "
-            f"prompts.groups, {prompts.groups}; change it or sampler.batch"
+            f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected "
+            f"a divisor of prompts.groups, {prompts.groups}; change it or sampler.batch"
         )
     elif config.advantages.std == "prompt" and prompts.candidates * repeated == 1:
         yield (
-            "config.prompts.candidates is 1 with advantages.std 'prompt': one video does not deviate from its mean; "
-            "expected at least 2, or advantages.std='global'"
+            "config.prompts.candidates is 1 with advantages.std 'prompt': one video does not "
+            "deviate from its mean; expected at least 2, or advantages.std='global'"
         )
     if count % (optimiser.microbatch * optimiser.steps_per_pass):
         yield (
-            f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a whole number of them "
-            f"in each of the {optimiser.steps_per_pass} steps of a pass"
+            f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a "
+            f"whole number of them in each of the {optimiser.steps_per_pass} steps of a pass"
         )
     yield from _mesh_faults(config, devices)
-    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", optimiser.microbatch)):
+    for field, size in (
+        ("sampler.batch", config.sampler.batch),
+        ("optimiser.microbatch", optimiser.microbatch),
+    ):
         if size % devices:
             yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
 
@@ -512,11 +625,15 @@ def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     mesh = config.mesh
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
     if data * mesh.fsdp != devices:
-        yield f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be the {devices} devices"
+        yield (
+            f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be "
+            f"the {devices} devices"
+        )
     if config.scoring.overlap == "all" and mesh.fsdp > 1:
         yield (
-            f"config.scoring.overlap is 'all' with mesh.fsdp {mesh.fsdp}: rewards and sampling that gather weights "
-            "at one time may wait for each other for ever; expected host or none"
+            f"config.scoring.overlap is 'all' with mesh.fsdp {mesh.fsdp}: rewards and sampling "
+            "that gather weights at one time may wait for each other for ever; expected host or "
+            "none"
         )
 
 
@@ -524,12 +641,15 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     streaming, model = config.streaming, config.model
     if not streaming.window:
         if config.eval.frames:
-            yield "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window"
+            yield (
+                "config.eval.frames belongs to the training of windows; set video.frames, or "
+                "streaming.window"
+            )
         return
     if streaming.clip and (streaming.clip % model.block or streaming.window % streaming.clip):
         yield (
-            f"config.streaming.clip is {streaming.clip}; expected whole blocks of {model.block}, and the window of "
-            f"{streaming.window} to be whole clips"
+            f"config.streaming.clip is {streaming.clip}; expected whole blocks of {model.block}, "
+            f"and the window of {streaming.window} to be whole clips"
         )
     try:
         count, streams = rounds(config, devices)
@@ -537,40 +657,65 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
         yield str(error)
         return
     each = samples(config) // (count * streams)
-    for field, size in (("sampler.batch", config.sampler.batch), ("optimiser.microbatch", config.optimiser.microbatch)):
+    for field, size in (
+        ("sampler.batch", config.sampler.batch),
+        ("optimiser.microbatch", config.optimiser.microbatch),
+    ):
         at_once = size if size % devices else piece(config, size, devices)
-        if streaming.sampling == "clip" and (size % streams or at_once % streams or each % (size // streams)):
+        if streaming.sampling == "clip" and (
+            size % streams or at_once % streams or each % (size // streams)
+        ):
             yield (
-                f"config.{field} is {size}, {at_once} at once (mesh.samples_per_device); expected the same number of "
-                f"videos, a divisor of {each}, of each of the {streams} prompts that are worked on together "
-                "(streaming.prompts_per_device)"
+                f"config.{field} is {size}, {at_once} at once (mesh.samples_per_device); expected "
+                f"the same number of videos, a divisor of {each}, of each of the {streams} prompts "
+                "that are worked on together (streaming.prompts_per_device)"
             )
     if streaming.sampling == "sequence" and streaming.mode == "progressive":
-        yield "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive"
-    if streaming.backprop == "full" and (streaming.mode == "progressive" or streaming.prefix != "rollout_old"):
-        yield "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and prefix 'rollout_old'"
+        yield (
+            "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected "
+            "'clip' if progressive"
+        )
+    if streaming.backprop == "full" and (
+        streaming.mode == "progressive" or streaming.prefix != "rollout_old"
+    ):
+        yield (
+            "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and "
+            "prefix 'rollout_old'"
+        )
     if streaming.sampling == "sequence" and streaming.prefix != "rollout_old":
-        yield f"config.streaming.prefix is {streaming.prefix!r}; expected 'rollout_old' where sampling is 'sequence'"
+        yield (
+            f"config.streaming.prefix is {streaming.prefix!r}; expected 'rollout_old' where "
+            "sampling is 'sequence'"
+        )
     if streaming.mode == "progressive" and streaming.reward == "full":
-        yield "config.streaming.reward is 'full', a progressive stream does not keep its frames; expected window_stream"
+        yield (
+            "config.streaming.reward is 'full', a progressive stream does not keep its frames; "
+            "expected window_stream"
+        )
     if model.independent_first_frame or (model.faithful_sinks and model.sink > model.block):
         yield (
             "config.streaming.window cuts videos into equal blocks with whole sinks; expected "
-            "model.independent_first_frame False, and model.faithful_sinks False for a sink larger than a block"
+            "model.independent_first_frame False, and model.faithful_sinks False for a sink larger "
+            "than a block"
         )
     if config.prompts.repeated != 1:
-        yield f"config.prompts.repeated is {config.prompts.repeated}; expected 1 where windows are trained"
+        yield (
+            f"config.prompts.repeated is {config.prompts.repeated}; expected 1 where windows are "
+            "trained"
+        )
     if model.sink and not config.loss.mask_sink or not config.loss.mask_block <= model.block:
         yield (
-            "config.loss.mask_sink and mask_block ask for frames that the cache of a long video does not hold; where "
-            "windows are trained, expected mask_sink True and mask_block at most model.block"
+            "config.loss.mask_sink and mask_block ask for frames that the cache of a long video "
+            "does not hold; where windows are trained, expected mask_sink True and mask_block at "
+            "most model.block"
         )
     capacity = model.max_global if model.window == -1 else model.window
     again = streaming.prefix != "rollout_old" or streaming.recache_on_update
     if again and (capacity - model.sink) % model.block:
         yield (
-            f"config.streaming makes keys anew, but a window of {capacity} less a sink of {model.sink} is not whole "
-            f"blocks of {model.block}; expected prefix 'rollout_old' without recache_on_update, or another model.window"
+            f"config.streaming makes keys anew, but a window of {capacity} less a sink of "
+            f"{model.sink} is not whole blocks of {model.block}; expected prefix 'rollout_old' "
+            "without recache_on_update, or another model.window"
         )
 
 
@@ -578,7 +723,13 @@ def _kl_faults(config: ConfigDict) -> Iterator[str]:
     if config.kl.kind != "selective":
         return
     if len(config.rewards) < 2:
-        yield f"config.kl.kind 'selective' compares rewards; expected at least 2, got {', '.join(config.rewards)}"
+        yield (
+            "config.kl.kind 'selective' compares rewards; expected at least 2, got "
+            f"{', '.join(config.rewards)}"
+        )
     elif config.kl.main_reward not in config.rewards:
         names = ", ".join(config.rewards)
-        yield f"config.kl.main_reward is {config.kl.main_reward!r}; expected one of the rewards of this run, {names}"
+        yield (
+            f"config.kl.main_reward is {config.kl.main_reward!r}; expected one of the rewards of "
+            f"this run, {names}"
+        )

@@ -16,18 +16,23 @@ from astrolabe_jax.models.wan.vae import Stream
 def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int, mesh: Mesh) -> jax.Array:
     """Latents [B, F, C, H, W] -> frames [B, T, height, width, 3] uint8, the same for every `chunk`.
 
-    `chunk` latent frames are decoded at a time: besides the frames themselves, memory does not grow with the length.
-    The first chunk takes the remainder, so that two shapes are compiled at most. Samples are split over all devices of
-    the mesh; every device decodes its own with a whole copy of the VAE.
+    `chunk` latent frames are decoded at a time: besides the frames themselves, memory does not grow
+    with the length. The first chunk takes the remainder, so that two shapes are compiled at most.
+    Samples are split over all devices of the mesh; every device decodes its own with a whole copy
+    of the VAE.
     """
     return sharding.on_mesh(mesh, _decode)(graphdef, params, latents, chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="stream")
-def decode_chunk(graphdef: Any, params: dict, latents: jax.Array, stream: Stream | None, *, mesh: Mesh):
-    """The next latents [B, n, C, H, W] of a video -> (frames [B, T, height, width, 3] uint8, stream).
+def decode_chunk(
+    graphdef: Any, params: dict, latents: jax.Array, stream: Stream | None, *, mesh: Mesh
+):
+    """The next latents [B, n, C, H, W] of a video -> (frames [B, T, height, width, 3] uint8,
+    stream).
 
-    stream: None for the first chunk, then what the last call gave. The chunks together are the frames of `decode`.
+    stream: None for the first chunk, then what the last call gave. The chunks together are the
+    frames of `decode`.
     """
 
     def step(params, latents, stream):
@@ -59,5 +64,7 @@ def _decode(graphdef, params, latents, chunk):
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] -> uint8, clipped; truncated, not rounded, as the published code does (sampling.md 11.13)."""
+    """Pixels in [-1, 1] -> uint8, clipped; truncated, not rounded, as the published code does
+    (sampling.md 11.13).
+    """
     return (jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

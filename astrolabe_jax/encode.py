@@ -1,7 +1,8 @@
-"""Stage encode: prompts -> text embeddings [G, S, E] (spec/vae_and_text.md B4, spec/checkpoints.md 4).
+"""Stage encode: prompts -> text embeddings [G, S, E] (spec/vae_and_text.md B4, spec/checkpoints.md
+4).
 
-A prompt is cleaned, tokenised to S ids with its end token, encoded by UMT5, and its rows beyond the last token are
-zero. An embedding depends on nothing but its prompt, the tokenizer and the encoder.
+A prompt is cleaned, tokenised to S ids with its end token, encoded by UMT5, and its rows beyond the
+last token are zero. An embedding depends on nothing but its prompt, the tokenizer and the encoder.
 """
 
 import functools
@@ -17,7 +18,9 @@ from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import tokenize
 from astrolabe_jax.models.umt5 import UMT5Config
 
-_BATCH = 8  # prompts per call, or the next multiple of the devices; the last call is filled up: one shape, one rounding
+# prompts per call, or the next multiple of the devices; the last call is filled up: one shape, one
+# rounding
+_BATCH = 8
 
 
 def encode_prompts(
@@ -28,10 +31,12 @@ def encode_prompts(
     config: UMT5Config,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Text embeddings [G, S, E] float32 of G prompts, zero beyond each prompt's end token; S is config.text_len.
+    """Text embeddings [G, S, E] float32 of G prompts, zero beyond each prompt's end token; S is
+    config.text_len.
 
-    The prompts of a call are split over all devices of the mesh; `params` may be split over its `fsdp` axis. Raises
-    ValueError for a prompt of more than S tokens (the published code truncates it silently).
+    The prompts of a call are split over all devices of the mesh; `params` may be split over its
+    `fsdp` axis. Raises ValueError for a prompt of more than S tokens (the published code truncates
+    it silently).
     """
     ids, mask = tokenize(tokenizer, prompts, config.text_len)
     chunks, size = [], call_size(mesh)
@@ -41,7 +46,9 @@ def encode_prompts(
         part = [np.concatenate([array, np.repeat(array[:1], fill, axis=0)]) for array in part]
         encoded = embed(graphdef, params, *sharding.shard_batch(mesh, part), mesh=mesh)
         chunks.append(sharding.to_host(encoded).astype(np.float32)[: size - fill])
-    return np.concatenate(chunks) if chunks else np.zeros((0, config.text_len, config.dim), np.float32)
+    return (
+        np.concatenate(chunks) if chunks else np.zeros((0, config.text_len, config.dim), np.float32)
+    )
 
 
 def call_size(mesh: Mesh) -> int:
@@ -51,7 +58,9 @@ def call_size(mesh: Mesh) -> int:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def embed(graphdef: Any, params: dict, ids: jax.Array, mask: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """Token ids and mask [B, S] -> embeddings [B, S, E], in the encoder's dtype, samples split over all devices."""
+    """Token ids and mask [B, S] -> embeddings [B, S, E], in the encoder's dtype, samples split over
+    all devices.
+    """
 
     def of_samples(params, ids, mask):
         return sharding.by_sample(layers.merge(graphdef, params).embed(ids, mask))

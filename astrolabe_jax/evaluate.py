@@ -1,4 +1,6 @@
-"""Scores a policy on held-out prompts: always the same prompts and noise, so that before and after are comparable."""
+"""Scores a policy on held-out prompts: always the same prompts and noise, so that before and after
+are comparable.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,8 +26,12 @@ def held_out(run: Run) -> PromptBatch:
     return prompts.held_out(run.test_prompts, run.config.seed, run.config.eval.videos)
 
 
-def evaluate(run: Run, adapter: dict, progress: Progress, what: str) -> tuple[Evaluation, np.ndarray]:
-    """Scores of every held-out video, and the frames [eval.shown, T, height, width, 3] of the first ones."""
+def evaluate(
+    run: Run, adapter: dict, progress: Progress, what: str
+) -> tuple[Evaluation, np.ndarray]:
+    """Scores of every held-out video, and the frames [eval.shown, T, height, width, 3] of the first
+    ones.
+    """
     batch, shown, parts, frames = held_out(run), run.config.eval.shown, [], []
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
 
@@ -47,19 +53,28 @@ def evaluate(run: Run, adapter: dict, progress: Progress, what: str) -> tuple[Ev
 
 
 def ceiling(run: Run, progress: Progress) -> Evaluation | None:
-    """Scores of real videos of the held-out prompts after a round trip through the VAE; None where there are none.
+    """Scores of real videos of the held-out prompts after a round trip through the VAE; None where
+    there are none.
 
     A policy that imitates real videos perfectly would score this: its decoder can draw no better.
     """
     world = prompts.world_of(run.config.prompts.test)
     if world is None or not run.config.eval.ceiling:
         return None
-    batch, size, parts = held_out(run), piece(run.config, run.config.sampler.batch, run.mesh.size), []
+    batch, size, parts = (
+        held_out(run),
+        piece(run.config, run.config.sampler.batch, run.mesh.size),
+        [],
+    )
     for start in range(0, len(batch.texts), size):
         part = batch.part(slice(start, start + size))
         videos = np.stack([world.sample(*_draw(run, part, j)) for j in range(len(part.texts))])
         padded = videos[np.resize(np.arange(len(videos)), size)]
-        parts.append((_ceiling_of_windows if run.starts else _ceiling_of_videos)(run, part, padded, start, progress))
+        parts.append(
+            (_ceiling_of_windows if run.starts else _ceiling_of_videos)(
+                run, part, padded, start, progress
+            )
+        )
     return (_total_of_windows if run.starts else _total)(run, parts)
 
 
@@ -68,12 +83,16 @@ def _ceiling_of_videos(
 ) -> Callable[[], Scores]:
     vae = run.base.vae
     with progress.phase("encode"):
-        latents, _ = _encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, videos), None, mesh=run.mesh)
+        latents, _ = _encode(
+            vae.graphdef, vae.params, sharding.shard_batch(run.mesh, videos), None, mesh=run.mesh
+        )
         latents = jax.block_until_ready(latents)
     return score(run, latents, part, progress, first).scores
 
 
-def _ceiling_of_windows(run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress) -> list:
+def _ceiling_of_windows(
+    run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress
+) -> list:
     vae, stride = run.base.vae, run.base.vae.config.temporal_stride
     stories = [story_of(run.config, run.layout, text, _length(run)) for text in part.texts]
     encoder = decoder = None
@@ -97,19 +116,30 @@ def _length(run: Run) -> int:
     return run.base.vae.config.latent_frames(eval_frames(run.config))
 
 
-def _draw(run: Run, batch: PromptBatch, j: int) -> tuple[list[tuple[str, int]], np.random.Generator]:
-    """The scenes of a real video, each a prompt and its pixel frames, and what its path is drawn from."""
+def _draw(
+    run: Run, batch: PromptBatch, j: int
+) -> tuple[list[tuple[str, int]], np.random.Generator]:
+    """The scenes of a real video, each a prompt and its pixel frames, and what its path is drawn
+    from.
+    """
     rng = np.random.default_rng([run.config.seed, Purpose.REAL, batch.index[j], batch.candidate[j]])
     if not run.starts:
         return [(batch.texts[j], run.config.video.frames)], rng
-    story, stride = story_of(run.config, run.layout, batch.texts[j], _length(run)), run.base.vae.config.temporal_stride
+    story, stride = (
+        story_of(run.config, run.layout, batch.texts[j], _length(run)),
+        run.base.vae.config.temporal_stride,
+    )
     ends = [*(stride * change - stride + 1 for change in story.changes), eval_frames(run.config)]
     return [(p, int(n)) for p, n in zip(story.prompts, np.diff([0, *ends]), strict=True)], rng
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _encode(graphdef: Any, params: dict, frames: jax.Array, stream: Any, *, mesh: Mesh) -> tuple[jax.Array, Any]:
-    """The next frames [B, T, height, width, 3] uint8 -> latents [B, F, C, H, W], samples split over all devices."""
+def _encode(
+    graphdef: Any, params: dict, frames: jax.Array, stream: Any, *, mesh: Mesh
+) -> tuple[jax.Array, Any]:
+    """The next frames [B, T, height, width, 3] uint8 -> latents [B, F, C, H, W], samples split over
+    all devices.
+    """
 
     def encode(params, frames, stream):
         pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
@@ -126,13 +156,15 @@ def _total(run: Run, parts: Sequence[Callable[[], Scores]]) -> Evaluation:
 
 
 def _total_of_windows(run: Run, parts: list[list[Callable[[], Scores]]]) -> Evaluation:
-    """Means over the windows of a video; `late` is the total over those in its second half, total/FRAME that of one."""
+    """Means over the windows of a video; `late` is the total over those in its second half,
+    total/FRAME that of one.
+    """
     length = _length(run)
     windows = [_total(run, pieces) for pieces in zip(*parts, strict=True)]
     begins = [first for first, _ in segments.windows(length, clip_length(run.config))]
-    late = [w["total"] for first, w in zip(begins, windows, strict=True) if 2 * first >= length] or [
-        windows[-1]["total"]
-    ]
+    late = [
+        w["total"] for first, w in zip(begins, windows, strict=True) if 2 * first >= length
+    ] or [windows[-1]["total"]]
     result = {name: np.mean([window[name] for window in windows], axis=0) for name in windows[0]}
     result |= {"late": np.mean(late, axis=0)}
     return result | {f"total/{first}": w["total"] for first, w in zip(begins, windows, strict=True)}

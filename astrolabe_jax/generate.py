@@ -1,7 +1,8 @@
-"""Stages rollout, decode and rewards for a list of videos, one piece at a time: training and evaluation alike.
+"""Stages rollout, decode and rewards for a list of videos, one piece at a time: training and
+evaluation alike.
 
-A piece is a sampling batch, or as much of it as the devices may hold at once (config.piece). The videos do not depend
-on how they are cut into pieces.
+A piece is a sampling batch, or as much of it as the devices may hold at once (config.piece). The
+videos do not depend on how they are cut into pieces.
 """
 
 import functools
@@ -41,45 +42,66 @@ class Texts(NamedTuple):
 def encode_texts(run: Run, batch: PromptBatch, progress: Progress) -> Texts:
     """Encodes every distinct prompt once."""
     _, first, row = np.unique(batch.index, return_index=True, return_inverse=True)
-    return Texts(encode_distinct(run, [batch.texts[i] for i in first], progress), row.astype(np.int32))
+    return Texts(
+        encode_distinct(run, [batch.texts[i] for i in first], progress), row.astype(np.int32)
+    )
 
 
 def encode_distinct(run: Run, texts: Sequence[str], progress: Progress) -> np.ndarray:
     """Embeddings [G, S, E] of G prompts."""
     net = run.base.text
     with progress.phase("encode"):
-        return encode.encode_prompts(net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh)
+        return encode.encode_prompts(
+            net.graphdef, net.params, run.base.tokenizer, texts, net.config, run.mesh
+        )
 
 
 def generate(
-    run: Run, adapter: dict, batch: PromptBatch, texts: Texts, keys: jax.Array, progress: Progress, what: str
+    run: Run,
+    adapter: dict,
+    batch: PromptBatch,
+    texts: Texts,
+    keys: jax.Array,
+    progress: Progress,
+    what: str,
 ) -> Iterator[Videos]:
-    """Samples, decodes and scores every video of `batch` with the policy `adapter`, from one key [B] per video.
+    """Samples, decodes and scores every video of `batch` with the policy `adapter`, from one key
+    [B] per video.
 
-    The next piece may be sampled before the scores of the last one are there (config.scoring.overlap). Raises
-    RewardError for a reward that is not finite, from here or from Videos.scores, FloatingPointError for latents.
+    The next piece may be sampled before the scores of the last one are there
+    (config.scoring.overlap). Raises RewardError for a reward that is not finite, from here or from
+    Videos.scores, FloatingPointError for latents.
     """
     size, count = piece(run.config, run.config.sampler.batch, run.mesh.size), len(batch.texts)
     starts = range(0, count, size)
     for i, start in enumerate(starts):
-        videos = np.resize(np.arange(start, min(start + size, count)), size)  # the last piece is filled up
+        # the last piece is filled up
+        videos = np.resize(np.arange(start, min(start + size, count)), size)
         with progress.phase("rollout"):
-            placed = sharding.shard_batch(run.mesh, (texts.embeddings[texts.row[videos]], keys[videos]))
-            latents = jax.block_until_ready(sample(run, run.base.transformer.params, adapter, *placed))
+            placed = sharding.shard_batch(
+                run.mesh, (texts.embeddings[texts.row[videos]], keys[videos])
+            )
+            latents = jax.block_until_ready(
+                sample(run, run.base.transformer.params, adapter, *placed)
+            )
         yield score(run, latents, batch.part(slice(start, start + size)), progress, start)
         progress.tick(what, i + 1, len(starts))
 
 
-def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, first: int) -> Videos:
+def score(
+    run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, first: int
+) -> Videos:
     """Decodes latents of at least B videos and scores the first B, those of `batch`.
 
-    first: number of the first one among the videos of its epoch or evaluation, for errors, which are those of
-    `generate`.
+    first: number of the first one among the videos of its epoch or evaluation, for errors, which
+    are those of `generate`.
     """
     vae, numbers = run.base.vae, range(first, first + len(batch.texts))
     with progress.phase("decode"):
         refuse_non_finite(latents, batch.texts, numbers)
-        frames = decode(vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk, mesh=run.mesh)
+        frames = decode(
+            vae.graphdef, vae.params, latents, chunk=run.config.video.decode_chunk, mesh=run.mesh
+        )
         frames = sharding.to_host(frames)[: len(batch.texts)]
     return Videos(latents, frames, judge(run, frames, batch.texts, numbers, progress))
 
@@ -87,7 +109,8 @@ def score(run: Run, latents: jax.Array, batch: PromptBatch, progress: Progress, 
 def judge(
     run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
 ) -> Callable[[], Scores]:
-    """Begins to score B videos, which have these numbers in their epoch or evaluation; the result waits for [B].
+    """Begins to score B videos, which have these numbers in their epoch or evaluation; the result
+    waits for [B].
 
     Both raise RewardError.
     """
@@ -110,14 +133,16 @@ def joined(scores: Sequence[Callable[[], Scores]]) -> Scores:
 
 
 def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:
-    """FloatingPointError that names the sample: decoded, such latents would be black frames, and scored as such."""
+    """FloatingPointError that names the sample: decoded, such latents would be black frames, and
+    scored as such.
+    """
     fine = sharding.to_host(finite(latents))[: len(texts)]
     if len(bad := np.flatnonzero(~fine)):
         index = int(bad[0])
         others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(
-            f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not finite; they were "
-            "not scored; lower optimiser.learning_rate or use model.dtype=float32"
+            f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not "
+            "finite; they were not scored; lower optimiser.learning_rate or use model.dtype=float32"
         )
 
 
@@ -128,7 +153,8 @@ def finite(latents: jax.Array) -> jax.Array:
 
 
 def sample(run: Run, params: dict, adapter: dict, text: jax.Array, keys: jax.Array) -> jax.Array:
-    """The jitted rollout of a piece: latents [B, F, C, H, W] from text [B, S, E] and a key [B] per video.
+    """The jitted rollout of a piece: latents [B, F, C, H, W] from text [B, S, E] and a key [B] per
+    video.
 
     params: the transformer's, on the mesh.
     """
@@ -146,7 +172,9 @@ def sample(run: Run, params: dict, adapter: dict, text: jax.Array, keys: jax.Arr
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "latent_shape", "layout", "sampler", "lora_scale"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "mesh", "latent_shape", "layout", "sampler", "lora_scale")
+)
 def _rollout(
     graphdef: Any, params, adapter, text, keys, *, mesh, latent_shape, layout, sampler, lora_scale
 ) -> jax.Array:
@@ -164,4 +192,6 @@ def _rollout(
         sampler=sampler,
         lora_scale=lora_scale,
     )
-    return jax.lax.with_sharding_constraint(latents.astype(jnp.float32), sharding.batch_sharding(mesh))
+    return jax.lax.with_sharding_constraint(
+        latents.astype(jnp.float32), sharding.batch_sharding(mesh)
+    )

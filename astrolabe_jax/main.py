@@ -1,20 +1,30 @@
-"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo [--config.FIELD=VALUE ...]"""
+"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
+[--config.FIELD=VALUE ...]
+"""
 
 from absl import app, flags
 
 from astrolabe_jax import processes, recipes
 
 CONFIG = recipes.define()
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; the run in it is continued", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of this TPU pod or cluster")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, elsewhere than on a pod or cluster")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of the run; the run in it is continued", required=True
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "join the other processes of this TPU pod or cluster"
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, elsewhere than on a pod or cluster"
+)
 PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --coordinator")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: it could not go on)."""
+    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: it could not go
+    on).
+    """
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     recipes.set_up()

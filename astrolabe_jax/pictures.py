@@ -1,4 +1,6 @@
-"""What a person looks at: videos, film strips, the before/after contact sheet, and curves. All pure, files whole."""
+"""What a person looks at: videos, film strips, the before/after contact sheet, and curves. All
+pure, files whole.
+"""
 
 import contextlib
 import io
@@ -20,10 +22,11 @@ INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 class Mp4Writer:
-    """A video that can be watched while it is made: H.264, yuv420p, which every player shows. Same frames, same bytes.
+    """A video that can be watched while it is made: H.264, yuv420p, which every player shows. Same
+    frames, same bytes.
 
-    Frames go into NAME.partial.mp4, in fragments of about two seconds; `close` makes it the plain file NAME.mp4. Left
-    without `close`, or by an exception, NAME.mp4 is not there.
+    Frames go into NAME.partial.mp4, in fragments of about two seconds; `close` makes it the plain
+    file NAME.mp4. Left without `close`, or by an exception, NAME.mp4 is not there.
     """
 
     def __init__(self, path: Path, fps: int):
@@ -41,14 +44,19 @@ class Mp4Writer:
                 self._container.close()
 
     def add(self, frames: np.ndarray) -> None:
-        """Frames [T, height, width, 3] uint8, all of one size. Small ones are enlarged to VIDEO_HEIGHT."""
+        """Frames [T, height, width, 3] uint8, all of one size. Small ones are enlarged to
+        VIDEO_HEIGHT.
+        """
         frames = _enlarge(frames, VIDEO_HEIGHT)
-        height, width = (side // 2 * 2 for side in frames.shape[1:3])  # chroma is stored at half size
+        # chroma is stored at half size
+        height, width = (side // 2 * 2 for side in frames.shape[1:3])
         with writing(self._path):
             if self._container is None:
                 self._open(height, width)
             for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+                picture = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(frame[:height, :width]), format="rgb24"
+                )
                 self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
@@ -56,7 +64,11 @@ class Mp4Writer:
         with writing(self._path):
             self._container.mux(self._stream.encode())
             self._container.close()
-        with atomic(self._path) as file, av.open(self._partial) as source, av.open(file, "w", format="mp4") as target:
+        with (
+            atomic(self._path) as file,
+            av.open(self._partial) as source,
+            av.open(file, "w", format="mp4") as target,
+        ):
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:  # the last one only says that there are no more
@@ -67,9 +79,17 @@ class Mp4Writer:
     def _open(self, height: int, width: int) -> None:
         fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
         self._container = av.open(self._partial, "w", format="mp4", options=fragments)
-        # With mbtree, x264 varies from call to call; its default preset is several times slower than a GPU samples.
-        options = {"preset": "veryfast", "crf": "16", "g": str(2 * self._fps), "x264-params": "threads=1:mbtree=0"}
-        self._stream = self._container.add_stream("libx264", rate=Fraction(self._fps), options=options)
+        # With mbtree, x264 varies from call to call; its default preset is several times slower
+        # than a GPU samples.
+        options = {
+            "preset": "veryfast",
+            "crf": "16",
+            "g": str(2 * self._fps),
+            "x264-params": "threads=1:mbtree=0",
+        }
+        self._stream = self._container.add_stream(
+            "libx264", rate=Fraction(self._fps), options=options
+        )
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
 
 
@@ -79,10 +99,13 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
         writer.add(frames)
 
 
-def read_video(path: Path, fps: int | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_video(
+    path: Path, fps: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Frames [T, height, width, 3] uint8 of a video file; ValueError naming it if there are none.
 
-    fps: those shown at whole multiples of 1 / fps seconds, in place of all. size: (width, height) to resize to.
+    fps: those shown at whole multiples of 1 / fps seconds, in place of all. size: (width, height)
+    to resize to.
     """
     frames, first = [], None
     try:
@@ -94,7 +117,8 @@ def read_video(path: Path, fps: int | None = None, size: tuple[int, int] | None 
                     picture = frame.to_ndarray(format="rgb24")
                     frames += [picture if size is None else resized(picture, size)] * due
         return np.stack(frames)
-    except (av.FFmpegError, IndexError, TypeError, ValueError) as error:  # TypeError: a frame without a time
+    # TypeError: a frame without a time
+    except (av.FFmpegError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
 
 
@@ -104,12 +128,15 @@ def resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
-    """Frames [T, height, width, 3] -> some of them, evenly spaced in time, side by side: [height, width', 3] uint8.
+    """Frames [T, height, width, 3] -> some of them, evenly spaced in time, side by side: [height,
+    width', 3] uint8.
 
     A white column lies between neighbours.
     """
     times = np.rint(np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames)))).astype(int)
-    return np.concatenate([np.pad(frames[t], ((0, 0), (0, 1), (0, 0)), constant_values=255) for t in times], axis=1)
+    return np.concatenate(
+        [np.pad(frames[t], ((0, 0), (0, 1), (0, 0)), constant_values=255) for t in times], axis=1
+    )
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
@@ -126,17 +153,26 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def contact_sheet(
-    title: str, prompts: Sequence[str], columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]]
+    title: str,
+    prompts: Sequence[str],
+    columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]],
 ) -> Image.Image:
-    """One row per prompt, one column per policy: the film strip, and below it a caption with the video's rewards.
+    """One row per prompt, one column per policy: the film strip, and below it a caption with the
+    video's rewards.
 
-    `columns` maps a heading to one strip [height, width, 3] and one caption per prompt; all strips are of one size.
+    `columns` maps a heading to one strip [height, width, 3] and one caption per prompt; all strips
+    are of one size.
     """
-    strips = {heading: [_enlarge(strip, STRIP_HEIGHT) for strip in column] for heading, (column, _) in columns.items()}
+    strips = {
+        heading: [_enlarge(strip, STRIP_HEIGHT) for strip in column]
+        for heading, (column, _) in columns.items()
+    }
     height, width = next(iter(strips.values()))[0].shape[:2]
     text, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
     margin, head, row = 16, 64, height + 56
-    sheet = Image.new("RGB", (margin + (width + margin) * len(columns), head + row * len(prompts)), PAPER)
+    sheet = Image.new(
+        "RGB", (margin + (width + margin) * len(columns), head + row * len(prompts)), PAPER
+    )
     draw = ImageDraw.Draw(sheet)
     draw.text((margin, 10), title, INK, ImageFont.load_default(size=20))
     for j, (heading, (_, captions)) in enumerate(columns.items()):
@@ -151,10 +187,16 @@ def contact_sheet(
     return sheet
 
 
-def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], log: Sequence[str]) -> bytes:
-    """One panel per entry of `panels`, {title: {label: (epochs, values)}}, as a PNG; those in `log` have a log axis."""
+def curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], log: Sequence[str]
+) -> bytes:
+    """One panel per entry of `panels`, {title: {label: (epochs, values)}}, as a PNG; those in `log`
+    have a log axis.
+    """
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         for label, (epochs, values) in lines.items():
             axes.plot(epochs, values, marker="o" if len(epochs) < 4 else None, label=label)
         positive = any(value > 0 for _, values in lines.values() for value in values)
@@ -171,6 +213,8 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
 
 
 def _enlarge(frames: np.ndarray, height: int) -> np.ndarray:
-    """Repeats pixels by a whole factor until the height axis (third from last) is at least about `height`."""
+    """Repeats pixels by a whole factor until the height axis (third from last) is at least about
+    `height`.
+    """
     factor = max(1, -(-height // frames.shape[-3]))
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)

@@ -1,4 +1,6 @@
-"""From a config and a directory to a run: everything is read and checked here, before anything is compiled."""
+"""From a config and a directory to a run: everything is read and checked here, before anything is
+compiled.
+"""
 
 import contextlib
 import functools
@@ -43,7 +45,8 @@ class Run(NamedTuple):
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
     adapter: dict  # of every policy before the first epoch; on the host
-    starts: tuple[int, ...]  # latent frames at which a trained window may begin; () where whole videos are trained
+    # latent frames at which a trained window may begin; () where whole videos are trained
+    starts: tuple[int, ...]
     panel: Panel  # the rewards, ready to score
 
     @property
@@ -53,10 +56,11 @@ class Run(NamedTuple):
 
 
 def prepare(config: ConfigDict, workdir: Path | str) -> Run:
-    """Checks the config, the base model, the prompts and the working directory, and loads what a run needs.
+    """Checks the config, the base model, the prompts and the working directory, and loads what a
+    run needs.
 
-    All processes of a run call it, and read the same files. Raises ValueError or OSError whose message names the field,
-    file or line at fault, and the next step; on all processes, if on one.
+    All processes of a run call it, and read the same files. Raises ValueError or OSError whose
+    message names the field, file or line at fault, and the next step; on all processes, if on one.
     """
     run = processes.together(lambda: _read(config, Path(workdir)))
     mine = run.identity | {"workdir": str(workdir)}
@@ -73,14 +77,18 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
-        "train": _prompts(config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)),
+        "train": _prompts(
+            config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)
+        ),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
     identity = {"base": base.identity}
-    identity |= {f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()}
+    identity |= {
+        f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()
+    }
     if config.lora.init:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
@@ -89,7 +97,19 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     panel = load_panel(config, mesh)
     identity |= panel.identity
     return Run(
-        config, workdir, identity, base, layout, sampler, mesh, latent_shape, train, test, adapter, starts, panel
+        config,
+        workdir,
+        identity,
+        base,
+        layout,
+        sampler,
+        mesh,
+        latent_shape,
+        train,
+        test,
+        adapter,
+        starts,
+        panel,
     )
 
 
@@ -98,19 +118,22 @@ def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
     scoring = config.scoring
     if scoring.overlap == "all" and jax.process_count() > 1:
         raise ValueError(
-            "config.scoring.overlap is 'all' with several processes, which must start programs in one order; expected "
-            "host or none"
+            "config.scoring.overlap is 'all' with several processes, which must start programs in "
+            "one order; expected host or none"
         )
     loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
     return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
-    """ValueError unless the processes were started alike: they would compute different things together."""
+    """ValueError unless the processes were started alike: they would compute different things
+    together.
+    """
     for name in sorted({*first, *mine}):
         if first.get(name) != mine.get(name):
             raise ValueError(
-                f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; start all processes alike"
+                f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; start "
+                "all processes alike"
             )
 
 
@@ -120,7 +143,9 @@ def numerics(config: ConfigDict) -> dict[str, Any]:
 
 
 def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
-    """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are read."""
+    """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are
+    read.
+    """
     with blame("config.base"):
         sizes = bases.configs(config.base, config.model.size, **numerics(config))
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
@@ -139,14 +164,19 @@ def load_base(config: ConfigDict, mesh: Mesh) -> Base:
 
 
 def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
-    """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split over `fsdp`."""
+    """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split
+    over `fsdp`.
+    """
     if part == "vae":
         return sharding.replicate(mesh, leaf)
     return sharding.shard_param(mesh, path, leaf)
 
 
-def geometry(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
-    """Blocks, denoising steps and the shape (F, C, H, W) of sampled latents for nets of these sizes (bases.configs).
+def geometry(
+    config: ConfigDict, sizes: Mapping[str, Any]
+) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
+    """Blocks, denoising steps and the shape (F, C, H, W) of sampled latents for nets of these sizes
+    (bases.configs).
 
     Raises ValueError, naming the fields, where they do not fit each other.
     """
@@ -200,7 +230,8 @@ def story_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> St
 def _window_starts(
     config: ConfigDict, layout: Layout, sizes: Mapping[str, Any], lists: Mapping[str, Sequence[str]]
 ) -> tuple[int, ...]:
-    """Where windows may begin: nowhere does a prompt of the training list change inside of one (streaming.md 9).
+    """Where windows may begin: nowhere does a prompt of the training list change inside of one
+    (streaming.md 9).
 
     Raises ValueError for scenes that cannot be trained on, with the line at fault.
     """
@@ -224,33 +255,44 @@ def _window_starts(
 
 
 def _check_story(config: ConfigDict, told: Story, first: Story, frames: int) -> None:
-    """ValueError for a story that streams cannot tell together with others, such as that of the first line."""
+    """ValueError for a story that streams cannot tell together with others, such as that of the
+    first line.
+    """
     streaming = config.streaming
     if told.steps[-1].scene != len(told.prompts) - 1:
         raise ValueError(
-            f"the {frames} latent frames of a video are over before its last scene; raise config.video.frames, or for "
-            "held-out videos config.eval.frames"
+            f"the {frames} latent frames of a video are over before its last scene; raise "
+            "config.video.frames, or for held-out videos config.eval.frames"
         )
     if told.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
-        raise ValueError("its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'")
+        raise ValueError(
+            "its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'"
+        )
     if any(step.change and step.change.keep is not None for step in told.steps) and (
         streaming.prefix != "rollout_old" or streaming.recache_on_update
     ):
         raise ValueError(
-            "a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be made anew; expected "
-            "scenes.transition 'recache', or streaming.prefix 'rollout_old' without recache_on_update"
+            "a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be "
+            "made anew; expected scenes.transition 'recache', or streaming.prefix 'rollout_old' "
+            "without recache_on_update"
         )
     if _places(told) != _places(first):
         raise ValueError(
-            f"its prompt changes at the latent frames {told.changes}, that of line 1 at {first.changes}; flushes and "
-            "hard cuts must come at the same frames in all lines; or use scenes.transition 'recache' and no #"
+            f"its prompt changes at the latent frames {told.changes}, that of line 1 at "
+            f"{first.changes}; flushes and hard cuts must come at the same frames in all lines; or "
+            "use scenes.transition 'recache' and no #"
         )
 
 
 def _places(told: Story) -> list:
-    """Where the blocks stand in the cache, and what it keeps before them: alike for all that is sampled together."""
+    """Where the blocks stand in the cache, and what it keeps before them: alike for all that is
+    sampled together.
+    """
     keeps = [step.change and step.change.keep for step in told.steps]
-    return [(step.start, step.positions, step.aligned, keep) for step, keep in zip(told.steps, keeps, strict=True)]
+    return [
+        (step.start, step.positions, step.aligned, keep)
+        for step, keep in zip(told.steps, keeps, strict=True)
+    ]
 
 
 def _without_change(config: ConfigDict, starts: tuple[int, ...], told: Story) -> tuple[int, ...]:
@@ -258,26 +300,37 @@ def _without_change(config: ConfigDict, starts: tuple[int, ...], told: Story) ->
     left = tuple(s for s in starts if not any(s < change < s + window for change in told.changes))
     if not left or (left != starts and config.streaming.mode == "progressive"):
         raise ValueError(
-            f"its prompt changes at the latent frames {told.changes}, inside of a window of {window} from "
-            f"{next(s for s in starts if s not in left)}; let scenes begin where windows do"
+            f"its prompt changes at the latent frames {told.changes}, inside of a window of "
+            f"{window} from {next(s for s in starts if s not in left)}; let scenes begin where "
+            "windows do"
         )
     return left
 
 
 def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of a latent frame; refuses heights and widths that the VAE or the patches do not divide."""
+    """(C, H, W) of a latent frame; refuses heights and widths that the VAE or the patches do not
+    divide.
+    """
     video, vae, net = config.video, sizes["vae"], sizes["transformer"]
     unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
     for name, step in zip(("height", "width"), unit, strict=True):
         if video[name] % step:
-            raise ValueError(f"config.video.{name} is {video[name]}; this model takes multiples of {step} pixels")
+            raise ValueError(
+                f"config.video.{name} is {video[name]}; this model takes multiples of {step} pixels"
+            )
     return net.in_channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride
 
 
-def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int) -> tuple[str, ...]:
+def _prompts(
+    config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int
+) -> tuple[str, ...]:
     def parts(line: str) -> Sequence[str]:
         """The prompts of a line, which has scenes where windows of long videos are trained."""
-        return story_of(config, layout_of(config), line, 1).prompts if config.streaming.window else (line,)
+        return (
+            story_of(config, layout_of(config), line, 1).prompts
+            if config.streaming.window
+            else (line,)
+        )
 
     def check(line: str) -> None:
         for part in parts(line):
@@ -290,8 +343,8 @@ def _prompts(config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any
         lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
         if len(lines) < least:
             raise ValueError(
-                f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} different ones; "
-                "add prompts or lower config.prompts.groups"
+                f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} "
+                "different ones; add prompts or lower config.prompts.groups"
             )
     return lines
 
@@ -307,8 +360,8 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
         adapter, scale = load_lora(lora.init, net, lora.rank, dtype)
         if scale != lora.alpha / lora.rank:
             raise ValueError(
-                f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is {lora.alpha / lora.rank:g}; "
-                "set config.lora.alpha"
+                f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is "
+                f"{lora.alpha / lora.rank:g}; set config.lora.alpha"
             )
     return adapter
 

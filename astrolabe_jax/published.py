@@ -1,17 +1,26 @@
-"""The published runs: every configuration of the Astrolabe repository, and the default run of its paper, as data.
+"""The published runs: every configuration of the Astrolabe repository, and the default run of its
+paper, as data.
 
-Sources: spec objective.md 11 (batches) and 12 (configurations), paper.md 3, model.md 10 and checkpoints.md 1 (models).
-configs/FAMILY.py are the recipes; their argument is a list of words, `--config=configs/longlive.py:gardo,devices=24`:
+Sources: spec objective.md 11 (batches) and 12 (configurations), paper.md 3, model.md 10 and
+checkpoints.md 1 (models). configs/FAMILY.py are the recipes; their argument is a list of words,
+`--config=configs/longlive.py:gardo,devices=24`:
 
-    VARIANT                     rewards and objective: one of VARIANTS, hpsv3 if none is named; paper is the paper's
+    VARIANT                     rewards and objective: one of VARIANTS, hpsv3 if none is named;
+                                paper is the paper's
                                 own default run, which its repository lacks
     lora_init                   training starts from LongLive's published adapter
-    devices=N                   the batches published for 8 (default), 16, 24 or 48 devices; a run with these batches
-                                may use any number of devices that divides them, and does the same arithmetic
-    PUBLISHED_NAME              variant, lora_init and devices at once: longlive_video_hpsv3_gardo_24gpu
-    framewise                   Causal-Forcing's model with blocks of one frame (never trained with in the repository)
-    rewards=NAME[+NAME...]      these rewards, with weight 1, instead of the published ones; the first is the main one
-    reference[=SWITCH[+...]]    the published behaviour of all switches, or of these (config.REFERENCE_SWITCHES)
+    devices=N                   the batches published for 8 (default), 16, 24 or 48 devices; a run
+                                with these batches
+                                may use any number of devices that divides them, and does the same
+                                arithmetic
+    PUBLISHED_NAME              variant, lora_init and devices at once:
+                                longlive_video_hpsv3_gardo_24gpu
+    framewise                   Causal-Forcing's model with blocks of one frame (never trained with
+                                in the repository)
+    rewards=NAME[+NAME...]      these rewards, with weight 1, instead of the published ones; the
+                                first is the main one
+    reference[=SWITCH[+...]]    the published behaviour of all switches, or of these
+                                (config.REFERENCE_SWITCHES)
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +32,11 @@ from astrolabe_jax.config import WEIGHT, get_config, with_reference
 
 # Published as video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.
 # Reward -> the reward directory that it expects (rewards/, convert reward).
-REWARDS = {"hpsv3": "rewards/hpsv3", "videoalign_mq": "rewards/videoalign", "videoalign_ta": "rewards/videoalign"}
+REWARDS = {
+    "hpsv3": "rewards/hpsv3",
+    "videoalign_mq": "rewards/videoalign",
+    "videoalign_ta": "rewards/videoalign",
+}
 
 
 class Preset(NamedTuple):
@@ -36,8 +49,18 @@ class Preset(NamedTuple):
 
 # Name and devices -> batches, as intended: distinct prompts in all batches of an epoch.
 PRESETS = {
-    "wan": {8: Preset(3, 24, 16), 16: Preset(2, 16, 16), 24: Preset(4, 24, 48), 48: Preset(4, 24, 48)},
-    "krea14b": {8: Preset(1, 8, 8), 16: Preset(1, 16, 16), 24: Preset(1, 24, 24), 48: Preset(1, 16, 48)},
+    "wan": {
+        8: Preset(3, 24, 16),
+        16: Preset(2, 16, 16),
+        24: Preset(4, 24, 48),
+        48: Preset(4, 24, 48),
+    },
+    "krea14b": {
+        8: Preset(1, 8, 8),
+        16: Preset(1, 16, 16),
+        24: Preset(1, 24, 24),
+        48: Preset(1, 16, 48),
+    },
 }
 EVAL_BATCHES = 20  # that each device evaluates
 
@@ -125,8 +148,9 @@ COMMON = {
     "optimiser.steps_per_pass": 1,
     "optimiser.old_decay": "type1",
     "eval.ceiling": False,  # there are no real videos of these prompts
-    # Ours: the number of epochs is not published (its checkpoints are of the order of 10^2 steps). A checkpoint after
-    # every epoch, where 30 was published: an epoch is hundreds of videos, and a run that is killed loses one at most.
+    # Ours: the number of epochs is not published (its checkpoints are of the order of 10^2 steps).
+    # A checkpoint after every epoch, where 30 was published: an epoch is hundreds of videos, and a
+    # run that is killed loses one at most.
     "train.epochs": 120,
     "train.checkpoint_every": 1,
 }
@@ -148,10 +172,11 @@ VARIANTS = {
     "ta": Variant({"videoalign_ta": 1.0}),
     "mq": Variant({"videoalign_mq": 1.0}),
     "gardo": Variant({"hpsv3": 1.0, "videoalign_mq": 1.0}, _SELECTIVE),
-    # Published as 240 frames, which it cuts to 60 latents; the VAE makes 237 frames of those (1 + 4 x 59).
+    # Published as 240 frames, which it cuts to 60 latents; the VAE makes 237 frames of those (1 + 4
+    # x 59).
     "long": Variant({"hpsv3": 1.0}, {"video.frames": 237}),
-    # Published as 960 frames, of which 957 make the 240 latents that are sampled at most. It evaluates 240 frames: 60
-    # latents, of which the VAE makes 237.
+    # Published as 960 frames, of which 957 make the 240 latents that are sampled at most. It
+    # evaluates 240 frames: 60 latents, of which the VAE makes 237.
     "streaming": Variant(
         {"hpsv3": 1.0},
         {
@@ -200,18 +225,48 @@ ROWS = (
     Row("self_forcing_video_hpsv3_24gpu", "self_forcing", "hpsv3", 24, 1e-3, 1e-5, 30),
     Row("self_forcing_video_hpsv3_48gpu", "self_forcing", "hpsv3", 48, 1e-4, 1e-5, 10),
     Row("self_forcing_video_multi_reward", "self_forcing", "multi_reward", 8, 1e-4, 1e-5, 10),
-    Row("self_forcing_video_multi_reward_16gpu", "self_forcing", "multi_reward", 16, 1e-3, 1e-5, 30),
-    Row("self_forcing_video_multi_reward_24gpu", "self_forcing", "multi_reward", 24, 1e-3, 1e-5, 30),
-    Row("self_forcing_video_multi_reward_48gpu", "self_forcing", "multi_reward", 48, 1e-4, 1e-5, 10),
+    Row(
+        "self_forcing_video_multi_reward_16gpu", "self_forcing", "multi_reward", 16, 1e-3, 1e-5, 30
+    ),
+    Row(
+        "self_forcing_video_multi_reward_24gpu", "self_forcing", "multi_reward", 24, 1e-3, 1e-5, 30
+    ),
+    Row(
+        "self_forcing_video_multi_reward_48gpu", "self_forcing", "multi_reward", 48, 1e-4, 1e-5, 10
+    ),
     Row("casual_forcing_video_hpsv3", "causal_forcing", "hpsv3", 8, 1e-4, 1e-5, 30),
     Row("casual_forcing_video_hpsv3_16gpu", "causal_forcing", "hpsv3", 16, 1e-4, 1e-5, 10),
     Row("casual_forcing_video_hpsv3_24gpu", "causal_forcing", "hpsv3", 24, 1e-4, 1e-5, 10),
     Row("casual_forcing_video_hpsv3_48gpu", "causal_forcing", "hpsv3", 48, 1e-4, 1e-5, 30),
-    Row("casual_forcing_video_hpsv3_mq_ta_48gpu", "causal_forcing", "hpsv3_mq_ta", 48, 1e-4, 1e-5, 30),
+    Row(
+        "casual_forcing_video_hpsv3_mq_ta_48gpu",
+        "causal_forcing",
+        "hpsv3_mq_ta",
+        48,
+        1e-4,
+        1e-5,
+        30,
+    ),
     Row("casual_forcing_video_hpsv3_ta_48gpu", "causal_forcing", "hpsv3_ta", 48, 1e-4, 1e-5, 30),
     Row("casual_forcing_video_multi_reward", "causal_forcing", "multi_reward", 8, 1e-4, 2e-5, 30),
-    Row("casual_forcing_video_multi_reward_16gpu", "causal_forcing", "multi_reward", 16, 1e-4, 1e-5, 10),
-    Row("casual_forcing_video_multireward_48gpu", "causal_forcing", "multi_reward", 48, 5e-4, 1e-5, 30),
+    Row(
+        "casual_forcing_video_multi_reward_16gpu",
+        "causal_forcing",
+        "multi_reward",
+        16,
+        1e-4,
+        1e-5,
+        10,
+    ),
+    Row(
+        "casual_forcing_video_multireward_48gpu",
+        "causal_forcing",
+        "multi_reward",
+        48,
+        5e-4,
+        1e-5,
+        30,
+    ),
     Row("casual_forcing_video_ta_48gpu", "causal_forcing", "ta", 48, 1e-4, 2e-5, 30),
     Row("longlive_video_hpsv3", "longlive", "hpsv3", 8, 1e-4, 1e-5, 10),
     Row("longlive_video_hpsv3_16gpu", "longlive", "hpsv3", 16, 1e-4, 1e-5, 10),
@@ -222,7 +277,16 @@ ROWS = (
     Row("longlive_video_hpsv3_with_lora_init_48gpu", "longlive", "hpsv3", 48, 1e-4, 1e-5, 30, True),
     Row("longlive_video_multi_reward", "longlive", "multi_reward", 8, 1e-4, 1e-5, 10),
     Row("longlive_video_multi_reward_16gpu", "longlive", "multi_reward", 16, 1e-4, 1e-5, 10),
-    Row("longlive_video_multi_reward_with_lora_init", "longlive", "multi_reward", 8, 1e-4, 1e-5, 10, True),
+    Row(
+        "longlive_video_multi_reward_with_lora_init",
+        "longlive",
+        "multi_reward",
+        8,
+        1e-4,
+        1e-5,
+        10,
+        True,
+    ),
     Row("longlive_video_multireward_48gpu", "longlive", "multi_reward", 48, 1e-4, 1e-5, 30),
     Row("longlive_video_mq", "longlive", "mq", 8, 1e-4, 1e-5, 20),
     Row("longlive_video_mq_16gpu", "longlive", "mq", 16, 1e-4, 1e-5, 20),
@@ -230,7 +294,16 @@ ROWS = (
     Row("longlive_video_hpsv3_gardo", "longlive", "gardo", 8, 1e-4, 1e-5, 10),
     Row("longlive_video_hpsv3_gardo_24gpu", "longlive", "gardo", 24, 1e-4, 1e-5, 10),
     Row("longlive_video_hpsv3_gardo_48gpu", "longlive", "gardo", 48, 1e-4, 1e-5, 30),
-    Row("longlive_video_hpsv3_streaming_with_lora_init", "longlive", "streaming", 8, 1e-4, 1e-5, 30, True),
+    Row(
+        "longlive_video_hpsv3_streaming_with_lora_init",
+        "longlive",
+        "streaming",
+        8,
+        1e-4,
+        1e-5,
+        30,
+        True,
+    ),
     Row("krea14b_video_hpsv3", "krea14b", "hpsv3", 8, 1e-4, 1e-5, 30),
     Row("krea14b_video_hpsv3_16gpu", "krea14b", "hpsv3", 16, 1e-4, 1e-5, 30),
     Row("krea14b_video_hpsv3_24gpu", "krea14b", "hpsv3", 24, 1e-4, 1e-5, 30),
@@ -238,28 +311,43 @@ ROWS = (
     Row("krea14b_video_multi_reward", "krea14b", "multi_reward", 8, 1e-4, 1e-5, 30),
     Row("krea14b_video_multi_reward_24gpu", "krea14b", "multi_reward", 24, 1e-4, 1e-5, 30),
 )
-# The paper's run, for the batches of each number of devices; its epochs between evaluations are ours.
+# The paper's run, for the batches of each number of devices; its epochs between evaluations are
+# ours.
 PAPER_ROWS = tuple(
-    Row(f"{family}_paper" + (f"_{devices}gpu" if devices > 8 else ""), family, "paper", devices, 1e-4, 1e-5, 30)
+    Row(
+        f"{family}_paper" + (f"_{devices}gpu" if devices > 8 else ""),
+        family,
+        "paper",
+        devices,
+        1e-4,
+        1e-5,
+        30,
+    )
     for family in FAMILIES
     for devices in PRESETS[FAMILIES[family].preset]
 )
 
 
 def recipe(family: str, argument: str = "") -> ConfigDict:
-    """The config that the words of `argument` (see above) ask for; ValueError, on one line, for others."""
+    """The config that the words of `argument` (see above) ask for; ValueError, on one line, for
+    others.
+    """
     wish = _wish(family, argument)
     row = _row(family, wish)
     variant, config = VARIANTS[row.variant], get_config()
     rewards = dict.fromkeys(wish["rewards"], 1.0) if "rewards" in wish else variant.rewards
-    config.update_from_flattened_dict(COMMON | FAMILIES[family].fields | _batches(row) | dict(variant.fields))
+    config.update_from_flattened_dict(
+        COMMON | FAMILIES[family].fields | _batches(row) | dict(variant.fields)
+    )
     config.name = row.name
     config.loss.kl_weight = row.kl_weight
     config.optimiser.learning_rate = row.learning_rate
     config.train.eval_every = row.eval_every
     config.prompts.tuned_for = config.prompts.groups * config.prompts.candidates
     for name, weight in rewards.items():
-        config.rewards[name] = {WEIGHT: weight, "path": REWARDS[name]} if name in REWARDS else weight
+        config.rewards[name] = (
+            {WEIGHT: weight, "path": REWARDS[name]} if name in REWARDS else weight
+        )
     if row.lora_init:
         config.lora.init = FAMILIES[family].lora
     if "framewise" in wish:
@@ -287,12 +375,17 @@ def _batches(row: Row) -> dict[str, int]:
 
 
 def _wish(family: str, argument: str) -> dict[str, Any]:
-    """What the words ask for, by what they are about: variant, lora_init, devices, framewise, rewards, reference."""
+    """What the words ask for, by what they are about: variant, lora_init, devices, framewise,
+    rewards, reference.
+    """
     wish = {}
     for word in argument.split(",") if argument else ():
         meaning = dict(_meaning(family, word.strip()))
         if both := wish.keys() & meaning.keys():
-            raise ValueError(f"configs/{family}.py:{argument}: {word!r} gives {', '.join(sorted(both))} a second time")
+            raise ValueError(
+                f"configs/{family}.py:{argument}: {word!r} gives {', '.join(sorted(both))} a "
+                "second time"
+            )
         wish |= meaning
     return wish
 
@@ -303,10 +396,19 @@ def _meaning(family: str, word: str) -> Iterator[tuple[str, Any]]:
     values = value.split("+") if equals else []
     if word in rows:
         row = rows[word]
-        yield from {"variant": row.variant, "devices": row.devices, "lora_init": row.lora_init}.items()
+        yield from {
+            "variant": row.variant,
+            "devices": row.devices,
+            "lora_init": row.lora_init,
+        }.items()
     elif word in VARIANTS:
         yield "variant", word
-    elif word == "lora_init" and FAMILIES[family].lora or word == "framewise" and FAMILIES[family].framewise:
+    elif (
+        word == "lora_init"
+        and FAMILIES[family].lora
+        or word == "framewise"
+        and FAMILIES[family].framewise
+    ):
         yield word, True
     elif key == "devices" and value.isdecimal():
         yield key, int(value)
@@ -318,7 +420,8 @@ def _meaning(family: str, word: str) -> Iterator[tuple[str, Any]]:
         known += ["framewise"] if FAMILIES[family].framewise else []
         known += ["devices=N", "rewards=NAME[+NAME...]", "reference[=SWITCH[+SWITCH...]]"]
         raise ValueError(
-            f"configs/{family}.py does not know {word!r}; expected {', '.join(known)} or the name of a published run"
+            f"configs/{family}.py does not know {word!r}; expected {', '.join(known)} or the name "
+            "of a published run"
         )
 
 
@@ -327,7 +430,9 @@ def _rows(family: str) -> list[Row]:
 
 
 def _row(family: str, wish: Mapping[str, Any]) -> Row:
-    """The published run with this variant, lora_init and number of devices; ValueError that lists those there are."""
+    """The published run with this variant, lora_init and number of devices; ValueError that lists
+    those there are.
+    """
     variant, devices = wish.get("variant", "hpsv3"), wish.get("devices", 8)
     rows, there = _rows(family), {}
     # A run that starts from the adapter only, streaming, does so without the word.
@@ -338,4 +443,6 @@ def _row(family: str, wish: Mapping[str, Any]) -> Row:
         there.setdefault(row.words, []).append(str(row.devices))
     asked = variant + (",lora_init" if lora_init else "")
     listed = "; ".join(f"{words},devices={'|'.join(counts)}" for words, counts in there.items())
-    raise ValueError(f"configs/{family}.py: no run {asked},devices={devices} was published; there are {listed}")
+    raise ValueError(
+        f"configs/{family}.py: no run {asked},devices={devices} was published; there are {listed}"
+    )

@@ -1,4 +1,6 @@
-"""The flag --config: a recipe, its overrides --config.FIELD=VALUE, and what is said when one of them is wrong."""
+"""The flag --config: a recipe, its overrides --config.FIELD=VALUE, and what is said when one of
+them is wrong.
+"""
 
 import os
 import re
@@ -11,13 +13,26 @@ from ml_collections import config_flags
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
 # Whatever config_flags raises for a recipe, or for a field, that does not exist or does not work.
-ERRORS = (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError, SyntaxError)
+ERRORS = (
+    flags.Error,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+)
 
 
 def define() -> flags.FlagHolder:
-    """Defines the flag. A recipe locks its fields (config.get_config), all but `rewards`, which takes new names."""
+    """Defines the flag. A recipe locks its fields (config.get_config), all but `rewards`, which
+    takes new names.
+    """
     text = "recipe, for example configs/moving_shapes.py"
-    return config_flags.DEFINE_config_file("config", None, text, lock_config=False, accept_new_attributes=True)
+    return config_flags.DEFINE_config_file(
+        "config", None, text, lock_config=False, accept_new_attributes=True
+    )
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -29,15 +44,21 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def set_up() -> None:
-    """What every program does before it uses JAX: compiled programs are kept on the disk, and float32 is float32.
+    """What every program does before it uses JAX: compiled programs are kept on the disk, and
+    float32 is float32.
 
-    Without the latter a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as it is.
-    JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+    Without the latter a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16
+    stays as it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
     """
     logging.set_verbosity(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing; nothing needs it
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla")
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache))
+    # it would warn that torch is missing; nothing needs it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    cache = os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla"
+    )
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
+    )
     precision = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     jax.config.update("jax_default_matmul_precision", precision)
 
@@ -51,9 +72,14 @@ def fail(message: str | Exception, status: int) -> None:
 def message(error: Exception) -> str:
     """What to tell the user about one of ERRORS: one line, without tracebacks."""
     text = str(error)
-    if isinstance(error, AttributeError | KeyError):  # the field, perhaps all others, and the one that may be meant
-        text = re.sub(r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text)
-        return "unknown config field " + text.replace("\\nDid", ": did").replace("\\", "").replace("'", "")
+    # the field, perhaps all others, and the one that may be meant
+    if isinstance(error, AttributeError | KeyError):
+        text = re.sub(
+            r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text
+        )
+        return "unknown config field " + text.replace("\\nDid", ": did").replace("\\", "").replace(
+            "'", ""
+        )
     # With a recipe's own error comes its traceback, which ends in the message.
     last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
     return last.removeprefix("ValueError: ")

@@ -1,13 +1,18 @@
-"""What a run says about itself: the opening summary, progress lines, metrics, samples, and the closing summary.
+"""What a run says about itself: the opening summary, progress lines, metrics, samples, and the
+closing summary.
 
 Files of the working directory written here:
 
-    metrics.jsonl          one JSON object per epoch and per evaluation, `epoch` counts the finished ones (so epochs
+    metrics.jsonl          one JSON object per epoch and per evaluation, `epoch` counts the finished
+                           ones (so epochs
                            from 1); tensorboard/ has the same figures as events
-    samples/before, after  held-out videos as mp4 and as film strips (png); samples/contact_sheet.png shows both
-    scores/EPOCH.csv       every sample of an epoch: prompt, rewards raw and standardised, total, advantage
+    samples/before, after  held-out videos as mp4 and as film strips (png);
+                           samples/contact_sheet.png shows both
+    scores/EPOCH.csv       every sample of an epoch: prompt, rewards raw and standardised, total,
+                           advantage
     curves.png             rewards, losses and deviations over the epochs
-    summary.json           evaluations before and after, ceiling, gain, seconds per phase, versions, config
+    summary.json           evaluations before and after, ceiling, gain, seconds per phase, versions,
+                           config
 """
 
 import contextlib
@@ -41,11 +46,22 @@ from astrolabe_jax.prepare import Run
 from astrolabe_jax.types import Evaluation, PromptBatch
 
 TICK_SECONDS = 10.0  # a long phase reports this often
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_collections", "transformers")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml_collections",
+    "transformers",
+)
 
 
 def say(text: str) -> None:
-    """A line for the person who watches: on one process only, at once, so that it also works through a pipe."""
+    """A line for the person who watches: on one process only, at once, so that it also works
+    through a pipe.
+    """
     if jax.process_index() == 0:
         print(text, flush=True)
 
@@ -53,7 +69,12 @@ def say(text: str) -> None:
 class Progress:
     """Measures phases, and tells how far a run is and how long it has left."""
 
-    def __init__(self, seconds: Mapping[str, float], check: Callable[[], None], say: Callable[[str], None] = say):
+    def __init__(
+        self,
+        seconds: Mapping[str, float],
+        check: Callable[[], None],
+        say: Callable[[str], None] = say,
+    ):
         self.seconds = dict(seconds)  # by phase, over the whole run, earlier pieces included
         self.recent: dict[str, float] = {}  # by phase, since `take`
         self._check = check  # called before every phase; may raise to end the run there
@@ -67,7 +88,9 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time inside to the phase `name`; the caller waits for the device before it leaves."""
+        """Adds the time inside to the phase `name`; the caller waits for the device before it
+        leaves.
+        """
         self._check()
         start = time.monotonic()
         yield
@@ -98,7 +121,9 @@ class Progress:
             return
         each = (now - self._started[1]) / (done - 1)
         self._spoken = now
-        self._say(f"  {what} {done}/{count}, {each:.1f} s each, {clock((count - done) * each)} left")
+        self._say(
+            f"  {what} {done}/{count}, {each:.1f} s each, {clock((count - done) * each)} left"
+        )
 
     def takes(self, what: str, size: int, place: Path) -> None:
         """Says once in a run how many bytes `what` takes on the disk."""
@@ -107,12 +132,17 @@ class Progress:
             self._say(f"  {what} takes {size / 2**20:,.1f} MiB in {place}")
 
     def epoch(self, record: Mapping[str, Any], count: int, after: float) -> None:
-        """The line of a finished epoch; `after` is the expected time in seconds from the last epoch to the end."""
+        """The line of a finished epoch; `after` is the expected time in seconds from the last epoch
+        to the end.
+        """
         epoch, seconds = record["epoch"], record["seconds"]
         self._epochs.append(sum(seconds.values()))
         each = statistics.median(self._epochs[-5:])
         self._spoken = time.monotonic()
-        rewards = "  ".join(f"{name.removeprefix('reward/')} {value:.3f}" for name, value in rewards_of(record).items())
+        rewards = "  ".join(
+            f"{name.removeprefix('reward/')} {value:.3f}"
+            for name, value in rewards_of(record).items()
+        )
         phases = " + ".join(f"{name} {value:.1f}" for name, value in seconds.items())
         self._say(
             f"epoch {epoch:{len(str(count))}}/{count}  {rewards}  kl {record['kl_div']:.1e}  |  "
@@ -121,10 +151,11 @@ class Progress:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are dropped.
+    """metrics.jsonl and TensorBoard events; records of a lost piece, for which `keep` is false, are
+    dropped.
 
-    A record that was added is on the disk: a checkpoint that follows it never outlives it. Process 0 reads and writes;
-    `records` are the same on all processes, which all call what is here.
+    A record that was added is on the disk: a checkpoint that follows it never outlives it. Process
+    0 reads and writes; `records` are the same on all processes, which all call what is here.
     """
 
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
@@ -134,18 +165,25 @@ class Metrics:
 
     def _open(self, keep: Callable[[dict], bool]) -> list[dict]:
         found = read_jsonl(self._path)
-        records = [record for record in found if {"kind", "epoch"} <= record.keys() and keep(record)]
+        records = [
+            record for record in found if {"kind", "epoch"} <= record.keys() and keep(record)
+        ]
         write_atomic(self._path, "".join(_line(record) for record in records).encode())
         with writing(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
-            self._events = EventsWriter(str(self._logs / "events"))  # not SummaryWriter: on a full disk that hangs
+            # not SummaryWriter: on a full disk that hangs
+            self._events = EventsWriter(str(self._logs / "events"))
             start = SessionLog(status=SessionLog.START)  # later events of an earlier piece are void
-            self._events.write_event(Event(wall_time=time.time(), step=self._purged, session_log=start))
+            self._events.write_event(
+                Event(wall_time=time.time(), step=self._purged, session_log=start)
+            )
             self._events.flush()
         return records
 
     def add(self, record: dict[str, Any]) -> None:
-        """Appends a record; its numbers, nested ones under NAME/INNER, become events of its epoch."""
+        """Appends a record; its numbers, nested ones under NAME/INNER, become events of its
+        epoch.
+        """
         self.records.append(record)
         processes.by_first(lambda: self._write(record))
 
@@ -158,7 +196,9 @@ class Metrics:
         with writing(self._logs):
             for name, value in _numbers(record):
                 point = scalar(f"{record['kind']}/{name}", value)
-                self._events.write_event(Event(wall_time=time.time(), step=record["epoch"], summary=point))
+                self._events.write_event(
+                    Event(wall_time=time.time(), step=record["epoch"], summary=point)
+                )
             self._events.flush()
 
     def close(self) -> None:
@@ -186,9 +226,10 @@ def warnings(run: Run) -> list[str]:
     if config.prompts.tuned_for in (0, count):
         return []
     return [
-        f"warning: an epoch has {count} videos, the recipe's {config.prompts.tuned_for}: its learning rate and KL "
-        f"weight were chosen for those; go back to them (config.prompts.groups x candidates), or choose rates for "
-        f"{count} and say so with --config.prompts.tuned_for={count}"
+        f"warning: an epoch has {count} videos, the recipe's {config.prompts.tuned_for}: its "
+        "learning rate and KL weight were chosen for those; go back to them "
+        f"(config.prompts.groups x candidates), or choose rates for {count} and say so with "
+        f"--config.prompts.tuned_for={count}"
     ]
 
 
@@ -210,7 +251,8 @@ def memory(run: Run) -> dict[str, int]:
     whole = {  # on each of them
         **({"rewards": run.panel.weights} if run.panel.weights else {}),
         "base": sum(
-            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(nets)
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(nets)
         ),
         "four policies": 4 * _bytes(run.adapter),
         "optimiser": 2 * _bytes(run.adapter),
@@ -219,18 +261,24 @@ def memory(run: Run) -> dict[str, int]:
 
 
 def _streams(run: Run) -> tuple[int, int]:
-    """Where windows are trained, of how many streams the keys are held at once, and of how many the decoder's memory.
+    """Where windows are trained, of how many streams the keys are held at once, and of how many the
+    decoder's memory.
 
     They are those of an epoch's pasts, and of what forks from them.
     """
     config, devices, streaming = run.config, run.mesh.size, run.config.streaming
-    videos, learnt = (piece(config, batch, devices) for batch in (config.sampler.batch, config.optimiser.microbatch))
+    videos, learnt = (
+        piece(config, batch, devices)
+        for batch in (config.sampler.batch, config.optimiser.microbatch)
+    )
     if streaming.sampling == "sequence":
         return max(videos, learnt), videos
     count, number = rounds(config, devices)
     progressive, seen = streaming.mode == "progressive", streaming.reward != "window_alone"
     kept = progressive or (streaming.prefix, streaming.backprop) == ("rollout_old", "detach")
-    return videos + number * (count if kept else 1), videos + seen * number * (count if progressive else 1)
+    return videos + number * (count if kept else 1), videos + seen * number * (
+        count if progressive else 1
+    )
 
 
 def _cache(run: Run, streams: int, slots: int) -> int:
@@ -240,8 +288,13 @@ def _cache(run: Run, streams: int, slots: int) -> int:
 
 def _decoder(run: Run, streams: int) -> int:
     """What decoders remember of the frames so far."""
-    vae, latents = run.base.vae, jax.ShapeDtypeStruct((streams, 1, *run.latent_shape[1:]), np.float32)
-    return _bytes(jax.eval_shape(lambda p, x: merge(vae.graphdef, p).decode(x)[1], vae.params, latents))
+    vae, latents = (
+        run.base.vae,
+        jax.ShapeDtypeStruct((streams, 1, *run.latent_shape[1:]), np.float32),
+    )
+    return _bytes(
+        jax.eval_shape(lambda p, x: merge(vae.graphdef, p).decode(x)[1], vae.params, latents)
+    )
 
 
 def mean_and_interval(values: np.ndarray) -> dict[str, float]:
@@ -267,7 +320,10 @@ def evaluation_line(what: str, evaluation: Evaluation) -> str:
 
 def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> None:
     """scores/EPOCH.csv: columns [N] of an epoch, one line for each sample."""
-    lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
+    lines = [
+        ",".join(table),
+        *(",".join(map(str, row)) for row in zip(*table.values(), strict=True)),
+    ]
     folder = workdir / "scores"
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -282,8 +338,11 @@ def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
         pictures.write_png(directory / f"{i:02d}.png", pictures.strip(video))
 
 
-def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluations: Mapping[str, Evaluation]) -> Path:
-    """samples/contact_sheet.png: the strips in samples/HEADING of every evaluation side by side, with their rewards.
+def write_contact_sheet(
+    workdir: Path, name: str, batch: PromptBatch, evaluations: Mapping[str, Evaluation]
+) -> Path:
+    """samples/contact_sheet.png: the strips in samples/HEADING of every evaluation side by side,
+    with their rewards.
 
     Without strips there is no sheet.
     """
@@ -293,7 +352,11 @@ def write_contact_sheet(workdir: Path, name: str, batch: PromptBatch, evaluation
         if not shown:  # somebody has tidied up
             continue
         captions = [
-            "   ".join(f"{reward} {values[i]:.2f}" for reward, values in evaluation.items() if "/" not in reward)
+            "   ".join(
+                f"{reward} {values[i]:.2f}"
+                for reward, values in evaluation.items()
+                if "/" not in reward
+            )
             for i in range(len(shown))
         ]
         columns[heading] = ([pictures.read_png(path) for path in shown], captions)
@@ -316,7 +379,8 @@ def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
 
     rewards = lines("total_reward", *rewards_of(epochs[0])) if epochs else {}
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    evaluations.sort(key=lambda record: record["epoch"])  # one that was lost and measured again came later
+    # one that was lost and measured again came later
+    evaluations.sort(key=lambda record: record["epoch"])
     if evaluations:
         held_out = [record["eval"]["total"]["mean"] for record in evaluations]
         rewards["held-out total"] = ([record["epoch"] for record in evaluations], held_out)
@@ -335,12 +399,17 @@ def rewards_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_summary(
-    workdir: Path, config: ConfigDict, evaluations: Mapping[str, Evaluation], seconds: Mapping[str, float]
+    workdir: Path,
+    config: ConfigDict,
+    evaluations: Mapping[str, Evaluation],
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """summary.json, also returned. `evaluations` has `before`, `after` and, where it was measured, `ceiling`.
+    """summary.json, also returned. `evaluations` has `before`, `after` and, where it was measured,
+    `ceiling`.
 
-    gain: mean and interval of the paired differences after - before, as both score the same prompts and noise.
-    share_of_ceiling: gain of the total over its distance to the ceiling; null without a ceiling above the start.
+    gain: mean and interval of the paired differences after - before, as both score the same prompts
+    and noise. share_of_ceiling: gain of the total over its distance to the ceiling; null without a
+    ceiling above the start.
     """
     before, after, ceiling = (evaluations.get(name) for name in ("before", "after", "ceiling"))
     gain = {name: mean_and_interval(after[name] - before[name]) for name in after}
@@ -368,14 +437,20 @@ def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
     lines = [
         f"total reward on held-out prompts: {total['before']:.3f} -> {total['after']:.3f}, "
         f"gain {summary['gain']['total']['mean']:+.3f} +- {summary['gain']['total']['ci95']:.3f}"
-        + (f", {share:.0%} of the way to the ceiling of {total['ceiling']:.3f}" if share is not None else "")
+        + (
+            f", {share:.0%} of the way to the ceiling of {total['ceiling']:.3f}"
+            if share is not None
+            else ""
+        )
     ]
     places = {
         "summary.json": "evaluations, gain, seconds per phase",
         "samples/contact_sheet.png": "before and after, side by side; the videos are beside it",
         "curves.png": "rewards, losses, deviations",
         "metrics.jsonl": "every figure of every epoch; also `tensorboard --logdir` on tensorboard/",
-        "scores/": "every sample of every epoch: its rewards, raw and standardised, and its advantage",
+        "scores/": (
+            "every sample of every epoch: its rewards, raw and standardised, and its advantage"
+        ),
         "lora/": "the adapter, adapter_model.safetensors, in PEFT's format",
         "checkpoints/": "to go further, raise --config.train.epochs and run the same command",
     }
@@ -416,40 +491,68 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def describe(run: Run, devices: str) -> dict[str, str]:
-    """The rows of the opening summary; shapes suffice: plan.py has a run without weights, prompts and devices."""
+    """The rows of the opening summary; shapes suffice: plan.py has a run without weights, prompts
+    and devices.
+    """
     config, base, mesh = run.config, run.base, run.mesh
     frames, channels, rows, columns = run.latent_shape
-    sizes = {name: parameter_count(getattr(base, name).params) for name in ("transformer", "text", "vae")}
+    sizes = {
+        name: parameter_count(getattr(base, name).params) for name in ("transformer", "text", "vae")
+    }
     net = base.transformer.config
-    window = "all before it" if config.model.window == -1 else f"{config.model.window} frames, sink {config.model.sink}"
+    window = (
+        "all before it"
+        if config.model.window == -1
+        else f"{config.model.window} frames, sink {config.model.sink}"
+    )
     steps = " ".join(f"{t:.4g}" for t in run.sampler.steps)
     prompts_, optimiser = config.prompts, config.optimiser
     updates = optimiser.inner_epochs * optimiser.steps_per_pass
     sizes_ = memory(run)
-    sampled, trained = (piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimiser.microbatch))
+    sampled, trained = (
+        piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimiser.microbatch)
+    )
     accumulated = samples(config) // (optimiser.steps_per_pass * trained)
     # A run that is only planned does not know its prompts.
-    of_train, of_test = (f" of {len(lines)}" if lines else "" for lines in (run.train_prompts, run.test_prompts))
+    of_train, of_test = (
+        f" of {len(lines)}" if lines else "" for lines in (run.train_prompts, run.test_prompts)
+    )
     return {
         "model": f"{config.transformer or config.base}: transformer {count(sizes['transformer'])} "
         f"({net.num_layers} layers of {net.dim}), text encoder {count(sizes['text'])}, "
         f"VAE {count(sizes['vae'])} parameters; {config.model.dtype}",
-        "policy": f"LoRA of rank {config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
-        f"steps at {steps}; blocks of {config.model.block} latent frames, each sees {window}",
-        "videos": f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
-        f"{frames}x{channels}x{rows}x{columns}",
+        "policy": (
+            f"LoRA of rank {config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
+            f"steps at {steps}; blocks of {config.model.block} latent frames, each sees {window}"
+        ),
+        "videos": (
+            f"{config.video.frames} frames of {config.video.height}x{config.video.width}, latents "
+            f"{frames}x{channels}x{rows}x{columns}"
+        ),
         **({"windows": _windows(run)} if run.starts else {}),
-        "rewards": " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
+        "rewards": " + ".join(
+            f"{weight:g} {name}" for name, weight in reward_weights(config).items()
+        )
         + f"; overlap {config.scoring.overlap}"
         + (f", weights on the {config.scoring.weights}" if run.panel.weights else ""),
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
-        f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} timesteps",
-        "epoch": f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "
-        f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at {optimiser.learning_rate:g}",
-        "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // mesh.size} per device; "
-        f"{accumulated} of {trained} for the gradient of a step, {trained // mesh.size} per device",
-        "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on {config.eval.videos} videos "
-        f"of held-out prompts{of_test}; a checkpoint every {config.train.checkpoint_every} epochs",
+        f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} "
+        "timesteps",
+        "epoch": (
+            f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "
+            f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at "
+            f"{optimiser.learning_rate:g}"
+        ),
+        "pieces": (
+            f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // mesh.size} "
+            f"per device; {accumulated} of {trained} for the gradient of a step, "
+            f"{trained // mesh.size} per device"
+        ),
+        "run": (
+            f"{config.train.epochs} epochs, seed {config.seed}; evaluation on "
+            f"{config.eval.videos} videos of held-out prompts{of_test}; a checkpoint every "
+            f"{config.train.checkpoint_every} epochs"
+        ),
         "devices": f"{devices}; data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}",
         "memory": f"{sum(sizes_.values()) / 2**20:,.0f} MiB per device and activations: "
         + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes_.items()),
@@ -459,10 +562,13 @@ def describe(run: Run, devices: str) -> dict[str, str]:
 def _windows(run: Run) -> str:
     streaming, starts = run.config.streaming, run.starts
     distinct, clips = len(set(starts)), f", clips of {streaming.clip}" if streaming.clip else ""
-    places = f"{starts[0]}" if distinct == 1 else f"one of {distinct} frames {starts[0]} to {starts[-1]}"
+    places = (
+        f"{starts[0]}" if distinct == 1 else f"one of {distinct} frames {starts[0]} to {starts[-1]}"
+    )
     return (
-        f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling {streaming.sampling}, "
-        f"backprop {streaming.backprop}, prefix {streaming.prefix}, reward {streaming.reward}{clips}"
+        f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling "
+        f"{streaming.sampling}, backprop {streaming.backprop}, prefix {streaming.prefix}, reward "
+        f"{streaming.reward}{clips}"
     )
 
 

@@ -1,4 +1,5 @@
-"""What `python -m astrolabe_jax.sample` is asked for: videos, by their shots, and frames that they begin with.
+"""What `python -m astrolabe_jax.sample` is asked for: videos, by their shots, and frames that they
+begin with.
 
 Everything is checked here, before any weights are read.
 """
@@ -15,7 +16,16 @@ from astrolabe_jax import prompts, rewards
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.pictures import read_png, read_video, resized
-from astrolabe_jax.scenes import Rules, Scene, Shot, is_plain, parse, parse_published, scenes_by_frame, shots
+from astrolabe_jax.scenes import (
+    Rules,
+    Scene,
+    Shot,
+    is_plain,
+    parse,
+    parse_published,
+    scenes_by_frame,
+    shots,
+)
 
 
 class Request(NamedTuple):
@@ -28,7 +38,9 @@ class Request(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file: the number of the prompt, and, from its second video on, that of the video."""
+        """Of its file: the number of the prompt, and, from its second video on, that of the
+        video.
+        """
         return f"{self.index:05d}" + (f"-{self.candidate}" if self.candidate else "")
 
     @property
@@ -69,7 +81,8 @@ class Terms(NamedTuple):
 def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Request]:
     """The videos that are asked for.
 
-    Raises ValueError that names the prompt, and in it the scene or the character; OSError for files.
+    Raises ValueError that names the prompt, and in it the scene or the character; OSError for
+    files.
     """
     if (asked.prompt is None) == (asked.prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
@@ -78,32 +91,51 @@ def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Reques
     requests = []
     for index, (where, text, scenes, frames) in enumerate(_scenes(config, asked, terms)):
         try:
-            made = shots(scenes, terms.layout, terms.rules, config.video.fps, terms.stride, frames, terms.given)
+            made = shots(
+                scenes,
+                terms.layout,
+                terms.rules,
+                config.video.fps,
+                terms.stride,
+                frames,
+                terms.given,
+            )
             for number, scene in enumerate(scenes, start=1):
                 _check_prompt(config, scene.prompt, number, asked, terms)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        requests += [Request(index, candidate, text, tuple(made)) for candidate in range(asked.candidates)]
+        requests += [
+            Request(index, candidate, text, tuple(made)) for candidate in range(asked.candidates)
+        ]
     return requests
 
 
 def _check_prompt(config: ConfigDict, prompt: str, number: int, asked: Asked, terms: Terms) -> None:
     if (count := terms.tokens(prompt)) > terms.most:
         raise ValueError(
-            f"scene {number} has {count} tokens, the text encoder takes {terms.most} with the end token; shorten it: "
-            f"{prompt[:60]!r}..."
+            f"scene {number} has {count} tokens, the text encoder takes {terms.most} with the end "
+            f"token; shorten it: {prompt[:60]!r}..."
         )
     if asked.score:
         rewards.check_prompt(config.rewards, prompt)
 
 
-def _scenes(config: ConfigDict, asked: Asked, terms: Terms) -> Iterator[tuple[str, str, list[Scene], int]]:
-    """(where it stands, text, scenes, pixel frames or 0 for those of the durations) of every video."""
+def _scenes(
+    config: ConfigDict, asked: Asked, terms: Terms
+) -> Iterator[tuple[str, str, list[Scene], int]]:
+    """(where it stands, text, scenes, pixel frames or 0 for those of the durations) of every
+    video.
+    """
     fps, frames, block = config.video.fps, asked.frames or config.video.frames, terms.layout.block
     if asked.prompt_file is not None and asked.prompt_file.endswith(".jsonl"):
         _check_length(frames, asked, terms)
         for where, texts, switches in _read_switched(Path(asked.prompt_file)):
-            yield where, " | ".join(texts), _switched(texts, switches, terms, fps, frames, where), frames
+            yield (
+                where,
+                " | ".join(texts),
+                _switched(texts, switches, terms, fps, frames, where),
+                frames,
+            )
         return
     if asked.prompt is None:
         texts = [line for line in prompts.load(asked.prompt_file, lambda line: 0, 0)]
@@ -122,7 +154,9 @@ def _scenes(config: ConfigDict, asked: Asked, terms: Terms) -> Iterator[tuple[st
             if plain:
                 scenes = [Scene(text.strip(), 0.0, 0, False)]
             else:
-                scenes = (parse_published if terms.rules.published else parse)(text, block, fps, terms.stride)
+                scenes = (parse_published if terms.rules.published else parse)(
+                    text, block, fps, terms.stride
+                )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         yield where, text, scenes, length
@@ -135,7 +169,9 @@ def _check_length(frames: int, asked: Asked, terms: Terms) -> None:
     if frames < 1 or frames != 1 + terms.stride * (below - 1):
         fits = [str(1 + terms.stride * (count - 1)) for count in (below, above) if count]
         name = "--frames" if asked.frames else "config.video.frames"
-        whole = f"whole blocks of {terms.layout.block} latent frames make {' or '.join(fits)} frames"
+        whole = (
+            f"whole blocks of {terms.layout.block} latent frames make {' or '.join(fits)} frames"
+        )
         raise ValueError(f"{name} is {frames}; {whole}")
 
 
@@ -149,43 +185,61 @@ def _read_switched(path: Path) -> list[tuple[str, list[str], list[int]]]:
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
         texts, switches = (
-            content.get(name) if isinstance(content, dict) else None for name in ("prompts", "switch_frames")
+            content.get(name) if isinstance(content, dict) else None
+            for name in ("prompts", "switch_frames")
         )
         if (
             not _are(texts, str)
             or not all(text.strip() for text in texts)
             or set(content) - {"prompts", "switch_frames"}
         ):
-            raise ValueError(f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}')
+            raise ValueError(
+                f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}'
+            )
         if len(texts) == 1 and switches is None:
             switches = []
-        if not _are(switches, int, empty=True) or sorted(set(switches)) != switches or len(switches) != len(texts) - 1:
+        if (
+            not _are(switches, int, empty=True)
+            or sorted(set(switches)) != switches
+            or len(switches) != len(texts) - 1
+        ):
             raise ValueError(
-                f"{where}: switch_frames is {switches!r}; expected {len(texts) - 1} latent frames in ascending order, "
-                "one for each change of the prompt"
+                f"{where}: switch_frames is {switches!r}; expected {len(texts) - 1} latent frames "
+                "in ascending order, one for each change of the prompt"
             )
         made.append((where, [text.strip() for text in texts], switches))
     return made
 
 
 def _are(values: Any, kind: type, empty: bool = False) -> bool:
-    return isinstance(values, list) and (empty or bool(values)) and all(type(value) is kind for value in values)
+    return (
+        isinstance(values, list)
+        and (empty or bool(values))
+        and all(type(value) is kind for value in values)
+    )
 
 
 def _switched(
     texts: Sequence[str], switches: Sequence[int], terms: Terms, fps: int, frames: int, where: str
 ) -> list[Scene]:
     """Scenes of as many blocks as lie between the switches."""
-    blocks = [block for block in terms.layout.blocks(1 + (frames - 1) // terms.stride) if block.start >= terms.given]
+    blocks = [
+        block
+        for block in terms.layout.blocks(1 + (frames - 1) // terms.stride)
+        if block.start >= terms.given
+    ]
     scene_of = scenes_by_frame(switches, [block.start for block in blocks])
     counts = [scene_of.count(scene) for scene in range(len(texts))]
     if 0 in counts:
         raise ValueError(
-            f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its switch an "
-            "earlier frame, or ask for more frames"
+            f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its "
+            "switch an earlier frame, or ask for more frames"
         )
     seconds = terms.stride * terms.layout.block / fps
-    return [Scene(text, count * seconds, count, False) for text, count in zip(texts, counts, strict=True)]
+    return [
+        Scene(text, count * seconds, count, False)
+        for text, count in zip(texts, counts, strict=True)
+    ]
 
 
 def read_given(
@@ -197,10 +251,11 @@ def read_given(
     vae: VaeConfig,
     size: tuple[int, int, int],
 ) -> Given:
-    """The frames to begin with: a picture, the end of a video, or latents; at most one of them. ValueError or OSError.
+    """The frames to begin with: a picture, the end of a video, or latents; at most one of them.
+    ValueError or OSError.
 
-    Pictures are resized to config.video. Of a video, taken at its frame rate, the last frames are used that are whole
-    blocks.
+    Pictures are resized to config.video. Of a video, taken at its frame rate, the last frames are
+    used that are whole blocks.
     """
     named = {"--image": image, "--video": video, "--latents": latents}
     named = {flag: Path(name) for flag, name in named.items() if name is not None}
@@ -223,8 +278,9 @@ def read_given(
     if not count:
         least = vae.pixel_frames(layout.lead or layout.block)
         raise ValueError(
-            f"{flag}: {path} has {len(frames)} frame{'s' * (len(frames) > 1)}; this model begins with whole blocks, "
-            f"of at least {least} frames: give a video of so many, or a model with blocks of one (framewise)"
+            f"{flag}: {path} has {len(frames)} frame{'s' * (len(frames) > 1)}; this model begins "
+            f"with whole blocks, of at least {least} frames: give a video of so many, or a model "
+            "with blocks of one (framewise)"
         )
     return Given(count, frames[len(frames) - vae.pixel_frames(count) :])
 
@@ -236,10 +292,14 @@ def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Giv
         raise ValueError(f"--latents: {path} is no .npy of numbers: {error}") from None
     if values.ndim != 4 or values.shape[1:] != size or not np.issubdtype(values.dtype, np.floating):
         raise ValueError(
-            f"--latents: {path} is {values.dtype} {list(values.shape)}; expected float [frames, *{list(size)}]"
+            f"--latents: {path} is {values.dtype} {list(values.shape)}; expected float [frames, "
+            f"*{list(size)}]"
         )
     if not np.isfinite(values).all():
         raise ValueError(f"--latents: {path} holds numbers that are not finite")
     if not len(values) or layout.whole(len(values)) != len(values):
-        raise ValueError(f"--latents: {path} has {len(values)} frames, which are not whole blocks of {layout.block}")
+        raise ValueError(
+            f"--latents: {path} has {len(values)} frames, which are not whole blocks of "
+            f"{layout.block}"
+        )
     return Given(len(values), None, values.astype(np.float32))

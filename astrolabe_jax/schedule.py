@@ -1,8 +1,8 @@
 """The flow-matching time axis: the only module that knows what a timestep means.
 
-A timestep t lives on [0, 1000]; sigma in [0, 1] is the share of noise: x_t = (1 - sigma) x0 + sigma noise, and the
-network predicts the velocity v = noise - x0 (spec/sampling.md 1-3). Tables are built in float64 on the host and kept
-as float32; the conversions run in float32 on the device.
+A timestep t lives on [0, 1000]; sigma in [0, 1] is the share of noise: x_t = (1 - sigma) x0 + sigma
+noise, and the network predicts the velocity v = noise - x0 (spec/sampling.md 1-3). Tables are built
+in float64 on the host and kept as float32; the conversions run in float32 on the device.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ SigmaSource = Literal["exact", "lookup"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of `num_steps` noise levels, decreasing from sigma_max and pushed towards noise by `shift`.
+    """A table of `num_steps` noise levels, decreasing from sigma_max and pushed towards noise by
+    `shift`.
 
-    The defaults are those of every released causal Wan model (spec/sampling.md 1). `extra_one_step` ramps over
-    num_steps + 1 points and drops the last; without it the ramp keeps its end.
+    The defaults are those of every released causal Wan model (spec/sampling.md 1). `extra_one_step`
+    ramps over num_steps + 1 points and drops the last; without it the ramp keeps its end.
     """
 
     shift: float = 5.0
@@ -37,14 +38,20 @@ class Schedule:
 
     def __post_init__(self):
         if self.shift <= 0:
-            raise ValueError(f"Schedule.shift is {self.shift}; it must be positive (5 in every released model)")
+            raise ValueError(
+                f"Schedule.shift is {self.shift}; it must be positive (5 in every released model)"
+            )
         if self.num_steps < 2:
-            raise ValueError(f"Schedule.num_steps is {self.num_steps}; a table needs at least 2 entries")
+            raise ValueError(
+                f"Schedule.num_steps is {self.num_steps}; a table needs at least 2 entries"
+            )
 
 
 @cache
 def _sigmas64(schedule: Schedule) -> np.ndarray:
-    start = schedule.sigma_min + (schedule.sigma_max - schedule.sigma_min) * schedule.denoising_strength
+    start = (
+        schedule.sigma_min + (schedule.sigma_max - schedule.sigma_min) * schedule.denoising_strength
+    )
     points = schedule.num_steps + schedule.extra_one_step
     ramp = np.linspace(start, schedule.sigma_min, points)[: schedule.num_steps]
     if schedule.inverse_timesteps:
@@ -64,7 +71,9 @@ def timesteps(schedule: Schedule) -> np.ndarray:
 
 
 def training_weights(schedule: Schedule) -> np.ndarray:
-    """Loss weight of each table entry [num_steps], float32: a bell over t, zero at its lowest, summing to num_steps."""
+    """Loss weight of each table entry [num_steps], float32: a bell over t, zero at its lowest,
+    summing to num_steps.
+    """
     n = schedule.num_steps
     bell = np.exp(-2 * ((_sigmas64(schedule) * T_MAX - n / 2) / n) ** 2)
     bell -= bell.min()
@@ -72,7 +81,8 @@ def training_weights(schedule: Schedule) -> np.ndarray:
 
 
 def warp(steps, schedule: Schedule) -> tuple[float, ...]:
-    """Map raw denoising steps, whole numbers in [0, num_steps], through the table (spec/sampling.md 2).
+    """Map raw denoising steps, whole numbers in [0, num_steps], through the table (spec/sampling.md
+    2).
 
     d becomes the table's entry num_steps - d, with a 0 appended at the end: for shift 5,
     (1000, 750, 500, 250) -> (1000, 937.5, 833.3333, 625).
@@ -88,10 +98,11 @@ def warp(steps, schedule: Schedule) -> tuple[float, ...]:
 
 
 def sigma_of(t, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
-    """Noise level of timesteps t (any shape, [0, 1000], may be traced): float32, same shape, in [0, 1].
+    """Noise level of timesteps t (any shape, [0, 1000], may be traced): float32, same shape, in [0,
+    1].
 
-    'exact' inverts t = 1000 sigma. 'lookup' returns the nearest table entry as the published code does, so t = 0 gives
-    0.00498 at shift 5 and 500 gives 0.5006; the two agree on table entries.
+    'exact' inverts t = 1000 sigma. 'lookup' returns the nearest table entry as the published code
+    does, so t = 0 gives 0.00498 at shift 5 and 500 gives 0.5006; the two agree on table entries.
     """
     t = jnp.asarray(t, jnp.float32)
     if source == "exact":
@@ -102,7 +113,9 @@ def sigma_of(t, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
 
 
 def add_noise(x0, noise, sigma) -> jax.Array:
-    """x_t = (1 - sigma) x0 + sigma noise in float32, returned in the dtype of the noise; sigma leads x0's axes."""
+    """x_t = (1 - sigma) x0 + sigma noise in float32, returned in the dtype of the noise; sigma
+    leads x0's axes.
+    """
     sigma = _leading(sigma, x0)
     return ((1 - sigma) * _f32(x0) + sigma * _f32(noise)).astype(noise.dtype)
 
@@ -118,10 +131,12 @@ def x0_to_velocity(x_t, x0, sigma) -> jax.Array:
 
 
 def euler_step(x_t, velocity, t, schedule: Schedule, to_final: bool = False) -> jax.Array:
-    """One Euler step from t to the next table entry: x + v (sigma_next - sigma); after the last entry sigma is final.
+    """One Euler step from t to the next table entry: x + v (sigma_next - sigma); after the last
+    entry sigma is final.
 
-    t: [] or [B] or [B, F], looked up in the table. The final sigma is 0, or 1 for a table that runs towards noise.
-    `to_final` steps straight to it; the published code does so for a whole batch as soon as one t is the last entry.
+    t: [] or [B] or [B, F], looked up in the table. The final sigma is 0, or 1 for a table that runs
+    towards noise. `to_final` steps straight to it; the published code does so for a whole batch as
+    soon as one t is the last entry.
     """
     final = 1.0 if schedule.inverse_timesteps or schedule.reverse_sigmas else 0.0
     table = jnp.asarray(np.append(sigmas(schedule), np.float32(final)))

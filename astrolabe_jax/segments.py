@@ -1,9 +1,11 @@
-"""Long videos in segments: streams of blocks that carry their past with them, and the candidates that fork from them.
+"""Long videos in segments: streams of blocks that carry their past with them, and the candidates
+that fork from them.
 
-A stream is a video that has come to some frame: the keys in sight, the decoder's memory and the latents that may be
-asked for again; none of it grows with the video (spec/streaming.md 4, 5, 7). Streams are advanced together, a block at
-a time, by programs in which the frame is a traced number, so that each is compiled once. The candidates of a prompt
-begin with its stream's past and go on with noise of their own.
+A stream is a video that has come to some frame: the keys in sight, the decoder's memory and the
+latents that may be asked for again; none of it grows with the video (spec/streaming.md 4, 5, 7).
+Streams are advanced together, a block at a time, by programs in which the frame is a traced number,
+so that each is compiled once. The candidates of a prompt begin with its stream's past and go on
+with noise of their own.
 """
 
 import functools
@@ -36,7 +38,8 @@ class Streams(NamedTuple):
     cache: kv.Cache  # [layers, streams, slots L, A, K]
     vae: Any  # the decoder's memory (vae.Stream); None at frame 0, or where no past is decoded
     first: jax.Array  # [streams, kept, C, H, W] clean latents of the sink
-    recent: jax.Array  # [streams, capacity, C, H, W] the last ones, newest last; anything where there are fewer
+    # [streams, capacity, C, H, W] the last ones, newest last; anything where there are fewer
+    recent: jax.Array
 
 
 class Cast(NamedTuple):
@@ -66,22 +69,28 @@ class Take(NamedTuple):
 
 
 class Pasts(NamedTuple):
-    """The streams of an epoch at its window's start, one for each round (config.rounds); none for 'sequence'."""
+    """The streams of an epoch at its window's start, one for each round (config.rounds); none for
+    'sequence'.
+    """
 
     streams: list[Streams]
-    whole: list[jax.Array]  # all latents before the window, [streams, start, C, H, W], where gradients go back there
+    # all latents before the window, [streams, start, C, H, W], where gradients go back there
+    whole: list[jax.Array]
 
 
 class Segment(NamedTuple):
     """The videos of an epoch: what is learnt from, and what it is learnt behind."""
 
-    latents: jax.Array  # [N, F, C, H, W]: of the window, or from frame 0 to its end where sampling is 'sequence'
+    # [N, F, C, H, W]: of the window, or from frame 0 to its end where sampling is 'sequence'
+    latents: jax.Array
     scores: dict[str, np.ndarray]  # [N] of every reward and its parts
     pasts: Pasts
 
 
 def begins_at(run: Run, epoch: int) -> int:
-    """The frame at which an epoch's window begins, from the seed alone: the same on all devices (streaming.md 4)."""
+    """The frame at which an epoch's window begins, from the seed alone: the same on all devices
+    (streaming.md 4).
+    """
     streaming, starts = run.config.streaming, run.starts
     if streaming.mode == "progressive":
         return starts[epoch % len(starts)]
@@ -89,13 +98,23 @@ def begins_at(run: Run, epoch: int) -> int:
 
 
 def drawing(run: Run, epoch: int) -> int:
-    """The number of the drawing of prompts that an epoch takes: progressive streams keep theirs to their end."""
-    return epoch // len(run.starts) if run.starts and run.config.streaming.mode == "progressive" else epoch
+    """The number of the drawing of prompts that an epoch takes: progressive streams keep theirs to
+    their end.
+    """
+    return (
+        epoch // len(run.starts)
+        if run.starts and run.config.streaming.mode == "progressive"
+        else epoch
+    )
 
 
 def cast_of(run: Run, batch: PromptBatch, keys: jax.Array, frames: int, progress: Progress) -> Cast:
-    """The stories of a batch's videos over `frames` latent frames, their prompts encoded once each."""
-    stories = {text: story_of(run.config, run.layout, text, frames) for text in dict.fromkeys(batch.texts)}
+    """The stories of a batch's videos over `frames` latent frames, their prompts encoded once
+    each.
+    """
+    stories = {
+        text: story_of(run.config, run.layout, text, frames) for text in dict.fromkeys(batch.texts)
+    }
     prompts = list(dict.fromkeys(prompt for story in stories.values() for prompt in story.prompts))
     embeddings = encode_distinct(run, prompts, progress)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
@@ -106,16 +125,26 @@ def begin(run: Run, count: int) -> Streams:
     """So many streams at frame 0."""
     layout, (_, *latent) = run.layout, run.latent_shape
     cache = stream.empty_cache(policy_of(run, {}), count, layout.capacity, tuple(latent[1:]))
-    first, recent = _blank(run.mesh, (count, layout.kept, *latent), (count, layout.capacity, *latent))
+    first, recent = _blank(
+        run.mesh, (count, layout.kept, *latent), (count, layout.capacity, *latent)
+    )
     return Streams(cache, None, first, recent)
 
 
 def film(
-    run: Run, adapter: dict, cast: Cast, streams: Streams, blocks: range, decode: bool = True, watch: bool = False
+    run: Run,
+    adapter: dict,
+    cast: Cast,
+    streams: Streams,
+    blocks: range,
+    decode: bool = True,
+    watch: bool = False,
 ) -> Take:
-    """Samples `blocks` of the streams, whose memory is taken. decode: also advance the decoder; watch: see its frames.
+    """Samples `blocks` of the streams, whose memory is taken. decode: also advance the decoder;
+    watch: see its frames.
 
-    The streams must have come to the first of these blocks and, where prompts change before it, have entered it.
+    The streams must have come to the first of these blocks and, where prompts change before it,
+    have entered it.
     """
     policy, keys = policy_of(run, adapter), sharding.shard_batch(run.mesh, cast.keys)
     made, frames = [], []
@@ -132,28 +161,55 @@ def film(
 def enter(run: Run, adapter: dict, cast: Cast, streams: Streams, number: int) -> Streams:
     """Streams before a block, for which prompts may have changed; they are copied where they have.
 
-    The keys in sight follow a change as config.scenes says, for the streams that it is about (spec/streaming.md 9).
+    The keys in sight follow a change as config.scenes says, for the streams that it is about
+    (spec/streaming.md 9).
     """
     policy = policy_of(run, adapter)
-    return _changed(policy, cast, _text(policy, cast, cast.at(number)), streams, number, run.latent_shape[2:])
+    return _changed(
+        policy, cast, _text(policy, cast, cast.at(number)), streams, number, run.latent_shape[2:]
+    )
 
 
 def block(
-    policy: stream.Policy, text: KeyValues, keys: jax.Array, streams: Streams, step: Step, shape: tuple[int, int, int]
+    policy: stream.Policy,
+    text: KeyValues,
+    keys: jax.Array,
+    streams: Streams,
+    step: Step,
+    shape: tuple[int, int, int],
 ) -> tuple[jax.Array, Streams]:
-    """Samples a block of latents (C, H, W) of the streams: [streams, P, C, H, W], and the keys behind it."""
-    noise = _noise(keys, np.int32(step.frame), len(policy.sampler.steps), step.count, shape, policy.mesh)
+    """Samples a block of latents (C, H, W) of the streams: [streams, P, C, H, W], and the keys
+    behind it.
+    """
+    noise = _noise(
+        keys, np.int32(step.frame), len(policy.sampler.steps), step.count, shape, policy.mesh
+    )
     latents, cache = stream.sample_block(
-        *stream.split(policy), text, noise, streams.cache, np.int32(step.start), _positions(step), at=None,
-        aligned=step.aligned, trace=False, partial=True,
-    )  # fmt: skip
+        *stream.split(policy),
+        text,
+        noise,
+        streams.cache,
+        np.int32(step.start),
+        _positions(step),
+        at=None,
+        aligned=step.aligned,
+        trace=False,
+        partial=True,
+    )
     return latents, streams._replace(cache=cache)
 
 
 def proceed(
-    run: Run, adapter: dict, cast: Cast, streams: Streams, latents: jax.Array, blocks: range, decode: bool
+    run: Run,
+    adapter: dict,
+    cast: Cast,
+    streams: Streams,
+    latents: jax.Array,
+    blocks: range,
+    decode: bool,
 ) -> Streams:
-    """Streams, whose memory is taken, behind given `latents` [streams, F, C, H, W] of these blocks (streaming.md 5.2).
+    """Streams, whose memory is taken, behind given `latents` [streams, F, C, H, W] of these blocks
+    (streaming.md 5.2).
 
     Only the clean passes are run, with the policy `adapter`; decode: also advance the decoder.
     """
@@ -163,20 +219,35 @@ def proceed(
             streams = _changed(policy, cast, text, streams, number, run.latent_shape[2:])
         part = latents[:, i * step.count : (i + 1) * step.count]
         cache, _ = stream.cache_block(
-            *stream.split(policy), text, part, streams.cache, np.int32(step.start), _positions(step), at=None,
-            t=run.sampler.context_noise, aligned=step.aligned, partial=True,
-        )  # fmt: skip
+            *stream.split(policy),
+            text,
+            part,
+            streams.cache,
+            np.int32(step.start),
+            _positions(step),
+            at=None,
+            t=run.sampler.context_noise,
+            aligned=step.aligned,
+            partial=True,
+        )
         streams, _ = _advance(run, streams._replace(cache=cache), part, step, decode)
     return streams
 
 
 def recached(run: Run, adapter: dict, cast: Cast, streams: Streams, block: int) -> Streams:
-    """The keys in sight made anew, in one pass from their latents, before a block (config.streaming)."""
+    """The keys in sight made anew, in one pass from their latents, before a block
+    (config.streaming).
+    """
     policy, step = policy_of(run, adapter), cast.stories[0].steps[block]
     text = _text(policy, cast, cast.at(block))
     recent = streams.recent[:, -(run.layout.capacity - run.layout.kept) :]
     cache = _reencode(
-        *stream.split(policy), text, streams.first, recent, np.int32(step.start), run.sampler.context_noise
+        *stream.split(policy),
+        text,
+        streams.first,
+        recent,
+        np.int32(step.start),
+        run.sampler.context_noise,
     )
     return streams._replace(cache=cache)
 
@@ -187,7 +258,9 @@ def fork(run: Run, streams: Streams, each: int) -> Streams:
 
 
 def windows(frames: int, window: int) -> list[tuple[int, int]]:
-    """First and end frame of the windows that a video of so many frames is cut into; the last may be shorter."""
+    """First and end frame of the windows that a video of so many frames is cut into; the last may
+    be shorter.
+    """
     return [(start, min(start + window, frames)) for start in range(0, frames, window)]
 
 
@@ -197,13 +270,19 @@ def blocks_of(run: Run, first: int, stop: int) -> range:
 
 
 def sample(
-    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, start: int, begun: list[Streams], progress: Progress,
+    run: Run,
+    adapter: dict,
+    batch: PromptBatch,
+    cast: Cast,
+    start: int,
+    begun: list[Streams],
+    progress: Progress,
     what: str,
-) -> Segment:  # fmt: skip
+) -> Segment:
     """Samples, decodes and scores an epoch's videos in the window that begins at frame `start`.
 
-    begun: the streams of each round, where they have come to `start` before; else they are made. Raises RewardError for
-    a reward that is not finite, FloatingPointError for latents that are not.
+    begun: the streams of each round, where they have come to `start` before; else they are made.
+    Raises RewardError for a reward that is not finite, FloatingPointError for latents that are not.
     """
     config, streaming = run.config, run.config.streaming
     if streaming.sampling == "sequence":
@@ -216,15 +295,21 @@ def sample(
     parts, scores, order, pasts = [], [], [], Pasts([], [])
     for r in range(count):
         own = cast.part(_firsts(batch.index, places[r, :, 0]))
-        past, whole, before = _come_to(run, adapter, own, start, begun[r] if begun else None, progress)
+        past, whole, before = _come_to(
+            run, adapter, own, start, begun[r] if begun else None, progress
+        )
         for i in range(0, each, share):
             chosen = places[r, :, i : i + share].reshape(-1)
             with progress.phase("rollout"):
                 forked = fork(run, past, share)
                 take = film(run, adapter, cast.part(chosen), forked, blocks, decode=False)
                 latents = jax.block_until_ready(take.latents)
-            pixels = _seen(run, latents, forked.vae if _decodes(run) else None, cast, blocks, chosen, progress)
-            pixels = np.concatenate([*(np.repeat(part, share, axis=0) for part in before), pixels], axis=1)
+            pixels = _seen(
+                run, latents, forked.vae if _decodes(run) else None, cast, blocks, chosen, progress
+            )
+            pixels = np.concatenate(
+                [*(np.repeat(part, share, axis=0) for part in before), pixels], axis=1
+            )
             scores.append(_judged(run, pixels, cast.part(chosen), start, chosen, progress))
             parts.append(latents)
             order.append(chosen)
@@ -237,7 +322,9 @@ def sample(
 
 
 def _firsts(index: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The first candidate of the prompt of each of these places: a prompt's past is its, on whichever devices."""
+    """The first candidate of the prompt of each of these places: a prompt's past is its, on
+    whichever devices.
+    """
     return np.array([np.flatnonzero(index == index[place])[0] for place in places])
 
 
@@ -253,8 +340,12 @@ def _needed(run: Run, past: Streams) -> Streams:
     return past._replace(vae=None, cache=past.cache if cached else None)
 
 
-def _come_to(run: Run, adapter: dict, own: Cast, start: int, begun: Streams | None, progress: Progress):
-    """Streams at frame `start`, all latents before it where gradients go back there, and its frames where scored."""
+def _come_to(
+    run: Run, adapter: dict, own: Cast, start: int, begun: Streams | None, progress: Progress
+):
+    """Streams at frame `start`, all latents before it where gradients go back there, and its frames
+    where scored.
+    """
     streaming, past = run.config.streaming, begin(run, len(own.stories)) if begun is None else begun
     full = streaming.reward == "full"
     with progress.phase("past"):
@@ -263,7 +354,10 @@ def _come_to(run: Run, adapter: dict, own: Cast, start: int, begun: Streams | No
         whole, frames, first = [], [], start // run.layout.block
         if begun is None:
             past, latents, seen = film(run, adapter, own, past, range(first), _decodes(run), full)
-            whole, frames = [latents] if streaming.backprop == "full" else [], [seen] if full else []
+            whole, frames = (
+                [latents] if streaming.backprop == "full" else [],
+                [seen] if full else [],
+            )
         past = enter(run, adapter, own, past, first)
         if begun is not None and streaming.recache_on_update:
             past = recached(run, adapter, own, past, first)
@@ -292,12 +386,15 @@ def _sample_sequences(run, adapter, batch, cast, start, progress, what) -> Segme
 def _judged(
     run: Run, pixels: np.ndarray, cast: Cast, start: int, numbers: Sequence[int], progress: Progress
 ) -> Callable[[], Scores]:
-    """Begins to score videos that end with the window from `start` on: [B] of the whole, or the means of their clips.
+    """Begins to score videos that end with the window from `start` on: [B] of the whole, or the
+    means of their clips.
 
-    pixels [B, T, height, width, 3]. A clip is judged by the prompt that it begins with, the whole by the window's.
+    pixels [B, T, height, width, 3]. A clip is judged by the prompt that it begins with, the whole
+    by the window's.
     """
     streaming, stride = run.config.streaming, run.base.vae.config.temporal_stride
-    count = -(-pixels.shape[1] // stride)  # latent frames; the first one of a video is one frame, not `stride`
+    # latent frames; the first one of a video is one frame, not `stride`
+    count = -(-pixels.shape[1] // stride)
     lacking, first = stride * count - pixels.shape[1], start + streaming.window - count
     waiting = []
     for begin, stop in windows(count, streaming.clip or count):
@@ -313,12 +410,18 @@ def _judged(
 
 
 def watch(
-    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, frames: int, progress: Progress, what: str
+    run: Run,
+    adapter: dict,
+    batch: PromptBatch,
+    cast: Cast,
+    frames: int,
+    progress: Progress,
+    what: str,
 ) -> Iterator[tuple[np.ndarray, list[Callable[[], Scores]]]]:
     """Whole videos of `frames` latent frames, a piece after the other, scored window by window.
 
-    Yields the frames [B, T, height, width, 3] uint8 of a piece, and the scores [B] of each window; the last one may be
-    shorter. Errors as in `sample`.
+    Yields the frames [B, T, height, width, 3] uint8 of a piece, and the scores [B] of each window;
+    the last one may be shorter. Errors as in `sample`.
     """
     size, count = piece(run.config, run.config.sampler.batch, run.mesh.size), len(batch.texts)
     starts = range(0, count, size)
@@ -340,29 +443,49 @@ def watch(
 
 
 def work_on(
-    run: Run, cast: Cast, pasts: Pasts, start: int, order: np.ndarray, state: TrainState, batch: Batch, i: int
+    run: Run,
+    cast: Cast,
+    pasts: Pasts,
+    start: int,
+    order: np.ndarray,
+    state: TrainState,
+    batch: Batch,
+    i: int,
 ) -> Iterator[Work]:
-    """The parts of microbatch i, which holds the samples `order`, for update.update (spec/streaming.md 5.3)."""
+    """The parts of microbatch i, which holds the samples `order`, for update.update
+    (spec/streaming.md 5.3).
+    """
     config, streaming = run.config, run.config.streaming
     if streaming.sampling == "clip":
         count, number = rounds(config, run.mesh.size)
         turn = int(order[0]) // (config.prompts.groups * config.prompts.candidates // count)
-        yield Work(history=_history(run, cast, pasts, turn, start) if start or streaming.backprop == "detach" else None)
+        yield Work(
+            history=_history(run, cast, pasts, turn, start)
+            if start or streaming.backprop == "detach"
+            else None
+        )
     elif streaming.backprop == "full":
         yield Work()
     else:
         own, streams, stop = cast.part(order), begin(run, len(order)), start + streaming.window
         for number, frames in enumerate(windows(stop, streaming.window)):
             blocks = blocks_of(run, *frames)
-            yield Work(frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache))
+            yield Work(
+                frames, number, History(np.int32(frames[0]), _places(own, blocks), streams.cache)
+            )
             if frames[1] < stop:
                 seen = batch.latents[i, :, slice(*frames)]
                 streams = proceed(run, state.old, own, streams, seen, blocks, decode=False)
 
 
 def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> History:
-    """What the loss reads of the past of a round's videos; see streaming.prefix and streaming.backprop."""
-    blocks, streams = blocks_of(run, start, start + run.config.streaming.window), pasts.streams[turn]
+    """What the loss reads of the past of a round's videos; see streaming.prefix and
+    streaming.backprop.
+    """
+    blocks, streams = (
+        blocks_of(run, start, start + run.config.streaming.window),
+        pasts.streams[turn],
+    )
     positions, begins = _places(cast, blocks), cast.stories[0].steps[blocks[0]].start
     if run.config.streaming.backprop == "full":
         return History(np.int32(begins), positions, whole=pasts.whole[turn])
@@ -372,11 +495,19 @@ def _history(run: Run, cast: Cast, pasts: Pasts, turn: int, start: int) -> Histo
 
 
 def go_on(
-    run: Run, adapter: dict, batch: PromptBatch, cast: Cast, segment: Segment, total: np.ndarray, epoch: int
+    run: Run,
+    adapter: dict,
+    batch: PromptBatch,
+    cast: Cast,
+    segment: Segment,
+    total: np.ndarray,
+    epoch: int,
 ) -> list[Streams]:
-    """Progressive streams behind an epoch's window, each with one of its candidates (5.2); none at the video's end.
+    """Progressive streams behind an epoch's window, each with one of its candidates (5.2); none at
+    the video's end.
 
-    total [N]: rewards; adapter: the policy that will sample next. The memory of the segment's streams is taken.
+    total [N]: rewards; adapter: the policy that will sample next. The memory of the segment's
+    streams is taken.
     """
     start, window = begins_at(run, epoch), run.config.streaming.window
     if run.config.streaming.mode != "progressive" or start == run.starts[-1]:
@@ -399,7 +530,11 @@ def continuation(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) ->
     drawn = _random(run, Purpose.CONTINUATION, epoch, len(lines))
     for line, bits in zip(lines, drawn, strict=True):
         places = np.flatnonzero(batch.index == line)
-        pick = {"first": 0, "best": np.argmax(total[places]), "uniform": int(bits % np.uint64(len(places)))}[kind]
+        pick = {
+            "first": 0,
+            "best": np.argmax(total[places]),
+            "uniform": int(bits % np.uint64(len(places))),
+        }[kind]
         chosen[line] = int(places[pick])
     return chosen
 
@@ -428,34 +563,55 @@ def shapes(run: Run, start: int, progressive: bool) -> Streams | None:
         return None
     layout, (_, *latent), groups = run.layout, run.latent_shape, run.config.prompts.groups
     net, vae = run.base.transformer, run.base.vae
-    cache = jax.eval_shape(lambda: kv.empty_cache(net.config, groups, layout.capacity, tuple(latent[1:])))
-    first, recent = (jax.ShapeDtypeStruct((groups, n, *latent), jnp.float32) for n in (layout.kept, layout.capacity))
+    cache = jax.eval_shape(
+        lambda: kv.empty_cache(net.config, groups, layout.capacity, tuple(latent[1:]))
+    )
+    first, recent = (
+        jax.ShapeDtypeStruct((groups, n, *latent), jnp.float32)
+        for n in (layout.kept, layout.capacity)
+    )
     memory = None
     if progressive and _decodes(run):
         one = jax.ShapeDtypeStruct((groups, 1, *latent), jnp.float32)
         _, memory = jax.eval_shape(lambda p, x: merge(vae.graphdef, p).decode(x), vae.params, one)
     made = Streams(cache, memory, first, recent)
     made = made if progressive else _needed(run, made)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), made,
-                        _placing(made, *_saved_places(run)))  # fmt: skip
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        made,
+        _placing(made, *_saved_places(run)),
+    )
 
 
 def whole_shapes(run: Run, start: int) -> list[jax.ShapeDtypeStruct]:
     """Of Pasts.whole where gradients go back to frame 0."""
     count, number = rounds(run.config, run.mesh.size)
     place = sharding.batch_sharding(run.mesh)
-    return [jax.ShapeDtypeStruct((number, start, *run.latent_shape[1:]), jnp.float32, sharding=place)] * count
+    return [
+        jax.ShapeDtypeStruct((number, start, *run.latent_shape[1:]), jnp.float32, sharding=place)
+    ] * count
 
 
-def untouched(run: Run, adapter: dict, cast: Cast, batch: PromptBatch, start: int, begun: list[Streams]) -> Pasts:
-    """The pasts that an epoch whose samples were saved had, where nothing had to be sampled for them."""
+def untouched(
+    run: Run, adapter: dict, cast: Cast, batch: PromptBatch, start: int, begun: list[Streams]
+) -> Pasts:
+    """The pasts that an epoch whose samples were saved had, where nothing had to be sampled for
+    them.
+    """
     if run.config.streaming.sampling == "sequence":
         return Pasts([], [])
     count, number = rounds(run.config, run.mesh.size)
     places = np.arange(len(batch.texts)).reshape(count, number, -1)[:, :, 0]
     quiet = Progress({}, lambda: None, lambda line: None)
     made = [
-        _come_to(run, adapter, cast.part(_firsts(batch.index, places[r])), start, begun[r] if begun else None, quiet)
+        _come_to(
+            run,
+            adapter,
+            cast.part(_firsts(batch.index, places[r])),
+            start,
+            begun[r] if begun else None,
+            quiet,
+        )
         for r in range(count)
     ]
     return Pasts([past for past, _, _ in made], [])
@@ -478,7 +634,11 @@ def _placing(streams: Streams, outer, inner) -> Streams:
 def _gathered(streams, copies: int, *, places):
     axes = _placing(streams[0], 0, 1)
     joined = jax.tree.map(
-        lambda axis, *parts: jax.lax.slice_in_dim(jnp.concatenate(parts, axis), 0, None, copies, axis), axes, *streams
+        lambda axis, *parts: jax.lax.slice_in_dim(
+            jnp.concatenate(parts, axis), 0, None, copies, axis
+        ),
+        axes,
+        *streams,
     )
     return jax.lax.with_sharding_constraint(joined, _placing(joined, *places))
 
@@ -515,12 +675,23 @@ def policy_of(run: Run, adapter: dict) -> stream.Policy:
     """What streams are sampled from."""
     net = run.base.transformer
     return stream.Policy(
-        net.graphdef, net.params, adapter, run.lora_scale, net.config, run.layout, run.sampler, run.mesh
+        net.graphdef,
+        net.params,
+        adapter,
+        run.lora_scale,
+        net.config,
+        run.layout,
+        run.sampler,
+        run.mesh,
     )
 
 
-def _told(policy: stream.Policy, cast: Cast, blocks: range) -> Iterator[tuple[int, Step, KeyValues]]:
-    """Number, step and text of each block; texts are encoded once for as long as nobody's prompt changes."""
+def _told(
+    policy: stream.Policy, cast: Cast, blocks: range
+) -> Iterator[tuple[int, Step, KeyValues]]:
+    """Number, step and text of each block; texts are encoded once for as long as nobody's prompt
+    changes.
+    """
     spoken = text = None
     for number in blocks:
         if (prompts := cast.at(number)) != spoken:
@@ -547,15 +718,22 @@ def _changed(policy, cast, text, streams: Streams, block: int, latent_hw) -> Str
     if change is None:
         return streams
     slots = policy.layout.capacity
-    gone = cast.stories[0].steps[block].frame - slots  # frames that are no longer among the recent ones
-    frames = {f: streams.first[:, f] if f < gone else streams.recent[:, f - gone] for f in change.frames}
-    cache, _ = stream.changed(policy, text, jax.tree.map(jnp.copy, streams.cache), change, frames, slots, latent_hw)
+    # frames that are no longer among the recent ones
+    gone = cast.stories[0].steps[block].frame - slots
+    frames = {
+        f: streams.first[:, f] if f < gone else streams.recent[:, f - gone] for f in change.frames
+    }
+    cache, _ = stream.changed(
+        policy, text, jax.tree.map(jnp.copy, streams.cache), change, frames, slots, latent_hw
+    )
     if not all(changes):
         cache = _where(np.array([bool(change) for change in changes]), cache, streams.cache)
     return streams._replace(cache=cache)
 
 
-def _advance(run: Run, streams: Streams, latents, step: Step, decode: bool) -> tuple[Streams, list[jax.Array]]:
+def _advance(
+    run: Run, streams: Streams, latents, step: Step, decode: bool
+) -> tuple[Streams, list[jax.Array]]:
     """The streams behind a block whose keys are in the cache, and its frames if it is decoded."""
     first, recent = _remember(streams.first, streams.recent, latents, np.int32(step.frame))
     memory, frames = streams.vae, []
@@ -565,15 +743,21 @@ def _advance(run: Run, streams: Streams, latents, step: Step, decode: bool) -> t
 
 
 def decoded(run: Run, latents, memory):
-    """Frames of latents, config.video.decode_chunk at a time, and the decoder's memory behind them."""
+    """Frames of latents, config.video.decode_chunk at a time, and the decoder's memory behind
+    them.
+    """
     vae, chunk, frames = run.base.vae, run.config.video.decode_chunk, []
     for i in range(0, latents.shape[1], chunk):
-        part, memory = decode_chunk(vae.graphdef, vae.params, latents[:, i : i + chunk], memory, mesh=run.mesh)
+        part, memory = decode_chunk(
+            vae.graphdef, vae.params, latents[:, i : i + chunk], memory, mesh=run.mesh
+        )
         frames.append(part)
     return frames, memory
 
 
-def _seen(run: Run, latents, memory, cast: Cast, blocks: range, chosen, progress: Progress) -> np.ndarray:
+def _seen(
+    run: Run, latents, memory, cast: Cast, blocks: range, chosen, progress: Progress
+) -> np.ndarray:
     with progress.phase("decode"):
         refuse_non_finite(latents, cast.part(chosen).at(blocks[0]), chosen)
         return on_host(decoded(run, latents, memory)[0])
@@ -606,7 +790,9 @@ def _remember(first, recent, latents, frame):
 def _fork(streams: Streams, each: int, *, mesh):
     def repeat(axis):
         place = sharding.batch_sharding(mesh, axis)
-        return lambda part: jax.lax.with_sharding_constraint(jnp.repeat(part, each, axis=axis), place)
+        return lambda part: jax.lax.with_sharding_constraint(
+            jnp.repeat(part, each, axis=axis), place
+        )
 
     cache = jax.tree.map(repeat(1), streams.cache)
     return Streams(cache, *jax.tree.map(repeat(0), (streams.vae, streams.first, streams.recent)))
@@ -631,7 +817,10 @@ def _where(chosen, one, other):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _blank(mesh, one, other):
     place = sharding.batch_sharding(mesh)
-    return tuple(jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), place) for shape in (one, other))
+    return tuple(
+        jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), place)
+        for shape in (one, other)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -1,9 +1,11 @@
-"""One mesh, one table of rules: where every array of a run lives. Computation follows the data (spec/platform.md 4).
+"""One mesh, one table of rules: where every array of a run lives. Computation follows the data
+(spec/platform.md 4).
 
-The batch is split over all devices, so that each runs its own samples; what is large and frozen is split over the
-`fsdp` axis besides, and gathered layer by layer where it is used (transformer and text encoder; the VAE is small and
-replicated). All placing functions take host arrays that are equal on every process, and each process uploads only the
-parts of its own devices; of a ShapeDtypeStruct they make one with a sharding.
+The batch is split over all devices, so that each runs its own samples; what is large and frozen is
+split over the `fsdp` axis besides, and gathered layer by layer where it is used (transformer and
+text encoder; the VAE is small and replicated). All placing functions take host arrays that are
+equal on every process, and each process uploads only the parts of its own devices; of a
+ShapeDtypeStruct they make one with a sharding.
 """
 
 import functools
@@ -22,18 +24,21 @@ AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 FSDP = "fsdp"
 
-# Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all others, which are
-# vectors and small tables, and the adapters, which are trained, are replicated.
+# Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all
+# others, which are vectors and small tables, and the adapters, which are trained, are replicated.
 SPLIT_PARAMS = re.compile(r"\['kernel'\]$|(?<!\['position_bias'\])\['embedding'\]$")
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:
-    """The mesh of `config` (config.mesh: data, fsdp) over `devices`, by default all devices of all processes.
+    """The mesh of `config` (config.mesh: data, fsdp) over `devices`, by default all devices of all
+    processes.
 
     `data` -1 takes what `fsdp` leaves. ValueError unless data x fsdp is the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh(_mesh_shape(config, len(devices)), AXES, axis_types=_AXIS_TYPES, devices=devices)
+    return jax.make_mesh(
+        _mesh_shape(config, len(devices)), AXES, axis_types=_AXIS_TYPES, devices=devices
+    )
 
 
 def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -67,8 +72,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """The rule for one parameter. path: as of jax.tree_util.keystr.
 
-    An axis of layers, which comes first, is never split: the scan over layers takes one slice of it at a time. Of
-    equal axes the last is split; where none divides, the parameter is replicated.
+    An axis of layers, which comes first, is never split: the scan over layers takes one slice of it
+    at a time. Of equal axes the last is split; where none divides, the parameter is replicated.
     """
     size = mesh.shape[FSDP]
     axes = range(len(shape) - 2, len(shape))  # in and out of a linear or a convolution
@@ -76,7 +81,9 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
     if size == 1 or not SPLIT_PARAMS.search(path) or not fitting:
         return replicated(mesh)
     longest = max(fitting, key=lambda axis: (shape[axis], axis))
-    return NamedSharding(mesh, P(*[FSDP if axis == longest else None for axis in range(len(shape))]))
+    return NamedSharding(
+        mesh, P(*[FSDP if axis == longest else None for axis in range(len(shape))])
+    )
 
 
 def shard_params(mesh: Mesh, params: Any) -> Any:
@@ -94,7 +101,9 @@ def shard_param(mesh: Mesh, path: tuple, leaf: Any) -> Any:
 
 
 def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
-    """Arrays with samples along `axis`, split over all devices. ValueError unless the devices divide the samples."""
+    """Arrays with samples along `axis`, split over all devices. ValueError unless the devices
+    divide the samples.
+    """
 
     def place(path, leaf):
         check_batch(mesh, leaf.shape[axis], f"batch{jax.tree_util.keystr(path)}")
@@ -104,11 +113,13 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
 
 
 def check_batch(mesh: Mesh, samples: int, name: str) -> None:
-    """ValueError unless `samples`, the size of what `name` says, can be split over all devices of the mesh."""
+    """ValueError unless `samples`, the size of what `name` says, can be split over all devices of
+    the mesh.
+    """
     if samples % mesh.size:
         raise ValueError(
-            f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) do not "
-            f"divide; use a multiple of {mesh.size}"
+            f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) "
+            f"do not divide; use a multiple of {mesh.size}"
         )
 
 
@@ -140,7 +151,9 @@ def gathered(param: jax.Array) -> jax.Array:
 
 
 def by_sample(x: jax.Array) -> jax.Array:
-    """Activations [B, ...] with whole samples on every device, under `on_mesh`; elsewhere as they are."""
+    """Activations [B, ...] with whole samples on every device, under `on_mesh`; elsewhere as they
+    are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(AXES))
 
@@ -149,7 +162,11 @@ def to_host(tree: Any) -> Any:
     """The whole arrays as numpy on every process, wherever their parts live."""
 
     def fetch(leaf):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        if (
+            isinstance(leaf, jax.Array)
+            and not leaf.is_fully_addressable
+            and not leaf.is_fully_replicated
+        ):
             return multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
@@ -163,5 +180,6 @@ def _place(leaf, sharding):
         data = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
-    # Copied: on a CPU a device array can share memory with a host array, which donation would then overwrite.
+    # Copied: on a CPU a device array can share memory with a host array, which donation would then
+    # overwrite.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

@@ -17,7 +17,8 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], None]]:
-    """While inside, gives a function that raises Stopped once a signal has come; a second signal acts at once.
+    """While inside, gives a function that raises Stopped once a signal has come; a second signal
+    acts at once.
 
     All processes must call the function equally often.
     """
@@ -26,7 +27,9 @@ def listening() -> Iterator[Callable[[], None]]:
 
     def note(number, _):
         received.append(signal.Signals(number).name)
-        os.write(2, f"{received[0]}: ending at the next phase; send it again to end at once\n".encode())
+        os.write(
+            2, f"{received[0]}: ending at the next phase; send it again to end at once\n".encode()
+        )
         for known, handler in before.items():
             signal.signal(known, handler)
 

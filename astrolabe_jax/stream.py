@@ -1,7 +1,8 @@
-"""A video as a stream of blocks: the sampler of rollout.py along a timeline of scenes, one block at a time.
+"""A video as a stream of blocks: the sampler of rollout.py along a timeline of scenes, one block at
+a time.
 
-Nothing here grows with the length of the video. While the cache fills, each block has a compiled program of its own;
-once it is full, one serves the rest.
+Nothing here grows with the length of the video. While the cache fills, each block has a compiled
+program of its own; once it is full, one serves the rest.
 """
 
 import functools
@@ -55,14 +56,17 @@ def stream(
     given: jax.Array | None = None,
     trace: bool = False,
 ) -> Iterator[Piece]:
-    """The blocks of a video, those of `given` latents [B, T0, C, H, W] first, then one for each of `steps`.
+    """The blocks of a video, those of `given` latents [B, T0, C, H, W] first, then one for each of
+    `steps`.
 
-    text(scene): from `encode_text`; it is asked for once each time a scene begins. noise(step) is [denoising steps, B,
-    P, C, H, W]. slots: frames of the cache, as in scenes.timeline. trace: return every network call, too.
+    text(scene): from `encode_text`; it is asked for once each time a scene begins. noise(step) is
+    [denoising steps, B, P, C, H, W]. slots: frames of the cache, as in scenes.timeline. trace:
+    return every network call, too.
     """
     cache = empty_cache(policy, batch, slots, latent_hw)
     needed = _last_use(steps)
-    history: dict[int, jax.Array] = {}  # frame of the video -> its clean latents, while a change may ask for them
+    # frame of the video -> its clean latents, while a change may ask for them
+    history: dict[int, jax.Array] = {}
     scene, keys = None, None
     for block in _given_blocks(policy.layout, given):
         keys = text(steps[0].scene) if keys is None else keys
@@ -94,7 +98,9 @@ def _given_blocks(layout: Layout, given: jax.Array | None) -> Sequence[Block]:
 
 
 def _last_use(steps: Sequence[Step]) -> Mapping[int, int]:
-    """Frame of the video -> first frame of the last block before which a change asks for its latents."""
+    """Frame of the video -> first frame of the last block before which a change asks for its
+    latents.
+    """
     return {frame: step.frame for step in steps if step.change for frame in step.change.frames}
 
 
@@ -103,15 +109,24 @@ def _remember(history: dict, needed: Mapping[int, int], start: int, latents: jax
 
 
 def changed(
-    policy: Policy, keys: KeyValues, cache: kv.Cache, change: Change | None, history: Mapping[int, jax.Array],
-    slots: int, latent_hw: tuple[int, int],
-) -> tuple[kv.Cache, Trace | None]:  # fmt: skip
-    """The cache, whose memory is taken, after a change, and the Trace of a recache, which needs frames of `history`."""
+    policy: Policy,
+    keys: KeyValues,
+    cache: kv.Cache,
+    change: Change | None,
+    history: Mapping[int, jax.Array],
+    slots: int,
+    latent_hw: tuple[int, int],
+) -> tuple[kv.Cache, Trace | None]:
+    """The cache, whose memory is taken, after a change, and the Trace of a recache, which needs
+    frames of `history`.
+    """
     if change is None:
         return cache, None
     end, at = _place(policy.layout, slots, change.end, change.end)
     if change.keep is not None:
-        return _restart(cache, end, at, policy.layout, change.keep, change.every, policy.config, latent_hw), None
+        return _restart(
+            cache, end, at, policy.layout, change.keep, change.every, policy.config, latent_hw
+        ), None
     latents = jnp.stack([history[frame] for frame in change.frames], axis=1)
     positions = np.asarray(change.positions, np.int32)
     return _recache(*split(policy), keys, latents, cache, end, positions, at=at, skip=change.skip)
@@ -120,12 +135,24 @@ def changed(
 def _block(policy, keys, noise, cache, step: Step, slots: int, trace: bool):
     start, at = _place(policy.layout, slots, step.start, step.start + step.count)
     positions = np.asarray(step.positions, np.int32)
-    made = sample_block(*split(policy), keys, noise, cache, start, positions, at=at, aligned=step.aligned, trace=trace)
+    made = sample_block(
+        *split(policy),
+        keys,
+        noise,
+        cache,
+        start,
+        positions,
+        at=at,
+        aligned=step.aligned,
+        trace=trace,
+    )
     return made if trace else (*made, None)
 
 
 def _place(layout: Layout, slots: int, frame: int, stop: int) -> tuple[jax.Array, int | None]:
-    """A frame as (traced, None) where the cache is full at `stop`, so that one program serves all; else (0, static)."""
+    """A frame as (traced, None) where the cache is full at `stop`, so that one program serves all;
+    else (0, static).
+    """
     full = slots == layout.capacity and stop > slots and frame > 0
     return (jnp.int32(frame), None) if full else (jnp.int32(0), frame)
 
@@ -152,39 +179,103 @@ _program = functools.partial(jax.jit, donate_argnames="cache")
 
 @functools.partial(_program, static_argnames=("static", "at", "aligned", "trace", "partial"))
 def sample_block(
-    static, params, adapter, lora_scale, text, noise, cache, start, positions, *, at, aligned, trace, partial=False
+    static,
+    params,
+    adapter,
+    lora_scale,
+    text,
+    noise,
+    cache,
+    start,
+    positions,
+    *,
+    at,
+    aligned,
+    trace,
+    partial=False,
 ):
-    """rollout.rollout_block at frame `at`, or at the traced `start` where that is None; see `split`."""
+    """rollout.rollout_block at frame `at`, or at the traced `start` where that is None; see
+    `split`.
+    """
     graphdef, layout, sampler, mesh = static
     latents, cache, record = sharding.on_mesh(mesh, rollout.rollout_block)(
-        graphdef, params, adapter, text, noise, cache, start if at is None else at, layout=layout, sampler=sampler,
-        lora_scale=lora_scale, positions=positions, aligned=aligned, partial=partial,
-    )  # fmt: skip
+        graphdef,
+        params,
+        adapter,
+        text,
+        noise,
+        cache,
+        start if at is None else at,
+        layout=layout,
+        sampler=sampler,
+        lora_scale=lora_scale,
+        positions=positions,
+        aligned=aligned,
+        partial=partial,
+    )
     return (latents, cache, record) if trace else (latents, cache)
 
 
 @functools.partial(_program, static_argnames=("static", "at", "t", "aligned", "partial"))
 def cache_block(
-    static, params, adapter, lora_scale, text, latents, cache, start, positions=None, *, at, t=0.0, aligned=True,
+    static,
+    params,
+    adapter,
+    lora_scale,
+    text,
+    latents,
+    cache,
+    start,
+    positions=None,
+    *,
+    at,
+    t=0.0,
+    aligned=True,
     partial=False,
-):  # fmt: skip
+):
     """rollout.cache_block, as `sample_block`."""
     graphdef, layout, sampler, mesh = static
     return sharding.on_mesh(mesh, rollout.cache_block)(
-        graphdef, params, adapter, text, latents, cache, start if at is None else at, layout=layout, sampler=sampler,
-        lora_scale=lora_scale, t=t, positions=positions, aligned=aligned, partial=partial,
-    )  # fmt: skip
+        graphdef,
+        params,
+        adapter,
+        text,
+        latents,
+        cache,
+        start if at is None else at,
+        layout=layout,
+        sampler=sampler,
+        lora_scale=lora_scale,
+        t=t,
+        positions=positions,
+        aligned=aligned,
+        partial=partial,
+    )
 
 
 @functools.partial(_program, static_argnames=("static", "at", "skip"))
-def _recache(static, params, adapter, lora_scale, text, latents, cache, end, positions, *, at, skip):
+def _recache(
+    static, params, adapter, lora_scale, text, latents, cache, end, positions, *, at, skip
+):
     graphdef, layout, sampler, mesh = static
     return sharding.on_mesh(mesh, rollout.recache)(
-        graphdef, params, adapter, text, latents, cache, end if at is None else at, positions, layout=layout,
-        sampler=sampler, lora_scale=lora_scale, skip=skip,
-    )  # fmt: skip
+        graphdef,
+        params,
+        adapter,
+        text,
+        latents,
+        cache,
+        end if at is None else at,
+        positions,
+        layout=layout,
+        sampler=sampler,
+        lora_scale=lora_scale,
+        skip=skip,
+    )
 
 
-@functools.partial(_program, static_argnames=("at", "layout", "keep", "every", "config", "latent_hw"))
+@functools.partial(
+    _program, static_argnames=("at", "layout", "keep", "every", "config", "latent_hw")
+)
 def _restart(cache, end, at, layout, keep, every, config, latent_hw):
     return kv.restart(cache, layout, end if at is None else at, keep, config, latent_hw, every)

@@ -1,7 +1,7 @@
 """The conductor: one training iteration is the chain of stages in `_epoch`, from prompts to update.
 
-Everything an epoch does derives from (seed, epoch) and the state before it, so that a run that was stopped or killed
-goes on from its last checkpoint exactly as if nothing had happened.
+Everything an epoch does derives from (seed, epoch) and the state before it, so that a run that was
+stopped or killed goes on from its last checkpoint exactly as if nothing had happened.
 """
 
 import functools
@@ -45,7 +45,8 @@ class Point(NamedTuple):
     risk: adv.RiskState  # controllers of the selective KL
     reset: adv.ResetState
     seconds: dict[str, float]  # spent so far, by phase
-    streams: list[segments.Streams] = []  # progressive streams at the next epoch's window, one set for each round
+    # progressive streams at the next epoch's window, one set for each round
+    streams: list[segments.Streams] = []
 
 
 class Drawn(NamedTuple):
@@ -55,24 +56,29 @@ class Drawn(NamedTuple):
     scores: dict[str, np.ndarray]  # [N] of every reward and its parts
     texts: Texts
     work: Callable | None = None  # parts of a microbatch, see update.update
-    go_on: Callable | None = None  # progressive streams: (policy, total reward [N]) -> those of the next epoch
+    # progressive streams: (policy, total reward [N]) -> those of the next epoch
+    go_on: Callable | None = None
 
 
-# A number that is not finite, named with its sample, or a file that cannot be read or written, such as on a full disk:
-# the run ends, its last checkpoint stays as it is.
+# A number that is not finite, named with its sample, or a file that cannot be read or written, such
+# as on a full disk: the run ends, its last checkpoint stays as it is.
 REFUSED = (FloatingPointError, RewardError, OSError)
 
 
 def resume(run: Run) -> Point:
-    """The last checkpoint, or the beginning. Raises ValueError if there is one that this run cannot go on from."""
+    """The last checkpoint, or the beginning. Raises ValueError if there is one that this run cannot
+    go on from.
+    """
     state = init_state(run.config, run.adapter, run.mesh)
-    found = checkpoint.restore(run.workdir, lambda epoch: _saved(state, _stream_shapes(run, epoch)), run.identity)
+    found = checkpoint.restore(
+        run.workdir, lambda epoch: _saved(state, _stream_shapes(run, epoch)), run.identity
+    )
     if found is None:
         return Point(0, state, adv.RiskState(), adv.ResetState(run.config.kl.reset_threshold), {})
     if found.epoch > run.config.train.epochs:
         raise ValueError(
-            f"config.train.epochs is {run.config.train.epochs}, but the run in {run.workdir} has a checkpoint of epoch "
-            f"{found.epoch}; give at least as many epochs, or another --workdir"
+            f"config.train.epochs is {run.config.train.epochs}, but the run in {run.workdir} has a "
+            f"checkpoint of epoch {found.epoch}; give at least as many epochs, or another --workdir"
         )
     risk, reset = adv.RiskState(**found.progress["risk"]), adv.ResetState(**found.progress["reset"])
     state = found.state["train"]
@@ -95,7 +101,8 @@ def _stream_shapes(run: Run, epoch: int) -> segments.Streams | None:
 def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] | None:
     """Runs from `point` to the last epoch and its report: the content of summary.json.
 
-    `check` is called before every phase; when it raises Stopped, the run saves and None is returned. Raises REFUSED.
+    `check` is called before every phase; when it raises Stopped, the run saves and None is
+    returned. Raises REFUSED.
     """
     config, count = run.config, run.config.train.epochs
     say(report.opening(run))
@@ -105,7 +112,9 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
         say(f"going on after epoch {point.epoch} of {count}")
     began = saved = point.epoch
     progress = Progress(point.seconds, check)
-    metrics = Metrics(run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch))
+    metrics = Metrics(
+        run.workdir, point.epoch, lambda record: _still_holds(run, record, point.epoch)
+    )
     step = TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
         _say_what_is_lost(run, point.epoch, metrics)
@@ -135,12 +144,16 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
         run.panel.settle()
 
 
-def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[Point, dict[str, Any]]:
+def _epoch(
+    run: Run, point: Point, step: Callable, progress: Progress
+) -> tuple[Point, dict[str, Any]]:
     """One iteration: the point after it, and its record. Up to the update nothing is changed."""
     config, (epoch, state, risk, reset, *_) = run.config, point
     progress.take()
     wanted, number = config.prompts, segments.drawing(run, epoch)
-    batch = prompts.draw(run.train_prompts, config.seed, number, wanted.groups, wanted.candidates, repeats(config))
+    batch = prompts.draw(
+        run.train_prompts, config.seed, number, wanted.groups, wanted.candidates, repeats(config)
+    )
     loss_noise = prompts.sample_keys(batch, config.seed, Purpose.LOSS, epoch)
     drawn = (_segment if run.starts else _videos)(run, point, batch, progress)
     rewards = {name: drawn.scores[name] for name in config.rewards}
@@ -148,14 +161,18 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
     risk, mask, record = _kl_mask(config, rewards, risk)
     with progress.phase("update"):
         if config.kl.kind == "selective" and config.loss.kl_weight > 0:
-            reset, now = adv.start_epoch(reset, epoch, config.kl.reset_epochs, config.kl.reset_bounds)
+            reset, now = adv.start_epoch(
+                reset, epoch, config.kl.reset_epochs, config.kl.reset_bounds
+            )
             state = reset_reference(state) if now else state
             record["reference_reset"] = int(now)
         texts = drawn.texts
         learnt = Samples(drawn.latents, result.r, mask, texts.row, loss_noise, texts.embeddings)
         steps = []
         params = run.base.transformer.params
-        for after, figures in update(step, config, run.mesh, state, params, learnt, epoch, drawn.work):
+        for after, figures in update(
+            step, config, run.mesh, state, params, learnt, epoch, drawn.work
+        ):
             state, reset = after, adv.after_step(reset, figures["kl_loss"])
             steps.append(figures)
         taken = int(state.step)
@@ -170,7 +187,11 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
         **{name: float(np.mean([figures[name] for figures in steps])) for name in steps[0]},
         "total_reward": float(result.total.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
-        **{f"part/{name}": float(values.mean()) for name, values in drawn.scores.items() if name not in rewards},
+        **{
+            f"part/{name}": float(values.mean())
+            for name, values in drawn.scores.items()
+            if name not in rewards
+        },
         **result.metrics,
         "trained_prompt_num": min(len(run.train_prompts), distinct * (number + 1)),
         **({"window_start": segments.begins_at(run, epoch)} if run.starts else {}),
@@ -182,8 +203,12 @@ def _epoch(run: Run, point: Point, step: Callable, progress: Progress) -> tuple[
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds), streams), record
 
 
-def _table(batch: PromptBatch, rewards: Mapping[str, np.ndarray], result: adv.Advantages) -> dict[str, np.ndarray]:
-    """Of every sample: the line of its prompt, its rewards, raw and standardised (/z), and what follows from them."""
+def _table(
+    batch: PromptBatch, rewards: Mapping[str, np.ndarray], result: adv.Advantages
+) -> dict[str, np.ndarray]:
+    """Of every sample: the line of its prompt, its rewards, raw and standardised (/z), and what
+    follows from them.
+    """
     table = {"prompt": batch.index, "candidate": batch.candidate, **rewards}
     table |= {f"{name}/z": values for name, values in adv.standardise(rewards).items()}
     return table | {"total": result.total, "advantage": result.advantage, "optimality": result.r}
@@ -196,7 +221,10 @@ def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> D
 
     def sample():
         what = f"epoch {point.epoch + 1}: sampling batch"
-        videos = [(v.latents, v.scores) for v in generate(run, point.state.old, batch, texts, keys, progress, what)]
+        videos = [
+            (v.latents, v.scores)
+            for v in generate(run, point.state.old, batch, texts, keys, progress, what)
+        ]
         latents = jnp.concatenate([latents for latents, _ in videos])
         return {"latents": latents}, joined([scores for _, scores in videos]), None
 
@@ -206,15 +234,23 @@ def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> D
 
 
 def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> Drawn:
-    """Windows of long videos, behind a past that the videos of a prompt share (spec/streaming.md 5)."""
-    config, streaming, start = run.config, run.config.streaming, segments.begins_at(run, point.epoch)
+    """Windows of long videos, behind a past that the videos of a prompt share (spec/streaming.md
+    5).
+    """
+    config, streaming, start = (
+        run.config,
+        run.config.streaming,
+        segments.begins_at(run, point.epoch),
+    )
     keys = prompts.sample_keys(batch, config.seed, Purpose.ROLLOUT, point.epoch)
     cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
     own_pasts = streaming.mode == "epoch" and streaming.sampling == "clip" and start > 0
 
     def sample():
         what = f"epoch {point.epoch + 1}: sampling window {start}"
-        made = segments.sample(run, point.state.old, batch, cast, start, point.streams, progress, what)
+        made = segments.sample(
+            run, point.state.old, batch, cast, start, point.streams, progress, what
+        )
         arrays = {"latents": made.latents}
         if own_pasts:
             arrays |= {"streams": segments.gathered(run, made.pasts.streams)}
@@ -225,7 +261,9 @@ def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> 
     template = {"latents": _of_samples(run, (len(batch.texts), frames, *run.latent_shape[1:]))}
     if own_pasts:
         template |= {"streams": segments.shapes(run, start, progressive=False)}
-        template |= {"whole": segments.whole_shapes(run, start)} if streaming.backprop == "full" else {}
+        template |= (
+            {"whole": segments.whole_shapes(run, start)} if streaming.backprop == "full" else {}
+        )
     arrays, scores, pasts = _kept_or(run, point, sample, template, progress)
     if pasts is None and own_pasts:
         pasts = segments.Pasts(segments.dealt(run, arrays["streams"]), arrays.get("whole", []))
@@ -249,9 +287,14 @@ def _of_samples(run: Run, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _kept_or(
-    run: Run, point: Point, sample: Callable[[], tuple[dict, dict, Any]], template: dict, progress: Progress
+    run: Run,
+    point: Point,
+    sample: Callable[[], tuple[dict, dict, Any]],
+    template: dict,
+    progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
-    """Arrays and scores {name: [N]} of an epoch's videos: those that a killed run has saved, or sampled now.
+    """Arrays and scores {name: [N]} of an epoch's videos: those that a killed run has saved, or
+    sampled now.
 
     The third is what `sample` gives besides, which is not saved; None with saved ones.
     """
@@ -260,7 +303,11 @@ def _kept_or(
         found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
         if found is not None:
             say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
-            return found.state, {name: np.array(values, np.float32) for name, values in found.progress.items()}, None
+            return (
+                found.state,
+                {name: np.array(values, np.float32) for name, values in found.progress.items()},
+                None,
+            )
     arrays, scores, rest = sample()
     if run.config.train.save_samples:
         with progress.phase("save samples"):
@@ -273,17 +320,32 @@ def _kept_or(
 def _kl_mask(
     config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: adv.RiskState
 ) -> tuple[adv.RiskState, np.ndarray, dict[str, float]]:
-    """The risk controller after this epoch, which samples the KL restrains, bool [N], and figures (objective.md 7)."""
+    """The risk controller after this epoch, which samples the KL restrains, bool [N], and figures
+    (objective.md 7).
+    """
     if config.kl.kind == "uniform":
         return risk, np.ones(samples(config), bool), {}
     discrepancy = adv.rank_discrepancy(rewards, config.kl.main_reward, config.kl.rank_direction)
     risk, value = adv.update_risk(risk, discrepancy)
     mask, threshold = adv.risk_mask(discrepancy, risk.ratio)
-    return risk, mask, {"risk": value, "risk_ratio": risk.ratio, "risk_threshold": threshold, "masked": int(mask.sum())}
+    return (
+        risk,
+        mask,
+        {
+            "risk": value,
+            "risk_ratio": risk.ratio,
+            "risk_threshold": threshold,
+            "masked": int(mask.sum()),
+        },
+    )
 
 
 def _save(run: Run, point: Point, progress: Progress) -> int:
-    record = {"risk": point.risk._asdict(), "reset": point.reset._asdict(), "seconds": progress.seconds}
+    record = {
+        "risk": point.risk._asdict(),
+        "reset": point.reset._asdict(),
+        "seconds": progress.seconds,
+    }
     keep = run.config.train.checkpoints_kept
     saved = _saved(point.state, segments.gathered(run, point.streams))
     size = checkpoint.save(run.workdir, point.epoch, saved, record, run.identity, keep)
@@ -292,7 +354,9 @@ def _save(run: Run, point: Point, progress: Progress) -> int:
 
 
 def _to_be_saved(config: ConfigDict, point: Point) -> bool:
-    """Whether a checkpoint follows; progressive streams are saved at their end, with streaming.save 'full' always."""
+    """Whether a checkpoint follows; progressive streams are saved at their end, with streaming.save
+    'full' always.
+    """
     if point.epoch == config.train.epochs:
         return True
     held_back = point.streams and config.streaming.save == "sequence_end"
@@ -306,20 +370,30 @@ def _due(run: Run, epoch: int) -> bool:
 
 def _still_holds(run: Run, record: Mapping[str, Any], epoch: int) -> bool:
     """Whether a record of metrics.jsonl belongs to the run as it goes on after `epoch`."""
-    return record["epoch"] <= epoch and (record["kind"] != "evaluation" or _due(run, record["epoch"]))
+    return record["epoch"] <= epoch and (
+        record["kind"] != "evaluation" or _due(run, record["epoch"])
+    )
 
 
 def _say_what_is_lost(run: Run, epoch: int, metrics: Metrics) -> None:
-    """Names the records up to `epoch` that a damaged metrics.jsonl lacks. Ceiling and first evaluation return."""
+    """Names the records up to `epoch` that a damaged metrics.jsonl lacks. Ceiling and first
+    evaluation return.
+    """
     if not epoch:
         return
     there = {(record["kind"], record["epoch"]) for record in metrics.records}
-    lost = {kind: [e for e in range(1, epoch + 1) if (kind, e) not in there] for kind in ("epoch", "evaluation")}
+    lost = {
+        kind: [e for e in range(1, epoch + 1) if (kind, e) not in there]
+        for kind in ("epoch", "evaluation")
+    }
     lost["evaluation"] = [e for e in lost["evaluation"] if e < epoch and _due(run, e)]
     parts = [f"{kind} {report.spans(epochs)}" for kind, epochs in lost.items() if epochs]
     path = run.workdir / "metrics.jsonl"
     if parts:
-        say(f"{path} has lost the records of {' and of '.join(parts)}: curves.png will lack them, training does not")
+        say(
+            f"{path} has lost the records of {' and of '.join(parts)}: curves.png will lack them, "
+            "training does not"
+        )
     if ("evaluation", 0) not in there:
         say(f"{path} has lost the evaluation before training: it is measured again")
 
@@ -352,7 +426,9 @@ def _policy(run: Run, state: TrainState) -> dict:
     return state.ema if run.config.eval.policy == "ema" else state.current
 
 
-def _evaluate_if_due(run: Run, epoch: int, policy: dict, metrics: Metrics, progress: Progress) -> None:
+def _evaluate_if_due(
+    run: Run, epoch: int, policy: dict, metrics: Metrics, progress: Progress
+) -> None:
     if not _due(run, epoch) or epoch in _evaluations(metrics):
         return
     with progress.within("evaluation"):

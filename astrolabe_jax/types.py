@@ -25,7 +25,9 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-    """First link of every chain of `fold_in`: draws for different purposes never meet. Numbers are never reused."""
+    """First link of every chain of `fold_in`: draws for different purposes never meet. Numbers are
+    never reused.
+    """
 
     PROMPTS = 0  # order of the training prompts
     ADAPTER = 1  # initial LoRA weights
@@ -39,10 +41,12 @@ class Purpose(enum.IntEnum):
 
 
 class PromptBatch(NamedTuple):
-    """Stage `prompts` -> `encode`, `rollout`, `rewards`, `advantages`: one entry per video, a prompt's adjacent.
+    """Stage `prompts` -> `encode`, `rollout`, `rewards`, `advantages`: one entry per video, a
+    prompt's adjacent.
 
-    Videos belong to one group exactly if their `index` is equal; equal texts on two lines are two groups. The noise of
-    a video depends on its index and its candidate number only, wherever in the batch it stands.
+    Videos belong to one group exactly if their `index` is equal; equal texts on two lines are two
+    groups. The noise of a video depends on its index and its candidate number only, wherever in the
+    batch it stands.
     """
 
     texts: tuple[str, ...]  # B prompts
@@ -54,6 +58,7 @@ class PromptBatch(NamedTuple):
         return PromptBatch(self.texts[videos], self.index[videos], self.candidate[videos])
 
 
-# Reward name, and `total` for their weighted sum -> one value [n] float64 per held-out video, always the same videos.
-# Of long videos, means over their windows; `late` is the total of the second half's, `total/FRAME` that of one window.
+# Reward name, and `total` for their weighted sum -> one value [n] float64 per held-out video,
+# always the same videos. Of long videos, means over their windows; `late` is the total of the
+# second half's, `total/FRAME` that of one window.
 Evaluation = dict[str, np.ndarray]

@@ -2,9 +2,9 @@
 
     python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
 
-Measured on one CPU core, seeds 0, 1, 2: about 4.5 minutes; held-out total 2.03, 2.02, 2.05 -> 2.37, 2.34, 2.33, gains
-0.34, 0.32, 0.28 (+- 0.06), 37 to 43 % of the way to the ceiling of 2.82 (real videos through the VAE); each of the
-three rewards rises.
+Measured on one CPU core, seeds 0, 1, 2: about 4.5 minutes; held-out total 2.03, 2.02, 2.05 -> 2.37,
+2.34, 2.33, gains 0.34, 0.32, 0.28 (+- 0.06), 37 to 43 % of the way to the ceiling of 2.82 (real
+videos through the VAE); each of the three rewards rises.
 
 `:reference` sets the published behaviour of every switch, `:reference,context` that of one
 (astrolabe_jax.config.REFERENCE_SWITCHES).
@@ -17,7 +17,8 @@ from astrolabe_jax.config import with_reference
 def get_config(variant: str = ""):
     config = base_config()
     config.name = "moving_shapes"
-    # Videos longer than the base has seen go on in a window of its length. It has seen no scene change: scenes are cut.
+    # Videos longer than the base has seen go on in a window of its length. It has seen no scene
+    # change: scenes are cut.
     config.model.window = 9
     config.model.positions = "relative"
     config.scenes.transition = "cut"
@@ -31,6 +32,9 @@ def get_config(variant: str = ""):
     if variant:
         name, *switches = variant.split(",")
         if name != "reference":
-            raise ValueError(f"unknown variant {variant!r} of configs/moving_shapes.py; expected reference[,SWITCH...]")
+            raise ValueError(
+                f"unknown variant {variant!r} of configs/moving_shapes.py; expected "
+                "reference[,SWITCH...]"
+            )
         with_reference(config, *switches)
     return config

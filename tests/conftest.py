@@ -20,6 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file_go_with_it():
-    """Hundreds of compiled programs would stay in memory, and every garbage collection would walk through them."""
+    """Hundreds of compiled programs would stay in memory, and every garbage collection would walk
+    through them.
+    """
     yield
     jax.clear_caches()

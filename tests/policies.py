@@ -5,7 +5,9 @@ import numpy as np
 
 
 def assert_same_state(state, want, atol=2e-6) -> None:
-    """Gradients, which the moments carry, and what a first optimiser step made of them; both states on the host."""
+    """Gradients, which the moments carry, and what a first optimiser step made of them; both states
+    on the host.
+    """
     for a, b in zip(jax.tree.leaves(state.optimiser), jax.tree.leaves(want.optimiser), strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
     # Where the gradient is near zero, Adam's first step is its sign: compare where it is not.

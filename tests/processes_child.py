@@ -1,4 +1,6 @@
-"""Two processes that meet without a model: python -m tests.processes_child PORT PROCESS CASE, see test_processes.py."""
+"""Two processes that meet without a model: python -m tests.processes_child PORT PROCESS CASE, see
+test_processes.py.
+"""
 
 import os
 import signal

@@ -14,16 +14,26 @@ def test_worked_example():
     config = get_config()
     config.rewards.vq = 1.0
     result = adv.advantages(config, {"vq": np.array([1.0, 2.0, 3.0, 5.0])}, np.array([7, 7, 2, 2]))
-    np.testing.assert_allclose(result.advantage, [-0.33803885, 0.33803885, -0.67607769, 0.67607769], rtol=1e-7)
-    np.testing.assert_allclose(result.r, [0.46619612, 0.53380388, 0.43239223, 0.56760777], rtol=1e-7)
+    np.testing.assert_allclose(
+        result.advantage, [-0.33803885, 0.33803885, -0.67607769, 0.67607769], rtol=1e-7
+    )
+    np.testing.assert_allclose(
+        result.r, [0.46619612, 0.53380388, 0.43239223, 0.56760777], rtol=1e-7
+    )
     assert result.metrics["group_size"] == 2 and result.metrics["groups"] == 2
-    assert result.metrics["group_std"] == 0.75 and result.metrics["top_100"] == 2.75 and result.metrics["top_10"] == 3.5
+    assert (
+        result.metrics["group_std"] == 0.75
+        and result.metrics["top_100"] == 2.75
+        and result.metrics["top_10"] == 3.5
+    )
 
 
 def test_weights_and_standardisation():
     rng = np.random.default_rng(0)
     rewards = {"a": rng.normal(size=12), "b": 100 * rng.normal(size=12) + 7}
-    np.testing.assert_allclose(adv.total_reward(rewards, {"a": 2.0, "b": 0.5}), 2 * rewards["a"] + 0.5 * rewards["b"])
+    np.testing.assert_allclose(
+        adv.total_reward(rewards, {"a": 2.0, "b": 0.5}), 2 * rewards["a"] + 0.5 * rewards["b"]
+    )
     scores = adv.standardise(rewards)
     np.testing.assert_allclose([scores["a"].std(), scores["b"].std()], 1, rtol=1e-3)
     scaled = adv.standardise({"a": 1000 * rewards["a"] - 3, "b": rewards["b"]})
@@ -42,8 +52,12 @@ def test_group_and_global_spread():
 
 def test_a_small_spread_counts_as_the_least():
     score, groups = np.array([0.0, 0.02, 10.0, 30.0]), np.array([0, 0, 1, 1])
-    np.testing.assert_allclose(adv.normalise(score, groups, "prompt", 0.1), [-0.1, 0.1, -1, 1], rtol=2e-3)
-    np.testing.assert_allclose(adv.normalise(score / 1e3, groups, "global", 0.1)[2:], [-0.1, 0.1], rtol=2e-3)
+    np.testing.assert_allclose(
+        adv.normalise(score, groups, "prompt", 0.1), [-0.1, 0.1, -1, 1], rtol=2e-3
+    )
+    np.testing.assert_allclose(
+        adv.normalise(score / 1e3, groups, "global", 0.1)[2:], [-0.1, 0.1], rtol=2e-3
+    )
     alone = adv.normalise(score[:2], np.arange(2), "prompt", 0.1)  # one video of each prompt
     np.testing.assert_allclose(alone, [-0.1, 0.1], rtol=2e-3)
 
@@ -59,7 +73,8 @@ def test_groups_are_interleaved_and_any_labels_will_do():
     rng = np.random.default_rng(1)
     score, groups, order = rng.normal(size=12), np.repeat([3, 8, 1], 4), rng.permutation(12)
     np.testing.assert_allclose(
-        adv.normalise(score, groups, "prompt")[order], adv.normalise(score[order], groups[order], "prompt")
+        adv.normalise(score, groups, "prompt")[order],
+        adv.normalise(score[order], groups[order], "prompt"),
     )
 
 
@@ -98,7 +113,9 @@ def test_discrepancy_finds_what_only_the_main_reward_likes():
 
 
 def test_discrepancy_of_many_rewards():
-    """The published code compares with the first two others in sorted order, the corrected one with all."""
+    """The published code compares with the first two others in sorted order, the corrected one with
+    all.
+    """
     rng = np.random.default_rng(0)
     rewards = {name: rng.normal(size=9) for name in ("z", "main", "b", "a")}
     two = {name: rewards[name] for name in ("a", "b", "main")}

@@ -1,4 +1,6 @@
-"""A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it belongs to."""
+"""A checkpoint comes back bit for bit or not at all, on any devices, and only to the run that it
+belongs to.
+"""
 
 import gc
 import logging
@@ -15,13 +17,31 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from astrolabe_jax import checkpoint
 
-IDENTITY = {"base": "abc", "config.seed": 0, "config.train.epochs": 4, "config.sampler.steps": [1000, 500]}
-PROGRESS = {"step": 7, "risk": {"ratio": 0.1, "history": [1.5, 2.0]}, "evals": {"0": {"total": 1.25}}}
+IDENTITY = {
+    "base": "abc",
+    "config.seed": 0,
+    "config.train.epochs": 4,
+    "config.sampler.steps": [1000, 500],
+}
+PROGRESS = {
+    "step": 7,
+    "risk": {"ratio": 0.1, "history": [1.5, 2.0]},
+    "evals": {"0": {"total": 1.25}},
+}
 
 
 def make_state(seed):
-    adapter = {"q": {"a": jax.random.normal(jax.random.key(seed), (2, 8, 4)), "b": jnp.full((2, 4), 0.1, jnp.bfloat16)}}
-    return {"current": adapter, "optimiser": optax.adamw(1e-3).init(adapter), "step": jnp.int32(seed)}
+    adapter = {
+        "q": {
+            "a": jax.random.normal(jax.random.key(seed), (2, 8, 4)),
+            "b": jnp.full((2, 4), 0.1, jnp.bfloat16),
+        }
+    }
+    return {
+        "current": adapter,
+        "optimiser": optax.adamw(1e-3).init(adapter),
+        "step": jnp.int32(seed),
+    }
 
 
 def assert_same(a, b):
@@ -33,7 +53,9 @@ def assert_same(a, b):
 def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
     assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY) is None
     for epoch in (0, 2, 4):
-        checkpoint.save(tmp_path, epoch, make_state(epoch), PROGRESS | {"step": epoch}, IDENTITY, keep=2)
+        checkpoint.save(
+            tmp_path, epoch, make_state(epoch), PROGRESS | {"step": epoch}, IDENTITY, keep=2
+        )
     found = checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY)
     assert found.epoch == 4 and found.progress == PROGRESS | {"step": 4}
     assert_same(found.state, make_state(4))
@@ -43,11 +65,15 @@ def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
 def test_restores_onto_other_devices(tmp_path):
     def placed(state, count):
         devices = jax.devices()[:count]
-        mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+        mesh = jax.make_mesh(
+            (count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+        )
         everywhere = NamedSharding(mesh, PartitionSpec())
         state = jax.device_put(state, everywhere)
         a = state["current"]["q"]["a"]
-        state["current"]["q"]["a"] = jax.device_put(a, NamedSharding(mesh, PartitionSpec(None, "data")))
+        state["current"]["q"]["a"] = jax.device_put(
+            a, NamedSharding(mesh, PartitionSpec(None, "data"))
+        )
         return state
 
     checkpoint.save(tmp_path, 1, placed(make_state(1), 8), PROGRESS, IDENTITY, keep=1)
@@ -66,7 +92,9 @@ def two_checkpoints(tmp_path_factory):
 
 
 def damages(workdir):
-    """Every single file of the newest checkpoint: missing, cut in half, or with one byte changed."""
+    """Every single file of the newest checkpoint: missing, cut in half, or with one byte
+    changed.
+    """
     newest = workdir / "checkpoints" / "2"
     for path in sorted(newest.rglob("*")):
         if path.is_file():
@@ -79,18 +107,29 @@ def damages(workdir):
 
 
 def contents(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's unawaited futures
-def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(two_checkpoints, tmp_path, caplog):
+# the reader's unawaited futures
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(
+    two_checkpoints, tmp_path, caplog
+):
     fallbacks, before = 0, contents(two_checkpoints / "checkpoints" / "2")
     for i, (name, content) in enumerate(damages(two_checkpoints)):
         workdir = tmp_path / str(i)
         shutil.copytree(two_checkpoints, workdir)
         path = workdir / "checkpoints" / "2" / name
         path.unlink() if content is None else path.write_bytes(content)
-        spoilt = {file: payload for file, payload in (before | {name: content}).items() if payload is not None}
+        spoilt = {
+            file: payload
+            for file, payload in (before | {name: content}).items()
+            if payload is not None
+        }
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             found = checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY)
@@ -114,11 +153,15 @@ def test_a_damaged_epoch_is_saved_again_and_may_be_damaged_again(two_checkpoints
         checkpoint.save(workdir, 2, make_state(2), PROGRESS, IDENTITY, keep=2)
     names = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert names == {"1", "2", "2.damaged", "2.damaged.2", "2.damaged.3"}
-    assert_same(checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).state, make_state(2))
+    assert_same(
+        checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).state, make_state(2)
+    )
 
 
 def refused(workdir, error, match, template=None):
-    """The newest checkpoint stops the program with a message that names it, and everything stays where it is."""
+    """The newest checkpoint stops the program with a message that names it, and everything stays
+    where it is.
+    """
     before = contents(workdir)
     with pytest.raises(error, match=match):
         checkpoint.restore(workdir, lambda epoch: template or make_state(0), IDENTITY)
@@ -126,11 +169,15 @@ def refused(workdir, error, match, template=None):
 
 
 def test_a_file_that_cannot_be_read_is_no_damage(two_checkpoints, tmp_path):
-    """A loop of links stands for whatever a file system refuses: permissions, a lost mount, an I/O error."""
+    """A loop of links stands for whatever a file system refuses: permissions, a lost mount, an I/O
+    error.
+    """
     for part in ("progress", "state"):
         workdir = tmp_path / part
         shutil.copytree(two_checkpoints, workdir)
-        file = next(path for path in (workdir / "checkpoints" / "2" / part).rglob("*") if path.is_file())
+        file = next(
+            path for path in (workdir / "checkpoints" / "2" / part).rglob("*") if path.is_file()
+        )
         file.unlink()
         file.symlink_to(file)
         refused(workdir, OSError, "checkpoints/2 cannot be read: .*try again")
@@ -149,12 +196,17 @@ def test_a_lack_of_memory_is_no_damage(two_checkpoints, monkeypatch):
     [
         ({"step": np.zeros(2, np.int32)}, r"\['step'\]: 'int32 \[\]' there, 'int32 \[2\]' now"),
         ({"step": np.zeros((), np.float32)}, r"\['step'\]: 'int32 \[\]' there, 'float32 \[\]' now"),
-        ({"average": np.zeros((), np.float32)}, r"\['average'\]: '\(none\)' there, 'float32 \[\]' now"),
+        (
+            {"average": np.zeros((), np.float32)},
+            r"\['average'\]: '\(none\)' there, 'float32 \[\]' now",
+        ),
     ],
 )
 def test_the_state_of_another_program_is_refused(two_checkpoints, change, expected):
     template = make_state(0) | change
-    refused(two_checkpoints, ValueError, f"(?s)checkpoints/2 holds another state.*{expected}", template)
+    refused(
+        two_checkpoints, ValueError, f"(?s)checkpoints/2 holds another state.*{expected}", template
+    )
 
 
 def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
@@ -181,7 +233,9 @@ def test_nothing_whole_is_refused(two_checkpoints, tmp_path):
         ({"config.new": 1}, "config.new: '\\(none\\)' there, 1 now"),
     ],
 )
-def test_checkpoints_and_workdirs_of_another_run_are_refused(two_checkpoints, tmp_path, change, expected):
+def test_checkpoints_and_workdirs_of_another_run_are_refused(
+    two_checkpoints, tmp_path, change, expected
+):
     with pytest.raises(ValueError, match=f"(?s)is of another run.*{expected}"):
         checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), IDENTITY | change)
     checkpoint.claim(tmp_path / "run", IDENTITY)
@@ -198,11 +252,19 @@ def test_a_run_may_go_further(two_checkpoints, tmp_path):
 
 def test_files_may_move_as_long_as_their_content_stays(tmp_path):
     there = {"base": "abc", "prompts.train": "def", "prompts.test": "ghi"}
-    paths = {"config.base": "bases/a", "config.prompts.train": "a.txt", "config.prompts.test": "b.txt"}
+    paths = {
+        "config.base": "bases/a",
+        "config.prompts.train": "a.txt",
+        "config.prompts.test": "b.txt",
+    }
     checkpoint.claim(tmp_path / "run", there | paths)
-    checkpoint.claim(tmp_path / "run", there | {field: f"/elsewhere/{path}" for field, path in paths.items()})
+    checkpoint.claim(
+        tmp_path / "run", there | {field: f"/elsewhere/{path}" for field, path in paths.items()}
+    )
     for name in there:
-        with pytest.raises(ValueError, match=f"(?s)belongs to another run.*{name}: .* there, 'other' now"):
+        with pytest.raises(
+            ValueError, match=f"(?s)belongs to another run.*{name}: .* there, 'other' now"
+        ):
             checkpoint.claim(tmp_path / "run", there | paths | {name: "other"})
 
 
@@ -229,38 +291,61 @@ SCORES = {"shapes_mq": [0.1, 1 / 3], "shapes_mq/steadiness": [0.0, 1.0]}
 
 def cut(count, tree):
     """Arrays split along their first axis over so many devices; numpy stays numpy."""
-    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    mesh = jax.make_mesh(
+        (count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+    )
     place = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, np.ndarray) else jax.device_put(leaf, place), tree)
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, np.ndarray) else jax.device_put(leaf, place), tree
+    )
 
 
 def make_samples(seed):
-    """What a streaming epoch keeps: latents, a cache of bfloat16 with its places, something of the host."""
+    """What a streaming epoch keeps: latents, a cache of bfloat16 with its places, something of the
+    host.
+    """
     key = jax.random.key(seed)
-    cache = {"k": jax.random.normal(key, (8, 3, 4), jnp.bfloat16), "at": jnp.arange(8, dtype=jnp.int32)}
-    return {"latents": jax.random.normal(key, (8, 2, 5)), "cache": cache, "start": np.arange(3, dtype=np.float32)}
+    cache = {
+        "k": jax.random.normal(key, (8, 3, 4), jnp.bfloat16),
+        "at": jnp.arange(8, dtype=jnp.int32),
+    }
+    return {
+        "latents": jax.random.normal(key, (8, 2, 5)),
+        "cache": cache,
+        "start": np.arange(3, dtype=np.float32),
+    }
 
 
 def described(tree):
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)), tree
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+        ),
+        tree,
     )
 
 
 def in_flight(workdir, **changes):
     """restore_samples of epoch 3 of the policy 3."""
-    given = {"epoch": 3, "template": described(cut(8, make_samples(0))), "policy": make_state(3)["current"]}
+    given = {
+        "epoch": 3,
+        "template": described(cut(8, make_samples(0))),
+        "policy": make_state(3)["current"],
+    }
     return checkpoint.restore_samples(workdir, **(given | {"identity": IDENTITY} | changes))
 
 
 def save_samples(workdir, epoch=3):
     policy = make_state(epoch)["current"]
-    return checkpoint.save_samples(workdir, epoch, cut(8, make_samples(epoch)), SCORES, policy, IDENTITY)
+    return checkpoint.save_samples(
+        workdir, epoch, cut(8, make_samples(epoch)), SCORES, policy, IDENTITY
+    )
 
 
 def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     assert in_flight(tmp_path) is None
-    for other in (2, 4):  # in the place of those before, and of those after, when a checkpoint was damaged
+    # in the place of those before, and of those after, when a checkpoint was damaged
+    for other in (2, 4):
         save_samples(tmp_path, other)
     size = save_samples(tmp_path, 3)
     directory = tmp_path / "samples_in_flight"
@@ -268,10 +353,14 @@ def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     assert size == sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     for count in (8, 2, 1):
         template = described(cut(count, make_samples(0)))
-        found = in_flight(tmp_path, template=template, identity=IDENTITY | {"config.train.save_samples": True})
+        found = in_flight(
+            tmp_path, template=template, identity=IDENTITY | {"config.train.save_samples": True}
+        )
         assert found.progress == SCORES
         assert_same(found.state, make_samples(3))
-        assert found.state["cache"]["k"].dtype == jnp.bfloat16 and isinstance(found.state["start"], np.ndarray)
+        assert found.state["cache"]["k"].dtype == jnp.bfloat16 and isinstance(
+            found.state["start"], np.ndarray
+        )
         assert found.state["cache"]["k"].sharding == template["cache"]["k"].sharding
     checkpoint.save(tmp_path, 4, make_state(4), PROGRESS, IDENTITY, keep=2)
     assert not directory.exists() and in_flight(tmp_path) is None
@@ -283,7 +372,10 @@ def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
         ({"epoch": 2}, "of epoch 4"),
         ({"policy": make_state(2)["current"]}, "another policy has sampled them"),
         ({"identity": IDENTITY | {"config.seed": 1}}, "is of another run"),
-        ({"template": described(make_samples(0) | {"latents": jnp.zeros((8, 3, 5))})}, "another state than this"),
+        (
+            {"template": described(make_samples(0) | {"latents": jnp.zeros((8, 3, 5))})},
+            "another state than this",
+        ),
     ],
 )
 def test_foreign_samples_are_told_and_not_used(tmp_path, caplog, changes, reason):
@@ -291,7 +383,10 @@ def test_foreign_samples_are_told_and_not_used(tmp_path, caplog, changes, reason
     with caplog.at_level(logging.WARNING):
         assert in_flight(tmp_path, **changes) is None
     epoch = changes.get("epoch", 3) + 1
-    assert f"samples in {tmp_path}/samples_in_flight/3 are not used" in caplog.text and reason in caplog.text
+    assert (
+        f"samples in {tmp_path}/samples_in_flight/3 are not used" in caplog.text
+        and reason in caplog.text
+    )
     assert f"epoch {epoch} is sampled again" in caplog.text
 
 
@@ -302,7 +397,8 @@ def test_samples_that_were_learnt_from_are_silently_left(tmp_path, caplog):
     assert not caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's unawaited futures
+# the reader's unawaited futures
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
     save_samples(tmp_path / "whole")
     unused = 0
@@ -325,9 +421,16 @@ def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("option", "may"),
-    [("path", True), ("url", True), ("frames_per_batch", True), ("pairs_per_batch", True), ("weight", False),
-     ("frame_stride", False), ("published", False)],
-)  # fmt: skip
+    [
+        ("path", True),
+        ("url", True),
+        ("frames_per_batch", True),
+        ("pairs_per_batch", True),
+        ("weight", False),
+        ("frame_stride", False),
+        ("published", False),
+    ],
+)
 def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path, option, may):
     name = f"config.rewards.hpsv3.{option}"
     checkpoint.claim(tmp_path, IDENTITY | {name: 1})
@@ -356,7 +459,9 @@ def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
-        with pytest.raises(OSError, match=f"{tmp_path}/checkpoints/2 cannot be written: File too large; make room"):
+        with pytest.raises(
+            OSError, match=f"{tmp_path}/checkpoints/2 cannot be written: File too large; make room"
+        ):
             checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

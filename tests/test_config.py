@@ -1,11 +1,20 @@
-"""Every mistake in a config is named by its field, with what was expected, before anything else happens."""
+"""Every mistake in a config is named by its field, with what was expected, before anything else
+happens.
+"""
 
 import copy
 
 import pytest
 
 from astrolabe_jax import rewards
-from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, get_config, repeats, validate, with_reference
+from astrolabe_jax.config import (
+    REFERENCE_SWITCHES,
+    flatten,
+    get_config,
+    repeats,
+    validate,
+    with_reference,
+)
 from configs import moving_shapes
 
 
@@ -21,7 +30,9 @@ def test_the_recipe_and_its_reference_variants_are_valid():
         validate(moving_shapes.get_config(variant), rewards.TABLE, 1, "cpu")
 
 
-@pytest.mark.parametrize("steps", [(1000, 750, 500, 250, 0), (1000, 666, 333, 0), (1000, 500), (1000,)])
+@pytest.mark.parametrize(
+    "steps", [(1000, 750, 500, 250, 0), (1000, 666, 333, 0), (1000, 500), (1000,)]
+)
 def test_every_published_list_of_steps_is_valid(steps):
     """Krea's lists end in 0 (spec/sampling.md 2)."""
     check(**{"sampler.steps": steps})
@@ -30,34 +41,70 @@ def test_every_published_list_of_steps_is_valid(steps):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"loss.kind": "ppo"}, "config.loss.kind is 'ppo'; expected one of astrolabe, diffusion_nft"),
+        (
+            {"loss.kind": "ppo"},
+            "config.loss.kind is 'ppo'; expected one of astrolabe, diffusion_nft",
+        ),
         ({"seed": -1}, "config.seed is -1; expected at least 0"),
         ({"train.epochs": 0}, "config.train.epochs is 0; expected at least 1"),
-        ({"optimiser.ema_cap": 1.5}, "config.optimiser.ema_cap is 1.5; expected at least 0 and at most 1"),
+        (
+            {"optimiser.ema_cap": 1.5},
+            "config.optimiser.ema_cap is 1.5; expected at least 0 and at most 1",
+        ),
         ({"optimiser.b2": 1.0}, r"config.optimiser.b2 is 1.0; expected a number in \[0, 1\)"),
         ({"advantages.clip": 0.0}, "config.advantages.clip is 0.0; expected a positive number"),
-        ({"optimiser.clip_norm": float("nan")}, "config.optimiser.clip_norm is nan; expected a positive number"),
+        (
+            {"optimiser.clip_norm": float("nan")},
+            "config.optimiser.clip_norm is nan; expected a positive number",
+        ),
         ({"optimiser.learning_rate": float("nan")}, "config.optimiser.learning_rate is nan"),
         ({"model.window": 0}, "config.model.window is 0; expected at least 1, or -1"),
-        ({"sampler.steps": (500, 750)}, r"config.sampler.steps is \(500, 750\); expected .* strictly decreasing"),
+        (
+            {"sampler.steps": (500, 750)},
+            r"config.sampler.steps is \(500, 750\); expected .* strictly decreasing",
+        ),
         ({"sampler.steps": ()}, r"config.sampler.steps is \(\)"),
         ({"sampler.steps": (0,)}, r"config.sampler.steps is \(0,\); .* after which a 0 may come"),
         ({"sampler.steps": (500, 0, 0)}, r"config.sampler.steps is \(500, 0, 0\)"),
         ({"sampler.steps": (500, -1)}, r"config.sampler.steps is \(500, -1\)"),
         ({"eval.shown": 200}, "config.eval.shown is 200; expected at most eval.videos, 144"),
-        ({"rewards.shapes_vq": float("inf")}, "config.rewards.shapes_vq is inf; expected a finite weight"),
-        ({"scoring.overlap": "all", "mesh.fsdp": 2}, "config.scoring.overlap is 'all' with mesh.fsdp 2"),
-        ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight"),
-        ({"sampler.batch": 13}, "config.sampler.batch is 13; expected a divisor of the 48 videos of an epoch"),
-        ({"prompts.repeated": 4}, "config.prompts.repeated asks for 4 batches .* divisor of prompts.groups, 6"),
+        (
+            {"rewards.shapes_vq": float("inf")},
+            "config.rewards.shapes_vq is inf; expected a finite weight",
+        ),
+        (
+            {"scoring.overlap": "all", "mesh.fsdp": 2},
+            "config.scoring.overlap is 'all' with mesh.fsdp 2",
+        ),
+        (
+            {"rewards.shapes_vq": -2.0},
+            "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight",
+        ),
+        (
+            {"sampler.batch": 13},
+            "config.sampler.batch is 13; expected a divisor of the 48 videos of an epoch",
+        ),
+        (
+            {"prompts.repeated": 4},
+            "config.prompts.repeated asks for 4 batches .* divisor of prompts.groups, 6",
+        ),
         ({"optimiser.microbatch": 36}, "config.optimiser.microbatch is 36; expected the 48 videos"),
         ({"optimiser.steps_per_pass": 5}, "in each of the 5 steps of a pass"),
-        ({"mesh.fsdp": 2}, "config.mesh has data -1 x fsdp 2; expected their product to be the 1 devices"),
+        (
+            {"mesh.fsdp": 2},
+            "config.mesh has data -1 x fsdp 2; expected their product to be the 1 devices",
+        ),
         (
             {"advantages.std": "prompt", "prompts.groups": 48, "prompts.candidates": 1},
-            "config.prompts.candidates is 1 with advantages.std 'prompt'.*expected at least 2, or adv",
+            (
+                "config.prompts.candidates is 1 with advantages.std 'prompt'.*expected at least 2, "
+                "or adv"
+            ),
         ),
-        ({"kl.kind": "selective"}, "config.kl.main_reward is ''; expected one of the rewards of this run"),
+        (
+            {"kl.kind": "selective"},
+            "config.kl.main_reward is ''; expected one of the rewards of this run",
+        ),
     ],
 )
 def test_a_field_at_fault_is_named(changes, expected):
@@ -70,54 +117,109 @@ def test_a_field_at_fault_is_named(changes, expected):
     [
         (
             {"streaming.window": 0, "eval.frames": 33},
-            "config.eval.frames belongs to the training of windows; set video.frames, or streaming.window",
+            (
+                "config.eval.frames belongs to the training of windows; set video.frames, or "
+                "streaming.window"
+            ),
         ),
         (
             {"streaming.clip": 4},
-            "config.streaming.clip is 4; expected whole blocks of 3, and the window of 9 to be whole",
+            (
+                "config.streaming.clip is 4; expected whole blocks of 3, and the window of 9 to be "
+                "whole"
+            ),
         ),
         (
             {"streaming.clip": 6},
-            "config.streaming.clip is 6; expected whole blocks of 3, and the window of 9 to be whole",
+            (
+                "config.streaming.clip is 6; expected whole blocks of 3, and the window of 9 to be "
+                "whole"
+            ),
         ),
-        ({"streaming.prompts_per_device": 4}, "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev"),
-        ({"sampler.batch": 16}, "config.sampler.batch is 16, 16 at once .*expected the same number of videos, a divi"),
+        (
+            {"streaming.prompts_per_device": 4},
+            "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev",
+        ),
+        (
+            {"sampler.batch": 16},
+            "config.sampler.batch is 16, 16 at once .*expected the same number of videos, a divi",
+        ),
         ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12, 12 at once"),
         (
             {"streaming.prompts_per_device": 2, "mesh.samples_per_device": 1},
-            "config.sampler.batch is 8, 1 at once .mesh.samples_per_device.; expected the same number of videos",
+            (
+                "config.sampler.batch is 8, 1 at once .mesh.samples_per_device.; expected the same "
+                "number of videos"
+            ),
         ),
         (
             {"streaming.sampling": "sequence", "streaming.mode": "progressive"},
-            "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected 'clip' if progressive",
+            (
+                "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected "
+                "'clip' if progressive"
+            ),
         ),
         (
             {"streaming.backprop": "full", "streaming.mode": "progressive"},
-            "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and prefix 'rollout_old'",
+            (
+                "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and "
+                "prefix 'rollout_old'"
+            ),
         ),
-        ({"streaming.backprop": "full", "streaming.prefix": "per_policy"}, "config.streaming.backprop 'full' makes"),
+        (
+            {"streaming.backprop": "full", "streaming.prefix": "per_policy"},
+            "config.streaming.backprop 'full' makes",
+        ),
         (
             {"streaming.sampling": "sequence", "streaming.prefix": "per_policy"},
-            "config.streaming.prefix is 'per_policy'; expected 'rollout_old' where sampling is 'sequence'",
+            (
+                "config.streaming.prefix is 'per_policy'; expected 'rollout_old' where sampling is "
+                "'sequence'"
+            ),
         ),
         (
             {"streaming.mode": "progressive", "streaming.reward": "full"},
-            "config.streaming.reward is 'full', a progressive stream does not keep its frames; expected window_stream",
+            (
+                "config.streaming.reward is 'full', a progressive stream does not keep its frames; "
+                "expected window_stream"
+            ),
         ),
         (
             {"model.independent_first_frame": True},
-            "config.streaming.window cuts videos into equal blocks with whole sinks; expected model.independent_first",
+            (
+                "config.streaming.window cuts videos into equal blocks with whole sinks; expected "
+                "model.independent_first"
+            ),
         ),
-        ({"model.faithful_sinks": True, "model.sink": 4, "model.window": 12}, "model.faithful_sinks False for a sink"),
-        ({"prompts.repeated": 2}, "config.prompts.repeated is 2; expected 1 where windows are trained"),
-        ({"model.sink": 3, "loss.mask_sink": False}, "config.loss.mask_sink and mask_block ask for frames that the"),
-        ({"loss.mask_block": 9}, "config.loss.mask_sink and mask_block ask .*mask_block at most model.block"),
+        (
+            {"model.faithful_sinks": True, "model.sink": 4, "model.window": 12},
+            "model.faithful_sinks False for a sink",
+        ),
+        (
+            {"prompts.repeated": 2},
+            "config.prompts.repeated is 2; expected 1 where windows are trained",
+        ),
+        (
+            {"model.sink": 3, "loss.mask_sink": False},
+            "config.loss.mask_sink and mask_block ask for frames that the",
+        ),
+        (
+            {"loss.mask_block": 9},
+            "config.loss.mask_sink and mask_block ask .*mask_block at most model.block",
+        ),
         (
             {"model.window": 10, "streaming.prefix": "per_policy"},
-            "config.streaming makes keys anew, but a window of 10 less a sink of 0 is not whole blocks of 3; expected",
+            (
+                "config.streaming makes keys anew, but a window of 10 less a sink of 0 is not "
+                "whole blocks of 3; expected"
+            ),
         ),
         (
-            {"model.window": 10, "streaming.recache_on_update": True, "streaming.mode": "progressive"},
+            {
+                "model.window": 10,
+                "streaming.recache_on_update": True,
+                "streaming.mode": "progressive",
+            },
             "config.streaming makes keys anew, but a window of 10 less a sink",
         ),
         (
@@ -128,7 +230,12 @@ def test_a_field_at_fault_is_named(changes, expected):
     ],
 )
 def test_a_field_of_windows_at_fault_is_named(changes, expected):
-    good = {"streaming.window": 9, "video.frames": 69, "sampler.batch": 8, "optimiser.microbatch": 8}
+    good = {
+        "streaming.window": 9,
+        "video.frames": 69,
+        "sampler.batch": 8,
+        "optimiser.microbatch": 8,
+    }
     good["optimiser.steps_per_pass"] = 1
     check(**good)
     with pytest.raises(ValueError, match=expected):
@@ -136,11 +243,19 @@ def test_a_field_of_windows_at_fault_is_named(changes, expected):
 
 
 def test_prompts_of_windows_must_fit_the_devices():
-    good = {"streaming.window": 9, "video.frames": 69, "sampler.batch": 24, "optimiser.microbatch": 24}
+    good = {
+        "streaming.window": 9,
+        "video.frames": 69,
+        "sampler.batch": 24,
+        "optimiser.microbatch": 24,
+    }
     good["optimiser.steps_per_pass"] = 1
     check(devices=3, **good)
     check(devices=12, **good)  # two devices for each prompt
-    with pytest.raises(ValueError, match="config.prompts.groups is 6; expected a multiple of 8 .* each of 8 devices"):
+    with pytest.raises(
+        ValueError,
+        match="config.prompts.groups is 6; expected a multiple of 8 .* each of 8 devices",
+    ):
         check(devices=8, **good)
 
 
@@ -149,21 +264,28 @@ def test_unknown_and_missing_rewards_are_named():
     with config.unlocked():
         config.rewards.shapes_qv = 1.0
     with pytest.raises(
-        ValueError, match="config.rewards.shapes_qv: unknown reward; expected one of aesthetic, bounce_mq, "
+        ValueError,
+        match="config.rewards.shapes_qv: unknown reward; expected one of aesthetic, bounce_mq, ",
     ):
         validate(config, rewards.TABLE, 1, "cpu")
     for weight in ("high", True, float("nan")):
         config = moving_shapes.get_config()
         del config.rewards["shapes_vq"]
         config.rewards.shapes_vq = weight
-        with pytest.raises(ValueError, match=f"config.rewards.shapes_vq is {weight!r}; expected a finite weight"):
+        with pytest.raises(
+            ValueError, match=f"config.rewards.shapes_vq is {weight!r}; expected a finite weight"
+        ):
             validate(config, rewards.TABLE, 1, "cpu")
-    with pytest.raises(ValueError, match="config.rewards is empty; give at least one reward a weight"):
+    with pytest.raises(
+        ValueError, match="config.rewards is empty; give at least one reward a weight"
+    ):
         validate(get_config(), rewards.TABLE, 1, "cpu")
     config = get_config()
     config.rewards.shapes_vq = 1.0
     config.kl.kind = "selective"
-    with pytest.raises(ValueError, match="config.kl.kind 'selective' compares rewards; expected at least 2"):
+    with pytest.raises(
+        ValueError, match="config.kl.kind 'selective' compares rewards; expected at least 2"
+    ):
         validate(config, rewards.TABLE, 1, "cpu")
 
 
@@ -175,7 +297,9 @@ def test_all_faults_are_listed_at_once():
 
 def test_batches_must_fit_the_devices():
     check(devices=4)
-    with pytest.raises(ValueError, match="config.sampler.batch is 24; expected a multiple of the 5 devices"):
+    with pytest.raises(
+        ValueError, match="config.sampler.batch is 24; expected a multiple of the 5 devices"
+    ):
         check(devices=5)
 
 
@@ -183,7 +307,10 @@ def test_attention_that_the_machine_cannot_compute_is_refused():
     cudnn = {"model.attention": "cudnn"}
     check(backend="gpu", **cudnn, **{"model.dtype": "bfloat16"})
     for backend, dtype in (("gpu", "float32"), ("cpu", "bfloat16")):
-        with pytest.raises(ValueError, match=f"attention is 'cudnn' with model.dtype {dtype} on a {backend}; expected"):
+        with pytest.raises(
+            ValueError,
+            match=f"attention is 'cudnn' with model.dtype {dtype} on a {backend}; expected",
+        ):
             check(backend=backend, **cudnn, **{"model.dtype": dtype})
 
 
@@ -203,7 +330,9 @@ def test_every_reference_switch_changes_the_config_and_only_its_fields():
     every = flatten(with_reference(get_config()))
     for fields in REFERENCE_SWITCHES.values():
         assert all(every[field] == value for field, value in fields.items())
-    with pytest.raises(ValueError, match="unknown reference switch 'contxt'; expected one of context"):
+    with pytest.raises(
+        ValueError, match="unknown reference switch 'contxt'; expected one of context"
+    ):
         with_reference(get_config(), "contxt")
 
 
@@ -215,11 +344,18 @@ def test_unknown_variants_of_the_recipe_are_refused(variant):
 
 def test_repeated_prompts_minus_one_is_every_batch_of_the_epoch():
     config = with_reference(moving_shapes.get_config(), "repeated_prompts")
-    assert repeats(config) == 48 // config.sampler.batch and repeats(moving_shapes.get_config()) == 1
+    assert (
+        repeats(config) == 48 // config.sampler.batch and repeats(moving_shapes.get_config()) == 1
+    )
 
 
 def test_flatten_survives_json_and_is_flat():
     import json
 
     flat = flatten(moving_shapes.get_config())
-    assert json.loads(json.dumps(flat)) == flat and copy.copy(flat)["sampler.steps"] == [1000, 750, 500, 250]
+    assert json.loads(json.dumps(flat)) == flat and copy.copy(flat)["sampler.steps"] == [
+        1000,
+        750,
+        500,
+        250,
+    ]

@@ -1,4 +1,6 @@
-"""Decoding in chunks gives the frames of decoding at once, truncated to bytes, on any number of devices."""
+"""Decoding in chunks gives the frames of decoding at once, truncated to bytes, on any number of
+devices.
+"""
 
 import re
 
@@ -30,11 +32,14 @@ def latents(frames, batch=2):
 @pytest.mark.parametrize(("frames", "chunk"), [(1, 3), (2, 3), (4, 1), (6, 3), (7, 3), (5, 4)])
 def test_chunks_change_nothing(vae, frames, chunk):
     x = latents(frames)
-    whole = np.asarray(jax.jit(lambda params, x: layers.merge(vae[0], params).decode(x)[0])(vae[1], x))
+    whole = np.asarray(
+        jax.jit(lambda params, x: layers.merge(vae[0], params).decode(x)[0])(vae[1], x)
+    )
     got = np.asarray(decode(*vae, x, chunk=chunk, mesh=ONE))
     assert got.shape == (2, CONFIG.pixel_frames(frames), 16, 24, 3) and got.dtype == np.uint8
     exact = (np.clip(whole * 0.5 + 0.5, 0, 1) * 255.0).astype(np.float64)
-    # Truncation: a byte may differ from the whole decode only where rounding straddles a whole number.
+    # Truncation: a byte may differ from the whole decode only where rounding straddles a whole
+    # number.
     near = (np.abs(exact - np.rint(exact)) < 1e-3) & (exact > 0) & (exact < 255)
     assert np.array_equal(got[~near], np.floor(exact)[~near]) and near.mean() < 0.02
     assert np.abs(got - exact).max() < 1.001
@@ -47,7 +52,9 @@ def test_videos_do_not_depend_on_their_batch(vae):
 
 
 def test_working_memory_does_not_grow_with_the_length(vae):
-    """Temporaries beyond the frames themselves: a hundred times the length, not even twice the memory."""
+    """Temporaries beyond the frames themselves: a hundred times the length, not even twice the
+    memory.
+    """
 
     def temporaries(frames):
         shape = jax.ShapeDtypeStruct((1, frames, 4, 2, 3), jnp.float32)
@@ -66,9 +73,12 @@ def test_every_device_decodes_its_own_videos_and_talks_to_nobody(vae, data, fsdp
     assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh), got.ndim)
     assert {shard.data.shape[0] for shard in got.addressable_shards} == {2}
     want = np.asarray(decode(*vae, x, chunk=2, mesh=ONE))
-    assert np.abs(np.asarray(got).astype(int) - want).max() <= 1 and (got != want).mean() < 1e-3  # truncated bytes
+    # truncated bytes
+    assert np.abs(np.asarray(got).astype(int) - want).max() <= 1 and (got != want).mean() < 1e-3
     program = decode.lower(graphdef, *placed, chunk=2, mesh=mesh).compile().as_text()
-    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program)
+    assert not re.findall(
+        r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", program
+    )
 
 
 def test_bytes_are_truncated_and_clipped():

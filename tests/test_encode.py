@@ -34,7 +34,8 @@ def model():
 
 def test_words_keep_their_order_after_the_special_tokens(tokenizer):
     ids, mask = tokenizers.tokenize(tokenizer, ["left red", "a purple circle"], 6)
-    np.testing.assert_array_equal(ids, [[8, 4, 1, 0, 0, 0], [3, 2, 6, 1, 0, 0]])  # end 1, unknown 2, padding 0
+    # end 1, unknown 2, padding 0
+    np.testing.assert_array_equal(ids, [[8, 4, 1, 0, 0, 0], [3, 2, 6, 1, 0, 0]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
 
 
@@ -75,27 +76,37 @@ def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
 def test_an_embedding_depends_on_its_prompt_alone(tokenizer, model):
     many = [PROMPTS[i % 4] for i in range(11)]  # more than one batch, the last one filled up
     got = encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE)
-    alone = [encode.encode_prompts(*model, tokenizer, [prompt], CONFIG, ONE)[0] for prompt in PROMPTS]
+    alone = [
+        encode.encode_prompts(*model, tokenizer, [prompt], CONFIG, ONE)[0] for prompt in PROMPTS
+    ]
     for i, row in enumerate(got):
         np.testing.assert_array_equal(row, alone[i % 4])
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
 def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
-    """Prompts are split over all devices, large parameters over fsdp; eleven prompts fill two calls of eight."""
+    """Prompts are split over all devices, large parameters over fsdp; eleven prompts fill two calls
+    of eight.
+    """
     graphdef, params = model
     many, mesh = [PROMPTS[i % 4] for i in range(11)], mesh_of(data, fsdp)
     placed = sharding.shard_params(mesh, params)
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed)) == (fsdp > 1)
     got = encode.encode_prompts(graphdef, placed, tokenizer, many, CONFIG, mesh)
-    np.testing.assert_allclose(got, encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE), atol=2e-6)
+    np.testing.assert_allclose(
+        got, encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE), atol=2e-6
+    )
     ids_mask = sharding.shard_batch(mesh, tokenizers.tokenize(tokenizer, many[:8], CONFIG.text_len))
     spec = encode.embed(graphdef, placed, *ids_mask, mesh=mesh).sharding
     assert spec.is_equivalent_to(sharding.batch_sharding(mesh), 3)
 
 
 def test_no_prompts_give_an_empty_batch(tokenizer, model):
-    assert encode.encode_prompts(*model, tokenizer, [], CONFIG, ONE).shape == (0, CONFIG.text_len, CONFIG.dim)
+    assert encode.encode_prompts(*model, tokenizer, [], CONFIG, ONE).shape == (
+        0,
+        CONFIG.text_len,
+        CONFIG.dim,
+    )
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
@@ -121,7 +132,9 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
 )
 def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"):
+    with pytest.raises(
+        ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"
+    ):
         tokenizers.load_tokenizer(tmp_path)
 
 
@@ -131,12 +144,22 @@ def test_a_word_that_occurs_twice_is_refused():
 
 
 def test_a_sentencepiece_model_is_read_alone(tmp_path):
-    """What transformers would read beside it, and let change ids, is not part of a base's identity."""
-    (tmp_path / "corpus.txt").write_text("\n".join(["a red circle moving left", "a blue circle moving right"] * 20))
+    """What transformers would read beside it, and let change ids, is not part of a base's
+    identity.
+    """
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(["a red circle moving left", "a blue circle moving right"] * 20)
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=24, minloglevel=2,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-    )  # fmt: skip
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=24,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
     (tmp_path / "added_tokens.json").write_text('{"red": 24}')
     tokenizer = tokenizers.load_tokenizer(tmp_path)
     ids, mask = tokenizers.tokenize(tokenizer, ["a red circle"], 30)

@@ -1,4 +1,6 @@
-"""The shape of the tree, enforced: who may import whom, how long things may be, no config field that nobody reads."""
+"""The shape of the tree, enforced: who may import whom, how long things may be, no config field
+that nobody reads.
+"""
 
 import ast
 import re
@@ -15,13 +17,33 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# From the ground up: a module imports only from lower layers, or from its own where that is allowed.
+# From the ground up: a module imports only from lower layers, or from its own where that is
+# allowed.
 LAYERS = {
-    "ground": ("types", "config", "published", "recipes", "processes", "stop", "__init__", "convert.files"),
+    "ground": (
+        "types",
+        "config",
+        "published",
+        "recipes",
+        "processes",
+        "stop",
+        "__init__",
+        "convert.files",
+    ),
     "time and place": ("schedule", "sharding"),
     "nets": ("models",),
     "rooms": ("convert", "rewards", "worlds", "pictures"),
-    "stages": ("prompts", "encode", "scenes", "rollout", "decode", "advantages", "losses", "update", "checkpoint"),
+    "stages": (
+        "prompts",
+        "encode",
+        "scenes",
+        "rollout",
+        "decode",
+        "advantages",
+        "losses",
+        "update",
+        "checkpoint",
+    ),
     "run": ("prepare", "report", "requests"),
     "videos": ("generate", "stream"),
     "segments": ("segments",),
@@ -32,7 +54,8 @@ LAYERS = {
 ORDER = list(LAYERS)
 # read in config.py for others
 DERIVED = ("samples", "repeats", "piece", "window_starts", "rounds", "eval_frames", "clip_length")
-WITHIN = {"nets", "rooms", "time and place", "ground"}  # modules of these layers may import each other
+# modules of these layers may import each other
+WITHIN = {"nets", "rooms", "time and place", "ground"}
 EXCEPTIONS = {("update", "losses"), ("report", "prepare")}
 
 
@@ -56,7 +79,9 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    names = {name.removeprefix("astrolabe_jax.") for name in found if name.startswith("astrolabe_jax")}
+    names = {
+        name.removeprefix("astrolabe_jax.") for name in found if name.startswith("astrolabe_jax")
+    }
     modules = set()
     for name in names:
         while name and name not in SOURCES:
@@ -83,7 +108,11 @@ def test_no_other_framework(name):
 
 def test_two_modules_know_orbax():
     """One stores runs, the other nets."""
-    knowing = [name for name, path in SOURCES.items() if re.search(r"^import orbax", path.read_text(), re.M)]
+    knowing = [
+        name
+        for name, path in SOURCES.items()
+        if re.search(r"^import orbax", path.read_text(), re.M)
+    ]
     assert knowing == ["checkpoint", "convert.store"]
 
 
@@ -102,15 +131,29 @@ def test_functions_and_files_stay_short():
 
 
 def test_every_config_field_is_read():
-    """Under its own section: names that are read elsewhere, which these invented fields have, do not count."""
-    fields = {field for field in flatten(moving_shapes.get_config()) if not field.startswith("rewards.")}
-    invented = {"train.seed", "video.steps", "loss.rank", "optimiser.kind", "eval.epochs", "mesh.batch", "shown"}
+    """Under its own section: names that are read elsewhere, which these invented fields have, do
+    not count.
+    """
+    fields = {
+        field for field in flatten(moving_shapes.get_config()) if not field.startswith("rewards.")
+    }
+    invented = {
+        "train.seed",
+        "video.steps",
+        "loss.rank",
+        "optimiser.kind",
+        "eval.epochs",
+        "mesh.batch",
+        "shown",
+    }
     assert not fields & invented
     assert fields_read(fields | invented) == fields
 
 
 def fields_read(fields: set[str]) -> set[str]:
-    """Those of `fields` that some function of the package reads; checking a value is not reading it."""
+    """Those of `fields` that some function of the package reads; checking a value is not reading
+    it.
+    """
     found = set()
     for module, path in SOURCES.items():
         if not re.search(r"ConfigDict|run\.config", path.read_text()):
@@ -119,20 +162,27 @@ def fields_read(fields: set[str]) -> set[str]:
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
         for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             if module not in ("config", "published") or function.name in DERIVED:
-                given = "mesh" if function.name == "_mesh_shape" else ""  # what its parameter `config` is
+                # what its parameter `config` is
+                given = "mesh" if function.name == "_mesh_shape" else ""
                 found |= _read_in(function, {"config": given}, fields, strings)
     return found
 
 
-def _read_in(function: ast.FunctionDef, names: dict[str, str], fields: set[str], strings: set) -> set[str]:
-    """Fields that a function reads through `run.config`, `names`, and the names that it gives to sections itself."""
+def _read_in(
+    function: ast.FunctionDef, names: dict[str, str], fields: set[str], strings: set
+) -> set[str]:
+    """Fields that a function reads through `run.config`, `names`, and the names that it gives to
+    sections itself.
+    """
     sections = {field.rpartition(".")[0] for field in fields}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             target, value = node.targets[0], node.value
             several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
             pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
-            found = {name.id: _path(part, names) for name, part in pairs if isinstance(name, ast.Name)}
+            found = {
+                name.id: _path(part, names) for name, part in pairs if isinstance(name, ast.Name)
+            }
             names = names | {name: path for name, path in found.items() if path in sections}
     read = set()
     for node in ast.walk(function):
@@ -144,13 +194,18 @@ def _read_in(function: ast.FunctionDef, names: dict[str, str], fields: set[str],
 
 
 def _path(node: ast.AST, names: dict[str, str]) -> str | None:
-    """'video.frames' for run.config.video['frames'] and the like; '' for the config itself, None for anything else."""
+    """'video.frames' for run.config.video['frames'] and the like; '' for the config itself, None
+    for anything else.
+    """
     match node:
         case ast.Name(id=name):
             return names.get(name)
         case ast.Attribute(value=ast.Name(id="run"), attr="config"):
             return ""
-        case ast.Attribute(value=above, attr=name) | ast.Subscript(value=above, slice=ast.Constant(value=name)):
+        case (
+            ast.Attribute(value=above, attr=name)
+            | ast.Subscript(value=above, slice=ast.Constant(value=name))
+        ):
             section = _path(above, names)
             return None if section is None else f"{section}.{name}".removeprefix(".")
     return None

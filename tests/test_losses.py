@@ -17,7 +17,9 @@ def one(value):
 
 
 def test_worked_example():
-    """objective.md 5: beta 0.1, f 0.7, o 0.5, x0 1, r 0.8; and the same numbers under DiffusionNFT (section 6)."""
+    """objective.md 5: beta 0.1, f 0.7, o 0.5, x0 1, r 0.8; and the same numbers under DiffusionNFT
+    (section 6).
+    """
     x0, old, r = one(1.0), one(0.5), jnp.array([0.8])
     positive, negative = losses.interpolate(one(0.7), old, 0.1)
     np.testing.assert_allclose([positive.item(), negative.item()], [0.52, 0.48], rtol=1e-6)
@@ -30,7 +32,9 @@ def test_worked_example():
     np.testing.assert_allclose(jax.grad(policy)(one(3.5)).item(), 0, atol=1e-7)  # the minimiser
 
     x_t, sigma = one(2.0), jnp.array([0.5])
-    nft = losses.diffusion_nft_loss(x0, x_t, (x_t - 0.7) / 0.5, (x_t - 0.5) / 0.5, sigma, r, 0.1, clip_max=5.0)
+    nft = losses.diffusion_nft_loss(
+        x0, x_t, (x_t - 0.7) / 0.5, (x_t - 0.5) / 0.5, sigma, r, 0.1, clip_max=5.0
+    )
     np.testing.assert_allclose(nft["policy"], [24.4], rtol=1e-5)
     np.testing.assert_allclose([nft["positive"], nft["negative"]], [[0.48], [0.52]], rtol=1e-5)
 
@@ -73,12 +77,18 @@ def test_diffusion_nft_is_the_normalised_x0_loss():
     plain = losses.astrolabe_loss(x0, f, o, r, beta)
     weights = [np.abs(mixed - x0).mean((1, 2, 3, 4)) for mixed in losses.interpolate(f, o, beta)]
     nft = losses.diffusion_nft_loss(x0, x_t, v, v_old, sigma, r, beta, clip_max)
-    want = clip_max * (r * plain["positive"] / weights[0] + (1 - r) * plain["negative"] / weights[1]) / beta
+    want = (
+        clip_max
+        * (r * plain["positive"] / weights[0] + (1 - r) * plain["negative"] / weights[1])
+        / beta
+    )
     np.testing.assert_allclose(nft["policy"], want, rtol=1e-5)
 
 
 def test_adaptive_normaliser_carries_no_gradient_and_has_a_floor():
-    """With r = 1 and beta = 1 the loss is the mean square over w: its gradient is 2 gap / (w n), w held fixed."""
+    """With r = 1 and beta = 1 the loss is the mean square over w: its gradient is 2 gap / (w n), w
+    held fixed.
+    """
     x0, x_t, v, v_old = predictions(4)
     sigma, r = jnp.ones(3), jnp.ones(3)
 

@@ -1,4 +1,6 @@
-"""Videos on disk: whole or not at all, the same bytes however they are cut, and watchable while they are made."""
+"""Videos on disk: whole or not at all, the same bytes however they are cut, and watchable while
+they are made.
+"""
 
 import av
 import numpy as np
@@ -18,14 +20,19 @@ def moving(count):
 def test_a_video_is_read_as_it_was_written(tmp_path):
     write_mp4(tmp_path / "a.mp4", moving(40), 16)
     with av.open(tmp_path / "a.mp4") as container:
-        assert container.streams.video[0].frames == 40 and container.streams.video[0].average_rate == 16
+        assert (
+            container.streams.video[0].frames == 40
+            and container.streams.video[0].average_rate == 16
+        )
     read = read_video(tmp_path / "a.mp4")[:, 3::6, 3::6]  # small videos are enlarged, by 6
     assert np.abs(read.astype(int) - moving(40)).mean() < 3
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(32, 20), (16, 40), (8, 79)])
 def test_a_video_is_read_at_another_rate(tmp_path, rate, expected):
-    """Seconds stay seconds: of 40 frames at twice the rate every other one, at half the rate each twice."""
+    """Seconds stay seconds: of 40 frames at twice the rate every other one, at half the rate each
+    twice.
+    """
     write_mp4(tmp_path / "a.mp4", moving(40), rate)
     frames = read_video(tmp_path / "a.mp4", 16, (32, 32))
     assert frames.shape == (expected, 32, 32, 3)

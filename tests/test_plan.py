@@ -21,21 +21,31 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}, runs.PROGRESSIVE]
+    "changes",
+    [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}, runs.PROGRESSIVE],
 )
 def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
     config = runs.small_config(base, **changes | {"prompts.groups": 4})
-    run, planned = prepare.prepare(config, tmp_path / "run"), plan.abstract_run(config, jax.device_count())
+    run, planned = (
+        prepare.prepare(config, tmp_path / "run"),
+        plan.abstract_run(config, jax.device_count()),
+    )
     assert report.memory(planned) == report.memory(run)
     rows, wanted = report.describe(planned, "8"), report.describe(run, "8")
     unknown = {"epoch": f" of {len(run.train_prompts)}", "run": f" of {len(run.test_prompts)}"}
-    assert rows == {name: text.replace(unknown.get(name, "\0"), "") for name, text in wanted.items()}
+    assert rows == {
+        name: text.replace(unknown.get(name, "\0"), "") for name, text in wanted.items()
+    }
 
 
 def test_the_traced_programs_are_those_of_an_epoch(base, tmp_path):
     """The shapes of the plan are those that an epoch hands from stage to stage."""
-    config = runs.small_config(base, **{"optimiser.steps_per_pass": 2, "optimiser.microbatch": 4, "mesh.fsdp": 2})
-    with pytest.raises(ValueError, match="config.optimiser.microbatch is 4; expected a multiple of the 8 devices"):
+    config = runs.small_config(
+        base, **{"optimiser.steps_per_pass": 2, "optimiser.microbatch": 4, "mesh.fsdp": 2}
+    )
+    with pytest.raises(
+        ValueError, match="config.optimiser.microbatch is 4; expected a multiple of the 8 devices"
+    ):
         plan.abstract_run(config, 8)
     shapes = plan.trace(plan.abstract_run(config, 4))
     want = {
@@ -53,16 +63,22 @@ def test_the_traced_programs_are_those_of_an_epoch(base, tmp_path):
         ({}, 2, 4),
         pytest.param(*({"streaming.prefix": "per_policy"}, 2, 4), marks=pytest.mark.slow),
         pytest.param(
-            *({"streaming.backprop": "full", "streaming.reward": "window_alone"}, 2, 1), marks=pytest.mark.slow
+            *({"streaming.backprop": "full", "streaming.reward": "window_alone"}, 2, 1),
+            marks=pytest.mark.slow,
         ),
         ({"streaming.sampling": "sequence"}, 4, 1),
-        pytest.param(*({"streaming.sampling": "sequence", "streaming.backprop": "full"}, 4, 1), marks=pytest.mark.slow),
+        pytest.param(
+            *({"streaming.sampling": "sequence", "streaming.backprop": "full"}, 4, 1),
+            marks=pytest.mark.slow,
+        ),
         ({"streaming.mode": "progressive", "loss.context": "noisy"}, 2, 4),
     ],
     ids=str,
 )
 def test_the_traced_programs_of_windows(base, changes, past, pixels):
-    """A block of the streams (of sequences, those of an update), of what forks from them, and the train step."""
+    """A block of the streams (of sequences, those of an update), of what forks from them, and the
+    train step.
+    """
     fields = runs.WINDOWS | {"sampler.batch": 8, "optimiser.microbatch": 4} | changes
     shapes = plan.trace(plan.abstract_run(runs.small_config(base, **fields), 2))
     want = {
@@ -77,7 +93,9 @@ def test_the_traced_programs_of_windows(base, changes, past, pixels):
 
 def test_the_memory_of_streams_is_that_of_their_arrays(base, tmp_path):
     """Two pasts, and four videos that fork from them; on two devices."""
-    config = runs.small_config(base, **runs.WINDOWS | {"sampler.batch": 4, "optimiser.microbatch": 4})
+    config = runs.small_config(
+        base, **runs.WINDOWS | {"sampler.batch": 4, "optimiser.microbatch": 4}
+    )
     run = runs.prepared(config, tmp_path / "run", 2)
     past = segments.begin(run, 2)
     latents = sharding.shard_batch(run.mesh, np.zeros((2, 1, *run.latent_shape[1:]), np.float32))
@@ -92,9 +110,13 @@ def test_the_memory_of_streams_is_that_of_their_arrays(base, tmp_path):
 
 
 def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
-    config = runs.small_config(base, **{"prompts.tuned_for": 384, "train.epochs": 1, "eval.videos": 2})
+    config = runs.small_config(
+        base, **{"prompts.tuned_for": 384, "train.epochs": 1, "eval.videos": 2}
+    )
     run = prepare.prepare(config, tmp_path / "run")
-    assert report.warnings(run)[0].startswith("warning: an epoch has 8 videos, the recipe's 384: its learning rate")
+    assert report.warnings(run)[0].startswith(
+        "warning: an epoch has 8 videos, the recipe's 384: its learning rate"
+    )
 
     def stopped():
         raise train.Stopped("enough")
@@ -102,7 +124,9 @@ def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
     assert train.train(run, train.resume(run), stopped) is None
     assert capsys.readouterr().out.count("warning: ") == 1
     for fine in (0, 8):
-        assert not report.warnings(run._replace(config=runs.small_config(base, **{"prompts.tuned_for": fine})))
+        assert not report.warnings(
+            run._replace(config=runs.small_config(base, **{"prompts.tuned_for": fine}))
+        )
 
 
 def program(*flags):
@@ -112,11 +136,16 @@ def program(*flags):
 
 
 def test_the_program_plans_without_files():
-    done = program("--config=configs/longlive.py:longlive_video_mq_16gpu,reference=context", "--devices=4")
+    done = program(
+        "--config=configs/longlive.py:longlive_video_mq_16gpu,reference=context", "--devices=4"
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "plan of longlive_video_mq_16gpu\n" in done.stdout
     for part in (
-        "transformer 1.42 B (30 layers of 1536), text encoder 5.68 B, VAE 127 M parameters; bfloat16",
+        (
+            "transformer 1.42 B (30 layers of 1536), text encoder 5.68 B, VAE 127 M parameters; "
+            "bfloat16"
+        ),
         "LoRA of rank 256, 350 M parameters",
         "noisy context",
         "256 videos (16 prompts, 16 each)",
@@ -132,7 +161,9 @@ def test_the_program_plans_without_files():
 def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
     config = runs.small_config(base, **runs.PROGRESSIVE)
     plan.main(["plan"], *(types.SimpleNamespace(value=value) for value in (config, 2)))
-    assert re.search("a checkpoint with streams in the middle takes \\d+ MiB more", capsys.readouterr().out)
+    assert re.search(
+        "a checkpoint with streams in the middle takes \\d+ MiB more", capsys.readouterr().out
+    )
 
 
 def refusal(config, devices, capsys):
@@ -147,9 +178,17 @@ def refusal(config, devices, capsys):
     [
         ({"base": "nowhere"}, 1, "error: base 'nowhere': no nowhere/config.json; expected"),
         ({"video.frames": 6}, 1, "error: config.video.frames: 6 pixel frames"),
-        ({"model.size": "wan_2b"}, 1, "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b"),
+        (
+            {"model.size": "wan_2b"},
+            1,
+            "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b",
+        ),
         ({}, 3, "config.sampler.batch is 8; expected a multiple of the 3 devices"),
-        ({"mesh.fsdp": 4}, 2, "config.mesh has data -1 x fsdp 4; expected their product to be the 2 devices"),
+        (
+            {"mesh.fsdp": 4},
+            2,
+            "config.mesh has data -1 x fsdp 4; expected their product to be the 2 devices",
+        ),
     ],
 )
 def test_bad_configs_end_with_a_message(base, capsys, changes, devices, expected):
@@ -160,4 +199,6 @@ def test_a_word_that_no_recipe_knows_is_one_line_of_the_program():
     done = program("--config=configs/krea14b.py:gadro")
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: configs/krea14b.py does not know 'gadro'; expected hpsv3, multi_reward, paper, ")
+    assert line.startswith(
+        "error: configs/krea14b.py does not know 'gadro'; expected hpsv3, multi_reward, paper, "
+    )

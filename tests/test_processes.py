@@ -23,13 +23,18 @@ def both(case: str) -> list[tuple[int, str, str]]:
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.processes_child", str(port), str(me), case],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
         )
         for me in (0, 1)
-    ]  # fmt: skip
+    ]
     told = [process.communicate(timeout=120) for process in started]
-    results = [next((line[7:] for line in out.splitlines() if line.startswith("result ")), "") for out, _ in told]
+    results = [
+        next((line[7:] for line in out.splitlines() if line.startswith("result ")), "")
+        for out, _ in told
+    ]
     return [
         (process.returncode, result, errors)
         for process, result, (_, errors) in zip(started, results, told, strict=True)
@@ -70,7 +75,10 @@ def test_an_error_on_one_ends_the_other():
     (status, result, errors), (other, _, traceback) = both("one_fails")
     assert (status, other) == (1, 1) and not result
     assert "ValueError: process 1 has no more to say" in traceback
-    assert "error: process 0 cannot go on; has another process ended?" in errors and "Traceback" not in errors
+    assert (
+        "error: process 0 cannot go on; has another process ended?" in errors
+        and "Traceback" not in errors
+    )
     assert time.monotonic() - start < 25
 
 
@@ -86,7 +94,10 @@ def test_one_process_asks_nobody():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((True, "here:1", 2, None), "--process missing; several processes take --coordinator, --processes, --process"),
+        (
+            (True, "here:1", 2, None),
+            "--process missing; several processes take --coordinator, --processes, --process",
+        ),
         ((False, None, 2, 0), "--coordinator missing"),
         ((False, "here:1", 2, 2), "--process is 2; expected a number from 0 to --processes - 1, 1"),
         ((False, "here:1", 2, -1), "--process is -1"),

@@ -1,4 +1,6 @@
-"""Prompt lists: every refusal names file and line; draws depend on (seed, epoch) only and repeat nothing too early."""
+"""Prompt lists: every refusal names file and line; draws depend on (seed, epoch) only and repeat
+nothing too early.
+"""
 
 import jax
 import numpy as np
@@ -30,7 +32,9 @@ def test_file_keeps_its_lines_in_order(tmp_path, newline, ending):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_world_gives_its_split(split):
-    assert prompts.load(f"world:moving_shapes/{split}", words, 16) == tuple(vocabulary.prompts(split))
+    assert prompts.load(f"world:moving_shapes/{split}", words, 16) == tuple(
+        vocabulary.prompts(split)
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,9 +66,13 @@ def test_what_the_rewards_cannot_judge_is_refused_by_file_and_line(tmp_path):
         prompts.load(source, words, 5, check)
 
 
-@pytest.mark.parametrize("source", ["missing.txt", "world:nowhere/train", "world:moving_shapes/dev", "world:"])
+@pytest.mark.parametrize(
+    "source", ["missing.txt", "world:nowhere/train", "world:moving_shapes/dev", "world:"]
+)
 def test_unknown_sources_are_refused_by_name(source):
-    with pytest.raises((OSError, ValueError), match=source.removeprefix("world:").split("/")[-1] or "world:"):
+    with pytest.raises(
+        (OSError, ValueError), match=source.removeprefix("world:").split("/")[-1] or "world:"
+    ):
         prompts.load(source, words, 5)
 
 
@@ -73,7 +81,10 @@ def test_unknown_sources_are_refused_by_name(source):
 def test_epochs_take_prompts_without_replacement(size, distinct, seed):
     distinct = min(size, distinct)
     names = [f"p{i}" for i in range(size)]
-    epochs = [prompts.draw(names, seed, epoch, distinct, 1, 1).index for epoch in range(3 * size // distinct + 2)]
+    epochs = [
+        prompts.draw(names, seed, epoch, distinct, 1, 1).index
+        for epoch in range(3 * size // distinct + 2)
+    ]
     assert all(len(set(epoch)) == distinct for epoch in epochs)
     flat = np.concatenate(epochs)
     for turn in range(len(flat) // size):
@@ -83,7 +94,9 @@ def test_epochs_take_prompts_without_replacement(size, distinct, seed):
 def test_draw_depends_on_seed_and_epoch():
     names = [f"p{i}" for i in range(50)]
     draws = {
-        (seed, epoch): tuple(prompts.draw(names, seed, epoch, 8, 2, 1).index) for seed in (0, 1) for epoch in (0, 7)
+        (seed, epoch): tuple(prompts.draw(names, seed, epoch, 8, 2, 1).index)
+        for seed in (0, 1)
+        for epoch in (0, 7)
     }
     assert len(set(draws.values())) == 4
     assert draws[1, 7] == tuple(prompts.draw(names, 1, 7, 8, 2, 1).index)
@@ -91,7 +104,9 @@ def test_draw_depends_on_seed_and_epoch():
 
 @pytest.mark.parametrize("repeated", [1, 2, 3, 6])
 def test_repeated_batches_share_their_prompts(repeated):
-    """The number of videos stays; prompts become fewer and their groups larger (objective.md 11)."""
+    """The number of videos stays; prompts become fewer and their groups larger (objective.md
+    11).
+    """
     batch = prompts.draw([f"p{i}" for i in range(50)], 0, 3, 6, 8, repeated)
     index, counts = np.unique(batch.index, return_counts=True)
     assert len(batch.texts) == 48 and len(index) == 6 // repeated and set(counts) == {8 * repeated}
@@ -117,7 +132,12 @@ def test_sample_keys_are_distinct_and_do_not_depend_on_the_batch():
     batch = prompts.draw([f"p{i}" for i in range(9)], 0, 0, 4, 3, 1)
 
     def raw(batch, seed=0, purpose=Purpose.ROLLOUT, epoch=0):
-        return [tuple(row) for row in np.asarray(jax.random.key_data(prompts.sample_keys(batch, seed, purpose, epoch)))]
+        return [
+            tuple(row)
+            for row in np.asarray(
+                jax.random.key_data(prompts.sample_keys(batch, seed, purpose, epoch))
+            )
+        ]
 
     rows = raw(batch)
     assert raw(batch.part(slice(5, 7))) == rows[5:7]

@@ -1,4 +1,6 @@
-"""Every published run against the tables of spec objective.md 11 and 12, written down here a second time."""
+"""Every published run against the tables of spec objective.md 11 and 12, written down here a second
+time.
+"""
 
 import functools
 
@@ -27,7 +29,8 @@ RECIPES = {
     "longlive": longlive,
     "krea14b": krea14b,
 }
-# name, devices, rewards (H: HPSv3, M: motion quality, T: text alignment), lambda, learning rate, eval_freq, special
+# name, devices, rewards (H: HPSv3, M: motion quality, T: text alignment), lambda, learning rate,
+# eval_freq, special
 ROWS = """
 self_forcing_video_hpsv3                        8  H      1e-4 1e-5 10
 self_forcing_video_hpsv3_16gpu                  16 H      1e-3 1e-5 30
@@ -75,7 +78,8 @@ krea14b_video_multi_reward_24gpu                24 H+M    1e-4 1e-5 30
 ROWS = {name: rest for name, *rest in map(str.split, ROWS.strip().splitlines())}
 STREAMING = "longlive_video_hpsv3_streaming_with_lora_init"
 NAMES = {"H": "hpsv3", "M": "videoalign_mq", "T": "videoalign_ta"}
-# (preset, D): b, K, groups, samples per epoch, sampling batches, distinct prompts as coded, eval batch
+# (preset, D): b, K, groups, samples per epoch, sampling batches, distinct prompts as coded, eval
+# batch
 BATCHES = {
     ("wan", 8): (3, 24, 16, 384, 16, 1, 3),
     ("wan", 16): (2, 16, 16, 256, 8, 2, 2),
@@ -172,25 +176,40 @@ def test_a_published_run_is_what_the_specification_says(name):
     flat = flatten(config)
     assert {field: flat[field] for field in expected} == expected
     assert reward_weights(config) == rewards_of(weights)
-    assert samples(config) == config.prompts.tuned_for == count and count // config.sampler.batch == batches
+    assert (
+        samples(config) == config.prompts.tuned_for == count
+        and count // config.sampler.batch == batches
+    )
     published_prompts = with_reference(config, "repeated_prompts")
     assert groups // repeats(published_prompts) == prompts
 
 
 def test_streaming_starts_from_the_adapter_and_trains_the_window_behind_the_first_one(tmp_path):
     config = longlive.get_config("streaming")
-    assert config.name == STREAMING and config.to_json() == longlive.get_config("streaming,lora_init").to_json()
+    assert (
+        config.name == STREAMING
+        and config.to_json() == longlive.get_config("streaming,lora_init").to_json()
+    )
     validate(config, rewards.TABLE, 8, "cpu")
     run = plan.abstract_run(config, 8)
-    assert run.latent_shape[0] == 42 and run.starts == (21,)  # frames 0 to 41: the window and what is before it
-    assert "21 latent frames from 21; mode epoch, sampling clip" in report.describe(run, "8")["windows"]
+    # frames 0 to 41: the window and what is before it
+    assert run.latent_shape[0] == 42 and run.starts == (21,)
+    assert (
+        "21 latent frames from 21; mode epoch, sampling clip"
+        in report.describe(run, "8")["windows"]
+    )
     with pytest.raises(ValueError, match="no run streaming,lora_init,devices=24 was published"):
         longlive.get_config("streaming,devices=24")
 
 
 def test_streaming_is_prepared_with_another_base(tmp_path):
     config = longlive.get_config("streaming,rewards=shapes_vq")
-    changes = {"base": str(write_tiny_base(tmp_path / "base")), "transformer": "", "lora.init": "", "model.size": ""}
+    changes = {
+        "base": str(write_tiny_base(tmp_path / "base")),
+        "transformer": "",
+        "lora.init": "",
+        "model.size": "",
+    }
     changes |= {f"prompts.{split}": f"world:moving_shapes/{split}" for split in ("train", "test")}
     config.update_from_flattened_dict(changes | {"video.height": 16, "video.width": 16})
     run = prepare.prepare(config, tmp_path / "run")
@@ -212,7 +231,9 @@ def test_streaming_is_prepared_with_another_base(tmp_path):
 )
 def test_windows_lie_in_the_video(changes, expected):
     config = longlive.get_config("streaming")
-    config.update_from_flattened_dict({f"streaming.{field}": value for field, value in changes.items()})
+    config.update_from_flattened_dict(
+        {f"streaming.{field}": value for field, value in changes.items()}
+    )
     if isinstance(expected, int):
         assert window_starts(config, 240)[-1] + 21 == expected
     else:
@@ -249,7 +270,10 @@ def test_the_papers_run(family, devices):
     }
     flat = flatten(config)
     assert {field: flat[field] for field in expected} == expected
-    assert reward_weights(config) == rewards_of("H+M+T") and samples(config) == config.prompts.tuned_for == 1152
+    assert (
+        reward_weights(config) == rewards_of("H+M+T")
+        and samples(config) == config.prompts.tuned_for == 1152
+    )
     validate(config, rewards.TABLE, devices, "cpu")
 
 
@@ -267,7 +291,9 @@ def test_words_and_names_give_the_same_run():
 def test_the_framewise_model():
     config = causal_forcing.get_config("framewise,multi_reward")
     chunkwise = flatten(causal_forcing.get_config("multi_reward"))
-    changed = {field: value for field, value in flatten(config).items() if value != chunkwise[field]}
+    changed = {
+        field: value for field, value in flatten(config).items() if value != chunkwise[field]
+    }
     assert changed == {
         "name": "casual_forcing_video_multi_reward_framewise",
         "transformer": "checkpoints/casualforcing/framewise/causal_forcing.pt",
@@ -277,15 +303,23 @@ def test_the_framewise_model():
 
 def test_rewards_of_ones_own():
     config = longlive.get_config("gardo,rewards=shapes_mq+shapes_vq")
-    assert dict(config.rewards) == {"shapes_mq": 1.0, "shapes_vq": 1.0} and config.kl.main_reward == "shapes_mq"
+    assert (
+        dict(config.rewards) == {"shapes_mq": 1.0, "shapes_vq": 1.0}
+        and config.kl.main_reward == "shapes_mq"
+    )
     assert config.name == "longlive_video_hpsv3_gardo with shapes_mq+shapes_vq"
     validate(config, rewards.TABLE, 8, "cpu")
 
 
 def test_published_rewards_without_their_directories_are_refused_with_the_way_out():
     config = load("longlive_video_hpsv3_gardo")
-    assert config.rewards.hpsv3.path == "rewards/hpsv3" and config.rewards.videoalign_mq.path == "rewards/videoalign"
-    with pytest.raises(OSError, match="config.rewards.hpsv3: no rewards/hpsv3.*convert reward hpsv3"):
+    assert (
+        config.rewards.hpsv3.path == "rewards/hpsv3"
+        and config.rewards.videoalign_mq.path == "rewards/videoalign"
+    )
+    with pytest.raises(
+        OSError, match="config.rewards.hpsv3: no rewards/hpsv3.*convert reward hpsv3"
+    ):
         rewards.load(config.rewards, rewards.Setting(mesh_of(), config.video.fps))
 
 
@@ -296,7 +330,10 @@ def test_reference_sets_the_published_behaviour(family):
     fields = {field for switch in REFERENCE_SWITCHES.values() for field in switch}
     assert {field for field in plain if every[field] != plain[field]} == fields
     two = flatten(get_config("hpsv3,reference=timesteps+context"))
-    assert {field for field in plain if two[field] != plain[field]} == {"loss.timesteps", "loss.context"}
+    assert {field for field in plain if two[field] != plain[field]} == {
+        "loss.timesteps",
+        "loss.context",
+    }
     for argument in ("reference", "reference=timesteps+context"):
         validate(get_config(argument), rewards.TABLE, 8, "cpu")
 
@@ -304,19 +341,42 @@ def test_reference_sets_the_published_behaviour(family):
 @pytest.mark.parametrize(
     ("recipe", "argument", "expected"),
     [
-        (longlive, "gadro", "configs/longlive.py does not know 'gadro'; expected hpsv3, .*gardo.*lora_init.*devices=N"),
-        (self_forcing, "lora_init", "does not know 'lora_init'; expected hpsv3, multi_reward, paper, devices=N"),
+        (
+            longlive,
+            "gadro",
+            (
+                "configs/longlive.py does not know 'gadro'; expected hpsv3, "
+                ".*gardo.*lora_init.*devices=N"
+            ),
+        ),
+        (
+            self_forcing,
+            "lora_init",
+            "does not know 'lora_init'; expected hpsv3, multi_reward, paper, devices=N",
+        ),
         (longlive, "framewise", "does not know 'framewise'"),
         (longlive, "krea14b_video_hpsv3", "does not know 'krea14b_video_hpsv3'"),
         (longlive, "devices=eight", "does not know 'devices=eight'"),
         (longlive, "rewards=", "does not know 'rewards='"),
         (longlive, "hpsv3,", "does not know ''"),
-        (longlive, "gardo,devices=16", "no run gardo,devices=16 was published; there are .*gardo,devices=8|24|48"),
-        (causal_forcing, "ta", r"no run ta,devices=8 was published; there are .*; ta,devices=48; paper,devices=8\|16"),
+        (
+            longlive,
+            "gardo,devices=16",
+            "no run gardo,devices=16 was published; there are .*gardo,devices=8|24|48",
+        ),
+        (
+            causal_forcing,
+            "ta",
+            r"no run ta,devices=8 was published; there are .*; ta,devices=48; paper,devices=8\|16",
+        ),
         (longlive, "mq,lora_init", "no run mq,lora_init,devices=8 was published"),
         (longlive, "gardo,mq", "configs/longlive.py:gardo,mq: 'mq' gives variant a second time"),
         (longlive, "longlive_video_mq_16gpu,devices=8", "'devices=8' gives devices a second time"),
-        (longlive, "reference=contxt", "unknown reference switch 'contxt'; expected one of context"),
+        (
+            longlive,
+            "reference=contxt",
+            "unknown reference switch 'contxt'; expected one of context",
+        ),
     ],
 )
 def test_unknown_words_and_unpublished_runs_are_refused_on_one_line(recipe, argument, expected):
@@ -333,9 +393,14 @@ def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
     config = load(name)
     limit, batch = config.mesh.samples_per_device, config.sampler.batch
     for devices in (1, 2, 4, 8, 16, 24, 48):
-        refused = f"config.sampler.batch is {batch}; expected a multiple of" if batch % devices else ""
+        refused = (
+            f"config.sampler.batch is {batch}; expected a multiple of" if batch % devices else ""
+        )
         if name == STREAMING and devices == 24:  # 16 prompts, whose pasts are on one device each
-            refused = "config.prompts.groups is 16; expected a multiple of 24 .streaming.prompts_per_device on each of"
+            refused = (
+                "config.prompts.groups is 16; expected a multiple of 24 "
+                ".streaming.prompts_per_device on each of"
+            )
         if refused:
             with pytest.raises(ValueError, match=refused):
                 validate(config, rewards.TABLE, devices, "cpu")
@@ -349,13 +414,27 @@ def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
 # The programs of every recipe.
 
 # Fields that shape a program; those of the recipes that are alike in them are traced once.
-SHAPING = ("model.", "sampler.steps", "video.", "lora.rank", "lora.dtype", "loss.context", "loss.mask", "mesh.samples",
-           "streaming.")  # fmt: skip
+SHAPING = (
+    "model.",
+    "sampler.steps",
+    "video.",
+    "lora.rank",
+    "lora.dtype",
+    "loss.context",
+    "loss.mask",
+    "mesh.samples",
+    "streaming.",
+)
 VARIANTS = {name: (family_of(name), name) for name in ROWS}
-VARIANTS |= {f"{family}:{words}": (family, words) for family in RECIPES for words in ("paper,devices=48", "reference")}
+VARIANTS |= {
+    f"{family}:{words}": (family, words)
+    for family in RECIPES
+    for words in ("paper,devices=48", "reference")
+}
 VARIANTS |= {"causal_forcing:framewise": ("causal_forcing", "framewise")}
 TRACED = {}
-QUICK = {"longlive_video_hpsv3_streaming_with_lora_init"}  # streaming, with an adapter; the others are slow
+# streaming, with an adapter; the others are slow
+QUICK = {"longlive_video_hpsv3_streaming_with_lora_init"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -378,11 +457,15 @@ def test_every_recipe_is_planned(family, argument):
     devices = plan.planned_devices(config)
     run = plan.abstract_run(config, devices)
     rows = report.describe(run, str(devices))
-    assert f"{config.mesh.samples_per_device} per device" in rows["pieces"] and not report.warnings(run)
+    assert f"{config.mesh.samples_per_device} per device" in rows["pieces"] and not report.warnings(
+        run
+    )
     key = tuple(str(value) for field, value in flatten(config).items() if field.startswith(SHAPING))
     if key not in TRACED:
         TRACED[key] = plan.trace(run)
     block = config.model.block
-    latents, frames = (block, 4) if config.streaming.window else (run.latent_shape[0], config.video.frames)
+    latents, frames = (
+        (block, 4) if config.streaming.window else (run.latent_shape[0], config.video.frames)
+    )
     assert TRACED[key]["rollout"].shape[1:] == (latents, *run.latent_shape[1:])
     assert TRACED[key]["decoder"].shape[1:] == (frames, 480, 832, 3)

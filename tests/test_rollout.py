@@ -24,7 +24,8 @@ LAYOUTS = {
     "global": (Layout(block=2), 6),
     "local": (Layout(block=2, window=4), 8),
     "sink": (Layout(block=2, window=6, sink=2), 10),
-    "relative": (Layout(block=2, window=5, sink=1, positions="relative"), 12),  # blocks straddle the ring's end
+    # blocks straddle the ring's end
+    "relative": (Layout(block=2, window=5, sink=1, positions="relative"), 12),
     "framewise": (Layout(block=1, window=4, sink=2), 6),
     "first frame": (Layout(block=2, window=6, sink=1, independent_first_frame=True), 9),
 }
@@ -58,7 +59,9 @@ def _rollout(layout, frames, *, batch=1, sampler=SAMPLER, noise=None, **options)
 
 @pytest.mark.parametrize("layout, frames", LAYOUTS.values(), ids=LAYOUTS)
 def test_uncached_forward_with_clean_context_returns_the_sampled_latents(layout, frames):
-    """streaming.md 6.6: the sampler's own last-step inputs, read against the clean video, give the video back."""
+    """streaming.md 6.6: the sampler's own last-step inputs, read against the clean video, give the
+    video back.
+    """
     latents, _, traces = _rollout(layout, frames, trace=True)
     graphdef, params = tiny.model()
     inputs = jnp.concatenate([t.inputs[-2] for t in traces], axis=1)
@@ -68,7 +71,9 @@ def test_uncached_forward_with_clean_context_returns_the_sampled_latents(layout,
     def again(params, inputs, latents):
         net = merge(graphdef, params)
         text = net.encode_text(tiny.text())
-        velocity = net(inputs, t, text, layout=layout, context=net.context(latents, text, layout=layout))
+        velocity = net(
+            inputs, t, text, layout=layout, context=net.context(latents, text, layout=layout)
+        )
         return velocity_to_x0(inputs, velocity, SAMPLER.sigma(t))
 
     assert np.abs(latents).max() > 0.5
@@ -84,7 +89,9 @@ def test_uncached_forward_with_clean_context_returns_the_sampled_latents(layout,
     ],
 )
 def test_faithful_sinks_change_nothing_where_the_sink_fits_one_block(layout, frames):
-    """So the published classes, which the golden runner replays with faithful_sinks, vouch for the default too."""
+    """So the published classes, which the golden runner replays with faithful_sinks, vouch for the
+    default too.
+    """
     ours, _ = _rollout(layout, frames)
     theirs, _ = _rollout(dataclasses.replace(layout, faithful_sinks=True), frames)
     np.testing.assert_array_equal(ours, theirs)
@@ -106,7 +113,9 @@ def test_relative_equals_absolute_until_the_first_eviction():
     assert np.abs(absolute[:, 4:] - relative[:, 4:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("layout, frames, cut", [(Layout(block=2), 4, 2), (Layout(block=2, window=4, sink=2), 10, 8)])
+@pytest.mark.parametrize(
+    "layout, frames, cut", [(Layout(block=2), 4, 2), (Layout(block=2, window=4, sink=2), 10, 8)]
+)
 def test_two_pieces_equal_one(layout, frames, cut):
     noise = _noise(frames)
     whole, end = _rollout(layout, frames, noise=noise)
@@ -118,7 +127,9 @@ def test_two_pieces_equal_one(layout, frames, cut):
 
 
 def test_initial_latents_continue_the_video_they_come_from():
-    """Given frames are cached at timestep 0 as a sampled block is, so its own beginning continues a video unchanged."""
+    """Given frames are cached at timestep 0 as a sampled block is, so its own beginning continues a
+    video unchanged.
+    """
     layout, frames = Layout(block=2, window=4), 8
     noise = _noise(frames)
     whole, _ = _rollout(layout, frames, noise=noise)
@@ -174,12 +185,16 @@ def test_noise_is_counter_based():
     keys = jax.random.split(jax.random.key(1), 2)
     draw = R.noise_from_keys(keys, (1, 2, 2))
     at = jax.random.fold_in(jax.random.fold_in(keys[1], 9), 3)
-    np.testing.assert_array_equal(jax.jit(draw, static_argnums=(1, 2))(9, 3, 4)[1], jax.random.normal(at, (4, 1, 2, 2)))
+    np.testing.assert_array_equal(
+        jax.jit(draw, static_argnums=(1, 2))(9, 3, 4)[1], jax.random.normal(at, (4, 1, 2, 2))
+    )
     assert len({float(draw(f, j, 1)[0, 0, 0, 0, 0]) for f in (0, 2) for j in (0, 1)}) == 4
 
 
 def test_streaming_block_by_block_with_one_program():
-    """rollout_block with a traced start serves every block of a full window from one compilation."""
+    """rollout_block with a traced start serves every block of a full window from one
+    compilation.
+    """
     layout, frames = Layout(block=2, window=4, sink=1), 12
     noise = _noise(frames)
     whole, _ = _rollout(layout, frames, noise=noise)
@@ -189,7 +204,9 @@ def test_streaming_block_by_block_with_one_program():
 
     def block(params, noise, cache, start):
         traced.append(start)
-        return R.rollout_block(graphdef, params, None, text, noise, cache, start, layout=layout, sampler=SAMPLER)[:2]
+        return R.rollout_block(
+            graphdef, params, None, text, noise, cache, start, layout=layout, sampler=SAMPLER
+        )[:2]
 
     growing, steady = jax.jit(block, static_argnums=3), jax.jit(block, donate_argnums=2)
     cache, out = init_cache(tiny.CONFIG, layout, 1, frames, tiny.LATENT_HW), []
@@ -238,7 +255,9 @@ def test_first_block_may_take_other_steps():
 def test_trace_follows_the_sampler():
     _, _, (trace, _) = _rollout(Layout(block=2), 4, noise=(noise := _noise(4)), trace=True)
     np.testing.assert_array_equal(trace.inputs[0], noise[0][:, :2])
-    np.testing.assert_allclose(trace.inputs[1], 0.375 * trace.x0[0] + 0.625 * noise[1][:, :2], atol=1e-6)
+    np.testing.assert_allclose(
+        trace.inputs[1], 0.375 * trace.x0[0] + 0.625 * noise[1][:, :2], atol=1e-6
+    )
     np.testing.assert_allclose(trace.x0[1], trace.inputs[1] - 0.625 * trace.velocity[1], atol=1e-6)
     np.testing.assert_array_equal(trace.inputs[2], trace.x0[1])
 
@@ -263,7 +282,11 @@ def test_bfloat16_rollout_follows_float32():
 
     latents, cache = jax.jit(run)(params)
     full, _ = _rollout(layout, 6)
-    assert cache.k.dtype == jnp.bfloat16 and frames_of(cache, TOKENS) == 4 and latents.dtype == jnp.float32
+    assert (
+        cache.k.dtype == jnp.bfloat16
+        and frames_of(cache, TOKENS) == 4
+        and latents.dtype == jnp.float32
+    )
     assert 1e-4 < np.abs(latents - full).mean() / np.abs(full).mean() < 0.1
 
 

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.scenes import Rules, Scene, is_plain, parse, parse_published, scenes_by_frame, shots
+from astrolabe_jax.scenes import (
+    Rules,
+    Scene,
+    is_plain,
+    parse,
+    parse_published,
+    scenes_by_frame,
+    shots,
+)
 
 ABSOLUTE = Layout(block=3, window=12, sink=3)
 RELATIVE = Layout(block=3, window=12, sink=3, positions="relative")
@@ -59,16 +67,27 @@ def test_faults_are_found_with_their_place(text, at, what, why):
 
 
 def test_plain_prompts():
-    assert is_plain("[4k] a cat [at work] #1, [2 dogs], [3 stars]") and not is_plain("a | b") and not is_plain("a [5S]")
+    assert (
+        is_plain("[4k] a cat [at work] #1, [2 dogs], [3 stars]")
+        and not is_plain("a | b")
+        and not is_plain("a [5S]")
+    )
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 30), st.booleans()), min_size=1, max_size=5), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(st.floats(0.1, 30), st.booleans()), min_size=1, max_size=5),
+    st.integers(1, 4),
+)
 def test_videos_are_as_long_as_they_say(parts, block):
-    text = " | ".join(f"scene {i}[{seconds:.2f}s{'#' * cut}]" for i, (seconds, cut) in enumerate(parts))
+    text = " | ".join(
+        f"scene {i}[{seconds:.2f}s{'#' * cut}]" for i, (seconds, cut) in enumerate(parts)
+    )
     scenes = parse(text, block, 16)
     layout = Layout(block=block, window=3 * block, positions="relative")
     made = shots(scenes, layout, Rules(), 16)
-    assert [prompt for shot in made for prompt in shot.prompts] == [scene.prompt for scene in scenes]
+    assert [prompt for shot in made for prompt in shot.prompts] == [
+        scene.prompt for scene in scenes
+    ]
     assert len(made) == 1 + sum(scene.cut for scene in scenes[:-1])
     for shot in made:
         seconds = [scene.seconds for scene in scenes if scene.prompt in shot.prompts]
@@ -76,7 +95,9 @@ def test_videos_are_as_long_as_they_say(parts, block):
         shown = 1 + 4 * (shot.latent_frames - 1)
         assert shown - 4 * block < shot.frames <= shown
         assert shot.frames == max(round(sum(seconds) * 16), 1 + 4 * (block * sum(blocks) - 1))
-        counts = [sum(step.scene == scene for step in shot.steps) for scene in range(len(shot.prompts))]
+        counts = [
+            sum(step.scene == scene for step in shot.steps) for scene in range(len(shot.prompts))
+        ]
         assert counts[:-1] == blocks[:-1] and counts[-1] >= blocks[-1]
 
 
@@ -104,19 +125,36 @@ def test_a_flush_keeps_the_first_frame_and_the_last_two():
 
 def test_absolute_positions_go_on_after_a_flush_and_jump_behind_a_cut():
     (shot,) = video(ABSOLUTE, Rules(), 6, 3)
-    assert [step.positions for step in shot.steps[5:8]] == [(15, 16, 17), (18, 19, 20), (21, 22, 23)]
+    assert [step.positions for step in shot.steps[5:8]] == [
+        (15, 16, 17),
+        (18, 19, 20),
+        (21, 22, 23),
+    ]
     (shot,) = video(ABSOLUTE, Rules(), 6, 3, cut=True)
-    assert [step.positions for step in shot.steps[5:8]] == [(15, 16, 17), (45, 46, 47), (21, 22, 23)]
+    assert [step.positions for step in shot.steps[5:8]] == [
+        (15, 16, 17),
+        (45, 46, 47),
+        (21, 22, 23),
+    ]
     assert [step.start for step in shot.steps[5:8]] == [15, 3, 6] and shot.steps[6].cut
 
 
 def test_a_cut_with_relative_positions_keeps_the_sink_or_begins_a_new_shot():
     (shot,) = video(RELATIVE, Rules(), 6, 3, cut=True)
     assert shot.steps[6].change.keep == (0, 1, 2) and shot.steps[6].positions == (3, 4, 5)
-    assert video(RELATIVE, Rules(published=True), 6, 3, cut=True)[0].steps[6].change.keep == (0, 10, 11)
-    for layout, rules in ((NO_SINK, Rules()), (RELATIVE, Rules(cut="nothing")), (ABSOLUTE, Rules(cut="nothing"))):
+    assert video(RELATIVE, Rules(published=True), 6, 3, cut=True)[0].steps[6].change.keep == (
+        0,
+        10,
+        11,
+    )
+    for layout, rules in (
+        (NO_SINK, Rules()),
+        (RELATIVE, Rules(cut="nothing")),
+        (ABSOLUTE, Rules(cut="nothing")),
+    ):
         first, second = video(layout, rules, 6, 3, cut=True)
-        assert [step.frame for step in second.steps] == [0, 3, 6, 9] and second.frames == 36  # the last in part
+        # the last in part
+        assert [step.frame for step in second.steps] == [0, 3, 6, 9] and second.frames == 36
         assert not any(step.change for step in second.steps)
     assert len(video(NO_SINK, Rules("cut"), 6, 3)) == 2
 
@@ -124,18 +162,25 @@ def test_a_cut_with_relative_positions_keeps_the_sink_or_begins_a_new_shot():
 def test_a_recache_makes_the_keys_of_the_window_anew():
     (shot,) = video(RELATIVE, Rules("recache"), 6, 3)
     change = shot.steps[6].change
-    assert change.keep is None and change.frames == change.positions == tuple(range(6, 18)) and change.skip == 3
+    assert (
+        change.keep is None
+        and change.frames == change.positions == tuple(range(6, 18))
+        and change.skip == 3
+    )
     assert shot.steps[6].start == 18
     assert video(RELATIVE, Rules("recache", global_sink=False), 6, 3)[0].steps[6].change.skip == 0
     change = video(RELATIVE, Rules("recache"), 4, 3)[0].steps[4].change
-    assert change.frames == tuple(range(12)) and change.skip == 0  # a window just full: the sink is made anew as well
+    # a window just full: the sink is made anew as well
+    assert change.frames == tuple(range(12)) and change.skip == 0
 
 
 def test_a_recache_behind_a_cut_knows_which_frames_the_cache_holds():
     scenes = [Scene("a", 4.5, 6, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
     (shot,) = shots(scenes, RELATIVE, Rules("recache"), 16)
     change = shot.steps[8].change
-    assert change.frames == (0, 1, 2, 18, 19, 20, 21, 22, 23) and change.positions == tuple(range(9))
+    assert change.frames == (0, 1, 2, 18, 19, 20, 21, 22, 23) and change.positions == tuple(
+        range(9)
+    )
 
 
 def test_switches_take_one_block_each():
@@ -153,7 +198,12 @@ def test_given_frames_come_first():
     ("layout", "lengths", "options", "message"),
     [
         (RELATIVE, (6, 3), {"frames": 69}, "69 frames are over before scene 2 begins"),
-        (RELATIVE, (1,), {"given": 6, "frames": 21}, "all of the 21 frames are given, 21 frames .* at least 33"),
+        (
+            RELATIVE,
+            (1,),
+            {"given": 6, "frames": 21},
+            "all of the 21 frames are given, 21 frames .* at least 33",
+        ),
         (ABSOLUTE, (400,), {}, "exceed the 1024 absolute positions; use positions='relative'"),
     ],
 )
@@ -172,7 +222,9 @@ def test_timelines_are_plain_data():
 def test_an_independent_first_frame_is_a_block(frames):
     layout = Layout(block=3, window=9, independent_first_frame=True, positions="relative")
     (shot,) = shots([Scene("a", 0.0, 0, False)], layout, Rules(), 16, frames=1 + 4 * (frames - 1))
-    assert [step.count for step in shot.steps] == [1, 3, 3][: 1 + frames // 3] and shot.latent_frames == frames
+    assert [step.count for step in shot.steps] == [1, 3, 3][
+        : 1 + frames // 3
+    ] and shot.latent_frames == frames
 
 
 def test_a_recache_of_places_that_hold_nothing_is_refused():

@@ -24,8 +24,12 @@ def test_second_entry_anchor():
 
 
 def test_warp_anchors():
-    np.testing.assert_allclose(S.warp((1000, 750, 500, 250), SHIFT5), (1000, 937.5, 833.33333, 625), rtol=1e-7)
-    np.testing.assert_allclose(S.warp((1000, 666, 333, 0), SHIFT5), (1000, 908.8427, 713.9794, 0), rtol=1e-7)
+    np.testing.assert_allclose(
+        S.warp((1000, 750, 500, 250), SHIFT5), (1000, 937.5, 833.33333, 625), rtol=1e-7
+    )
+    np.testing.assert_allclose(
+        S.warp((1000, 666, 333, 0), SHIFT5), (1000, 908.8427, 713.9794, 0), rtol=1e-7
+    )
 
 
 @pytest.mark.parametrize("bad", [937.5, -1, 1001])
@@ -37,7 +41,9 @@ def test_warp_refuses(bad):
 def test_lookup_anchors_and_exact():
     t = jnp.array([1000, 937.5, 833.3333, 750, 625, 500, 250, 0])
     want = [1, 0.9375, 0.8333333, 0.75000006, 0.625, 0.50059956, 0.25159743, 0.00498008]
-    np.testing.assert_allclose(jax.jit(lambda t: S.sigma_of(t, SHIFT5, "lookup"))(t), want, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda t: S.sigma_of(t, SHIFT5, "lookup"))(t), want, rtol=1e-6
+    )
     np.testing.assert_allclose(S.sigma_of(t, SHIFT5, "exact"), t / 1000, rtol=1e-7)
 
 
@@ -65,18 +71,26 @@ def test_zero_noise_is_exact():
 
 
 def test_euler_walk_over_the_whole_table_removes_the_noise():
-    """With the true velocity, stepping from t = 1000 to the end recovers x0: the sigmas telescope to 0."""
+    """With the true velocity, stepping from t = 1000 to the end recovers x0: the sigmas telescope
+    to 0.
+    """
     schedule = S.Schedule(shift=5.0, num_steps=7)
     x0, noise = jax.random.normal(jax.random.key(1), (2, 1, 4))
     x = noise
     for t in S.timesteps(schedule):
         x = S.euler_step(x, noise - x0, t, schedule)
     np.testing.assert_allclose(x, x0, atol=1e-6)
-    np.testing.assert_allclose(S.euler_step(noise, noise - x0, 1000.0, schedule, to_final=True), x0, atol=1e-6)
+    np.testing.assert_allclose(
+        S.euler_step(noise, noise - x0, 1000.0, schedule, to_final=True), x0, atol=1e-6
+    )
 
 
 def test_general_form():
-    table = S.sigmas(S.Schedule(shift=3.0, num_steps=5, sigma_min=0.2, extra_one_step=False, denoising_strength=0.5))
+    table = S.sigmas(
+        S.Schedule(
+            shift=3.0, num_steps=5, sigma_min=0.2, extra_one_step=False, denoising_strength=0.5
+        )
+    )
     ramp = np.linspace(0.6, 0.2, 5)
     np.testing.assert_allclose(table, 3 * ramp / (1 + 2 * ramp), rtol=1e-6)
     flipped = S.sigmas(S.Schedule(num_steps=5, inverse_timesteps=True, reverse_sigmas=True))

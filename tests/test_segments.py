@@ -36,8 +36,12 @@ GEOMETRIES = {
     },
 }
 
-SOME = [name if name in ("sink, relative", "no sink, absolute, blocks of two") else
-        pytest.param(name, marks=pytest.mark.slow) for name in GEOMETRIES]  # fmt: skip
+SOME = [
+    name
+    if name in ("sink, relative", "no sink, absolute, blocks of two")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in GEOMETRIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,9 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def told(base, tmp_path_factory):
-    """geometry -> a run on one device, and the cast of its first epoch: two prompts with four videos each."""
+    """geometry -> a run on one device, and the cast of its first epoch: two prompts with four
+    videos each.
+    """
 
     @functools.cache
     def tell(geometry):
@@ -62,20 +68,27 @@ def told(base, tmp_path_factory):
 
 def filmed(run, cast, start, stop, streams=None, **options):
     streams = segments.begin(run, len(cast.stories)) if streams is None else streams
-    return segments.film(run, tiny.adapter(), cast, streams, segments.blocks_of(run, start, stop), **options)
+    return segments.film(
+        run, tiny.adapter(), cast, streams, segments.blocks_of(run, start, stop), **options
+    )
 
 
-@pytest.mark.parametrize("start", [2, 4])  # before and after a block has stopped to see all that is before it
+# before and after a block has stopped to see all that is before it
+@pytest.mark.parametrize("start", [2, 4])
 @pytest.mark.parametrize("geometry", SOME)
 def test_2_3_8_a_fork_with_the_keys_of_a_run_goes_on_as_the_run(told, geometry, start):
-    """Bit for bit where as many are computed at once, its frames too; with other keys it is another video."""
+    """Bit for bit where as many are computed at once, its frames too; with other keys it is another
+    video.
+    """
     run, cast = told(geometry)
     whole = filmed(run, cast, 0, FRAMES, watch=True)
     past = filmed(run, cast, 0, start)
     forked = segments.fork(run, past.streams, 1)
     memory = forked.vae
     take = filmed(run, cast, start, FRAMES, forked, decode=False)
-    np.testing.assert_array_equal(np.concatenate([past.latents, take.latents], axis=1), whole.latents)
+    np.testing.assert_array_equal(
+        np.concatenate([past.latents, take.latents], axis=1), whole.latents
+    )
     for got, want in zip(take.streams.cache, whole.streams.cache, strict=True):
         np.testing.assert_array_equal(got, want)
     frames = segments.on_host(segments.decoded(run, take.latents, memory)[0])
@@ -83,7 +96,8 @@ def test_2_3_8_a_fork_with_the_keys_of_a_run_goes_on_as_the_run(told, geometry, 
     for i in range(frames.shape[1]):
         np.testing.assert_array_equal(frames[:, i], whole.frames[:, 4 * start - 3 + i])
 
-    shared = filmed(run, cast.part(np.array([0, 4])), 0, start)  # what is before the window is the first one's
+    # what is before the window is the first one's
+    shared = filmed(run, cast.part(np.array([0, 4])), 0, start)
     np.testing.assert_allclose(shared.latents, past.latents[::4], atol=2e-5)
     forked = segments.fork(run, shared.streams, 4)
     same, memory = segments.fork(run, shared.streams, 4), forked.vae
@@ -103,14 +117,18 @@ def test_2_3_8_a_fork_with_the_keys_of_a_run_goes_on_as_the_run(told, geometry, 
 def test_2_a_stream_equals_the_rollout(told, geometry):
     run, cast = told(geometry)
     own = cast.part(np.array([0, 4]))
-    streamed = segments.film(run, tiny.adapter(), own, segments.begin(run, 2), segments.blocks_of(run, 0, FRAMES))
+    streamed = segments.film(
+        run, tiny.adapter(), own, segments.begin(run, 2), segments.blocks_of(run, 0, FRAMES)
+    )
     net, text = run.base.transformer, cast.embeddings[[cast.rows[prompt] for prompt in own.at(0)]]
 
     @jax.jit
     def sampled(params, adapter, text):
         draw, hw = noise_from_keys(own.keys, run.latent_shape[1:]), run.latent_shape[2:]
         options = {"layout": run.layout, "sampler": run.sampler, "lora_scale": run.lora_scale}
-        return rollout.rollout(net.graphdef, params, adapter, text, draw, frames=FRAMES, latent_hw=hw, **options)
+        return rollout.rollout(
+            net.graphdef, params, adapter, text, draw, frames=FRAMES, latent_hw=hw, **options
+        )
 
     latents, cache = sampled(net.params, tiny.adapter(), text)
     np.testing.assert_allclose(streamed.latents, latents, atol=2e-5)
@@ -118,22 +136,30 @@ def test_2_a_stream_equals_the_rollout(told, geometry):
         np.testing.assert_allclose(got, want, atol=2e-5)
     slots = run.layout.capacity
     np.testing.assert_array_equal(streamed.streams.recent, np.asarray(streamed.latents)[:, -slots:])
-    np.testing.assert_array_equal(streamed.streams.first, np.asarray(streamed.latents)[:, : run.layout.kept])
+    np.testing.assert_array_equal(
+        streamed.streams.first, np.asarray(streamed.latents)[:, : run.layout.kept]
+    )
 
 
 @pytest.mark.parametrize("start", [2, 4])
 def test_a_stream_goes_on_behind_given_latents_as_if_it_had_sampled_them(told, start):
-    """streaming.md 5.2: the clean passes alone leave the same keys, latents and decoder, bit for bit."""
+    """streaming.md 5.2: the clean passes alone leave the same keys, latents and decoder, bit for
+    bit.
+    """
     run, cast = told("sink, relative")
     past, stop = filmed(run, cast, 0, start), start + 2
     want = filmed(run, cast, start, stop, segments.fork(run, past.streams, 1))
     blocks = segments.blocks_of(run, start, stop)
-    got = segments.proceed(run, tiny.adapter(), cast, past.streams, want.latents, blocks, decode=True)
+    got = segments.proceed(
+        run, tiny.adapter(), cast, past.streams, want.latents, blocks, decode=True
+    )
     jax.tree.map(np.testing.assert_array_equal, got, want.streams)
 
 
 def test_making_keys_anew_changes_nothing_while_all_is_in_sight(told):
-    """By the same policy (streaming.md 5.2); behind evicted frames deep layers, which have seen them, differ."""
+    """By the same policy (streaming.md 5.2); behind evicted frames deep layers, which have seen
+    them, differ.
+    """
     run, cast = told("sink, relative")
     for start, frames in ((2, 2), (4, 3)):
         streams = filmed(run, cast, 0, start).streams
@@ -156,7 +182,9 @@ def test_making_keys_anew_changes_nothing_while_all_is_in_sight(told):
     ids=str,
 )
 def test_10_windows_begin_at_the_same_frames_everywhere(base, tmp_path, changes, expected):
-    """For 1000 epochs, on one device or two: at whole blocks, the last one ends with the video, all equally often."""
+    """For 1000 epochs, on one device or two: at whole blocks, the last one ends with the video, all
+    equally often.
+    """
     config = runs.small_config(base, **runs.WINDOWS | {"model.sink": 0} | changes)
     one, other = (
         [segments.begins_at(run, epoch) for epoch in range(1000)]
@@ -164,7 +192,9 @@ def test_10_windows_begin_at_the_same_frames_everywhere(base, tmp_path, changes,
     )
     assert one == other and set(one) == expected
     assert all(start % config.model.block == 0 and 0 <= start <= FRAMES - 2 for start in one)
-    assert config.streaming.starts or max(one) == FRAMES - 2 or config.streaming.selection == "first"
+    assert (
+        config.streaming.starts or max(one) == FRAMES - 2 or config.streaming.selection == "first"
+    )
     counts = np.bincount(one)[sorted(expected)] / (1000 / len(expected))
     assert 0.8 < counts.min() and counts.max() < 1.2
     other_seed = runs.small_config(base, **runs.WINDOWS | {"model.sink": 0, "seed": 1} | changes)
@@ -179,14 +209,18 @@ PAST = 6  # frames, of which the window sees four
 
 @functools.cache
 def past_of(prefix):
-    """What the loss reads of a past, made of `adapter` and latents [2, PAST, C, H, W]: History's arrays."""
+    """What the loss reads of a past, made of `adapter` and latents [2, PAST, C, H, W]: History's
+    arrays.
+    """
     graphdef, params = tiny.model()
 
     def cache_of(adapter, latents):
         model = merge(graphdef, params)
         text = model.encode_text(tiny.text(2), adapter)
         made = model.context(latents, text, adapter, layout=LAYOUT)
-        return kv.place_visible(kv.empty_cache(tiny.CONFIG, 2, LAYOUT.capacity, tiny.LATENT_HW), *made, LAYOUT, PAST)
+        return kv.place_visible(
+            kv.empty_cache(tiny.CONFIG, 2, LAYOUT.capacity, tiny.LATENT_HW), *made, LAYOUT, PAST
+        )
 
     def history(adapter, latents):
         start, positions = jnp.int32(PAST), np.arange(PAST, PAST + 4)
@@ -194,17 +228,27 @@ def past_of(prefix):
             return update.History(start, positions, whole=latents)
         if prefix == "rollout_old":
             return update.History(start, positions, cache_of(adapter, latents))
-        return update.History(start, positions, first=latents[:, :2], recent=latents[:, -LAYOUT.capacity :])
+        return update.History(
+            start, positions, first=latents[:, :2], recent=latents[:, -LAYOUT.capacity :]
+        )
 
     return history
 
 
 @pytest.mark.parametrize(
     "prefix",
-    ["rollout_old", *(pytest.param(name, marks=pytest.mark.slow) for name in ("per_policy", "noised_prefix", "full"))],
+    [
+        "rollout_old",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("per_policy", "noised_prefix", "full")
+        ),
+    ],
 )
 def test_4_gradients_end_at_the_window_unless_they_are_asked_to_go_on(prefix):
-    """Of the loss, by the latents of the past, by its keys, and by the policy through either: exactly zero, or not."""
+    """Of the loss, by the latents of the past, by its keys, and by the policy through either:
+    exactly zero, or not.
+    """
     graphdef, params = tiny.model()
     changes = {"streaming__backprop": "full"} if prefix == "full" else {"streaming__prefix": prefix}
     config = make_config(streaming__window=4, **changes)
@@ -216,14 +260,18 @@ def test_4_gradients_end_at_the_window_unless_they_are_asked_to_go_on(prefix):
         history = past_of(prefix)(behind, latents)
         if history.cache is not None:
             history = history._replace(cache=jax.tree.map(jnp.add, history.cache, keys))
-        state = update.TrainState(current, tiny.adapter(seed=1), tiny.adapter(seed=2), None, None, 0)
+        state = update.TrainState(
+            current, tiny.adapter(seed=1), tiny.adapter(seed=2), None, None, 0
+        )
         terms = update.sample_terms(
             config, forward, update.standard_normal, state, params, tiny.text(2), micro, history
         )
         return terms["total_loss"].sum()
 
     slots = LAYOUT.capacity * 4  # of four tokens
-    keys = kv.Cache(*[np.zeros((tiny.CONFIG.num_layers, 2, slots, 2, tiny.CONFIG.head_dim), np.float32)] * 2)
+    keys = kv.Cache(
+        *[np.zeros((tiny.CONFIG.num_layers, 2, slots, 2, tiny.CONFIG.head_dim), np.float32)] * 2
+    )
     x = tiny.latents(PAST, 2, seed=4)
     value, grads = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3, 4)))(
         params, tiny.adapter(), tiny.adapter(seed=3), x, keys
@@ -243,14 +291,24 @@ def test_4_the_policy_learns_through_the_past_with_full_gradients():
     So do the latents of the past, which have none then.
     """
     graphdef, params = tiny.model()
-    full = update.training_forward(make_config(streaming__backprop="full", streaming__window=4), graphdef, LAYOUT)
-    fixed = update.training_forward(make_config(streaming__window=4, loss__context_gradient=True), graphdef, LAYOUT)
-    x0, x_t, t = tiny.latents(4, 2, seed=5), tiny.latents(4, 2, seed=6), np.full(2, 700.0, np.float32)
+    full = update.training_forward(
+        make_config(streaming__backprop="full", streaming__window=4), graphdef, LAYOUT
+    )
+    fixed = update.training_forward(
+        make_config(streaming__window=4, loss__context_gradient=True), graphdef, LAYOUT
+    )
+    x0, x_t, t = (
+        tiny.latents(4, 2, seed=5),
+        tiny.latents(4, 2, seed=6),
+        np.full(2, 700.0, np.float32),
+    )
     weight, before = tiny.latents(4, 2, seed=7), tiny.latents(PAST, 2, seed=4)
 
     def value(adapter, before, params, forward, prefix):
         history = past_of(prefix)(adapter, before)
-        return (forward.velocity(params, adapter, tiny.text(2), x0, x_t, t, history) * weight).mean()
+        return (
+            forward.velocity(params, adapter, tiny.text(2), x0, x_t, t, history) * weight
+        ).mean()
 
     both = jax.jit(
         lambda *given: [
@@ -277,7 +335,9 @@ def test_4_the_policy_learns_through_the_past_with_full_gradients():
     ids=str,
 )
 def test_5_a_window_behind_a_past_returns_what_was_sampled(layout):
-    """streaming.md 6.6, from the sampler's own last-step input, at every start by one program; not with other keys."""
+    """streaming.md 6.6, from the sampler's own last-step input, at every start by one program; not
+    with other keys.
+    """
     graphdef, params = tiny.model()
     sampler, count, frames = Sampler(steps=(1000.0, 625.0)), 4, 10
     forward = update.training_forward(make_config(streaming__window=count), graphdef, layout)
@@ -288,7 +348,16 @@ def test_5_a_window_behind_a_past_returns_what_was_sampled(layout):
         noise = jnp.stack([noise(start, step, layout.block) for step in range(2)])
         text = rollout.encode_text(graphdef, params, adapter, tiny.text(2))
         return rollout.rollout_block(
-            graphdef, params, adapter, text, noise, cache, start, layout=layout, sampler=sampler, partial=True
+            graphdef,
+            params,
+            adapter,
+            text,
+            noise,
+            cache,
+            start,
+            layout=layout,
+            sampler=sampler,
+            partial=True,
         )
 
     @jax.jit
@@ -307,8 +376,17 @@ def test_5_a_window_behind_a_past_returns_what_was_sampled(layout):
     latents, inputs = (np.concatenate(parts, axis=1) for parts in (blocks, inputs))
     for start in range(0, frames - count + 1, layout.block):
         part = slice(start, start + count)
-        given = params, tiny.adapter(), caches[start], jnp.int32(start), latents[:, part], inputs[:, part]
+        given = (
+            params,
+            tiny.adapter(),
+            caches[start],
+            jnp.int32(start),
+            latents[:, part],
+            inputs[:, part],
+        )
         np.testing.assert_allclose(predicted(*given), latents[:, part], atol=2e-5)
     assert predicted._cache_size() == 1
     other = jax.tree.map(lambda part: part + 0.1, caches[start])
-    assert np.abs(predicted(params, tiny.adapter(), other, *given[3:]) - latents[:, part]).max() > 1e-3
+    assert (
+        np.abs(predicted(params, tiny.adapter(), other, *given[3:]) - latents[:, part]).max() > 1e-3
+    )

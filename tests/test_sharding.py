@@ -1,4 +1,6 @@
-"""sharding.py on eight CPU devices: the rules, what they refuse, and that placing changes no value."""
+"""sharding.py on eight CPU devices: the rules, what they refuse, and that placing changes no
+value.
+"""
 
 import os
 import socket
@@ -16,14 +18,17 @@ from astrolabe_jax import sharding
 from tests.meshes import mesh_of
 
 
-@pytest.mark.parametrize("data, fsdp, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, 8, (1, 8)), (4, 2, (4, 2))])
+@pytest.mark.parametrize(
+    "data, fsdp, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, 8, (1, 8)), (4, 2, (4, 2))]
+)
 def test_mesh_shapes(data, fsdp, shape):
     mesh = mesh_of(data, fsdp)
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == sharding.AXES
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, culprit", [(-1, 3, "mesh.fsdp is 3"), (-1, 0, "mesh.fsdp is 0"), (2, 2, "mesh.data 2 x mesh.fsdp 2")]
+    "data, fsdp, culprit",
+    [(-1, 3, "mesh.fsdp is 3"), (-1, 0, "mesh.fsdp is 0"), (2, 2, "mesh.data 2 x mesh.fsdp 2")],
 )
 def test_mesh_must_use_every_device(data, fsdp, culprit):
     with pytest.raises(ValueError, match=culprit):
@@ -35,7 +40,8 @@ def test_mesh_must_use_every_device(data, fsdp, culprit):
     [
         ("['blocks']['ffn']['fc1']['kernel']", (4, 16, 64), P(None, None, "fsdp")),  # longest
         ("['blocks']['ffn']['fc2']['kernel']", (4, 64, 16), P(None, "fsdp", None)),
-        ("['blocks']['self_attn']['q']['kernel']", (4, 16, 16), P(None, None, "fsdp")),  # equal: the last
+        # equal: the last
+        ("['blocks']['self_attn']['q']['kernel']", (4, 16, 16), P(None, None, "fsdp")),
         ("['head']['linear']['kernel']", (16, 18), P("fsdp", None)),  # longest that divides
         ("['odd']['kernel']", (4, 6, 9), P()),  # layers are never split
         ("['conv']['kernel']", (4, 4, 4, 8, 8), P(None, None, None, None, "fsdp")),
@@ -62,18 +68,24 @@ def test_batch_is_split_over_both_axes():
     placed = sharding.shard_batch(mesh_of(fsdp=4), batch)
     assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(sharding.to_host(placed["x"]), batch["x"])
-    np.testing.assert_array_equal(jax.random.key_data(placed["key"]), jax.random.key_data(batch["key"]))
+    np.testing.assert_array_equal(
+        jax.random.key_data(placed["key"]), jax.random.key_data(batch["key"])
+    )
     second = sharding.shard_batch(mesh_of(), np.zeros((3, 8)), axis=1)
     assert second.sharding.spec == P(None, sharding.AXES)
 
 
 def test_batch_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match=r"batch\['r'\] holds 12 samples.*8 devices.*multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"batch\['r'\] holds 12 samples.*8 devices.*multiple of 8"
+    ):
         sharding.shard_batch(mesh_of(), {"r": np.zeros(12)})
 
 
 def test_replicas_may_be_donated():
-    """Two replicas of one array are separate: donating one leaves the other and the source as they were."""
+    """Two replicas of one array are separate: donating one leaves the other and the source as they
+    were.
+    """
     for source in (np.zeros((256, 256), np.float32), jnp.zeros((256, 256))):
         first, second = (sharding.replicate(mesh_of(), source) for _ in range(2))
         jax.jit(lambda x: x + 1, donate_argnums=0)(first).block_until_ready()
@@ -85,7 +97,10 @@ def test_split_parameters_are_gathered_only_on_the_mesh():
     mesh = mesh_of(fsdp=4)
     kernel = sharding.shard_params(mesh, {"kernel": np.arange(32.0).reshape(8, 4)})["kernel"]
     assert not kernel.is_fully_replicated
-    on_mesh, off_mesh = jax.jit(sharding.on_mesh(mesh, sharding.gathered)), jax.jit(sharding.gathered)
+    on_mesh, off_mesh = (
+        jax.jit(sharding.on_mesh(mesh, sharding.gathered)),
+        jax.jit(sharding.gathered),
+    )
     assert on_mesh(kernel).is_fully_replicated and not off_mesh(kernel).is_fully_replicated
     np.testing.assert_array_equal(on_mesh(kernel), np.arange(32.0).reshape(8, 4))
 
@@ -93,7 +108,8 @@ def test_split_parameters_are_gathered_only_on_the_mesh():
 def test_activations_stay_whole_samples_on_the_mesh():
     """Features that a split parameter would leave split are brought back to their samples."""
     mesh = mesh_of(fsdp=4)
-    table = sharding.shard_params(mesh, {"embedding": np.arange(48.0).reshape(6, 8)})["embedding"]  # split in features
+    # split in features
+    table = sharding.shard_params(mesh, {"embedding": np.arange(48.0).reshape(6, 8)})["embedding"]
     rows = sharding.shard_batch(mesh, np.arange(8) % 6)
     look_up = jax.jit(sharding.on_mesh(mesh, lambda table, rows: sharding.by_sample(table[rows])))
     got = look_up(table, rows)
@@ -116,7 +132,8 @@ TWO_PROCESSES = """
     keys = jax.random.split(jax.random.key(0), 8)
     batch = sharding.shard_batch(mesh, {"x": x, "keys": keys})
     params = sharding.shard_params(mesh, {"kernel": x})
-    assert not batch["x"].is_fully_addressable and batch["x"].addressable_shards[0].data.shape == (2, 3)
+    assert not batch["x"].is_fully_addressable
+    assert batch["x"].addressable_shards[0].data.shape == (2, 3)
 
     @jax.jit
     def use(batch, params, scale):
@@ -132,10 +149,15 @@ def test_two_processes_share_one_mesh():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), address]
     workers = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for i in range(2)
     ]
     outputs = [worker.communicate(timeout=120)[0].decode() for worker in workers]

@@ -1,4 +1,6 @@
-"""Streams: equal to the rollout where no prompt changes; what a change keeps, and that nothing else is kept."""
+"""Streams: equal to the rollout where no prompt changes; what a change keeps, and that nothing else
+is kept.
+"""
 
 import jax
 import numpy as np
@@ -32,7 +34,12 @@ def run(layout, shot, noise, rules=None, texts=(100, 200, 300), given=None, poli
     def text(scene):
         embeddings = tiny.text(batch, texts[scene])
         return S.encode_text(
-            policy.graphdef, policy.params, policy.adapter, policy.lora_scale, embeddings, mesh=policy.mesh
+            policy.graphdef,
+            policy.params,
+            policy.adapter,
+            policy.lora_scale,
+            embeddings,
+            mesh=policy.mesh,
         )
 
     def draw(step):
@@ -67,9 +74,17 @@ def test_a_stream_of_one_prompt_is_the_rollout(layout, frames):
     @jax.jit
     def rollout(params, noise):
         return R.rollout(
-            graphdef, params, adapter, tiny.text(2), R.noise_from_array(noise), frames=frames,
-            latent_hw=tiny.LATENT_HW, layout=layout, sampler=SAMPLER, lora_scale=0.5,
-        )[0]  # fmt: skip
+            graphdef,
+            params,
+            adapter,
+            tiny.text(2),
+            R.noise_from_array(noise),
+            frames=frames,
+            latent_hw=tiny.LATENT_HW,
+            layout=layout,
+            sampler=SAMPLER,
+            lora_scale=0.5,
+        )[0]
 
     shot = shot_of(layout, frames // layout.block)
     got = run(layout, shot, noise, policy=policy_of(layout, adapter))
@@ -87,12 +102,18 @@ def test_given_frames_are_the_past():
 def test_a_stream_is_the_same_on_eight_devices():
     shot, noise = shot_of(RELATIVE, 3, 1), noise_of(8, 8)
     policy = policy_of(RELATIVE, mesh=mesh_of(2, 4))
-    np.testing.assert_allclose(run(RELATIVE, shot, noise, policy=policy), run(RELATIVE, shot, noise), atol=2e-5)
+    np.testing.assert_allclose(
+        run(RELATIVE, shot, noise, policy=policy), run(RELATIVE, shot, noise), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("rules", "layout"),
-    [(Rules(), RELATIVE), (Rules("recache"), Layout(block=2, window=6, sink=2)), (Rules("cut"), RELATIVE)],
+    [
+        (Rules(), RELATIVE),
+        (Rules("recache"), Layout(block=2, window=6, sink=2)),
+        (Rules("cut"), RELATIVE),
+    ],
 )
 def test_a_new_prompt_changes_what_follows_and_nothing_before(rules, layout):
     noise = noise_of(14)
@@ -114,10 +135,13 @@ def test_a_recache_for_the_same_prompt_differs_only_by_the_missing_mask():
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
 def test_a_flush_of_a_window_not_full_is_that_of_a_full_one(positions):
-    """The correction: the last two frames, where the published code takes the last two places of the buffer."""
+    """The correction: the last two frames, where the published code takes the last two places of
+    the buffer.
+    """
     wide, tight = (Layout(block=3, window=size, sink=1, positions=positions) for size in (9, 6))
     noise, published = noise_of(9), Rules(published=True)
-    want = run(tight, shot_of(tight, 2, 1, rules=published), noise, published)  # six frames fill this window
+    # six frames fill this window
+    want = run(tight, shot_of(tight, 2, 1, rules=published), noise, published)
     np.testing.assert_allclose(run(wide, shot_of(wide, 2, 1), noise), want, atol=2e-5)
     empty = run(wide, shot_of(wide, 2, 1, rules=published), noise, published)
     assert np.abs(empty[:, 6:] - want[:, 6:]).max() > 1e-3
@@ -137,7 +161,9 @@ def test_behind_a_cut_only_the_sink_is_seen():
 
 
 def test_a_stream_gives_its_blocks_one_by_one():
-    """Nothing is computed before it is asked for, and a stream that ends early leaves nothing behind."""
+    """Nothing is computed before it is asked for, and a stream that ends early leaves nothing
+    behind.
+    """
     shot, noise, asked = shot_of(RELATIVE, 6), noise_of(12), []
 
     def draw(step):

@@ -36,7 +36,9 @@ def make_config(**fields):
     config.optimiser.microbatch = SAMPLES
     config.optimiser.learning_rate = 1e-2
     config.loss.kl_weight = 0.1
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in fields.items()}
+    )
     return config
 
 
@@ -78,7 +80,9 @@ def compiled(config_json, mesh):
 
 def run_step(config, batch=None, mesh=None, state=None):
     mesh = mesh or ONE
-    batch = sharding.shard_batch(mesh, make_batch(make_samples()) if batch is None else batch, axis=1)
+    batch = sharding.shard_batch(
+        mesh, make_batch(make_samples()) if batch is None else batch, axis=1
+    )
     state = make_state(config, mesh) if state is None else state
     params = sharding.shard_params(mesh, tiny.model()[1])
     return compiled(config.to_json(), mesh)(state, params, make_samples().text, batch)
@@ -101,7 +105,9 @@ def assert_same_step(got, want):
 
 @pytest.mark.parametrize("microbatch", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_microbatches_do_not_change_the_step(microbatch):
-    assert_same_step(run_step(make_config(), make_batch(make_samples(), microbatch)), whole_batch_step())
+    assert_same_step(
+        run_step(make_config(), make_batch(make_samples(), microbatch)), whole_batch_step()
+    )
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
@@ -124,11 +130,14 @@ def test_eight_devices_take_the_same_step(data, fsdp):
     ids=str,
 )
 def test_clean_context_forward_equals_the_rollout(layout):
-    """streaming.md 6.6: from the sampler's own last-step input, every block returns exactly what was sampled."""
+    """streaming.md 6.6: from the sampler's own last-step input, every block returns exactly what
+    was sampled.
+    """
     graphdef, params = tiny.model()
     sampler, frames, text, t = Sampler(steps=(1000.0, 625.0)), 6, tiny.text(1), jnp.array([625.0])
     forwards = [
-        update.training_forward(make_config(loss__context=context), graphdef, layout) for context in ("clean", "noisy")
+        update.training_forward(make_config(loss__context=context), graphdef, layout)
+        for context in ("clean", "noisy")
     ]
 
     @jax.jit
@@ -146,7 +155,8 @@ def test_clean_context_forward_equals_the_rollout(layout):
             sampler=sampler,
             trace=True,
         )
-        x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)  # the last pass is the clean one
+        # the last pass is the clean one
+        x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)
         return latents, [
             velocity_to_x0(x_t, forward.velocity(params, adapter, text, latents, x_t, t), t / 1000)
             for forward in forwards
@@ -155,7 +165,8 @@ def test_clean_context_forward_equals_the_rollout(layout):
     latents, (clean, noisy) = both(params, adapter(), text)
     np.testing.assert_allclose(clean, latents, atol=2e-5)
     gap = np.abs(noisy - latents)
-    assert gap[:, : layout.block].max() < 2e-5 and gap[:, layout.block :].max() > 1e-2  # the first block has no context
+    # the first block has no context
+    assert gap[:, : layout.block].max() < 2e-5 and gap[:, layout.block :].max() > 1e-2
 
 
 def one_micro(count=2):
@@ -175,7 +186,9 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
     @jax.value_and_grad
     def loss(adapters, params):
         state = update.TrainState(**adapters, ema=None, optimiser=None, step=0)
-        terms = update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro())
+        terms = update.sample_terms(
+            config, forward, update.standard_normal, state, params, tiny.text(2), one_micro()
+        )
         return terms["total_loss"].sum()
 
     def moved(step):
@@ -187,7 +200,9 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(grads[name]))
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads["current"]))
     slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, jax.device_get(grads["current"]), direction)))
-    np.testing.assert_allclose((loss(moved(1e-2), params)[0] - loss(moved(-1e-2), params)[0]) / 2e-2, slope, rtol=1e-2)
+    np.testing.assert_allclose(
+        (loss(moved(1e-2), params)[0] - loss(moved(-1e-2), params)[0]) / 2e-2, slope, rtol=1e-2
+    )
 
 
 def test_no_gradient_through_the_clean_context():
@@ -203,7 +218,12 @@ def test_no_gradient_through_the_clean_context():
     def given(policy, params, context):
         model = merge(graphdef, params)
         return model(
-            x_t, jnp.full((1, FRAMES), 700.0), model.encode_text(text, policy), policy, layout=LAYOUT, context=context
+            x_t,
+            jnp.full((1, FRAMES), 700.0),
+            model.encode_text(text, policy),
+            policy,
+            layout=LAYOUT,
+            context=context,
         )
 
     @jax.jit
@@ -215,7 +235,10 @@ def test_no_gradient_through_the_clean_context():
             for run in (own, given)
         ]
 
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients(adapter(), params))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+        *gradients(adapter(), params),
+    )
 
 
 def test_velocity_deviations_times_sigma_squared_are_those_of_clean_latents():
@@ -225,9 +248,13 @@ def test_velocity_deviations_times_sigma_squared_are_those_of_clean_latents():
         config = make_config(loss__kind=kind, loss__context="noisy")
         forward = update.training_forward(config, graphdef, LAYOUT)
         state = update.TrainState(adapter(), adapter(0), adapter(1), None, None, 0)
-        return update.sample_terms(config, forward, update.standard_normal, state, params, tiny.text(2), one_micro(4))
+        return update.sample_terms(
+            config, forward, update.standard_normal, state, params, tiny.text(2), one_micro(4)
+        )
 
-    x0_space, v_space = jax.jit(lambda params: [terms(kind, params) for kind in ("astrolabe", "diffusion_nft")])(params)
+    x0_space, v_space = jax.jit(
+        lambda params: [terms(kind, params) for kind in ("astrolabe", "diffusion_nft")]
+    )(params)
     sigma = one_micro(4).t / 1000
     for name in ("old_deviate", "old_kl_div", "kl_div"):
         np.testing.assert_allclose(x0_space[name], sigma**2 * v_space[name], rtol=1e-4)
@@ -277,7 +304,11 @@ def whole_epoch(reduction, draw):
 
 
 def cut_config(reduction, draw, limit):
-    fields = {"kl__reduction": reduction, "loss__timestep_draw": draw, "mesh__samples_per_device": limit}
+    fields = {
+        "kl__reduction": reduction,
+        "loss__timestep_draw": draw,
+        "mesh__samples_per_device": limit,
+    }
     return make_config(optimiser__microbatch=2 * SAMPLES, optimiser__steps_per_pass=2, **fields)
 
 
@@ -293,16 +324,26 @@ def cut_config(reduction, draw, limit):
 def test_devices_that_hold_less_take_the_same_steps_in_pieces(devices, limit, reduction, draw):
     """Sums over smaller pieces: losses, gradients and policies agree to rounding."""
     config = cut_config(reduction, draw, limit)
-    steps = run_epoch(config, make_samples(4 * SAMPLES), mesh=mesh_of(devices=jax.devices()[:devices]))
+    steps = run_epoch(
+        config, make_samples(4 * SAMPLES), mesh=mesh_of(devices=jax.devices()[:devices])
+    )
     for got, want in zip(steps, whole_epoch(reduction, draw), strict=True):
         for name in got[1]:
             np.testing.assert_allclose(got[1][name], want[1][name], rtol=2e-5, err_msg=name)
         assert_same_state(got[0], want[0])
 
 
-@given(devices=st.sampled_from([1, 2, 4, 8]), each=st.integers(1, 12), limit=st.integers(1, 16) | st.just(-1))
+@given(
+    devices=st.sampled_from([1, 2, 4, 8]),
+    each=st.integers(1, 12),
+    limit=st.integers(1, 16) | st.just(-1),
+)
 def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, each, limit):
-    config = make_config(optimiser__microbatch=devices * each, kl__reduction="microbatch", loss__timestep_draw="batch")
+    config = make_config(
+        optimiser__microbatch=devices * each,
+        kl__reduction="microbatch",
+        loss__timestep_draw="batch",
+    )
     config.mesh.samples_per_device = limit
     mask = np.arange(3 * devices * each) % 3 > 0
     whole = plan(config, mask=mask)
@@ -317,7 +358,8 @@ def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, eac
 def run_epoch(config, samples, state=None, mesh=ONE):
     """Every (state, metrics) that `update` yields for epoch 2, on the host."""
     state = make_state(config, mesh) if state is None else sharding.replicate(mesh, state)
-    step = compiled(make_config().to_json(), mesh)  # how steps and passes divide an epoch is not compiled in
+    # how steps and passes divide an epoch is not compiled in
+    step = compiled(make_config().to_json(), mesh)
     steps = update.update(step, config, mesh, state, tiny.model()[1], samples, 2)
     return [jax.device_get((state, metrics)) for state, metrics in steps]
 
@@ -330,7 +372,9 @@ def test_an_epoch_takes_every_step_of_every_pass():
 
 
 def test_passes_draw_fresh_noise():
-    """Two policies that do not move, compared on the same samples at the same level: only the noise differs."""
+    """Two policies that do not move, compared on the same samples at the same level: only the noise
+    differs.
+    """
     config = make_config(optimiser__inner_epochs=2, sampler__steps=(1000,))
     first, second = (metrics["old_kl_div"] for _, metrics in run_epoch(config, make_samples()))
     assert abs(first - second) > 1e-4
@@ -338,13 +382,19 @@ def test_passes_draw_fresh_noise():
 
 def test_repeated_steps_pull_predictions_towards_good_samples():
     samples = make_samples()._replace(r=np.ones(SAMPLES, np.float32))
-    trace = [metrics["policy_loss"] for _, metrics in run_epoch(make_config(optimiser__inner_epochs=12), samples)]
-    assert np.mean(trace[-4:]) < 0.98 * np.mean(trace[:4])  # each mean has every sample at every level
+    trace = [
+        metrics["policy_loss"]
+        for _, metrics in run_epoch(make_config(optimiser__inner_epochs=12), samples)
+    ]
+    # each mean has every sample at every level
+    assert np.mean(trace[-4:]) < 0.98 * np.mean(trace[:4])
 
 
 def test_an_epoch_names_the_sample_whose_loss_is_not_finite():
     samples = make_samples()
-    with pytest.raises(FloatingPointError, match="epoch 3, step 1: .*1 of 8 samples.*sample 5: nan"):
+    with pytest.raises(
+        FloatingPointError, match="epoch 3, step 1: .*1 of 8 samples.*sample 5: nan"
+    ):
         run_epoch(make_config(), samples._replace(latents=spoilt(samples.latents, 5, np.nan)))
 
 
@@ -360,7 +410,10 @@ def test_bfloat16_adapters_stay_bfloat16():
     before, after = applied(make_config(lora__dtype="bfloat16"), 1.0)
     for part in (after.current, after.optimiser[0].mu, after.optimiser[0].nu):
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(part))
-    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.current, before.current)), strict=True))
+    assert all(
+        np.any(a != b)
+        for a, b in zip(*map(jax.tree.leaves, (after.current, before.current)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("norm, scale", [(0.25, 1.0), (5.0, 0.1)])
@@ -371,7 +424,10 @@ def test_gradients_are_clipped_by_their_global_norm(norm, scale):
 
 
 def test_an_epoch_names_an_adapter_that_is_not_finite():
-    with pytest.raises(FloatingPointError, match="epoch 3, step 1: the norm of the updated adapter is inf .*not taken"):
+    with pytest.raises(
+        FloatingPointError,
+        match="epoch 3, step 1: the norm of the updated adapter is inf .*not taken",
+    ):
         run_epoch(make_config(), make_samples(), state=broken_moments())
 
 
@@ -405,11 +461,15 @@ def test_stratified_levels_are_balanced_over_neighbours_and_over_passes():
     table = np.sort(np.asarray(update.levels(config), np.float32))
     passes = np.stack([levels_by_sample(config, turn) for turn in range(8)])
     for turn in range(8):
-        np.testing.assert_array_equal(np.sort(passes[turn].reshape(6, 4), axis=1), np.tile(table, (6, 1)))
+        np.testing.assert_array_equal(
+            np.sort(passes[turn].reshape(6, 4), axis=1), np.tile(table, (6, 1))
+        )
     for cycle in (passes[:4], passes[4:]):
         np.testing.assert_array_equal(np.sort(cycle, axis=0), np.tile(table[:, None], (1, 24)))
     assert np.any(passes[:4] != passes[4:])
-    counts = np.unique(levels_by_sample(make_config(optimiser__microbatch=1), 0, count=6), return_counts=True)[1]
+    counts = np.unique(
+        levels_by_sample(make_config(optimiser__microbatch=1), 0, count=6), return_counts=True
+    )[1]
     assert counts.max() <= 2  # 6 samples over 4 levels
 
 
@@ -438,7 +498,9 @@ def test_kl_weights_by_epoch_or_microbatch():
         drawn = plan(config, mask=mask)
         chosen = mask[drawn.order.reshape(-1)].reshape(-1, size)
         assert np.all(drawn.kl_weight.reshape(-1, size)[~chosen] == 0)
-        np.testing.assert_allclose(drawn.kl_weight.reshape(-1, size).mean(axis=1), chosen.any(axis=1), rtol=1e-6)
+        np.testing.assert_allclose(
+            drawn.kl_weight.reshape(-1, size).mean(axis=1), chosen.any(axis=1), rtol=1e-6
+        )
 
 
 def test_plan_refuses_incomplete_microbatches():
@@ -460,7 +522,9 @@ def test_decays_of_the_behaviour_policy():
         74: (0, 0.074, 0),
     }
     for step, want in table.items():
-        got = [update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")]
+        got = [
+            update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")
+        ]
         np.testing.assert_allclose(got, (*want, 0.9), rtol=1e-12)
     with pytest.raises(ValueError, match="optimiser.old_decay"):
         update.old_decay("type3", 0, 0.9)
@@ -477,14 +541,21 @@ def test_the_average_starts_from_the_first_step():
     jax.tree.map(np.testing.assert_array_equal, state.ema, state.current)
     state, _ = run_step(config, state=make_state(config, step=1))
     want = update.average(adapter(2), state.current, 2 / 11)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.ema, want)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), state.ema, want
+    )
 
 
 def test_blend_and_reset_copy():
     before = jax.device_get(make_state(make_config()))
     state = update.reset_reference(update.blend_old(make_state(make_config()), 0.25))
-    want = jax.tree.map(lambda old, current: 0.25 * old + 0.75 * current, before.old, before.current)
+    want = jax.tree.map(
+        lambda old, current: 0.25 * old + 0.75 * current, before.old, before.current
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.old, want)
     jax.tree.map(np.testing.assert_array_equal, state.reference, before.current)
-    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.current, state.reference, state.old))]
+    pointers = [
+        leaf.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves((state.current, state.reference, state.old))
+    ]
     assert len(set(pointers)) == len(pointers)  # or donation would overwrite one through the other

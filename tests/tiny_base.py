@@ -1,4 +1,6 @@
-"""A random base model of the real classes at the smallest sizes, for tests that need every part but no quality."""
+"""A random base model of the real classes at the smallest sizes, for tests that need every part but
+no quality.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +15,14 @@ from tests.models import tiny
 
 _WORDS = vocabulary.words()
 TRANSFORMER = dataclasses.replace(tiny.CONFIG, text_dim=16, text_len=16)
-VAE = VaeConfig(dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
+VAE = VaeConfig(
+    dim=4,
+    z_dim=4,
+    dim_mult=(1, 1, 2, 2),
+    num_res_blocks=1,
+    latent_mean=(0.0,) * 4,
+    latent_std=(1.0,) * 4,
+)
 TEXT = dataclasses.replace(tiny.TEXT, vocab_size=3 + len(_WORDS), text_len=16)
 PARTS = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT}
 

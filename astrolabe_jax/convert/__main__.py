@@ -1,4 +1,6 @@
-"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge|reward ...: checkpoints in and out."""
+"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge|reward ...: checkpoints
+in and out.
+"""
 
 import argparse
 import json
@@ -28,25 +30,47 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, about: str) -> argparse.ArgumentParser:
         return commands_.add_parser(name, help=about, description=about)
 
-    one = command("inspect", "Says what a file or directory is, and whether it is complete; reads headers only.")
+    one = command(
+        "inspect",
+        "Says what a file or directory is, and whether it is complete; reads headers only.",
+    )
     one.add_argument("given", type=Path, metavar="FILE|DIR")
     one.add_argument("--json", action="store_true", help="for machines")
 
-    one = command("import", "Writes a published file, or all parts of a base, as Orbax directories with a config.json.")
+    one = command(
+        "import",
+        "Writes a published file, or all parts of a base, as Orbax directories with a config.json.",
+    )
     one.add_argument("given", type=Path, metavar="FILE|DIR")
     one.add_argument("--to", type=Path, required=True, metavar="DIR")
-    one.add_argument("--entry", default="", help="entry of a nested file, such as generator; default: the average")
+    one.add_argument(
+        "--entry",
+        default="",
+        help="entry of a nested file, such as generator; default: the average",
+    )
     one.add_argument("--dtype", choices=DTYPES, default="", help="default: the file's own")
-    one.add_argument("--num_heads", type=int, help="of a transformer whose config.json is not at hand")
+    one.add_argument(
+        "--num_heads", type=int, help="of a transformer whose config.json is not at hand"
+    )
 
-    one = command("export", "Writes a part of a base, or of what import made, as one safetensors file.")
+    one = command(
+        "export", "Writes a part of a base, or of what import made, as one safetensors file."
+    )
     one.add_argument("given", type=Path, metavar="DIR")
     one.add_argument("--to", type=Path, required=True, metavar="FILE")
     one.add_argument("--part", choices=parts.PARTS, required=True)
     one.add_argument("--format", choices=FORMATS, default="original")
 
-    one = command("export-lora", "Writes the adapter of a run, or of a LoRA in any dialect, for PEFT or diffusers.")
-    one.add_argument("given", type=Path, metavar="CHECKPOINT", help="workdir, workdir/checkpoints/EPOCH, or a LoRA")
+    one = command(
+        "export-lora",
+        "Writes the adapter of a run, or of a LoRA in any dialect, for PEFT or diffusers.",
+    )
+    one.add_argument(
+        "given",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
+    )
     one.add_argument("--to", type=Path, required=True, metavar="DIR")
     one.add_argument("--format", choices=lora.SAVERS, default="peft")
     one.add_argument("--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint")
@@ -57,21 +81,41 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--to", type=Path, required=True, metavar="FILE")
     one.add_argument("--format", choices=FORMATS, default="original")
     one.add_argument("--dtype", choices=DTYPES, default="", help="default: the base's own")
-    one.add_argument("--num_heads", type=int, help="of a transformer whose config.json is not at hand")
+    one.add_argument(
+        "--num_heads", type=int, help="of a transformer whose config.json is not at hand"
+    )
 
     one = command("reward", "Writes the directory that a published reward model is loaded from.")
     one.add_argument("kind", choices=rewards.KINDS)
-    one.add_argument("--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published")
-    one.add_argument("--tokenizer", type=Path, metavar="FILE|DIR", help="tokenizer.json, or the folder that holds it")
-    one.add_argument("--template", type=Path, metavar="FILE|DIR", help="module of the official package, or its folder")
+    one.add_argument(
+        "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
+    )
+    one.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE|DIR",
+        help="tokenizer.json, or the folder that holds it",
+    )
+    one.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE|DIR",
+        help="module of the official package, or its folder",
+    )
     one.add_argument("--to", type=Path, required=True, metavar="DIR")
     one.add_argument("--dtype", choices=DTYPES, default="", help="default: the file's own")
-    one.add_argument("--quantised", action="store_true", help="large weights as int8: half the memory of bfloat16")
+    one.add_argument(
+        "--quantised",
+        action="store_true",
+        help="large weights as int8: half the memory of bfloat16",
+    )
     return top
 
 
 def _reward(args: argparse.Namespace) -> None:
-    given = rewards.Given(tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised)
+    given = rewards.Given(
+        tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised
+    )
     rewards.convert(args.kind, given, args.to)
 
 
@@ -82,10 +126,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 RUN = {
     "inspect": _inspect,
-    "import": lambda args: commands.import_(args.given, args.to, args.entry, args.dtype, args.num_heads),
+    "import": lambda args: commands.import_(
+        args.given, args.to, args.entry, args.dtype, args.num_heads
+    ),
     "export": lambda args: commands.export(args.given, args.to, args.part, args.format),
     "export-lora": lambda args: commands.export_lora(args.given, args.to, args.format, args.policy),
-    "merge": lambda args: commands.merge(args.given, args.adapter, args.to, args.format, args.dtype, args.num_heads),
+    "merge": lambda args: commands.merge(
+        args.given, args.adapter, args.to, args.format, args.dtype, args.num_heads
+    ),
     "reward": _reward,
 }
 

@@ -1,4 +1,6 @@
-"""CLIP: OpenCLIP's and Hugging Face's names <-> the parameter trees of models/clip.py (spec/rewards.md 7, 8)."""
+"""CLIP: OpenCLIP's and Hugging Face's names <-> the parameter trees of models/clip.py
+(spec/rewards.md 7, 8).
+"""
 
 import math
 import re
@@ -32,7 +34,8 @@ HUGGING_FACE: Substitutions = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-# Not read: the scale of logits, which the scores do without, and the text tower, which has no part in aesthetics.
+# Not read: the scale of logits, which the scores do without, and the text tower, which has no part
+# in aesthetics.
 _UNUSED_BY_HPSV2 = re.compile(r"logit_scale")
 _UNUSED_BY_AESTHETIC = re.compile(r"logit_scale|text_projection\.weight|text_model\..+")
 _AESTHETIC_LAYERS = (0, 2, 4, 6, 7)  # those between are dropouts
@@ -40,7 +43,11 @@ _FUSED = re.compile(r".+\.in_proj_(weight|bias)")
 
 # Field of CLIPConfig -> tensors that tell it, by an axis of each.
 _VISION = {
-    "vision_dim": [("visual.ln_pre.weight", 0), ("visual.ln_post.weight", 0), ("visual.class_embedding", 0)],
+    "vision_dim": [
+        ("visual.ln_pre.weight", 0),
+        ("visual.ln_post.weight", 0),
+        ("visual.class_embedding", 0),
+    ],
     "vision_ffn": [("visual.transformer.resblocks.{i}.mlp.c_fc.bias", 0)],
     "patch_size": [("visual.conv1.weight", 2), ("visual.conv1.weight", 3)],
 }
@@ -54,34 +61,48 @@ _TEXT = {
 
 
 def hpsv2(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of HPS_v2.1_compressed.pt as `table` names them: in_proj_weight as its thirds [q], [k], [v]."""
+    """The tensors of HPS_v2.1_compressed.pt as `table` names them: in_proj_weight as its thirds
+    [q], [k], [v].
+    """
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if _UNUSED_BY_HPSV2.fullmatch(name):
             continue
         rows, rest = divmod(tensor.shape[0] if tensor.shape else 0, 3)
         if _FUSED.fullmatch(name) and rows and not rest:
-            found |= {f"{name}[{part}]": _rows(tensor, i * rows, rows) for i, part in enumerate("qkv")}
+            found |= {
+                f"{name}[{part}]": _rows(tensor, i * rows, rows) for i, part in enumerate("qkv")
+            }
         else:
             found[name] = tensor
     return found
 
 
 def aesthetic(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of clip-vit-large-patch14 and the predictor, together, that `aesthetic_table` names."""
-    return {name: tensor for name, tensor in tensors.items() if not _UNUSED_BY_AESTHETIC.fullmatch(name)}
+    """The tensors of clip-vit-large-patch14 and the predictor, together, that `aesthetic_table`
+    names.
+    """
+    return {
+        name: tensor for name, tensor in tensors.items() if not _UNUSED_BY_AESTHETIC.fullmatch(name)
+    }
 
 
 def hpsv2_sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of CLIPConfig as the tensors of `hpsv2` have them; heads are 80 and 64 wide, as in ViT-H/14."""
+    """Fields of CLIPConfig as the tensors of `hpsv2` have them; heads are 80 and 64 wide, as in
+    ViT-H/14.
+    """
     found = Shapes(tensors, ())
     return _measured(found, 80) | found.sizes(_TEXT) | _counts(found, "text", 64)
 
 
 def aesthetic_sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of CLIPConfig as the tensors of `aesthetic` have them; heads are 64 wide, as in ViT-L/14."""
+    """Fields of CLIPConfig as the tensors of `aesthetic` have them; heads are 64 wide, as in
+    ViT-L/14.
+    """
     found = Shapes(tensors, HUGGING_FACE)
-    return _measured(found, 64) | found.sizes({"embed_dim": [("visual.proj", 0), ("layers.0.weight", 1)]})
+    return _measured(found, 64) | found.sizes(
+        {"embed_dim": [("visual.proj", 0), ("layers.0.weight", 1)]}
+    )
 
 
 def _measured(found: Shapes, head_dim: int) -> dict[str, Any]:
@@ -93,9 +114,15 @@ def _measured(found: Shapes, head_dim: int) -> dict[str, Any]:
 
 def _counts(found: Shapes, tower: str, head_dim: int) -> dict[str, Any]:
     """Layers and heads; no tensor tells how wide a head is."""
-    count = found.layers([rule for rule in table(VIT_H_14) if rule.target.startswith(f"{tower}.blocks.")])
+    count = found.layers(
+        [rule for rule in table(VIT_H_14) if rule.target.startswith(f"{tower}.blocks.")]
+    )
     dim = found.sizes({"dim": (_VISION | _TEXT)[f"{tower}_dim"]}).get("dim")
-    return {f"{tower}_layers": count, f"{tower}_heads": max(1, dim // head_dim)} if count and dim else {}
+    return (
+        {f"{tower}_layers": count, f"{tower}_heads": max(1, dim // head_dim)}
+        if count and dim
+        else {}
+    )
 
 
 def table(config: CLIPConfig) -> list[Rule]:
@@ -121,7 +148,8 @@ def aesthetic_table(config: CLIPConfig) -> list[Rule]:
 def hugging_face(rules: list[Rule]) -> list[Rule]:
     """The same under Hugging Face's names, whose projections are [out, in]."""
     transposed = [
-        rule._replace(transform=LINEAR) if rule.target.endswith(".projection.kernel") else rule for rule in rules
+        rule._replace(transform=LINEAR) if rule.target.endswith(".projection.kernel") else rule
+        for rule in rules
     ]
     return renamed(transposed, HUGGING_FACE)
 
@@ -142,7 +170,9 @@ def _blocks(source: str, target: str) -> list[Rule]:
     source = f"{source}.{{i}}"
     rules = []
     for part in "qkv":
-        rules.append(Rule(f"{source}.attn.in_proj_weight[{part}]", f"{target}.attn.{part}.kernel", LINEAR))
+        rules.append(
+            Rule(f"{source}.attn.in_proj_weight[{part}]", f"{target}.attn.{part}.kernel", LINEAR)
+        )
         rules.append(Rule(f"{source}.attn.in_proj_bias[{part}]", f"{target}.attn.{part}.bias"))
     return [
         *rules,
@@ -155,7 +185,10 @@ def _blocks(source: str, target: str) -> list[Rule]:
 
 
 def _linear(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
+        Rule(f"{source}.bias", f"{target}.bias"),
+    ]
 
 
 def _norm(source: str, target: str) -> list[Rule]:
@@ -164,12 +197,18 @@ def _norm(source: str, target: str) -> list[Rule]:
 
 def _patches(size: int) -> Transform:
     """[D, 3, h, w] -> [h*w*3, D], channel fastest, as the image is cut."""
-    return Transform(axes=(2, 3, 1, 0), unfold=lambda shape: (size, size, shape[0] // size**2, shape[1]))
+    return Transform(
+        axes=(2, 3, 1, 0), unfold=lambda shape: (size, size, shape[0] // size**2, shape[1])
+    )
 
 
 def _rows(tensor: Any, start: int, count: int) -> Lazy:
     """Some rows of a tensor; it is read whole each time."""
-    return Lazy((count, *tensor.shape[1:]), np.dtype(tensor.dtype), lambda: np.asarray(tensor)[start : start + count])
+    return Lazy(
+        (count, *tensor.shape[1:]),
+        np.dtype(tensor.dtype),
+        lambda: np.asarray(tensor)[start : start + count],
+    )
 
 
 HPSV2 = Kind("hpsv2", CLIP, VIT_H_14, hpsv2, hpsv2_sizes, table)  # HPS_v2.1_compressed.pt

@@ -1,4 +1,6 @@
-"""What `python -m astrolabe_jax.convert` does with whole nets and adapters, one tensor in memory at a time."""
+"""What `python -m astrolabe_jax.convert` does with whole nets and adapters, one tensor in memory at
+a time.
+"""
 
 import json
 import sys
@@ -20,11 +22,15 @@ from astrolabe_jax.models.tokenizer import load_tokenizer
 POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
-def import_(given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None) -> list[Path]:
-    """Writes a file's part, or all parts and the tokenizer of a base, as Orbax directories `to`/PART.
+def import_(
+    given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
+) -> list[Path]:
+    """Writes a file's part, or all parts and the tokenizer of a base, as Orbax directories
+    `to`/PART.
 
-    `to`/config.json gets the sizes of each part when it is whole. dtype: by default the file's own. Raises ValueError
-    or OSError before anything is written, for content that is no whole part, and for parts that are there already.
+    `to`/config.json gets the sizes of each part when it is whole. dtype: by default the file's own.
+    Raises ValueError or OSError before anything is written, for content that is no whole part, and
+    for parts that are there already.
     """
     directory = base.SHIPPED.get(str(given), given)
     layout = None if directory.is_file() or store.is_store(directory) else base.layout_of(directory)
@@ -36,12 +42,16 @@ def import_(given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: 
         sources = [open_part(given, part, "", num_heads) for part in parts.PARTS]
     for source in sources:
         if (to / source.part).exists():
-            raise FileExistsError(f"{to / source.part} is there already; remove it or give another --to")
+            raise FileExistsError(
+                f"{to / source.part} is there already; remove it or give another --to"
+            )
     described = to / "config.json"
     content = read_json(described) if described.exists() else {}
     if not set(content) <= set(parts.PARTS):
         raise FileExistsError(f"{described} is none that import wrote; give another --to")
-    words = [] if layout is None else [directory / layout.tokenizer / name for name in base.TOKENIZERS]
+    words = (
+        [] if layout is None else [directory / layout.tokenizer / name for name in base.TOKENIZERS]
+    )
     words = [path for path in words if path.is_file()]
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
@@ -58,22 +68,31 @@ def import_(given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: 
 
 
 def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
-    rules, expected = parts.rules(source.part, source.config), parts.shapes(source.part, source.config).params
+    rules, expected = (
+        parts.rules(source.part, source.config),
+        parts.shapes(source.part, source.config).params,
+    )
     if dtype:
-        expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected)
+        expected = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
+        )
     else:
         expected = engine.with_dtypes(rules, source.tensors, expected)
     return engine.stacks(rules, source.tensors, expected)
 
 
 def export(given: Path, to: Path, part: str, form: str) -> Path:
-    """Writes a part as one safetensors file under the names of a format; see `open_part` for `given`."""
+    """Writes a part as one safetensors file under the names of a format; see `open_part` for
+    `given`.
+    """
     _check_new(to)
     source = open_part(given, part)
     return _write(to, source, source.tensors, form)
 
 
-def merge(given: Path, adapter: Path, to: Path, form: str, dtype: str = "", num_heads: int | None = None) -> Path:
+def merge(
+    given: Path, adapter: Path, to: Path, form: str, dtype: str = "", num_heads: int | None = None
+) -> Path:
     """Writes a transformer with W + scale B A in place of each adapted weight, as `export` does.
 
     Product and sum are float32 and rounded once, to `dtype` or that of the weight.
@@ -83,19 +102,26 @@ def merge(given: Path, adapter: Path, to: Path, form: str, dtype: str = "", num_
     pairs, scale = lora.open_lora(adapter, source.config)
     tensors = dict(source.tensors)
     for module in TARGETS:
-        for i, (a, b) in enumerate(zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)):
+        for i, (a, b) in enumerate(
+            zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)
+        ):
             name = f"blocks.{i}.{module}.weight"
             a, b = (half.map(np.transpose, half.shape[::-1]) for half in (a, b))
             tensors[name] = lora.merged(tensors[name], a, b, scale, dtype)
     if dtype:
-        tensors = {name: tensor.map(lambda x: x.astype(dtype), dtype=dtype) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor.map(lambda x: x.astype(dtype), dtype=dtype)
+            for name, tensor in tensors.items()
+        }
     return _write(to, source, tensors, form)
 
 
 def export_lora(given: Path, to: Path, form: str, policy: str = "ema") -> Path:
-    """Writes an adapter, of a run or in any dialect that is read, as a directory of PEFT or diffusers.
+    """Writes an adapter, of a run or in any dialect that is read, as a directory of PEFT or
+    diffusers.
 
-    given: the working directory of a run (its newest checkpoint), checkpoints/EPOCH in it, or what open_lora takes.
+    given: the working directory of a run (its newest checkpoint), checkpoints/EPOCH in it, or what
+    open_lora takes.
     """
     if to.exists():
         raise FileExistsError(f"{to} is there already; remove it or give another --to")
@@ -111,7 +137,9 @@ def export_lora(given: Path, to: Path, form: str, policy: str = "ema") -> Path:
 
 
 def _checkpoint(given: Path) -> Path | None:
-    """The directory of an epoch, if `given` is one or the working directory of a run that has some."""
+    """The directory of an epoch, if `given` is one or the working directory of a run that has
+    some.
+    """
     if (given / "state").is_dir() and (given / "progress").is_dir():
         return given
     epochs = [path for path in (given / "checkpoints").glob("*") if path.name.isdigit()]
@@ -150,12 +178,18 @@ def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> 
     original = engine.source_shapes(parts.rules(source.part, source.config), net)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to, renamed, progress=Progress(source.part, sum(tensor.nbytes for tensor in renamed.values())))
+    write_safetensors(
+        to,
+        renamed,
+        progress=Progress(source.part, sum(tensor.nbytes for tensor in renamed.values())),
+    )
     return to
 
 
 class Progress:
-    """Says on stderr, every few seconds, how many bytes are done, how fast, and how long it will take."""
+    """Says on stderr, every few seconds, how many bytes are done, how fast, and how long it will
+    take.
+    """
 
     def __init__(self, name: str, total: int, every: float = 2.0):
         self._name, self._total, self._every = name, total, every
@@ -168,6 +202,12 @@ class Progress:
         if now - self._told < self._every and self._done < self._total:
             return
         self._told, rate = now, self._done / max(now - self._began, 1e-6)
-        left = f"{(self._total - self._done) / rate:.0f} s left" if self._done < self._total else "done"
+        left = (
+            f"{(self._total - self._done) / rate:.0f} s left"
+            if self._done < self._total
+            else "done"
+        )
         amounts = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
-        print(f"{self._name}: {amounts}, {rate / 1e6:.0f} MB/s, {left}", file=sys.stderr, flush=True)
+        print(
+            f"{self._name}: {amounts}, {rate / 1e6:.0f} MB/s, {left}", file=sys.stderr, flush=True
+        )

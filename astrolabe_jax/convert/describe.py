@@ -11,7 +11,9 @@ from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
 
 
 class Family(NamedTuple):
-    """How a published transformer is nested and prefixed (spec/checkpoints.md 1.1), and its size."""
+    """How a published transformer is nested and prefixed (spec/checkpoints.md 1.1), and its
+    size.
+    """
 
     name: str
     entry: str
@@ -21,7 +23,9 @@ class Family(NamedTuple):
 
 FAMILIES = (
     Family("Self-Forcing", "generator_ema", ("model.",), "wan_1.3b"),
-    Family("Causal-Forcing framewise", "generator_ema", ("model.", "_fsdp_wrapped_module"), "wan_1.3b"),
+    Family(
+        "Causal-Forcing framewise", "generator_ema", ("model.", "_fsdp_wrapped_module"), "wan_1.3b"
+    ),
     Family("Causal-Forcing chunkwise", "generator", ("model.",), "wan_1.3b"),
     Family("LongLive base", "generator", ("model.",), "wan_1.3b"),
     Family("Krea", "", ("model.",), "wan_14b"),
@@ -31,7 +35,8 @@ FAMILIES = (
 
 
 def describe(given: Path) -> dict[str, Any]:
-    """A JSON-able description of a file, an imported part, a LoRA directory, or a base with all its parts.
+    """A JSON-able description of a file, an imported part, a LoRA directory, or a base with all its
+    parts.
 
     Raises ValueError naming a file that cannot be read, or OSError.
     """
@@ -45,7 +50,9 @@ def describe(given: Path) -> dict[str, Any]:
         return _describe_lora(directory)
     name = next(name for name, known in base.LAYOUTS.items() if known is layout)
     described: dict[str, Any] = {"path": str(given), "kind": "base", "layout": name}
-    described["tokenizer"] = any((directory / layout.tokenizer / file).is_file() for file in base.TOKENIZERS)
+    described["tokenizer"] = any(
+        (directory / layout.tokenizer / file).is_file() for file in base.TOKENIZERS
+    )
     described["parts"] = {}
     for part in parts.PARTS:
         try:
@@ -60,12 +67,18 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
         source = sources.open_part(path)
         sizes = {"part": source.part, "format": "import", "sizes": parts.sizes_of(source.config)}
-        return _counts(path, source.tensors) | sizes | {"families": [], "complete": True, "faults": []}
+        return (
+            _counts(path, source.tensors) | sizes | {"families": [], "complete": True, "faults": []}
+        )
     weights = open_weights(path, containers=(*CONTAINERS, "generator_lora"))
     if any(".lora_" in name for name in weights.tensors):
         return _describe_lora(path)
     described = _counts(path, weights.tensors)
-    described |= {"entries": list(weights.entries), "entry": weights.entry, "prefixes": list(weights.prefixes)}
+    described |= {
+        "entries": list(weights.entries),
+        "entry": weights.entry,
+        "prefixes": list(weights.prefixes),
+    }
     try:
         part, form = parts.recognise(weights.tensors)
     except ValueError as error:
@@ -76,15 +89,27 @@ def _describe_file(path: Path) -> dict[str, Any]:
 def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     """Sizes, families, and what is missing or too much."""
     measured = parts.measure(part, form, weights.tensors)
-    names = {(net["transformer"].dim, net["transformer"].num_layers): name for name, net in parts.SIZES.items()}
-    size = names.get((measured.get("dim"), measured.get("num_layers")), "") if part == "transformer" else ""
+    names = {
+        (net["transformer"].dim, net["transformer"].num_layers): name
+        for name, net in parts.SIZES.items()
+    }
+    size = (
+        names.get((measured.get("dim"), measured.get("num_layers")), "")
+        if part == "transformer"
+        else ""
+    )
     found = {"sizes": measured, "size": size, "families": _families(part, weights, size)}
     try:
         tensors = parts.without_aliases(part, weights.tensors)
         # The shapes do not depend on the heads, nor on the statistics of latents.
-        unseen = {"latent_mean": (0.0,) * measured.get("z_dim", 1), "latent_std": (1.0,) * measured.get("z_dim", 1)}
+        unseen = {
+            "latent_mean": (0.0,) * measured.get("z_dim", 1),
+            "latent_std": (1.0,) * measured.get("z_dim", 1),
+        }
         config = sources.config_of(part, form, tensors, unseen if part == "vae" else {}, 1)
-        wanted = engine.source_shapes(parts.rules(part, config, form), parts.shapes(part, config).params)
+        wanted = engine.source_shapes(
+            parts.rules(part, config, form), parts.shapes(part, config).params
+        )
         faults = engine.mismatches(wanted, tensors)
     except ValueError as error:
         faults = [str(error)]
@@ -92,10 +117,16 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
 
 
 def _families(part: str, weights: Weights, size: str) -> list[str]:
-    """The families with this nesting; a size that is none of theirs (of a test, say) does not count."""
+    """The families with this nesting; a size that is none of theirs (of a test, say) does not
+    count.
+    """
     if part != "transformer":
         return [{"vae": "Wan VAE", "text_encoder": "UMT5"}[part]]
-    found = [family for family in FAMILIES if (family.entry, family.prefixes) == (weights.entry, weights.prefixes)]
+    found = [
+        family
+        for family in FAMILIES
+        if (family.entry, family.prefixes) == (weights.entry, weights.prefixes)
+    ]
     fitting = [family for family in found if not size or family.size == size]
     return list(dict.fromkeys(family.name for family in fitting))
 
@@ -104,8 +135,15 @@ def _describe_lora(path: Path) -> dict[str, Any]:
     file, config, _ = lora.find(path)
     weights = open_weights(file, containers=("generator_lora", *CONTAINERS))
     family = "PEFT" if config else "LongLive LoRA" if weights.entry == "generator_lora" else "LoRA"
-    described = _counts(file, weights.tensors) | {"part": "lora", "format": lora.dialect_of(weights.tensors)}
-    described |= {"entries": list(weights.entries), "entry": weights.entry, "prefixes": list(weights.prefixes)}
+    described = _counts(file, weights.tensors) | {
+        "part": "lora",
+        "format": lora.dialect_of(weights.tensors),
+    }
+    described |= {
+        "entries": list(weights.entries),
+        "entry": weights.entry,
+        "prefixes": list(weights.prefixes),
+    }
     described |= {"families": [family]}
     try:
         adapter, scale = lora.open_lora(path)
@@ -136,10 +174,16 @@ def text(described: Mapping[str, Any], most: int = 10) -> str:
         for part, content in described["parts"].items():
             lines += ["", f"[{part}]", text({"kind": "file"} | content, most)]
         return "\n".join(lines)
-    shown = {key: value for key, value in described.items() if key not in ("kind", "faults", "complete") and value}
+    shown = {
+        key: value
+        for key, value in described.items()
+        if key not in ("kind", "faults", "complete") and value
+    }
     lines = [f"{key}: {_plain(value)}" for key, value in shown.items()]
     faults = described["faults"]
-    lines.append("complete: yes" if described["complete"] else f"complete: no, {len(faults)} faults")
+    lines.append(
+        "complete: yes" if described["complete"] else f"complete: no, {len(faults)} faults"
+    )
     lines += [f"  {fault}" for fault in faults[:most]]
     return "\n".join([*lines, f"  and {len(faults) - most} more"] if len(faults) > most else lines)
 

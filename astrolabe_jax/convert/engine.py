@@ -1,12 +1,14 @@
-"""Table-driven, strict and exactly invertible conversion between a flat checkpoint and a parameter tree.
+"""Table-driven, strict and exactly invertible conversion between a flat checkpoint and a parameter
+tree.
 
-A table is a list of `Rule(source, target, transform)`. `source` is a tensor name of the checkpoint; `target` is the
-dotted path of a leaf ('blocks.self_attn.q.kernel'; list indices are plain numbers). A source that holds `{i}` stands
-for one tensor per layer: the layers are stacked on a leading axis of the target leaf. The names of another writer are
-the same table with other sources: `renamed`.
+A table is a list of `Rule(source, target, transform)`. `source` is a tensor name of the checkpoint;
+`target` is the dotted path of a leaf ('blocks.self_attn.q.kernel'; list indices are plain numbers).
+A source that holds `{i}` stands for one tensor per layer: the layers are stacked on a leading axis
+of the target leaf. The names of another writer are the same table with other sources: `renamed`.
 
-`load` and `save` read the shapes they need from the tree the model expects, so a table says nothing about sizes, and
-one call reports every culprit at once. Tensors may be arrays or files.Lazy; `stacks` and `tensors` read none of them.
+`load` and `save` read the shapes they need from the tree the model expects, so a table says nothing
+about sizes, and one call reports every culprit at once. Tensors may be arrays or files.Lazy;
+`stacks` and `tensors` read none of them.
 """
 
 import collections
@@ -21,7 +23,8 @@ import numpy as np
 from astrolabe_jax.convert.files import Lazy
 
 Shape = tuple[int, ...]
-Substitutions = Sequence[tuple[str, str]]  # regular expressions and what to put in their place, one after the other
+# regular expressions and what to put in their place, one after the other
+Substitutions = Sequence[tuple[str, str]]
 
 
 class ConversionError(ValueError):
@@ -32,7 +35,8 @@ class ConversionError(ValueError):
 class Transform:
     """Permute the source axes by `axes`, then reshape to the target leaf.
 
-    `unfold` gives the permuted shape back from the target shape, which makes the step invertible by shape alone.
+    `unfold` gives the permuted shape back from the target shape, which makes the step invertible by
+    shape alone.
     """
 
     axes: tuple[int, ...] | None = None
@@ -45,7 +49,9 @@ class Transform:
     def inverse(self, leaf: np.ndarray) -> np.ndarray:
         """Target leaf (without the layer axis) -> source tensor, C-contiguous."""
         permuted = leaf.reshape(self.unfold(leaf.shape))
-        return np.ascontiguousarray(permuted.transpose(np.argsort(self.axes)) if self.axes else permuted)
+        return np.ascontiguousarray(
+            permuted.transpose(np.argsort(self.axes)) if self.axes else permuted
+        )
 
     def source_shape(self, shape: Shape) -> Shape:
         """Shape of the source tensor for a target leaf of `shape` (without the layer axis)."""
@@ -62,9 +68,13 @@ GAMMA3D = Transform(unfold=lambda shape: (*shape, 1, 1, 1))  # [C, 1, 1, 1] -> [
 
 
 def patch_kernel(patch: Shape) -> Transform:
-    """[D, C, t, h, w] -> [C*t*h*w, D], channel slowest: a convolution whose stride is its kernel, as a linear map."""
+    """[D, C, t, h, w] -> [C*t*h*w, D], channel slowest: a convolution whose stride is its kernel,
+    as a linear map.
+    """
     volume = int(np.prod(patch))
-    return Transform(axes=(1, 2, 3, 4, 0), unfold=lambda shape: (shape[0] // volume, *patch, shape[1]))
+    return Transform(
+        axes=(1, 2, 3, 4, 0), unfold=lambda shape: (shape[0] // volume, *patch, shape[1])
+    )
 
 
 class Rule(NamedTuple):
@@ -130,10 +140,11 @@ def load(
     expected: dict,
     place: Callable[[tuple, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> dict:
-    """Build the parameter tree `expected` (leaves with shape and dtype) from the tensors of a checkpoint.
+    """Build the parameter tree `expected` (leaves with shape and dtype) from the tensors of a
+    checkpoint.
 
-    Leaves take the dtype of `expected`. `place` may put each on its devices before the next is read. Raises
-    ConversionError on unused, missing or misshapen tensors and on unfilled leaves.
+    Leaves take the dtype of `expected`. `place` may put each on its devices before the next is
+    read. Raises ConversionError on unused, missing or misshapen tensors and on unfilled leaves.
     """
     return nested((path, place(path, leaf)) for path, leaf in leaves(table, tensors, expected))
 
@@ -149,7 +160,9 @@ def nested(flat: Iterable[tuple[tuple, Any]]) -> dict:
     return tree
 
 
-def leaves(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> Iterator[tuple[tuple, np.ndarray]]:
+def leaves(
+    table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict
+) -> Iterator[tuple[tuple, np.ndarray]]:
     """Like `load`, as a stream of (path, leaf): one leaf is in memory at a time."""
     for path, stack in stacks(table, tensors, expected).items():
         yield path, np.asarray(stack)
@@ -163,15 +176,20 @@ def stacks(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) ->
 
 
 def with_dtypes(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> dict:
-    """The tree `expected` with each leaf in the dtype of its tensors; ConversionError where layers differ in it."""
+    """The tree `expected` with each leaf in the dtype of its tensors; ConversionError where layers
+    differ in it.
+    """
     found, faults = {}, []
     for step in _resolve(table, expected):
         dtypes = {str(tensors[name].dtype) for name in step.names}
         if len(dtypes) > 1:
             faults.append(
-                f"dtypes of {step.names[0]} and its other layers: {', '.join(sorted(dtypes))}; give one --dtype"
+                f"dtypes of {step.names[0]} and its other layers: {', '.join(sorted(dtypes))}; "
+                "give one --dtype"
             )
-        found[step.path] = Stack(tuple(step.leaf.shape), np.dtype(tensors[step.names[0]].dtype), step.stacked, ())
+        found[step.path] = Stack(
+            tuple(step.leaf.shape), np.dtype(tensors[step.names[0]].dtype), step.stacked, ()
+        )
     _refuse(faults)
     return nested(found.items())
 
@@ -182,19 +200,27 @@ def _stack(step: _Step, tensors: Mapping[str, Any]) -> Stack:
 
     def piece(name: str) -> Lazy:
         return Lazy(
-            part, dtype, lambda: step.transform.forward(np.asarray(tensors[name]), part).astype(dtype, copy=False)
+            part,
+            dtype,
+            lambda: step.transform.forward(np.asarray(tensors[name]), part).astype(
+                dtype, copy=False
+            ),
         )
 
     return Stack(shape, dtype, step.stacked, tuple(map(piece, step.names)))
 
 
 def save(table: Sequence[Rule], params: dict) -> dict[str, np.ndarray]:
-    """The exact inverse of `load`: tensors by checkpoint name, byte for byte, in the dtype of the leaves."""
+    """The exact inverse of `load`: tensors by checkpoint name, byte for byte, in the dtype of the
+    leaves.
+    """
     return {name: np.asarray(tensor) for name, tensor in tensors(table, params).items()}
 
 
 def tensors(table: Sequence[Rule], params: dict) -> dict[str, Lazy]:
-    """Like `save`, with nothing read: a leaf needs shape and dtype, and leaf[i] for its layers or np.asarray."""
+    """Like `save`, with nothing read: a leaf needs shape and dtype, and leaf[i] for its layers or
+    np.asarray.
+    """
 
     def tensor(step: _Step, i: int) -> Lazy:
         return Lazy(
@@ -214,7 +240,9 @@ def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
 
 def overlap(table: Sequence[Rule], names: Iterable[str]) -> int:
     """How many of the names are sources of the table, of any layer."""
-    stacked = [re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source]
+    stacked = [
+        re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source
+    ]
     plain, layer = {rule.source for rule in table}, re.compile("|".join(stacked) or r"(?!)")
     return sum(name in plain or layer.fullmatch(name) is not None for name in names)
 
@@ -223,17 +251,28 @@ def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
     """Nested dict -> {key path: leaf}, in the order of the tree."""
     flat = {}
     for key, node in tree.items():
-        flat.update(flatten(node, (*prefix, key)) if isinstance(node, dict) else {(*prefix, key): node})
+        flat.update(
+            flatten(node, (*prefix, key)) if isinstance(node, dict) else {(*prefix, key): node}
+        )
     return flat
 
 
 def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
-    """Match every rule with its leaf, and refuse a table and a tree that do not cover each other."""
+    """Match every rule with its leaf, and refuse a table and a tree that do not cover each
+    other.
+    """
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
     targets = [rule.target for rule in table]
-    faults = [f"leaf no rule of the table fills: {name}" for name in flat if name not in set(targets)]
-    faults += [f"rule for a leaf the model does not have: {name}" for name in targets if name not in flat]
-    faults += [f"leaf filled twice: {name}" for name in sorted({name for name in targets if targets.count(name) > 1})]
+    faults = [
+        f"leaf no rule of the table fills: {name}" for name in flat if name not in set(targets)
+    ]
+    faults += [
+        f"rule for a leaf the model does not have: {name}" for name in targets if name not in flat
+    ]
+    faults += [
+        f"leaf filled twice: {name}"
+        for name in sorted({name for name in targets if targets.count(name) > 1})
+    ]
     _refuse(faults)
     steps = []
     for source, target, transform in table:
@@ -246,14 +285,24 @@ def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
 
 
 def check(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks a tensor, holds one nobody reads, or holds one of another shape."""
+    """Refuse a checkpoint that lacks a tensor, holds one nobody reads, or holds one of another
+    shape.
+    """
     _refuse(mismatches(wanted, tensors))
 
 
 def mismatches(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[str]:
     """What `check` refuses, one line for each tensor."""
-    faults = [f"missing tensor: {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors]
-    faults += [f"unused tensor: {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
+    faults = [
+        f"missing tensor: {name} {list(shape)}"
+        for name, shape in wanted.items()
+        if name not in tensors
+    ]
+    faults += [
+        f"unused tensor: {name} {list(tensors[name].shape)}"
+        for name in tensors
+        if name not in wanted
+    ]
     faults += [
         f"changed shape: {name} is {list(tensors[name].shape)}, the model expects {list(shape)}"
         for name, shape in wanted.items()
@@ -263,22 +312,35 @@ def mismatches(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[
 
 
 class Shapes:
-    """Shapes of a checkpoint's tensors, asked for by the sources of a table: what the sizes of its model are."""
+    """Shapes of a checkpoint's tensors, asked for by the sources of a table: what the sizes of its
+    model are.
+    """
 
     def __init__(self, tensors: Mapping[str, Any], substitutions: Substitutions):
         self._tensors, self._substitutions = tensors, substitutions
 
     def of(self, source: str) -> list[Shape]:
-        """The shapes of a source's tensors, of all layers if it has `{i}`; those that are missing are left out."""
+        """The shapes of a source's tensors, of all layers if it has `{i}`; those that are missing
+        are left out.
+        """
         name = substituted(source, self._substitutions)
         if "{i}" not in name:
             return [tuple(self._tensors[name].shape)] if name in self._tensors else []
         layer = re.compile(r"\d+".join(map(re.escape, name.split("{i}"))))
-        return [tuple(tensor.shape) for other, tensor in self._tensors.items() if layer.fullmatch(other)]
+        return [
+            tuple(tensor.shape) for other, tensor in self._tensors.items() if layer.fullmatch(other)
+        ]
 
     def vote(self, *witnesses: tuple[str, int]) -> int | None:
-        """The size that most say it is: axes of sources; None if all are missing. One wrong tensor is outvoted."""
-        found = [shape[axis] for source, axis in witnesses for shape in self.of(source) if axis < len(shape)]
+        """The size that most say it is: axes of sources; None if all are missing. One wrong tensor
+        is outvoted.
+        """
+        found = [
+            shape[axis]
+            for source, axis in witnesses
+            for shape in self.of(source)
+            if axis < len(shape)
+        ]
         return _most(found)
 
     def layers(self, table: Sequence[Rule]) -> int | None:
@@ -297,5 +359,7 @@ def _most(numbers: Sequence[int]) -> int | None:
 
 def _refuse(faults: Sequence[str]) -> None:
     if faults:
-        head = f"{len(faults)} mismatches; check that the checkpoint belongs to this model and config:"
+        head = (
+            f"{len(faults)} mismatches; check that the checkpoint belongs to this model and config:"
+        )
         raise ConversionError("\n  ".join([head, *faults]))

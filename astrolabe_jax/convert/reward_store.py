@@ -1,6 +1,7 @@
 """A reward directory: the net of a reward, as its conversion wrote it and its scorer loads it.
 
-config.json  the kind of reward, the sizes of its net, and the sha256 of each file that it was made of
+config.json  the kind of reward, the sizes of its net, and the sha256 of each file that it was made
+             of
 weights/     the net, an Orbax store (store.py)
 and the texts that the reward needs beside it, such as tokenizer.json
 """
@@ -53,15 +54,19 @@ class Checkpoint(NamedTuple):
 
 @functools.cache
 def shapes(module: type[nnx.Module], config: Any) -> Net:
-    """The net of these sizes, with shapes and dtypes in place of its parameters: none is allocated."""
+    """The net of these sizes, with shapes and dtypes in place of its parameters: none is
+    allocated.
+    """
     return Net(*layers.graphdef_of(lambda: module(config, nnx.Rngs(0))), config)
 
 
 def open_checkpoint(kind: Kind, paths: Sequence[Path], dtype: str = "") -> Checkpoint:
-    """Opens the published files of a kind, in any order. dtype: of the leaves, by default the file's.
+    """Opens the published files of a kind, in any order. dtype: of the leaves, by default the
+    file's.
 
     Every tensor must be used, or dropped by its name in `kind.prepare`, and every leaf filled: else
-    engine.ConversionError lists the culprits. Raises ValueError naming the file for one that is not whole, or OSError.
+    engine.ConversionError lists the culprits. Raises ValueError naming the file for one that is not
+    whole, or OSError.
     """
     tensors = _tensors(paths)
     try:
@@ -70,7 +75,9 @@ def open_checkpoint(kind: Kind, paths: Sequence[Path], dtype: str = "") -> Check
         rules, expected = kind.table(config), shapes(kind.module, config).params
         engine.check(engine.source_shapes(rules, expected), tensors)
         if dtype:
-            expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected)
+            expected = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
+            )
         else:
             expected = engine.with_dtypes(rules, tensors, expected)
         return Checkpoint(config, engine.stacks(rules, tensors, expected))
@@ -84,7 +91,9 @@ def _tensors(paths: Sequence[Path]) -> dict[str, Any]:
     for path in paths:
         tensors = read_weights(path)
         if twice := sorted(set(tensors) & set(found)):
-            raise ValueError(f"{path} holds {twice[0]}, as does another of the files; give each file once")
+            raise ValueError(
+                f"{path} holds {twice[0]}, as does another of the files; give each file once"
+            )
         found |= tensors
     return found
 
@@ -100,8 +109,8 @@ def write(
 ) -> None:
     """Writes a reward directory; config.json, without which it is none, comes last.
 
-    sources: the files that the checkpoint was made of. texts: what to put beside it, by file name. facts: what else
-    its scorer wants to know. Raises FileExistsError if there is one, or OSError.
+    sources: the files that the checkpoint was made of. texts: what to put beside it, by file name.
+    facts: what else its scorer wants to know. Raises FileExistsError if there is one, or OSError.
     """
     check_new(to)
     digests = {}
@@ -119,7 +128,9 @@ def write(
 
 
 def check_new(to: Path) -> None:
-    """FileExistsError if `to` holds a reward, or what a conversion that was stopped has left of one."""
+    """FileExistsError if `to` holds a reward, or what a conversion that was stopped has left of
+    one.
+    """
     if (to / CONFIG).exists() or (to / WEIGHTS).exists():
         raise FileExistsError(f"{to} holds a reward already; remove it or give another --to")
 
@@ -138,10 +149,11 @@ def identity(directory: Path) -> str:
 
 
 def read(directory: Path, kind: Kind, mesh: Mesh, dtype: str) -> Net:
-    """The net of a reward directory, its parameters in their stored dtypes on the mesh; it computes in `dtype`.
+    """The net of a reward directory, its parameters in their stored dtypes on the mesh; it computes
+    in `dtype`.
 
-    Each is placed before the next is read. Raises FileNotFoundError, or ValueError naming the file and the field, for
-    what is damaged or no directory of this kind.
+    Each is placed before the next is read. Raises FileNotFoundError, or ValueError naming the file
+    and the field, for what is damaged or no directory of this kind.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
@@ -153,7 +165,10 @@ def read(directory: Path, kind: Kind, mesh: Mesh, dtype: str) -> Net:
         leaves = engine.flatten(store.tree(store.open_leaves(path), net.params))
     except store.StoreError as error:
         raise store.StoreError(f"{path}: {error}") from None
-    placed = ((where, sharding.shard_param(mesh, where, np.asarray(leaf))) for where, leaf in leaves.items())
+    placed = (
+        (where, sharding.shard_param(mesh, where, np.asarray(leaf)))
+        for where, leaf in leaves.items()
+    )
     return net._replace(params=engine.nested(placed))
 
 
@@ -170,21 +185,32 @@ def planned(directory: Path, kind: Kind, mesh: Any) -> Any:
 def _config(path: Path, kind: Kind, dtype: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {path}; expected a directory that `python -m astrolabe_jax.convert reward {kind.name}` has written"
+            f"no {path}; expected a directory that `python -m astrolabe_jax.convert reward "
+            f"{kind.name}` has written"
         )
     content = read_json(path)
     if content.get("kind") != kind.name:
-        raise ValueError(f"{path} is of the kind {content.get('kind')!r}; expected {kind.name!r}: give another path")
+        raise ValueError(
+            f"{path} is of the kind {content.get('kind')!r}; expected {kind.name!r}: give another "
+            "path"
+        )
     sizes = content.get("net") if isinstance(content.get("net"), dict) else {}
     known = set(_sizes(kind.published))
     if odd := sorted(known ^ set(sizes)):
-        raise ValueError(f"{path}: fields of net that are missing or unknown: {', '.join(odd)}; convert it again")
+        raise ValueError(
+            f"{path}: fields of net that are missing or unknown: {', '.join(odd)}; convert it again"
+        )
     try:
-        sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+        sizes = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in sizes.items()
+        }
         return dataclasses.replace(kind.published, **sizes, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; convert it again") from None
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NUMERICS}
+    return {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in _NUMERICS
+    }

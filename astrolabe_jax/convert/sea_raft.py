@@ -1,4 +1,6 @@
-"""SEA-RAFT: names of its public code <-> the parameter tree of models/sea_raft.py (spec/rewards.md 10.2)."""
+"""SEA-RAFT: names of its public code <-> the parameter tree of models/sea_raft.py (spec/rewards.md
+10.2).
+"""
 
 import math
 import re
@@ -16,7 +18,8 @@ _ENCODERS = {"cnet": "context", "fnet": "features"}
 
 
 def opened(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a file as `table` names them: bn3 and downsample.1 are one module, which a file may hold twice.
+    """The tensors of a file as `table` names them: bn3 and downsample.1 are one module, which a
+    file may hold twice.
 
     Raises ConversionError naming two that differ.
     """
@@ -25,15 +28,22 @@ def opened(tensors: Mapping[str, Any]) -> dict[str, Any]:
         if alias := _ALIAS.fullmatch(name):
             plain = f"{alias[1]}.bn3.{alias[2]}"
             if plain in found and not np.array_equal(np.asarray(found[plain]), np.asarray(tensor)):
-                raise ConversionError(f"{name} and {plain} must be the same tensor; download the file again")
+                raise ConversionError(
+                    f"{name} and {plain} must be the same tensor; download the file again"
+                )
             found[plain] = tensor
     return found
 
 
 def sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of SeaRaftConfig as the tensors of `opened` have them; there are 4 levels, and 4 iterations."""
+    """Fields of SeaRaftConfig as the tensors of `opened` have them; there are 4 levels, and 4
+    iterations.
+    """
     seen, found = Shapes(tensors, ()), {}
-    for field, witness, divisor in (("dim", "init_conv.bias", 2), ("initial_dim", "cnet.conv1.bias", 1)):
+    for field, witness, divisor in (
+        ("dim", "init_conv.bias", 2),
+        ("initial_dim", "cnet.conv1.bias", 1),
+    ):
         if size := seen.vote((witness, 0)):
             found[field] = size // divisor
     if lookups := seen.vote(("update_block.encoder.convc1.weight", 1)):
@@ -55,7 +65,13 @@ def table(config: SeaRaftConfig) -> list[Rule]:
     rules += _conv("init_conv", "init_conv")
     for head in ("flow_head", "upsample_weight"):
         rules += [*_conv(f"{head}.0", f"{head}.conv1"), *_conv(f"{head}.2", f"{head}.conv2")]
-    motion = {"convc1": "correlation1", "convc2": "correlation2", "convf1": "flow1", "convf2": "flow2", "conv": "conv"}
+    motion = {
+        "convc1": "correlation1",
+        "convc2": "correlation2",
+        "convf1": "flow1",
+        "convf2": "flow2",
+        "conv": "conv",
+    }
     for source, target in motion.items():
         rules += _conv(f"update_block.encoder.{source}", f"motion.{target}")
     for i in range(config.num_blocks):
@@ -93,16 +109,28 @@ def _encoder(source: str, target: str, config: SeaRaftConfig) -> list[Rule]:
 
 
 def _conv(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}.kernel", CONV2D), Rule(f"{source}.bias", f"{target}.bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", CONV2D),
+        Rule(f"{source}.bias", f"{target}.bias"),
+    ]
 
 
 def _linear(source: str, target: str) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}.kernel", LINEAR), Rule(f"{source}.bias", f"{target}.bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
+        Rule(f"{source}.bias", f"{target}.bias"),
+    ]
 
 
 def _norm(source: str, target: str) -> list[Rule]:
-    pairs = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
+    pairs = (
+        ("weight", "scale"),
+        ("bias", "bias"),
+        ("running_mean", "mean"),
+        ("running_var", "var"),
+    )
     return [Rule(f"{source}.{theirs}", f"{target}.{mine}") for theirs, mine in pairs]
 
 
-SEA_RAFT = Kind("sea_raft", SeaRaft, SeaRaftConfig(), opened, sizes, table)  # Tartan-C-T-TSKH-spring540x960-M
+# Tartan-C-T-TSKH-spring540x960-M
+SEA_RAFT = Kind("sea_raft", SeaRaft, SeaRaftConfig(), opened, sizes, table)

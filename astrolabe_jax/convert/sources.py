@@ -1,4 +1,6 @@
-"""One part of a model wherever it lies: a published file, an imported directory, or a base, under original names."""
+"""One part of a model wherever it lies: a published file, an imported directory, or a base, under
+original names.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +22,11 @@ class Source(NamedTuple):
 
 
 def open_part(given: Path, part: str = "", entry: str = "", num_heads: int | None = None) -> Source:
-    """Opens `given`, a file, a store of `import`, or a base's directory; `part` may be left out for files and stores.
+    """Opens `given`, a file, a store of `import`, or a base's directory; `part` may be left out for
+    files and stores.
 
-    num_heads is needed where neither a config.json beside the file nor the width tells it. Raises ValueError, naming
-    the file, for names and shapes that do not make one of the parts, or OSError.
+    num_heads is needed where neither a config.json beside the file nor the width tells it. Raises
+    ValueError, naming the file, for names and shapes that do not make one of the parts, or OSError.
     """
     path = base.weights_of(given, part) if part else base.weights_of(given, "transformer")
     if path.is_dir():
@@ -34,18 +37,25 @@ def open_part(given: Path, part: str = "", entry: str = "", num_heads: int | Non
         tensors = parts.without_aliases(part, tensors)
         config = config_of(part, form, tensors, _config_beside(path, part), num_heads)
         net = parts.shapes(part, config).params
-        own, original = (engine.source_shapes(parts.rules(part, config, form), net) for form in (form, "original"))
+        own, original = (
+            engine.source_shapes(parts.rules(part, config, form), net)
+            for form in (form, "original")
+        )
         engine.check(own, tensors)
     except ValueError as error:
         raise type(error)(f"{path}: {error}") from None
-    return Source(part, config, {name: tensors[mine] for name, mine in zip(original, own, strict=True)})
+    return Source(
+        part, config, {name: tensors[mine] for name, mine in zip(original, own, strict=True)}
+    )
 
 
 def _open_store(path: Path, part: str) -> Source:
     described = path.parent / "config.json"
     content = read_json(described)
     if part not in parts.PARTS or part not in content:
-        raise ValueError(f"{path}: expected a directory that import made, with its sizes in {described}")
+        raise ValueError(
+            f"{path}: expected a directory that import made, with its sizes in {described}"
+        )
     try:
         config = parts.make_config(part, content[part])
     except ValueError as error:
@@ -72,27 +82,39 @@ def _config_beside(path: Path, part: str) -> dict[str, Any]:
 
 
 def config_of(
-    part: str, form: str, tensors: Mapping[str, Any], beside: Mapping[str, Any], num_heads: int | None = None
+    part: str,
+    form: str,
+    tensors: Mapping[str, Any],
+    beside: Mapping[str, Any],
+    num_heads: int | None = None,
 ) -> Any:
-    """A part's config: sizes that the tensors tell, the rest from `beside`, or as in the published models.
+    """A part's config: sizes that the tensors tell, the rest from `beside`, or as in the published
+    models.
 
-    Raises ValueError, with the next step, where the number of heads or the statistics of latents are known to nobody.
+    Raises ValueError, with the next step, where the number of heads or the statistics of latents
+    are known to nobody.
     """
     published = parts.sizes_of(parts.PARTS[part].published)
     known = {field: value for field, value in beside.items() if field in published}
     measured = parts.measure(part, form, tensors)
     if part == "transformer":
         width = measured.get("dim", published["dim"])
-        heads = num_heads or known.get("num_heads") or (width // HEAD if width % HEAD == 0 else None)
+        heads = (
+            num_heads or known.get("num_heads") or (width // HEAD if width % HEAD == 0 else None)
+        )
         if heads is None:
             raise ValueError(
-                f"its width is {width}, no multiple of {HEAD}, and no config.json beside it gives num_heads; "
-                "give --num_heads"
+                f"its width is {width}, no multiple of {HEAD}, and no config.json beside it gives "
+                "num_heads; give --num_heads"
             )
         known["num_heads"] = heads
-    if part == "vae" and measured.get("z_dim", 16) != published["z_dim"] and "latent_mean" not in known:
+    if (
+        part == "vae"
+        and measured.get("z_dim", 16) != published["z_dim"]
+        and "latent_mean" not in known
+    ):
         raise ValueError(
-            f"its latents have {measured['z_dim']} channels, whose statistics are in no file of weights; put a "
-            "config.json with latents_mean and latents_std beside it"
+            f"its latents have {measured['z_dim']} channels, whose statistics are in no file of "
+            "weights; put a config.json with latents_mean and latents_std beside it"
         )
     return parts.make_config(part, published | known | measured)

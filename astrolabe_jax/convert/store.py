@@ -1,6 +1,8 @@
-"""Nets as Orbax checkpoints, written layer by layer and read leaf by leaf: a net need not fit into memory.
+"""Nets as Orbax checkpoints, written layer by layer and read leaf by leaf: a net need not fit into
+memory.
 
-A directory is what ocp.PyTreeCheckpointer saves: any program with Orbax restores it, with shardings if it likes.
+A directory is what ocp.PyTreeCheckpointer saves: any program with Orbax restores it, with shardings
+if it likes.
 """
 
 import asyncio
@@ -56,13 +58,18 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress, self._turn = progress, asyncio.Lock()
 
-    async def _open_and_write(self, value: Stack, tspec: dict[str, Any], ts_context: tensorstore.Context) -> None:
+    async def _open_and_write(
+        self, value: Stack, tspec: dict[str, Any], ts_context: tensorstore.Context
+    ) -> None:
         shape = value.pieces[0].shape
-        rows = max(1, CHUNK * shape[0] // value.pieces[0].nbytes) if shape else 1  # of the first axis
+        # of the first axis
+        rows = max(1, CHUNK * shape[0] // value.pieces[0].nbytes) if shape else 1
         chunks = (min(rows, shape[0]), *shape[1:]) if shape else ()
         tspec["metadata"]["chunks"] = (1, *chunks) if value.stacked else chunks
         async with self._turn:
-            target = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            target = await tensorstore.open(
+                tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+            )
             for i, piece in enumerate(value.pieces):
                 content, place = np.asarray(piece), target[i] if value.stacked else target
                 for start in range(0, shape[0] if shape else 1, rows):
@@ -71,8 +78,14 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
                 self._progress(content.nbytes)
 
 
-def save(directory: Path, stacks: Mapping[tuple, Stack], progress: Callable[[int], None] = lambda count: None) -> None:
-    """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory appears whole."""
+def save(
+    directory: Path,
+    stacks: Mapping[tuple, Stack],
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory
+    appears whole.
+    """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stack, _StackHandler(progress)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without the second
@@ -102,15 +115,20 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
             else:
                 store["path"] += f"{name}/"
             kind = "zarr3" if described.get("use_zarr3") else "zarr"
-            leaves[name] = Leaf(tensorstore.open({"driver": kind, "kvstore": store}, read=True).result())
-    except (ValueError, KeyError, TypeError) as error:  # of tensorstore: ValueError, with many lines
+            leaves[name] = Leaf(
+                tensorstore.open({"driver": kind, "kvstore": store}, read=True).result()
+            )
+    # of tensorstore: ValueError, with many lines
+    except (ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise StoreError(f"it cannot be read: {reason}; copy or import it again") from None
     return leaves
 
 
 def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
-    """The leaves in the tree `expected`; StoreError that lists every one that is missing, unknown or misshapen."""
+    """The leaves in the tree `expected`; StoreError that lists every one that is missing, unknown
+    or misshapen.
+    """
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
     faults = [f"missing leaf: {name}" for name in flat if name not in leaves]
     faults += [f"unknown leaf: {name}" for name in leaves if name not in flat]

@@ -1,9 +1,11 @@
-"""Reads the .pt and .pth files of torch without torch, and without running anything in them (spec/checkpoints.md 1.2).
+"""Reads the .pt and .pth files of torch without torch, and without running anything in them
+(spec/checkpoints.md 1.2).
 
-Such a file is an uncompressed zip with one root folder: `data.pkl`, a pickle that describes nested containers and
-tensors, and `data/KEY`, the bytes of the storages that tensors view. The pickle is interpreted here, one opcode at a
-time, and only those that containers, scalars and tensors need are known: nothing is imported and nothing is called but
-what this file does for the names of GLOBALS and STORAGES. Tensors are read from the file when they are asked for.
+Such a file is an uncompressed zip with one root folder: `data.pkl`, a pickle that describes nested
+containers and tensors, and `data/KEY`, the bytes of the storages that tensors view. The pickle is
+interpreted here, one opcode at a time, and only those that containers, scalars and tensors need are
+known: nothing is imported and nothing is called but what this file does for the names of GLOBALS
+and STORAGES. Tensors are read from the file when they are asked for.
 """
 
 import math
@@ -39,13 +41,23 @@ GLOBALS = {TENSOR, PARAMETER, DICT, *STORAGES}
 MOST_PICKLE = 64 << 20  # bytes of data.pkl; the published files have less than 1 MB
 MOST_DEPTH = 32  # containers inside each other
 MOST_AXES = 8
-# What zipfile and struct raise for content that they cannot make sense of; there is no common class.
-NOT_AN_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError)
+# What zipfile and struct raise for content that they cannot make sense of; there is no common
+# class.
+NOT_AN_ARCHIVE = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    struct.error,
+    ValueError,
+    EOFError,
+    OverflowError,
+)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
 
 
 class TorchFileError(ValueError):
-    """The file is not one that torch.save writes, or holds more than tensors, containers and scalars."""
+    """The file is not one that torch.save writes, or holds more than tensors, containers and
+    scalars.
+    """
 
 
 class _Global(NamedTuple):
@@ -60,10 +72,11 @@ class _Storage(NamedTuple):
 
 
 def read_torch(path: Path | str) -> Any:
-    """What torch.save wrote: nested dicts, lists and tuples of scalars and of tensors, which are read when asked for.
+    """What torch.save wrote: nested dicts, lists and tuples of scalars and of tensors, which are
+    read when asked for.
 
-    Attributes of containers (a state dict's `_metadata`) are dropped. Raises TorchFileError naming the file and what
-    is wrong with it, FileNotFoundError, or OSError.
+    Attributes of containers (a state dict's `_metadata`) are dropped. Raises TorchFileError naming
+    the file and what is wrong with it, FileNotFoundError, or OSError.
     """
     path = Path(path)
     try:
@@ -79,7 +92,9 @@ def read_torch(path: Path | str) -> Any:
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from None
     except NOT_AN_ARCHIVE as error:
-        raise TorchFileError(f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {error}") from None
+        raise TorchFileError(
+            f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {error}"
+        ) from None
 
 
 class _Member(NamedTuple):
@@ -89,13 +104,21 @@ class _Member(NamedTuple):
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
-    """Members of the archive by their names under its root folder, each with its place in the file."""
+    """Members of the archive by their names under its root folder, each with its place in the
+    file.
+    """
     members, roots = {}, set()
     for info in archive.infolist():
         root, _, name = info.filename.partition("/")
         roots.add(root)
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise TorchFileError(f"member {info.filename!r} is compressed or encrypted; torch.save does neither")
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.compress_size != info.file_size
+            or info.flag_bits & 1
+        ):
+            raise TorchFileError(
+                f"member {info.filename!r} is compressed or encrypted; torch.save does neither"
+            )
         if name in members:
             raise TorchFileError(f"member {info.filename!r} occurs twice")
         start = _content_start(archive, info)
@@ -105,7 +128,10 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
     if len(roots) != 1 or "data.pkl" not in members:
         raise TorchFileError("expected one root folder with a data.pkl, as torch.save writes it")
     if members["data.pkl"].info.file_size > MOST_PICKLE:
-        raise TorchFileError(f"data.pkl has {members['data.pkl'].info.file_size} bytes; expected at most {MOST_PICKLE}")
+        raise TorchFileError(
+            f"data.pkl has {members['data.pkl'].info.file_size} bytes; expected at most "
+            f"{MOST_PICKLE}"
+        )
     places = sorted((member.start, member.stop) for member in members.values())
     if any(stop > start for (_, stop), (start, _) in zip(places[:-1], places[1:], strict=True)):
         raise TorchFileError("its members overlap")
@@ -113,7 +139,9 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
 
 
 def _content_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Offset of a member's content, behind its local header, whose extra field may differ from the directory's."""
+    """Offset of a member's content, behind its local header, whose extra field may differ from the
+    directory's.
+    """
     if info.header_offset < 0:
         raise TorchFileError(f"member {info.filename!r} lies before the file")
     archive.fp.seek(info.header_offset)
@@ -187,7 +215,9 @@ class _Machine:
             self._pop()
             self._top(dict)
         elif name not in ("PROTO", "FRAME"):
-            raise TorchFileError(f"data.pkl uses opcode {name}, which tensors and containers do not need; not read")
+            raise TorchFileError(
+                f"data.pkl uses opcode {name}, which tensors and containers do not need; not read"
+            )
 
     def _pop(self) -> Any:
         if not self._stack or self._stack[-1] is _MARK:
@@ -215,7 +245,9 @@ class _Machine:
             raise TorchFileError("data.pkl has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
-                raise TorchFileError(f"a key is a {type(key).__name__}; expected text or a whole number")
+                raise TorchFileError(
+                    f"a key is a {type(key).__name__}; expected text or a whole number"
+                )
             target[key] = value
 
     def _storage(self, reference: Any) -> _Storage:
@@ -230,7 +262,8 @@ class _Machine:
         (_, start, stop), dtype = self._storages[key], np.dtype(STORAGES[kind.name])
         if type(count) is not int or count * dtype.itemsize != stop - start:
             raise TorchFileError(
-                f"storage {key!r} has {stop - start} bytes; expected {count} elements of {dtype.itemsize} bytes"
+                f"storage {key!r} has {stop - start} bytes; expected {count} elements of "
+                f"{dtype.itemsize} bytes"
             )
         return _Storage(self._path, start, count, dtype)
 
@@ -239,15 +272,17 @@ def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             yield opcode.name, argument
-    except (ValueError, IndexError) as error:  # of the parser: TorchFileError is raised by who takes the opcodes
+    # of the parser: TorchFileError is raised by who takes the opcodes
+    except (ValueError, IndexError) as error:
         raise TorchFileError(f"data.pkl is no pickle: {str(error)[:200]}") from None
 
 
 def _known(name: str) -> _Global:
     if name not in GLOBALS:
         raise TorchFileError(
-            f"data.pkl asks for {name.replace(' ', '.')!r}, which could run code; only tensors, containers and scalars "
-            "are read. Save the state dict alone: torch.save(model.state_dict(), ...)"
+            f"data.pkl asks for {name.replace(' ', '.')!r}, which could run code; only tensors, "
+            "containers and scalars are read. Save the state dict alone: "
+            "torch.save(model.state_dict(), ...)"
         )
     return _Global(name)
 
@@ -266,10 +301,22 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
-    """The tensor of a storage; offset and strides in elements, which must stay in the storage and not overlap."""
-    numbers = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides) or len(shape) > MOST_AXES:
-        raise TorchFileError(f"a tensor has offset {offset!r}, shape {shape!r} and strides {strides!r}")
+    """The tensor of a storage; offset and strides in elements, which must stay in the storage and
+    not overlap.
+    """
+    numbers = (
+        [offset, *shape, *strides]
+        if isinstance(shape, tuple) and isinstance(strides, tuple)
+        else [None]
+    )
+    if (
+        any(type(n) is not int or n < 0 for n in numbers)
+        or len(shape) != len(strides)
+        or len(shape) > MOST_AXES
+    ):
+        raise TorchFileError(
+            f"a tensor has offset {offset!r}, shape {shape!r} and strides {strides!r}"
+        )
     dtype = storage.dtype
     if 0 in shape:
         if math.prod(filter(None, shape)) * dtype.itemsize >= 2**63:
@@ -278,12 +325,19 @@ def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
     stop = offset
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= stop - offset:
-            raise TorchFileError(f"elements of a tensor of shape {shape} and strides {strides} share memory")
+            raise TorchFileError(
+                f"elements of a tensor of shape {shape} and strides {strides} share memory"
+            )
         stop += stride * max(size - 1, 0)
     if stop >= storage.count:
-        raise TorchFileError(f"a tensor of shape {shape} at {offset} reaches beyond its storage of {storage.count}")
+        raise TorchFileError(
+            f"a tensor of shape {shape} at {offset} reaches beyond its storage of {storage.count}"
+        )
     # An axis of one element is never stepped along, and its stride may be out of every range.
-    apart = [stride * dtype.itemsize if size > 1 else 0 for stride, size in zip(strides, shape, strict=True)]
+    apart = [
+        stride * dtype.itemsize if size > 1 else 0
+        for stride, size in zip(strides, shape, strict=True)
+    ]
     start, count = storage.start + offset * dtype.itemsize, (stop - offset + 1) * dtype.itemsize
 
     def read() -> np.ndarray:
@@ -296,16 +350,22 @@ def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
 
 
 def _check_tree(tree: Any) -> None:
-    """A tree of containers, no deeper than MOST_DEPTH, each in one place: whoever walks it comes to an end."""
+    """A tree of containers, no deeper than MOST_DEPTH, each in one place: whoever walks it comes to
+    an end.
+    """
     seen, left = set(), [(tree, 0)]
     while left:
         node, depth = left.pop()
         if isinstance(node, _Global | _Storage):
-            raise TorchFileError("it holds a class or a bare storage; expected tensors, containers and scalars")
+            raise TorchFileError(
+                "it holds a class or a bare storage; expected tensors, containers and scalars"
+            )
         if isinstance(node, dict | list | tuple) and node:
             if id(node) in seen:
                 raise TorchFileError("a container stands in two places")
             if depth == MOST_DEPTH:
                 raise TorchFileError(f"its containers are more than {MOST_DEPTH} deep")
             seen.add(id(node))
-            left += [(child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)]
+            left += [
+                (child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)
+            ]

@@ -1,11 +1,16 @@
-"""UMT5: names of models_t5_umt5-xxl-enc-bf16.pth <-> the parameter tree of models/umt5.py (spec/checkpoints.md 4)."""
+"""UMT5: names of models_t5_umt5-xxl-enc-bf16.pth <-> the parameter tree of models/umt5.py
+(spec/checkpoints.md 4).
+"""
 
 from typing import Any
 
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Substitutions
 from astrolabe_jax.models.umt5 import XXL, UMT5Config
 
-_ATTENTION, _FFN = "encoder.block.{i}.layer.0.SelfAttention", "encoder.block.{i}.layer.1.DenseReluDense"
+_ATTENTION, _FFN = (
+    "encoder.block.{i}.layer.0.SelfAttention",
+    "encoder.block.{i}.layer.1.DenseReluDense",
+)
 # Original -> Hugging Face, in which a diffusers package has it.
 _DIFFUSERS = (
     (r"^token_embedding\b", "shared"),
@@ -18,7 +23,8 @@ _DIFFUSERS = (
     (r"^blocks\.\{i\}\.ffn\.fc1\b", f"{_FFN}.wi_1"),
     (r"^blocks\.\{i\}\.ffn\.fc2\b", f"{_FFN}.wo"),
 )
-ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the same tensor under two names of Hugging Face
+# the same tensor under two names of Hugging Face
+ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
 # Field of UMT5Config -> tensors that tell it, by an axis of each.
 _WITNESSES = {
@@ -46,7 +52,10 @@ def table(_: UMT5Config) -> list[Rule]:
     return [
         Rule("token_embedding.weight", "token_embedding.embedding"),
         Rule("blocks.{i}.norm1.weight", "blocks.norm1.scale"),
-        *(Rule(f"blocks.{{i}}.attn.{part}.weight", f"blocks.attn.{part}.kernel", LINEAR) for part in "qkvo"),
+        *(
+            Rule(f"blocks.{{i}}.attn.{part}.weight", f"blocks.attn.{part}.kernel", LINEAR)
+            for part in "qkvo"
+        ),
         Rule("blocks.{i}.pos_embedding.embedding.weight", "blocks.position_bias.embedding"),
         Rule("blocks.{i}.norm2.weight", "blocks.norm2.scale"),
         Rule("blocks.{i}.ffn.gate.0.weight", "blocks.ffn.gate.kernel", LINEAR),

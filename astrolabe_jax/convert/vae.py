@@ -1,8 +1,19 @@
-"""Wan VAE: original names and layouts <-> the parameter tree of models/wan/vae.py (spec/checkpoints.md section 3)."""
+"""Wan VAE: original names and layouts <-> the parameter tree of models/wan/vae.py
+(spec/checkpoints.md section 3).
+"""
 
 from typing import Any
 
-from astrolabe_jax.convert.engine import CONV2D, CONV3D, GAMMA2D, GAMMA3D, Rule, Shapes, Substitutions, Transform
+from astrolabe_jax.convert.engine import (
+    CONV2D,
+    CONV3D,
+    GAMMA2D,
+    GAMMA3D,
+    Rule,
+    Shapes,
+    Substitutions,
+    Transform,
+)
 from astrolabe_jax.models.wan.vae import VaeConfig
 
 # Original -> diffusers, but for the numbers of the upsamplings.
@@ -31,21 +42,30 @@ def diffusers(config: VaeConfig) -> Substitutions:
     for stage in range(len(config.dim_mult)):
         for j in range(blocks + 1):
             name = f"resnets.{j}" if j < blocks else "upsamplers.0"
-            numbered.append((rf"\.upsamples\.{stage * (blocks + 1) + j}\.", f".up_blocks.{stage}.{name}."))
+            numbered.append(
+                (rf"\.upsamples\.{stage * (blocks + 1) + j}\.", f".up_blocks.{stage}.{name}.")
+            )
     return (*_DIFFUSERS, *numbered)
 
 
 def measure(shapes: Shapes) -> dict[str, Any]:
-    """Sizes as the tensors of the encoder have them; the statistics of the latents are not in them."""
-    sizes = shapes.sizes({
-        "dim": [("encoder.conv1.weight", 0), ("encoder.conv1.bias", 0)],
-        "z_dim": [("conv2.weight", 0), ("conv2.bias", 0), ("decoder.conv1.weight", 1)],
-    })  # fmt: skip
+    """Sizes as the tensors of the encoder have them; the statistics of the latents are not in
+    them.
+    """
+    sizes = shapes.sizes(
+        {
+            "dim": [("encoder.conv1.weight", 0), ("encoder.conv1.bias", 0)],
+            "z_dim": [("conv2.weight", 0), ("conv2.bias", 0), ("decoder.conv1.weight", 1)],
+        }
+    )
     blocks, widths, temporal, index = [0], [None], [], 0
     while True:
         prefix = f"encoder.downsamples.{index}"
         width = shapes.vote(
-            *((f"{prefix}.residual.{name}", 0) for name in ("2.weight", "2.bias", "6.weight", "6.bias", "3.gamma"))
+            *(
+                (f"{prefix}.residual.{name}", 0)
+                for name in ("2.weight", "2.bias", "6.weight", "6.bias", "3.gamma")
+            )
         )
         if width is not None:
             blocks[-1], widths[-1] = blocks[-1] + 1, width
@@ -62,7 +82,9 @@ def measure(shapes: Shapes) -> dict[str, Any]:
 
 
 def table(config: VaeConfig) -> list[Rule]:
-    """The rules of one VAE; `downsamples` and `upsamples` number blocks and resamplings of all stages in one row."""
+    """The rules of one VAE; `downsamples` and `upsamples` number blocks and resamplings of all
+    stages in one row.
+    """
     widths = [config.dim * m for m in (1, *config.dim_mult)]
     rules = [*_conv("conv1", "conv1", CONV3D), *_conv("conv2", "conv2", CONV3D)]
     for net in ("encoder", "decoder"):
@@ -74,17 +96,23 @@ def table(config: VaeConfig) -> list[Rule]:
         rules += _conv(f"{net}.head.2", f"{net}.conv_out", CONV3D)
     temporal = config.temporal_downsample
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
-    rules += _stages("encoder.downsamples", "encoder.stages", pairs, config.num_res_blocks, temporal)
+    rules += _stages(
+        "encoder.downsamples", "encoder.stages", pairs, config.num_res_blocks, temporal
+    )
     # The decoder mirrors the encoder; every upsampling halves the width before the next stage.
     widths = widths[1:][::-1]
     pairs = [(width if j == 0 else widths[j - 1] // 2, width) for j, width in enumerate(widths)]
-    return rules + _stages("decoder.upsamples", "decoder.stages", pairs, config.num_res_blocks + 1, temporal[::-1])
+    return rules + _stages(
+        "decoder.upsamples", "decoder.stages", pairs, config.num_res_blocks + 1, temporal[::-1]
+    )
 
 
 def _stages(
     source: str, target: str, widths: list[tuple[int, int]], blocks: int, temporal: tuple[bool, ...]
 ) -> list[Rule]:
-    """`blocks` residual blocks per stage, and between two stages a resampling, with time where `temporal` says so."""
+    """`blocks` residual blocks per stage, and between two stages a resampling, with time where
+    `temporal` says so.
+    """
     rules: list[Rule] = []
     index = 0
     for stage, (features_in, features_out) in enumerate(widths):
@@ -119,4 +147,7 @@ def _attention(source: str, target: str) -> list[Rule]:
 
 
 def _conv(source: str, target: str, transform: Transform) -> list[Rule]:
-    return [Rule(f"{source}.weight", f"{target}.kernel", transform), Rule(f"{source}.bias", f"{target}.bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}.kernel", transform),
+        Rule(f"{source}.bias", f"{target}.bias"),
+    ]

@@ -1,6 +1,8 @@
-"""Causal Wan DiT: original Wan tensor names and layouts <-> the parameter tree of models/wan/transformer.py.
+"""Causal Wan DiT: original Wan tensor names and layouts <-> the parameter tree of
+models/wan/transformer.py.
 
-Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block), 2.1 (diffusers) and 6 (layouts).
+Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block), 2.1 (diffusers) and 6
+(layouts).
 """
 
 from typing import Any
@@ -28,7 +30,11 @@ _DIFFUSERS = (
 
 # Field of WanConfig -> tensors that tell it, by an axis of each.
 _WITNESSES = {
-    "dim": [("blocks.{i}.self_attn.k.bias", 0), ("blocks.{i}.norm3.weight", 0), ("patch_embedding.bias", 0)],
+    "dim": [
+        ("blocks.{i}.self_attn.k.bias", 0),
+        ("blocks.{i}.norm3.weight", 0),
+        ("patch_embedding.bias", 0),
+    ],
     "ffn_dim": [("blocks.{i}.ffn.0.bias", 0), ("blocks.{i}.ffn.2.weight", 1)],
     "freq_dim": [("time_embedding.0.weight", 1)],
     "text_dim": [("text_embedding.0.weight", 1)],
@@ -51,7 +57,11 @@ def measure(shapes: Shapes) -> dict[str, Any]:
 def table(config: WanConfig) -> list[Rule]:
     """The rules of one DiT; all but that of its patches are the same at every size."""
     return [
-        Rule("patch_embedding.weight", "patch_embedding.kernel", engine.patch_kernel(config.patch_size)),
+        Rule(
+            "patch_embedding.weight",
+            "patch_embedding.kernel",
+            engine.patch_kernel(config.patch_size),
+        ),
         Rule("patch_embedding.bias", "patch_embedding.bias"),
         *_linear("text_embedding.0", "text_embedding.fc1"),
         *_linear("text_embedding.2", "text_embedding.fc2"),
@@ -80,4 +90,6 @@ def _linear(source: str, target: str) -> list[Rule]:
 def _attention(name: str) -> list[Rule]:
     source, target = f"blocks.{{i}}.{name}", f"blocks.{name}"
     rules = [rule for part in "qkvo" for rule in _linear(f"{source}.{part}", f"{target}.{part}")]
-    return rules + [Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k")]
+    return rules + [
+        Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k")
+    ]

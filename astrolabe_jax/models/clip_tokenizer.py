@@ -10,7 +10,8 @@ import tokenizers
 from astrolabe_jax.models.tokenizer import clean
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first alone, or the other two
-_SPECIAL = re.compile(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", re.IGNORECASE)  # of OpenAI, of OpenCLIP
+# of OpenAI, of OpenCLIP
+_SPECIAL = re.compile(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", re.IGNORECASE)
 
 
 def check_prompt(prompt: str) -> None:
@@ -20,23 +21,28 @@ def check_prompt(prompt: str) -> None:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a folder that holds one or, failing that, vocab.json and merges.txt.
+    """The tokenizer of a tokenizer.json, or of a folder that holds one or, failing that, vocab.json
+    and merges.txt.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
     given = files_of(path)
     if missing := [path for path in given if not path.is_file()]:
-        raise FileNotFoundError(f"no {missing[0]}; expected tokenizer.json, or vocab.json and merges.txt, of CLIP")
+        raise FileNotFoundError(
+            f"no {missing[0]}; expected tokenizer.json, or vocab.json and merges.txt, of CLIP"
+        )
     try:
         tokenizer = _read(given)
         empty = tokenizer.encode("").ids
     except Exception as error:  # the tokenizers library has no class of its own
-        raise ValueError(f"{' and '.join(map(str, given))} cannot be read: {error}; copy them again") from None
+        raise ValueError(
+            f"{' and '.join(map(str, given))} cannot be read: {error}; copy them again"
+        ) from None
     largest = max(tokenizer.get_vocab().values())
     if len(empty) != 2 or empty[1] != largest or empty[0] == largest:
         raise ValueError(
-            f"{given[0]} makes {empty} of an empty text; expected a start token and an end token, whose id {largest} "
-            "is the largest, as in CLIP"
+            f"{given[0]} makes {empty} of an empty text; expected a start token and an end token, "
+            f"whose id {largest} is the largest, as in CLIP"
         )
     return tokenizer
 
@@ -52,8 +58,9 @@ def files_of(path: Path) -> list[Path]:
 def token_ids(tokenizer: tokenizers.Tokenizer, prompts: Sequence[str], text_len: int) -> np.ndarray:
     """Prompts -> ids [B, text_len] int32, zeros behind the end token, as OpenCLIP gives them.
 
-    Longer prompts are cut, and end with the end token all the same. White space, quotation marks and mis-decoded
-    characters are put right first. Raises ValueError for a prompt that `check_prompt` refuses.
+    Longer prompts are cut, and end with the end token all the same. White space, quotation marks
+    and mis-decoded characters are put right first. Raises ValueError for a prompt that
+    `check_prompt` refuses.
     """
     ids = np.zeros((len(prompts), text_len), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -71,7 +78,9 @@ def _read(given: Sequence[Path]) -> tokenizers.Tokenizer:
         import transformers  # seconds to import, and only this branch needs it
 
         vocabulary, merges = map(str, given)
-        tokenizer = transformers.CLIPTokenizerFast(vocab=vocabulary, merges=merges).backend_tokenizer
+        tokenizer = transformers.CLIPTokenizerFast(
+            vocab=vocabulary, merges=merges
+        ).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -1,6 +1,7 @@
 """Layers shared by the nets, and the border between NNX modules and plain parameter dicts.
 
-NNX objects never cross a jit border: outside, a net is a hashable graph definition and a nested dict of arrays.
+NNX objects never cross a jit border: outside, a net is a hashable graph definition and a nested
+dict of arrays.
 """
 
 from collections.abc import Callable
@@ -13,18 +14,24 @@ from astrolabe_jax.sharding import gathered
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
-    """Take a module apart into its graph definition (static, hashable) and a nested dict of arrays."""
+    """Take a module apart into its graph definition (static, hashable) and a nested dict of
+    arrays.
+    """
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
-    """Rebuild the module of `split`; cheap, meant to be called inside the jitted function that uses it."""
+    """Rebuild the module of `split`; cheap, meant to be called inside the jitted function that uses
+    it.
+    """
     return nnx.merge(graphdef, params)
 
 
 def graphdef_of(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
-    """Graph definition of make() and its parameters as ShapeDtypeStructs, without allocating any of them."""
+    """Graph definition of make() and its parameters as ShapeDtypeStructs, without allocating any of
+    them.
+    """
     graphdefs = []
 
     def params():
@@ -40,7 +47,9 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, plus the low-rank term (x a) b when a LoRA pair is given; computes in the dtype of x."""
+    """y = x kernel + bias, plus the low-rank term (x a) b when a LoRA pair is given; computes in
+    the dtype of x.
+    """
 
     def __init__(
         self,
@@ -52,11 +61,15 @@ class Linear(nnx.Module):
         kernel_init=XAVIER,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array, lora: dict | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]. lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha / R, or None."""
+        """x [..., in] -> [..., out]. lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha /
+        R, or None.
+        """
         y = x @ gathered(self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + _last(self.bias, x)
@@ -69,7 +82,9 @@ class Embedding(nnx.Module):
     """Rows of a table [rows, width] by integer index, in the compute dtype."""
 
     def __init__(self, rows: int, width: int, std: float, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param((std * jax.random.normal(rngs.params(), (rows, width))).astype(param_dtype))
+        self.embedding = nnx.Param(
+            (std * jax.random.normal(rngs.params(), (rows, width))).astype(param_dtype)
+        )
         self.dtype = dtype
 
     def __call__(self, index: jax.Array) -> jax.Array:
@@ -77,7 +92,9 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis: normalised in float32, rounded, then scaled in the dtype of x."""
+    """x / rms(x) * scale over the last axis: normalised in float32, rounded, then scaled in the
+    dtype of x.
+    """
 
     def __init__(self, features: int, *, eps: float, param_dtype=jnp.float32):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
@@ -99,11 +116,15 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        return (_standardise(x32, self.eps) * _last(self.scale, x32) + _last(self.bias, x32)).astype(x.dtype)
+        return (
+            _standardise(x32, self.eps) * _last(self.scale, x32) + _last(self.bias, x32)
+        ).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without parameters over the last axis, in float32 with biased variance, in the dtype of x."""
+    """LayerNorm without parameters over the last axis, in float32 with biased variance, in the
+    dtype of x.
+    """
     return _standardise(x.astype(jnp.float32), eps).astype(x.dtype)
 
 
@@ -113,5 +134,7 @@ def _standardise(x32, eps):
 
 
 def _last(param, x):
-    """A vector over the last axis of x, in its dtype, with the leading axes written out (no silent rank promotion)."""
+    """A vector over the last axis of x, in its dtype, with the leading axes written out (no silent
+    rank promotion).
+    """
     return param[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,7 +1,8 @@
 """SEA-RAFT (spec/rewards.md 10.2): where every pixel of a frame goes in the next one.
 
-Two convolutional encoders at an eighth of the size, the correlations of all pairs of positions at several scales, and
-a recurrent update that looks them up around its last estimate. Inside this file pictures are channels-last.
+Two convolutional encoders at an eighth of the size, the correlations of all pairs of positions at
+several scales, and a recurrent update that looks them up around its last estimate. Inside this file
+pictures are channels-last.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ _HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 class SeaRaftConfig:
     """Sizes; the defaults are those of Tartan-C-T-TSKH-spring540x960-M.
 
-    `block_dims` and `blocks` are the widths and lengths of the three stages of an encoder, `levels` and `radius` how
-    many scales of the correlations there are and how far they are looked up.
+    `block_dims` and `blocks` are the widths and lengths of the three stages of an encoder, `levels`
+    and `radius` how many scales of the correlations there are and how far they are looked up.
     """
 
     dim: int = 128  # of the state, and of the context
@@ -40,7 +41,8 @@ class SeaRaftConfig:
     def __post_init__(self):
         if len(self.block_dims) != 3 or len(self.blocks) != 3:
             raise ValueError(
-                f"SeaRaftConfig.block_dims {self.block_dims} and blocks {self.blocks}: expected three stages each"
+                f"SeaRaftConfig.block_dims {self.block_dims} and blocks {self.blocks}: expected "
+                "three stages each"
             )
 
     @property
@@ -64,10 +66,12 @@ class SeaRaft(nnx.Module):
         self.refine = nnx.List([Refinement(config, rngs) for _ in range(config.num_blocks)])
 
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        """Frames [N, height, width, 3] in 0..255 -> flow [N, height, width, 2] float32: x and y, in pixels.
+        """Frames [N, height, width, 3] in 0..255 -> flow [N, height, width, 2] float32: x and y, in
+        pixels.
 
-        The pixel of `first` at (x, y) is the one of `second` at (x, y) + flow. Any size is taken; frames of fewer than
-        2**(levels + 2) pixels leave the coarsest correlations empty, which then are zero.
+        The pixel of `first` at (x, y) is the one of `second` at (x, y) + flow. Any size is taken;
+        frames of fewer than 2**(levels + 2) pixels leave the coarsest correlations empty, which
+        then are zero.
         """
         height, width = first.shape[1:3]
         pads = [(side // 2, side - side // 2) for side in (-height % STRIDE, -width % STRIDE)]
@@ -77,7 +81,8 @@ class SeaRaft(nnx.Module):
         pyramid = correlations(self.features(first), self.features(second), self.config.levels)
         flow = self._change(state)
 
-        # The flow is not upsampled before the end: what the published code makes of the others is for its loss.
+        # The flow is not upsampled before the end: what the published code makes of the others is
+        # for its loss.
         def iterate(carry, _):
             state, flow = carry
             state = self._update(state, context, lookup(pyramid, flow, self.config.radius), flow)
@@ -96,7 +101,9 @@ class SeaRaft(nnx.Module):
     def _change(self, state: jax.Array) -> jax.Array:
         return self.flow_head(state)[..., :2].astype(jnp.float32)
 
-    def _update(self, state: jax.Array, context: jax.Array, found: jax.Array, flow: jax.Array) -> jax.Array:
+    def _update(
+        self, state: jax.Array, context: jax.Array, found: jax.Array, flow: jax.Array
+    ) -> jax.Array:
         motion = self.motion(found.astype(state.dtype), flow.astype(state.dtype))
         for block in self.refine:
             state = block(jnp.concatenate([state, context, motion], axis=-1))
@@ -128,7 +135,9 @@ class Encoder(nnx.Module):
 class ResidualBlock(nnx.Module):
     """relu(x + relu(norm(conv(relu(norm(conv(x))))))): rectified before the sum, too."""
 
-    def __init__(self, features_in: int, features: int, stride: int, config: SeaRaftConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, features_in: int, features: int, stride: int, config: SeaRaftConfig, rngs: nnx.Rngs
+    ):
         self.conv1 = Conv(features_in, features, 3, config, rngs, stride=stride)
         self.norm1 = BatchNorm(features, config)
         self.conv2 = Conv(features, features, 3, config, rngs)
@@ -156,7 +165,9 @@ class Head(nnx.Module):
 
 
 class MotionEncoder(nnx.Module):
-    """Correlations [N, h, w, lookups] and flow [N, h, w, 2] -> [N, h, w, dim], the last two being the flow."""
+    """Correlations [N, h, w, lookups] and flow [N, h, w, 2] -> [N, h, w, dim], the last two being
+    the flow.
+    """
 
     def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
         dim = config.dim
@@ -205,7 +216,9 @@ class Conv(nnx.Module):
         groups: int = 1,
     ):
         param_dtype = jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(_HE(rngs.params(), (size, size, features_in // groups, features), param_dtype))
+        self.kernel = nnx.Param(
+            _HE(rngs.params(), (size, size, features_in // groups, features), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
         self.stride, self.groups = stride, groups
 
@@ -235,7 +248,9 @@ class BatchNorm(nnx.Module):
         self.var = nnx.Param(jnp.ones((features,), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale, bias, mean, var = (p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.mean, self.var))
+        scale, bias, mean, var = (
+            p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.mean, self.var)
+        )
         scale = scale * jax.lax.rsqrt(var + self.eps)
         return x * _row(scale, x.dtype) + _row(bias - mean * scale, x.dtype)
 
@@ -243,8 +258,8 @@ class BatchNorm(nnx.Module):
 def correlations(first: jax.Array, second: jax.Array, levels: int) -> list[jax.Array]:
     """Features [N, h, w, C] of two frames -> of each level l float32 [N, h w, h / 2**l, w / 2**l].
 
-    Every position of the first with all of the second, which is halved from level to level; over sqrt(C). For frames
-    of 480 x 832 pixels the levels of one pair are 207 MB together.
+    Every position of the first with all of the second, which is halved from level to level; over
+    sqrt(C). For frames of 480 x 832 pixels the levels of one pair are 207 MB together.
     """
     batch, height, width, channels = first.shape
     first = first.astype(jnp.float32).reshape(batch, height * width, channels) / channels**0.5
@@ -257,19 +272,25 @@ def correlations(first: jax.Array, second: jax.Array, levels: int) -> list[jax.A
 
 
 def lookup(pyramid: list[jax.Array], flow: jax.Array, radius: int) -> jax.Array:
-    """Correlations around where `flow` [N, h, w, 2] points: [N, h, w, levels (2 radius + 1)**2] float32.
+    """Correlations around where `flow` [N, h, w, 2] points: [N, h, w, levels (2 radius + 1)**2]
+    float32.
 
-    Bilinear, zero outside. Of a level's offsets that of x is the slow one. The weights of linear interpolation are a
-    hat around each place, so that a lookup is two products with matrices, where a gather would be slow.
+    Bilinear, zero outside. Of a level's offsets that of x is the slow one. The weights of linear
+    interpolation are a hat around each place, so that a lookup is two products with matrices, where
+    a gather would be slow.
     """
     batch, height, width, _ = flow.shape
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), axis=-1).astype(jnp.float32)
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), axis=-1).astype(
+        jnp.float32
+    )
     places = (flow + grid[None]).reshape(batch, height * width, 2)
     offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
 
     def hats(centres, size):  # [N, P] -> [N, P, offsets, size]
         points = (centres[:, :, None] + offsets[None, None])[..., None]
-        return jnp.maximum(0.0, 1.0 - jnp.abs(points - jnp.arange(size, dtype=jnp.float32)[None, None, None]))
+        return jnp.maximum(
+            0.0, 1.0 - jnp.abs(points - jnp.arange(size, dtype=jnp.float32)[None, None, None])
+        )
 
     found = []
     for level, volume in enumerate(pyramid):
@@ -282,19 +303,24 @@ def lookup(pyramid: list[jax.Array], flow: jax.Array, radius: int) -> jax.Array:
 def upsampled(flow: jax.Array, weights: jax.Array) -> jax.Array:
     """Flow [N, h, w, 2] in positions -> [N, 8 h, 8 w, 2] in pixels.
 
-    Each pixel is a mean of the 3 x 3 neighbours of its position (zero outside) with a softmax of its own: weights
-    [N, h, w, 9 x 8 x 8], the neighbour slowest, then row and column of the pixel.
+    Each pixel is a mean of the 3 x 3 neighbours of its position (zero outside) with a softmax of
+    its own: weights [N, h, w, 9 x 8 x 8], the neighbour slowest, then row and column of the pixel.
     """
     batch, height, width, _ = flow.shape
     mix = jax.nn.softmax(weights.reshape(batch, height, width, _SIDES**2, STRIDE, STRIDE), axis=3)
     padded = jnp.pad(STRIDE * flow, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    near = jnp.stack([padded[:, i : i + height, j : j + width] for i in range(_SIDES) for j in range(_SIDES)], axis=3)
+    near = jnp.stack(
+        [padded[:, i : i + height, j : j + width] for i in range(_SIDES) for j in range(_SIDES)],
+        axis=3,
+    )
     pixels = jnp.einsum("nhwkab,nhwkc->nhawbc", mix, near, precision=jax.lax.Precision.HIGHEST)
     return pixels.reshape(batch, height * STRIDE, width * STRIDE, 2)
 
 
 def _halved(x: jax.Array) -> jax.Array:
-    """[N, h, w, C] -> [N, h // 2, w // 2, C]: bilinear with half-pixel centres is the mean of 2 x 2; odd ends drop."""
+    """[N, h, w, C] -> [N, h // 2, w // 2, C]: bilinear with half-pixel centres is the mean of 2 x
+    2; odd ends drop.
+    """
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))

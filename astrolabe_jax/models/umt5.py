@@ -1,7 +1,8 @@
-"""UMT5 text encoder (spec/vae_and_text.md part B): the published XXL size, and tiny ones for the embedded world.
+"""UMT5 text encoder (spec/vae_and_text.md part B): the published XXL size, and tiny ones for the
+embedded world.
 
-Unlike T5, every layer has its own table of relative position biases. There are no other positions, no biases in the
-linears, and no 1/sqrt(d) in the scores.
+Unlike T5, every layer has its own table of relative position biases. There are no other positions,
+no biases in the linears, and no 1/sqrt(d) in the scores.
 """
 
 import dataclasses
@@ -17,7 +18,9 @@ from astrolabe_jax.sharding import by_sample
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of the encoder; the defaults are UMT5-XXL as shipped with Wan 2.1. `dim` is E, `text_len` is S."""
+    """Sizes of the encoder; the defaults are UMT5-XXL as shipped with Wan 2.1. `dim` is E,
+    `text_len` is S.
+    """
 
     vocab_size: int = 256384
     dim: int = 4096
@@ -34,13 +37,19 @@ class UMT5Config:
 
     def __post_init__(self):
         if self.dim_attn % self.num_heads:
-            raise ValueError(f"UMT5Config.dim_attn {self.dim_attn} is not divisible by num_heads {self.num_heads}")
+            raise ValueError(
+                f"UMT5Config.dim_attn {self.dim_attn} is not divisible by num_heads "
+                f"{self.num_heads}"
+            )
         if self.num_buckets % 4:
-            raise ValueError(f"UMT5Config.num_buckets is {self.num_buckets}; it must be a multiple of 4")
+            raise ValueError(
+                f"UMT5Config.num_buckets is {self.num_buckets}; it must be a multiple of 4"
+            )
         if self.max_distance < self.num_buckets // 4:
             raise ValueError(
-                f"UMT5Config.max_distance is {self.max_distance}; expected at least a quarter of num_buckets, "
-                f"{self.num_buckets // 4}: that many distances have a bucket of their own"
+                f"UMT5Config.max_distance is {self.max_distance}; expected at least a quarter of "
+                f"num_buckets, {self.num_buckets // 4}: that many distances have a bucket of their "
+                "own"
             )
 
 
@@ -63,7 +72,8 @@ class UMT5(nnx.Module):
         self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=jnp.dtype(config.param_dtype))
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Token ids [B, S] and mask [B, S] (1 up to the end token) -> hidden states [B, S, E] of every position.
+        """Token ids [B, S] and mask [B, S] (1 up to the end token) -> hidden states [B, S, E] of
+        every position.
 
         Masked positions are never attended to; what is returned for them means nothing.
         """
@@ -77,7 +87,9 @@ class UMT5(nnx.Module):
         return self.norm(jax.lax.scan(layer, x, stacked)[0])
 
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Text embeddings [B, S, E] as the DiT takes them: the hidden states with zero rows beyond each prompt."""
+        """Text embeddings [B, S, E] as the DiT takes them: the hidden states with zero rows beyond
+        each prompt.
+        """
         return jnp.where(mask[:, :, None] == 1, self(ids, mask), 0)
 
 
@@ -114,8 +126,11 @@ class Attention(nnx.Module):
         self.o = _linear(inner, dim, inner**-0.5, config, rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
-        scores = jnp.einsum("bqak,bsak->baqs", q, k) + bias  # rounded to the compute dtype before the softmax (B5)
+        q, k, v = (
+            part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v)
+        )
+        # rounded to the compute dtype before the softmax (B5)
+        scores = jnp.einsum("bqak,bsak->baqs", q, k) + bias
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
         return self.o(jnp.einsum("baqs,bsak->bqak", weights, v).reshape(*x.shape[:2], -1))
 
@@ -133,11 +148,13 @@ class FeedForward(nnx.Module):
 
 
 def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
-    """Bucket of every (query, key) pair: [length, length] int32 in [0, num_buckets), exact at the boundaries (B3).
+    """Bucket of every (query, key) pair: [length, length] int32 in [0, num_buckets), exact at the
+    boundaries (B3).
 
-    Half of the buckets are for keys after the query. Of each half, the first half holds one distance each, and the
-    rest grow geometrically up to `max_distance`. Bucket first + j starts at the smallest n with
-    n^span >= first^(span - j) max_distance^j, which whole numbers decide without rounding.
+    Half of the buckets are for keys after the query. Of each half, the first half holds one
+    distance each, and the rest grow geometrically up to `max_distance`. Bucket first + j starts at
+    the smallest n with n^span >= first^(span - j) max_distance^j, which whole numbers decide
+    without rounding.
     """
     half = config.num_buckets // 2
     first = half // 2
@@ -153,8 +170,17 @@ def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
 
 def _linear(n_in: int, n_out: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Linear:
     init = nnx.initializers.normal(std)
-    return Linear(n_in, n_out, use_bias=False, param_dtype=jnp.dtype(config.param_dtype), kernel_init=init, rngs=rngs)
+    return Linear(
+        n_in,
+        n_out,
+        use_bias=False,
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=init,
+        rngs=rngs,
+    )
 
 
 def _embedding(rows: int, width: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Embedding:
-    return Embedding(rows, width, std, dtype=config.dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs)
+    return Embedding(
+        rows, width, std, dtype=config.dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs
+    )

@@ -4,20 +4,23 @@ To add a reward, write one file with a function, and add one line to TABLE:
 
     "brightness": Reward("astrolabe_jax.rewards.brightness:score"),
 
-The function `(frames, prompts)` takes decoded videos uint8 `[B, T, height, width, 3]` and B prompts, and returns either
-B floats, or a mapping with B floats for each reward it computes (under the reward's name) and, if it likes, for the
-parts a reward consists of (under `REWARD/PART`), which are logged but not optimised. Values are numpy or jax arrays or
-lists. It must be a function of its arguments alone: runs are resumed and repeated. Larger is better, on whatever scale.
+The function `(frames, prompts)` takes decoded videos uint8 `[B, T, height, width, 3]` and B
+prompts, and returns either B floats, or a mapping with B floats for each reward it computes (under
+the reward's name) and, if it likes, for the parts a reward consists of (under `REWARD/PART`), which
+are logged but not optimised. Values are numpy or jax arrays or lists. It must be a function of its
+arguments alone: runs are resumed and repeated. Larger is better, on whatever scale.
 
 A reward that has weights, or options in the config, names a loader instead:
 
     "hpsv3": Reward(load="astrolabe_jax.rewards.hpsv3:load"),
 
-`load(names, setting, **options)` reads everything once and returns a Scorer; names are those rewards of the run that
-share this loader and these options, options are what `config.rewards.NAME` has besides `weight`.
+`load(names, setting, **options)` reads everything once and returns a Scorer; names are those
+rewards of the run that share this loader and these options, options are what `config.rewards.NAME`
+has besides `weight`.
 
-Modules are imported when a reward is first used, so that nobody needs the dependencies of rewards they do not use.
-Rewards that share a function, or a loader and their options, are computed by one call.
+Modules are imported when a reward is first used, so that nobody needs the dependencies of rewards
+they do not use. Rewards that share a function, or a loader and their options, are computed by one
+call.
 """
 
 import importlib
@@ -44,10 +47,13 @@ class Setting(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """`score(params, frames, prompts)` returns what the function of a reward without weights does."""
+    """`score(params, frames, prompts)` returns what the function of a reward without weights
+    does.
+    """
 
     score: Callable[[Any, Any, Sequence[str]], Any]
-    params: Any = None  # arrays on the mesh; the caller may move them to the host and back between two calls
+    # arrays on the mesh; the caller may move them to the host and back between two calls
+    params: Any = None
     identity: str = ""  # of its weights: a run does not go on with others
 
 
@@ -55,9 +61,11 @@ class Reward(NamedTuple):
     """A line of TABLE; functions are given as "module:function"."""
 
     score: str = ""  # the function, or
-    check: str | None = None  # takes one prompt, and raises ValueError if the scorer could not judge a video of it
+    # takes one prompt, and raises ValueError if the scorer could not judge a video of it
+    check: str | None = None
     load: str = ""  # the loader
-    kind: str = ""  # "module:name" of what its option `path` is a directory of (convert.reward_store.Kind)
+    # "module:name" of what its option `path` is a directory of (convert.reward_store.Kind)
+    kind: str = ""
 
 
 class Loaded(NamedTuple):
@@ -80,15 +88,20 @@ class RewardError(ValueError):
 
 
 _MOVING_SHAPES = Reward(
-    "astrolabe_jax.worlds.moving_shapes.rewards:score", "astrolabe_jax.worlds.moving_shapes.vocabulary:parse"
+    "astrolabe_jax.worlds.moving_shapes.rewards:score",
+    "astrolabe_jax.worlds.moving_shapes.vocabulary:parse",
 )
 _HERE, _CONVERT = "astrolabe_jax.rewards", "astrolabe_jax.convert"
 _CHAT = f"{_HERE}.chat:check"
-_VIDEOALIGN = Reward(load=f"{_HERE}.videoalign:load", check=_CHAT, kind=f"{_CONVERT}.rewards:VIDEOALIGN")
+_VIDEOALIGN = Reward(
+    load=f"{_HERE}.videoalign:load", check=_CHAT, kind=f"{_CONVERT}.rewards:VIDEOALIGN"
+)
 _CLIP_CHECK = "astrolabe_jax.models.clip_tokenizer:check_prompt"
 _FLOW = Reward(load=f"{_HERE}.flow:load", kind=f"{_CONVERT}.sea_raft:SEA_RAFT")
 TABLE = {
-    **dict.fromkeys(("shapes_vq", "shapes_mq", "shapes_ta", "bounce_mq", "bounce_ta"), _MOVING_SHAPES),
+    **dict.fromkeys(
+        ("shapes_vq", "shapes_mq", "shapes_ta", "bounce_mq", "bounce_ta"), _MOVING_SHAPES
+    ),
     "hpsv3": Reward(load=f"{_HERE}.hpsv3:load", check=_CHAT, kind=f"{_CONVERT}.rewards:HPSV3"),
     **dict.fromkeys(("videoalign_vq", "videoalign_mq", "videoalign_ta", "videoalign"), _VIDEOALIGN),
     "hpsv2": Reward(load=f"{_HERE}.hpsv2:load", check=_CLIP_CHECK, kind=f"{_CONVERT}.clip:HPSV2"),
@@ -106,7 +119,8 @@ def options(value: Any) -> dict[str, Any]:
 
 
 def validate(settings: Mapping[str, Any]) -> None:
-    """Checks that every reward is known, its functions can be imported, and its options are those of its loader.
+    """Checks that every reward is known, its functions can be imported, and its options are those
+    of its loader.
 
     Raises:
       ValueError: naming the reward, and the options that are unknown or missing.
@@ -115,23 +129,38 @@ def validate(settings: Mapping[str, Any]) -> None:
     if not settings:
         raise ValueError(f"no reward is configured; {known}")
     if unknown := [name for name in settings if name not in TABLE]:
-        raise ValueError(f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}")
+        raise ValueError(
+            f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}"
+        )
     for name, value in settings.items():
         line, given = TABLE[name], options(value)
         _imported(name, line.check)
         function = _imported(name, line.load or line.score)
-        parameters = list(inspect.signature(function).parameters.values())[_GIVEN:] if line.load else []
+        parameters = (
+            list(inspect.signature(function).parameters.values())[_GIVEN:] if line.load else []
+        )
         takes = [parameter.name for parameter in parameters]
-        needs = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+        needs = [
+            parameter.name
+            for parameter in parameters
+            if parameter.default is inspect.Parameter.empty
+        ]
         told = f"it takes {', '.join(takes) or 'none'}"
         if unknown := [option for option in given if option not in takes]:
-            raise ValueError(f"config.rewards.{name} has unknown options {', '.join(unknown)}; {told}")
+            raise ValueError(
+                f"config.rewards.{name} has unknown options {', '.join(unknown)}; {told}"
+            )
         if missing := [option for option in needs if option not in given]:
-            raise ValueError(f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; {told}")
+            raise ValueError(
+                f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; "
+                f"{told}"
+            )
 
 
 def check_prompt(names: Iterable[str], prompt: str) -> None:
-    """Raises ValueError, naming the reward, if one of the (valid) names cannot judge videos of this prompt."""
+    """Raises ValueError, naming the reward, if one of the (valid) names cannot judge videos of this
+    prompt.
+    """
     for name in names:
         check = _imported(name, TABLE[name].check)
         try:
@@ -148,7 +177,9 @@ def load(settings: Mapping[str, Any], setting: Setting) -> tuple[Loaded, ...]:
       ValueError, OSError: of `validate`, or naming the reward and its file at fault.
     """
     validate(settings)
-    return tuple(Loaded(names, _scorer(names, settings[names[0]], setting)) for names in _groups(settings))
+    return tuple(
+        Loaded(names, _scorer(names, settings[names[0]], setting)) for names in _groups(settings)
+    )
 
 
 def _groups(settings: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -160,16 +191,24 @@ def _groups(settings: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
-    """As `load`, with the shapes of weights that need not be there, on a mesh of devices that need not exist."""
+    """As `load`, with the shapes of weights that need not be there, on a mesh of devices that need
+    not exist.
+    """
     validate(settings)
     return tuple(
-        Loaded(names, Scorer(_unplanned, _shapes(TABLE[names[0]], options(settings[names[0]]), mesh)))
+        Loaded(
+            names, Scorer(_unplanned, _shapes(TABLE[names[0]], options(settings[names[0]]), mesh))
+        )
         for names in _groups(settings)
     )
 
 
 def _shapes(line: Reward, given: Mapping[str, Any], mesh: Any) -> Any:
-    return reward_store.planned(Path(given["path"]), _imported("", line.kind), mesh) if line.kind else None
+    return (
+        reward_store.planned(Path(given["path"]), _imported("", line.kind), mesh)
+        if line.kind
+        else None
+    )
 
 
 def _unplanned(*_) -> None:
@@ -201,7 +240,8 @@ def score(
       `REWARD` and `REWARD/PART` -> float32 `[B]`.
 
     Raises:
-      RewardError: naming reward and sample, for whatever the scorer raises, and for what are not B finite numbers.
+      RewardError: naming reward and sample, for whatever the scorer raises, and for what are not B
+      finite numbers.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     names, scorer, results = loaded.names, loaded.scorer, {}
@@ -209,10 +249,14 @@ def score(
     try:
         returned = scorer.score(scorer.params, frames, prompts)
         returned = returned if isinstance(returned, Mapping) else {names[0]: returned}
-        returned = {key: np.asarray(values, np.float32) for key, values in jax.device_get(returned).items()}
+        returned = {
+            key: np.asarray(values, np.float32) for key, values in jax.device_get(returned).items()
+        }
     except SampleError as error:
         number, prompt = numbers[error.row], prompts[error.row]
-        raise RewardError(f"{told} failed on sample {number} (prompt {prompt!r}): {error}") from error
+        raise RewardError(
+            f"{told} failed on sample {number} (prompt {prompt!r}): {error}"
+        ) from error
     except Exception as error:  # a reward is anybody's code
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
@@ -221,7 +265,9 @@ def score(
         ) from error
     for name in names:
         if name not in returned:
-            raise RewardError(f"reward {name!r}: its scorer returned only {', '.join(map(repr, returned))}")
+            raise RewardError(
+                f"reward {name!r}: its scorer returned only {', '.join(map(repr, returned))}"
+            )
         for key, values in returned.items():
             if key == name or key.startswith(f"{name}/"):
                 results[key] = _checked(key, values, prompts, numbers)
@@ -242,17 +288,21 @@ def _imported(name: str, target: str | None) -> Callable | None:
         raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 
 
-def _checked(name: str, values: np.ndarray, prompts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
-    """`values` if they are float32 `[B]` and finite; else RewardError, naming the reward and the sample."""
+def _checked(
+    name: str, values: np.ndarray, prompts: Sequence[str], numbers: Sequence[int]
+) -> np.ndarray:
+    """`values` if they are float32 `[B]` and finite; else RewardError, naming the reward and the
+    sample.
+    """
     if values.shape != (len(prompts),):
         raise RewardError(
-            f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} videos; "
-            f"expected [{len(prompts)}]"
+            f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} "
+            f"videos; expected [{len(prompts)}]"
         )
     if len(bad := np.flatnonzero(~np.isfinite(values))):
         index = int(bad[0])
         raise RewardError(
-            f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt {prompts[index]!r})"
-            + (f" and for {len(bad) - 1} more" if len(bad) > 1 else "")
+            f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt "
+            f"{prompts[index]!r})" + (f" and for {len(bad) - 1} more" if len(bad) > 1 else "")
         )
     return values

@@ -1,11 +1,14 @@
-"""Scores a video with the rewards of a config, to see that they work here before a run depends on them.
+"""Scores a video with the rewards of a config, to see that they work here before a run depends on
+them.
 
-    python -m astrolabe_jax.rewards --config=configs/self_forcing.py:hpsv3 --video=a.mp4 --prompt="a cat"
+    python -m astrolabe_jax.rewards --config=configs/self_forcing.py:hpsv3 --video=a.mp4 --prompt="a
+    cat"
         [--golden=golden.json [--record]] [--config.FIELD=VALUE ...]
 
-Prints every reward with its parts, the seconds of a first call (with compilation) and of a second one, and the memory
-of its weights. --golden compares with the scores that the file has for these weights, frames and prompt, recorded with
---record on a machine that is trusted; status 1 if one differs by more than --tolerance.
+Prints every reward with its parts, the seconds of a first call (with compilation) and of a second
+one, and the memory of its weights. --golden compares with the scores that the file has for these
+weights, frames and prompt, recorded with --record on a machine that is trusted; status 1 if one
+differs by more than --tolerance.
 """
 
 import hashlib
@@ -33,7 +36,9 @@ def peak() -> int:
     return told.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def measured(loaded: rewards.Loaded, frames: np.ndarray, prompt: str) -> tuple[dict[str, float], list[float]]:
+def measured(
+    loaded: rewards.Loaded, frames: np.ndarray, prompt: str
+) -> tuple[dict[str, float], list[float]]:
     """Scores of one video, and the seconds of two calls."""
     seconds, scores = [], {}
     for _ in range(2):
@@ -50,8 +55,12 @@ def golden_key(name: str, loaded: rewards.Loaded, frames: np.ndarray, prompt: st
     return digest.hexdigest()
 
 
-def compared(path: Path, found: Mapping[str, tuple[str, float]], tolerance: float, record: bool) -> bool:
-    """Records scores {key: (reward, score)} in a file of them, or compares; whether none differs."""
+def compared(
+    path: Path, found: Mapping[str, tuple[str, float]], tolerance: float, record: bool
+) -> bool:
+    """Records scores {key: (reward, score)} in a file of them, or compares; whether none
+    differs.
+    """
     known = read_json(path) if path.exists() else {}
     if record:
         known |= {key: {"reward": name, "score": score} for key, (name, score) in found.items()}
@@ -61,7 +70,10 @@ def compared(path: Path, found: Mapping[str, tuple[str, float]], tolerance: floa
     same = True
     for key, (name, score) in found.items():
         if key not in known:
-            print(f"  {name}: {path} has no score of these weights, frames and prompt; --record adds it")
+            print(
+                f"  {name}: {path} has no score of these weights, frames and prompt; --record adds "
+                "it"
+            )
             continue
         error = abs(score - known[key]["score"])
         same &= error <= tolerance
@@ -71,7 +83,9 @@ def compared(path: Path, found: Mapping[str, tuple[str, float]], tolerance: floa
 
 
 def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
-    """Status 2 for what cannot be scored, 1 for a reward that fails or differs from its recorded score."""
+    """Status 2 for what cannot be scored, 1 for a reward that fails or differs from its recorded
+    score.
+    """
     if len(argv) > 1:
         recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     recipes.set_up()
@@ -86,8 +100,9 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
     except (ValueError, OSError) as error:
         recipes.fail(error, 2)
     print(
-        f"{path}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {config.video.fps} a second; "
-        f"rewards loaded in {time.monotonic() - began:.1f} s on {setting.mesh.size} x {jax.devices()[0].device_kind}"
+        f"{path}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at "
+        f"{config.video.fps} a second; rewards loaded in {time.monotonic() - began:.1f} s on "
+        f"{setting.mesh.size} x {jax.devices()[0].device_kind}"
     )
     found: dict[str, tuple[str, float]] = {}
     for group in groups:
@@ -102,7 +117,9 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
             if name in group.names:
                 found[golden_key(name, group, frames, prompt)] = name, score
     golden = given["golden"].value
-    if golden and not compared(Path(golden), found, given["tolerance"].value, given["record"].value):
+    if golden and not compared(
+        Path(golden), found, given["tolerance"].value, given["record"].value
+    ):
         sys.exit(1)
 
 
@@ -113,7 +130,9 @@ if __name__ == "__main__":
         "prompt": flags.DEFINE_string("prompt", None, "what it should show", required=True),
         "golden": flags.DEFINE_string("golden", None, "file of recorded scores to compare with"),
         "record": flags.DEFINE_bool("record", False, "record the scores in --golden instead"),
-        "tolerance": flags.DEFINE_float("tolerance", 1e-3, "difference that is still agreement", lower_bound=0),
+        "tolerance": flags.DEFINE_float(
+            "tolerance", 1e-3, "difference that is still agreement", lower_bound=0
+        ),
     }
     flags.mark_flag_as_required("config")
     app.run(lambda argv: main(argv, holders), flags_parser=recipes.parse)

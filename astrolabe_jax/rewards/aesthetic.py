@@ -1,6 +1,8 @@
-"""The LAION aesthetic predictor (spec/rewards.md 8): how beautiful the frames of a video are, whatever the prompt.
+"""The LAION aesthetic predictor (spec/rewards.md 8): how beautiful the frames of a video are,
+whatever the prompt.
 
-The published code takes single pictures; of a video, frames are scored, and their mean is the reward (14.11).
+The published code takes single pictures; of a video, frames are scored, and their mean is the
+reward (14.11).
 """
 
 import functools
@@ -32,8 +34,9 @@ def load(
 ) -> Scorer:
     """The scorer of a reward directory: {name: [B]}, usually 4 to 7.
 
-    path: directory that `python -m astrolabe_jax.convert reward aesthetic` wrote. frame_stride: score every so many
-    frames, from the first on. dtype: of the activations. Raises ValueError or OSError naming the file or the option.
+    path: directory that `python -m astrolabe_jax.convert reward aesthetic` wrote. frame_stride:
+    score every so many frames, from the first on. dtype: of the activations. Raises ValueError or
+    OSError naming the file or the option.
     """
     check_options(frame_stride=frame_stride, frames_per_batch=frames_per_batch)
     graphdef, params, config = reward_store.read(Path(path), AESTHETIC, setting.mesh, dtype)
@@ -42,14 +45,17 @@ def load(
     def score(params: Any, frames: Any, prompts: Sequence[str]) -> dict[str, jax.Array]:
         del prompts
         times = np.arange(0, frames.shape[1], frame_stride)
-        values = jnp.mean(mapped(judge, params, frames, times, frames_per_batch, setting.mesh), axis=1)
+        values = jnp.mean(
+            mapped(judge, params, frames, times, frames_per_batch, setting.mesh), axis=1
+        )
         return dict.fromkeys(names, values)
 
     return Scorer(score, params, reward_store.identity(Path(path)))
 
 
 def prepared(images: jax.Array, size: int) -> jax.Array:
-    """uint8 [N, h, w, 3] -> float32 [N, size, size, 3]: the shorter side is resized to `size`, the middle is cut out.
+    """uint8 [N, h, w, 3] -> float32 [N, size, size, 3]: the shorter side is resized to `size`, the
+    middle is cut out.
 
     As CLIPProcessor does it, with PIL; the longer side is rounded down.
     """

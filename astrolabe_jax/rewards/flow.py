@@ -1,7 +1,7 @@
 """Rewards of motion, from the optical flow between consecutive frames (spec/rewards.md 10, 11).
 
-Flow is seen by SEA-RAFT on levels 0..255, which it expects; the published code gives it [0, 1], on which it sees almost
-nothing (14.8). One pass over the pairs of frames serves both rewards.
+Flow is seen by SEA-RAFT on levels 0..255, which it expects; the published code gives it [0, 1], on
+which it sees almost nothing (14.8). One pass over the pairs of frames serves both rewards.
 """
 
 import functools
@@ -41,13 +41,17 @@ class Motion(NamedTuple):
 
 
 def load(
-    names: Sequence[str], setting: Setting, path: str, pairs_per_batch: int = 8, published: bool = False
+    names: Sequence[str],
+    setting: Setting,
+    path: str,
+    pairs_per_batch: int = 8,
+    published: bool = False,
 ) -> Scorer:
     """The scorer of a reward directory: {name: [B]} for dynamic_degree and motion_smoothness.
 
-    path: directory that `python -m astrolabe_jax.convert reward sea_raft` wrote. pairs_per_batch: pairs of frames that
-    are seen at once; each takes 370 MB at 480 x 832, 207 of them correlations. published: see
-    `dynamic_degree`. Raises ValueError or OSError naming the file or the option.
+    path: directory that `python -m astrolabe_jax.convert reward sea_raft` wrote. pairs_per_batch:
+    pairs of frames that are seen at once; each takes 370 MB at 480 x 832, 207 of them correlations.
+    published: see `dynamic_degree`. Raises ValueError or OSError naming the file or the option.
     """
     check_options(pairs_per_batch=pairs_per_batch)
     graphdef, params, _ = reward_store.read(Path(path), SEA_RAFT, setting.mesh, "float32")
@@ -59,8 +63,13 @@ def load(
         if count < 2:
             still = {DYNAMIC: np.zeros(batch, np.float32), SMOOTH: np.ones(batch, np.float32)}
             return {name: still[name] for name in names}
-        motion = mapped(see, params, frames, np.arange(count - 1), pairs_per_batch, setting.mesh, following=2)
-        values = {DYNAMIC: dynamic_degree(motion, published=published), SMOOTH: smoothness(motion.field)}
+        motion = mapped(
+            see, params, frames, np.arange(count - 1), pairs_per_batch, setting.mesh, following=2
+        )
+        values = {
+            DYNAMIC: dynamic_degree(motion, published=published),
+            SMOOTH: smoothness(motion.field),
+        }
         return {name: values[name] for name in names}
 
     return Scorer(score, params, reward_store.identity(Path(path)))
@@ -74,7 +83,11 @@ def motion_of(flow: jax.Array) -> Motion:
     top = jax.lax.top_k(lengths, max(1, math.floor(0.05 * height * width)))[0]
     block = min(STRIDE, height, width)
     rows, columns = height // block, width // block
-    field = flow[:, : rows * block, : columns * block].reshape(batch, rows, block, columns, block, 2).mean(axis=(2, 4))
+    field = (
+        flow[:, : rows * block, : columns * block]
+        .reshape(batch, rows, block, columns, block, 2)
+        .mean(axis=(2, 4))
+    )
     return Motion(
         jnp.mean(top, axis=1),
         jnp.mean(jnp.minimum(top, 1.0), axis=1),
@@ -85,19 +98,23 @@ def motion_of(flow: jax.Array) -> Motion:
 
 @functools.partial(jax.jit, static_argnames="published")
 def dynamic_degree(motion: Motion, *, published: bool = False) -> jax.Array:
-    """Motion [B, F] of consecutive pairs -> [B]: much, but not too much, and changing slowly (section 10.1).
+    """Motion [B, F] of consecutive pairs -> [B]: much, but not too much, and changing slowly
+    (section 10.1).
 
-    1.5 R_mag + R_temp, between 0 and 2.5. With a the mean over time of the largest 5 % of clipped lengths,
-    R_mag = exp(-(a - 0.6)^2 / 0.08) (1 - clip((e - 1.2) / 1.2, 0, 1)) (1 - exp(-3 a) / 2); with b_t the mean clipped
-    length, R_temp = exp(-10 mean |b_{t+1} - b_t|).
+    1.5 R_mag + R_temp, between 0 and 2.5. With a the mean over time of the largest 5 % of clipped
+    lengths, R_mag = exp(-(a - 0.6)^2 / 0.08) (1 - clip((e - 1.2) / 1.2, 0, 1)) (1 - exp(-3 a) / 2);
+    with b_t the mean clipped length, R_temp = exp(-10 mean |b_{t+1} - b_t|).
 
-    e punishes motion of more than 1.2 units: it is what a would be of lengths that are not clipped. The published
-    formula has e = a, which cannot exceed 1, so that the factor is always 1 (14.9); `published` gives that. A video
-    without motion has 1.0083317 either way, of which 1 is R_temp (14.10).
+    e punishes motion of more than 1.2 units: it is what a would be of lengths that are not clipped.
+    The published formula has e = a, which cannot exceed 1, so that the factor is always 1 (14.9);
+    `published` gives that. A video without motion has 1.0083317 either way, of which 1 is R_temp
+    (14.10).
     """
     a, excess = jnp.mean(motion.top_clipped, axis=1), jnp.mean(motion.top, axis=1)
     excess = a if published else excess
-    magnitude = jnp.exp(-jnp.square(a - 0.6) / (2 * 0.2**2)) * (1 - jnp.clip((excess - 1.2) / 1.2, 0, 1))
+    magnitude = jnp.exp(-jnp.square(a - 0.6) / (2 * 0.2**2)) * (
+        1 - jnp.clip((excess - 1.2) / 1.2, 0, 1)
+    )
     magnitude = magnitude * (1 - 0.5 * jnp.exp(-3 * a))
     changes = jnp.abs(jnp.diff(motion.mean_clipped, axis=1))
     steady = jnp.exp(-jnp.mean(changes, axis=1) / 0.1) if changes.shape[1] else jnp.ones_like(a)
@@ -106,18 +123,21 @@ def dynamic_degree(motion: Motion, *, published: bool = False) -> jax.Array:
 
 @jax.jit
 def smoothness(field: jax.Array) -> jax.Array:
-    """Flow [B, F, h, w, 2] of consecutive pairs, in units of its grid -> [B] in [0, 1]: is motion steady?
+    """Flow [B, F, h, w, 2] of consecutive pairs, in units of its grid -> [B] in [0, 1]: is motion
+    steady?
 
-    The module of the published code is missing (section 11). As VBench's motion smoothness (Huang et al. 2024) does,
-    this asks whether what happens next follows from constant velocity; VBench looks at frames that it interpolates,
-    here a point's velocity f_t(x) is compared with the one that it has a frame later, g_t(x) = f_{t+1}(x + f_t(x)):
+    The module of the published code is missing (section 11). As VBench's motion smoothness (Huang
+    et al. 2024) does, this asks whether what happens next follows from constant velocity; VBench
+    looks at frames that it interpolates, here a point's velocity f_t(x) is compared with the one
+    that it has a frame later, g_t(x) = f_{t+1}(x + f_t(x)):
 
         mean over t of 1 - sum |g_t - f_t| / sum (|g_t| + |f_t| + c)
 
-    over the points x that are still in the frame; c, a thousandth of the diagonal, outweighs what flow errs by where
-    nothing moves, and is counted for all points. 1 for a video without motion, or where everything moves at one
-    velocity, however fast; near 0 for fast motion that turns back in every frame; the same for a mirrored video. With
-    fewer than two pairs there is nothing to compare, and it is 1.
+    over the points x that are still in the frame; c, a thousandth of the diagonal, outweighs what
+    flow errs by where nothing moves, and is counted for all points. 1 for a video without motion,
+    or where everything moves at one velocity, however fast; near 0 for fast motion that turns back
+    in every frame; the same for a mirrored video. With fewer than two pairs there is nothing to
+    compare, and it is 1.
     """
     batch, count, rows, columns, _ = field.shape
     if count < 2:
@@ -135,18 +155,27 @@ def smoothness(field: jax.Array) -> jax.Array:
 
 
 def _advected(here: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The flow `after` [h, w, 2] where each point is once it has moved by `here`, and whether that is in the frame."""
+    """The flow `after` [h, w, 2] where each point is once it has moved by `here`, and whether that
+    is in the frame.
+    """
     rows, columns = here.shape[:2]
     x = jnp.arange(columns, dtype=jnp.float32)[None, :] + here[..., 0]
     y = jnp.arange(rows, dtype=jnp.float32)[:, None] + here[..., 1]
     inside = (x >= 0) & (x <= columns - 1) & (y >= 0) & (y <= rows - 1)
-    parts = [jax.scipy.ndimage.map_coordinates(after[..., i], [y, x], order=1, mode="nearest") for i in range(2)]
+    parts = [
+        jax.scipy.ndimage.map_coordinates(after[..., i], [y, x], order=1, mode="nearest")
+        for i in range(2)
+    ]
     return jnp.stack(parts, axis=-1), inside
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _motion(graphdef: Any, params: Any, first: jax.Array, second: jax.Array, *, mesh: Mesh) -> Motion:
+def _motion(
+    graphdef: Any, params: Any, first: jax.Array, second: jax.Array, *, mesh: Mesh
+) -> Motion:
     def see(params, first, second):
-        return motion_of(layers.merge(graphdef, params)(sharding.by_sample(first), sharding.by_sample(second)))
+        return motion_of(
+            layers.merge(graphdef, params)(sharding.by_sample(first), sharding.by_sample(second))
+        )
 
     return sharding.on_mesh(mesh, see)(params, first, second)

@@ -30,20 +30,25 @@ def load(
     frames_per_batch: int = 32,
     dtype: str = "float32",
 ) -> Scorer:
-    """The scorer of a reward directory: {name: [B]}, usually 0.2 to 0.35, and {name/mean: [B]}, of all frames.
+    """The scorer of a reward directory: {name: [B]}, usually 0.2 to 0.35, and {name/mean: [B]}, of
+    all frames.
 
-    The cosine of image and text features, per frame; the mean of the largest 30 % is the score. Prompts of more than
+    The cosine of image and text features, per frame; the mean of the largest 30 % is the score.
+    Prompts of more than
     77 tokens are cut, as when the model was trained.
 
-    path: directory that `python -m astrolabe_jax.convert reward hpsv2` wrote. frame_stride: score every so many frames
-    (the published code scores all; the mean of the largest 30 % is another statistic of fewer). dtype: of the
-    activations. Raises ValueError or OSError naming the file or the option.
+    path: directory that `python -m astrolabe_jax.convert reward hpsv2` wrote. frame_stride: score
+    every so many frames (the published code scores all; the mean of the largest 30 % is another
+    statistic of fewer). dtype: of the activations. Raises ValueError or OSError naming the file or
+    the option.
     """
     check_options(frame_stride=frame_stride, frames_per_batch=frames_per_batch)
     graphdef, params, config = reward_store.read(Path(path), HPSV2, setting.mesh, dtype)
     tokenizer = load_tokenizer(Path(path))
     if (rows := tokenizer.get_vocab_size()) > config.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {rows} tokens, the net {config.vocab_size}; copy CLIP's own")
+        raise ValueError(
+            f"{path}: the tokenizer has {rows} tokens, the net {config.vocab_size}; copy CLIP's own"
+        )
     images = functools.partial(_images, graphdef, size=config.image_size, mesh=setting.mesh)
     texts = functools.partial(_texts, graphdef, mesh=setting.mesh)
 
@@ -59,10 +64,12 @@ def load(
 
 
 def prepared(images: jax.Array, size: int) -> jax.Array:
-    """uint8 [N, h, w, 3] -> float32 [N, size, size, 3]: the longer side is resized to `size`, black fills the shorter.
+    """uint8 [N, h, w, 3] -> float32 [N, size, size, 3]: the longer side is resized to `size`, black
+    fills the shorter.
 
-    Half of the filling, rounded down, is above or left. It is there before the normalisation, and always: the published
-    code leaves it out where the longer side has that size already (spec 14.13).
+    Half of the filling, rounded down, is above or left. It is there before the normalisation, and
+    always: the published code leaves it out where the longer side has that size already (spec
+    14.13).
     """
     scale = size / max(images.shape[1:3])
     inner = tuple(max(1, round(side * scale)) for side in images.shape[1:3])
@@ -83,7 +90,9 @@ def _read(texts: Any, params: Any, ids: np.ndarray, mesh: Mesh) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
 def _images(graphdef: Any, params: Any, images: jax.Array, *, size: int, mesh: Mesh) -> jax.Array:
     def features(params, images):
-        return clip.normalised(layers.merge(graphdef, params).vision(prepared(sharding.by_sample(images), size)))
+        return clip.normalised(
+            layers.merge(graphdef, params).vision(prepared(sharding.by_sample(images), size))
+        )
 
     return sharding.on_mesh(mesh, features)(params, images)
 

@@ -2,8 +2,9 @@
 
     config.rewards.hpsv3 = {"weight": 1.0, "path": "rewards/hpsv3"}
 
-The reward is the mean over the best 30 % of the frames. Besides, under its name, `mean` over all frames, and
-`uncertainty`, the mean over all frames of the deviation that the net was trained to state.
+The reward is the mean over the best 30 % of the frames. Besides, under its name, `mean` over all
+frames, and `uncertainty`, the mean over all frames of the deviation that the net was trained to
+state.
 """
 
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ def load(
 ) -> Scorer:
     """The scorer of a reward directory.
 
-    path: of the directory. frame_stride: every so many frames are scored; the mean over the best 30 % of fewer frames
-    is another statistic, and less expensive. frames_per_batch: on each device, at a time. dtype: of the computation.
-    Raises ValueError or OSError naming the option or the file.
+    path: of the directory. frame_stride: every so many frames are scored; the mean over the best 30
+    % of fewer frames is another statistic, and less expensive. frames_per_batch: on each device, at
+    a time. dtype: of the computation. Raises ValueError or OSError naming the option or the file.
     """
     qwen.check_names(names, (NAME,))
     check_options(frame_stride=frame_stride, frames_per_batch=frames_per_batch)
@@ -47,9 +48,15 @@ def load(
         video = np.repeat(np.arange(count), len(picked))
         samples = qwen.Samples(video, np.tile(picked, count)[:, None], video)
         outputs = qwen.evaluate(
-            graphdef, params, frames, asked, samples, qwen.View(size, "pil"),
-            per_call=frames_per_batch, mesh=setting.mesh,
-        )  # fmt: skip
+            graphdef,
+            params,
+            frames,
+            asked,
+            samples,
+            qwen.View(size, "pil"),
+            per_call=frames_per_batch,
+            mesh=setting.mesh,
+        )
         scores, deviations = np.moveaxis(outputs.reshape(count, len(picked), 2), -1, 0)
         return {
             NAME: top_mean(scores),

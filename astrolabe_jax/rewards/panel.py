@@ -1,4 +1,6 @@
-"""Scores videos while the caller samples the next ones, and keeps weights of rewards where the config wants them."""
+"""Scores videos while the caller samples the next ones, and keeps weights of rewards where the
+config wants them.
+"""
 
 import concurrent.futures
 import math
@@ -18,16 +20,26 @@ Scores = dict[str, np.ndarray]
 class Panel:
     """The rewards of a run.
 
-    overlap: which of them may be under way when `score` returns: none; those without weights on the mesh (host), such
-    as remote ones; or all, whose memory is then needed beside that of sampling.
+    overlap: which of them may be under way when `score` returns: none; those without weights on the
+    mesh (host), such as remote ones; or all, whose memory is then needed beside that of sampling.
     place: where their weights are between two calls, on the devices or in the memory of the host.
     timeout: seconds that a batch of videos may take its rewards; what takes longer is an error.
     """
 
-    def __init__(self, loaded: Sequence[Loaded], overlap: str = "none", place: str = "device", timeout: float = 3600.0):
+    def __init__(
+        self,
+        loaded: Sequence[Loaded],
+        overlap: str = "none",
+        place: str = "device",
+        timeout: float = 3600.0,
+    ):
         self._overlap, self._timeout = overlap, timeout
-        self._home = [jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params) for group in loaded]
-        self._loaded = [_moved_to_host(group) for group in loaded] if place == "host" else list(loaded)
+        self._home = [
+            jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params) for group in loaded
+        ]
+        self._loaded = (
+            [_moved_to_host(group) for group in loaded] if place == "host" else list(loaded)
+        )
         self._swapped = place == "host"
         self._waiting: concurrent.futures.Future | None = None
 
@@ -41,13 +53,18 @@ class Panel:
     def weights(self) -> int:
         """Bytes of all weights on one device."""
         leaves = [leaf for group in self._loaded for leaf in jax.tree.leaves(group.scorer.params)]
-        return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        return sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in leaves
+        )
 
-    def score(self, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None) -> Callable[[], Scores]:
+    def score(
+        self, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
+    ) -> Callable[[], Scores]:
         """Begins to score B videos; what it returns waits for the scores.
 
-        Arguments, scores and errors are those of rewards.score, for all rewards. The scores of the call before are
-        waited for first: the frames of two batches are held at most.
+        Arguments, scores and errors are those of rewards.score, for all rewards. The scores of the
+        call before are waited for first: the frames of two batches are held at most.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         self.settle()
@@ -58,7 +75,9 @@ class Panel:
         return lambda: scores | self._await(first, beside, numbers)
 
     def settle(self) -> None:
-        """Waits until nothing is under way: a program that ends while a thread of its own computes may crash."""
+        """Waits until nothing is under way: a program that ends while a thread of its own computes
+        may crash.
+        """
         if self._waiting:
             concurrent.futures.wait([self._waiting], self._timeout)
             self._waiting = None
@@ -67,7 +86,9 @@ class Panel:
         return self._overlap == "all" or (self._overlap == "host" and group.scorer.params is None)
 
     def _begin(self, groups: Sequence[int], *given: Any) -> concurrent.futures.Future:
-        """Scores these groups, one after the other, on a thread that does not keep the program from its end."""
+        """Scores these groups, one after the other, on a thread that does not keep the program from
+        its end.
+        """
         future = concurrent.futures.Future()
 
         def work() -> None:
@@ -82,15 +103,18 @@ class Panel:
             future.set_result({})
         return future
 
-    def _await(self, future: concurrent.futures.Future, groups: Sequence[int], numbers: Sequence[int]) -> Scores:
+    def _await(
+        self, future: concurrent.futures.Future, groups: Sequence[int], numbers: Sequence[int]
+    ) -> Scores:
         try:
             return future.result(self._timeout)
         except concurrent.futures.TimeoutError:
             self._waiting = None  # nobody waits for it again
             names = ", ".join(repr(name) for i in groups for name in self._loaded[i].names)
             raise RewardError(
-                f"rewards {names} did not answer within {self._timeout:g} s for samples {numbers[0]} to {numbers[-1]}; "
-                "look whether a scorer hangs, or raise config.scoring.timeout"
+                f"rewards {names} did not answer within {self._timeout:g} s for samples "
+                f"{numbers[0]} to {numbers[-1]}; look whether a scorer hangs, or raise "
+                "config.scoring.timeout"
             ) from None
 
     def _score(self, i: int, frames: Any, prompts: Sequence[str], numbers: Sequence[int]) -> Scores:
@@ -99,7 +123,12 @@ class Panel:
             return rewards.score(group, frames, prompts, numbers)
         params = jax.device_put(group.scorer.params, self._home[i])
         try:
-            return rewards.score(group._replace(scorer=group.scorer._replace(params=params)), frames, prompts, numbers)
+            return rewards.score(
+                group._replace(scorer=group.scorer._replace(params=params)),
+                frames,
+                prompts,
+                numbers,
+            )
         finally:
             jax.tree.map(lambda leaf: leaf.delete(), params)
 
@@ -112,4 +141,6 @@ def _moved_to_host(group: Loaded) -> Loaded:
         leaf.delete()
         return moved
 
-    return group._replace(scorer=group.scorer._replace(params=jax.tree.map(move, group.scorer.params)))
+    return group._replace(
+        scorer=group.scorer._replace(params=jax.tree.map(move, group.scorer.params))
+    )

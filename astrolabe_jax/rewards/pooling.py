@@ -21,23 +21,32 @@ def check_options(**counts: int) -> None:
 
 
 def top_mean(scores: jax.Array, share: float = 0.3) -> jax.Array:
-    """Scores [B, F] of frames -> [B], the mean of the largest max(1, floor(share F)) (spec/rewards.md 3.1)."""
+    """Scores [B, F] of frames -> [B], the mean of the largest max(1, floor(share F))
+    (spec/rewards.md 3.1).
+    """
     count = max(1, math.floor(share * scores.shape[1]))
     return jnp.mean(jax.lax.top_k(scores, count)[0], axis=1)
 
 
 def mapped(
-    function: Callable, params: Any, frames: Any, times: np.ndarray, size: int, mesh: Mesh, following: int = 1
+    function: Callable,
+    params: Any,
+    frames: Any,
+    times: np.ndarray,
+    size: int,
+    mesh: Mesh,
+    following: int = 1,
 ) -> Any:
-    """What `function(params, *pictures)` makes of all frames at `times`, so many at a time that memory is bounded.
+    """What `function(params, *pictures)` makes of all frames at `times`, so many at a time that
+    memory is bounded.
 
     Args:
-      function: jitted; pictures are uint8 [n, height, width, 3], split over all devices of the mesh, the results have
+      function: jitted; pictures are uint8 [n, height, width, 3], split over all devices of the
+      mesh, the results have
         n rows, each of its own pictures alone.
-      frames: videos uint8 [B, T, height, width, 3].
-      times: numbers [F] of frames in each video.
-      size: pictures of a call; n is the next multiple of the devices. The last call is filled up: one shape compiles.
-      following: how many pictures an item has, those at time, time + 1, ...
+      frames: videos uint8 [B, T, height, width, 3]. times: numbers [F] of frames in each video.
+      size: pictures of a call; n is the next multiple of the devices. The last call is filled up:
+      one shape compiles. following: how many pictures an item has, those at time, time + 1, ...
 
     Returns:
       The results [B, F, ...], on the devices.
@@ -49,14 +58,23 @@ def mapped(
     for start in range(0, batch * count, size):
         items = np.minimum(np.arange(start, start + size), batch * count - 1)
         chosen = videos[items], moments[items]
-        results.append(function(params, *(_taken(frames, chosen[0], chosen[1] + i, mesh) for i in range(following))))
+        results.append(
+            function(
+                params, *(_taken(frames, chosen[0], chosen[1] + i, mesh) for i in range(following))
+            )
+        )
     return jax.tree.map(
-        lambda *parts: jnp.concatenate(parts)[: batch * count].reshape(batch, count, *parts[0].shape[1:]), *results
+        lambda *parts: jnp.concatenate(parts)[: batch * count].reshape(
+            batch, count, *parts[0].shape[1:]
+        ),
+        *results,
     )
 
 
 def _taken(frames: Any, videos: np.ndarray, times: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Frames on the devices that are to see them; those on the host are sent when they are needed."""
+    """Frames on the devices that are to see them; those on the host are sent when they are
+    needed.
+    """
     if isinstance(frames, jax.Array):
         return _gathered(frames, videos, times, mesh=mesh)
     return sharding.shard_batch(mesh, frames[videos, times])

@@ -1,7 +1,9 @@
-"""What the rewards on Qwen2-VL share: questions about pictures, in calls of few shapes (spec/rewards.md 3, 4, 12).
+"""What the rewards on Qwen2-VL share: questions about pictures, in calls of few shapes
+(spec/rewards.md 3, 4, 12).
 
-A sample is some frames of a video and a question. Samples whose questions have one length, which depends on nothing but
-the prompt, go through the net together, a fixed number at a time: what a sample gets does not depend on the others.
+A sample is some frames of a video and a question. Samples whose questions have one length, which
+depends on nothing but the prompt, go through the net together, a fixed number at a time: what a
+sample gets does not depend on the others.
 """
 
 import functools
@@ -33,7 +35,9 @@ class Samples(NamedTuple):
     question: np.ndarray  # [N] int, its number among the questions
 
 
-def questions(talk: chat.Chat, prompts: Sequence[str], grid: tuple[int, int, int]) -> list[chat.Question]:
+def questions(
+    talk: chat.Chat, prompts: Sequence[str], grid: tuple[int, int, int]
+) -> list[chat.Question]:
     """One of each prompt; SampleError for a prompt that cannot be asked."""
 
     def ask(row: int, prompt: str) -> chat.Question:
@@ -56,7 +60,8 @@ def evaluate(
     per_call: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """The outputs float32 [N, outputs] of a RewardNet for N samples of the videos uint8 [B, time, height, width, 3].
+    """The outputs float32 [N, outputs] of a RewardNet for N samples of the videos uint8 [B, time,
+    height, width, 3].
 
     per_call: samples on each device. One call computes while the next is prepared.
     """
@@ -64,7 +69,10 @@ def evaluate(
     for part in _calls(samples, asked, per_call * mesh.size):
         rows = np.resize(part, per_call * mesh.size)  # the last call of a length is filled up
         pictures = frames[samples.video[rows, None], samples.times[rows]]
-        ids, where = (np.stack(arrays) for arrays in zip(*(asked[i] for i in samples.question[rows]), strict=True))
+        ids, where = (
+            np.stack(arrays)
+            for arrays in zip(*(asked[i] for i in samples.question[rows]), strict=True)
+        )
         batch = sharding.shard_batch(mesh, [pictures, ids, where])
         outputs = _outputs(graphdef, params, *batch, view=view, mesh=mesh)
         if waiting:
@@ -88,9 +96,18 @@ def _rows(part: np.ndarray, outputs: jax.Array) -> dict[int, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "view", "mesh"))
 def _outputs(
-    graphdef: Any, params: dict, frames: jax.Array, ids: jax.Array, where: jax.Array, *, view: View, mesh: Mesh
+    graphdef: Any,
+    params: dict,
+    frames: jax.Array,
+    ids: jax.Array,
+    where: jax.Array,
+    *,
+    view: View,
+    mesh: Mesh,
 ) -> jax.Array:
-    """Frames uint8 [N, T, height, width, 3] and questions [N, L], [N, n] -> outputs, whole on every device."""
+    """Frames uint8 [N, T, height, width, 3] and questions [N, L], [N, n] -> outputs, whole on every
+    device.
+    """
 
     def run(params, frames, ids, where):
         rows = images.prepared(sharding.by_sample(frames), *view, devices=mesh.size)

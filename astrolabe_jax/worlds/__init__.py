@@ -1,4 +1,6 @@
-"""The embedded worlds: where everything can be tried without real videos, prompts of people, or reward models."""
+"""The embedded worlds: where everything can be tried without real videos, prompts of people, or
+reward models.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +14,8 @@ class World(NamedTuple):
     """What a run can ask of a world."""
 
     prompts: Callable[[str], list[str]]  # the prompts of a split; ValueError for an unknown one
-    # A real video [T, height, width, 3] of scenes after one another, each a prompt without scenes and its pixel frames.
+    # A real video [T, height, width, 3] of scenes after one another, each a prompt without scenes
+    # and its pixel frames.
     sample: Callable[[Sequence[tuple[str, int]], np.random.Generator], np.ndarray]
 
 

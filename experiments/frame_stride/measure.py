@@ -1,11 +1,14 @@
-"""What a reward on every k-th frame says of a policy's videos, against the same reward on all frames.
+"""What a reward on every k-th frame says of a policy's videos, against the same reward on all
+frames.
 
-    python -m experiments.frame_stride.measure --reward=hpsv3 --options='{"path": "rewards/hpsv3"}' --strides=1,2,4,8 \
+    python -m experiments.frame_stride.measure --reward=hpsv3 --options='{"path": "rewards/hpsv3"}'
+    --strides=1,2,4,8 \
         --config=configs/self_forcing.py
 
-Samples an epoch's videos of the recipe with its base, and scores them with each stride. Prints, for each: frames and
-seconds; the mean change of the score (bias) and what is left of the change (error), both in deviations of the score
-between the videos of a prompt, which is what advantages are measured in; and the mean rank correlation within prompts.
+Samples an epoch's videos of the recipe with its base, and scores them with each stride. Prints, for
+each: frames and seconds; the mean change of the score (bias) and what is left of the change
+(error), both in deviations of the score between the videos of a prompt, which is what advantages
+are measured in; and the mean rank correlation within prompts.
 """
 
 import json
@@ -23,7 +26,9 @@ from astrolabe_jax.types import Purpose
 
 _REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
 _OPTIONS = flags.DEFINE_string("options", None, "JSON of its other options")
-_STRIDES = flags.DEFINE_list("strides", ["1", "2", "4", "8"], "the first is what the others are compared with")
+_STRIDES = flags.DEFINE_list(
+    "strides", ["1", "2", "4", "8"], "the first is what the others are compared with"
+)
 
 
 def main(config: flags.FlagHolder) -> None:
@@ -34,7 +39,9 @@ def main(config: flags.FlagHolder) -> None:
     batch = prompts.draw(run.train_prompts, run.config.seed, 0, given.groups, given.candidates, 1)
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
     progress = report.Progress({}, lambda: None)
-    videos = generate(run, run.adapter, batch, encode_texts(run, batch, progress), keys, progress, "videos")
+    videos = generate(
+        run, run.adapter, batch, encode_texts(run, batch, progress), keys, progress, "videos"
+    )
     frames = np.concatenate([piece.frames for piece in videos])
     setting = rewards.Setting(run.mesh, run.config.video.fps)
     whole = None
@@ -43,10 +50,17 @@ def main(config: flags.FlagHolder) -> None:
         (loaded,) = rewards.load({_REWARD.value: options}, setting)
         loaded.scorer.score(loaded.scorer.params, frames[:1], batch.texts[:1])  # compiles
         begin = time.perf_counter()
-        scores = np.asarray(loaded.scorer.score(loaded.scorer.params, frames, batch.texts)[_REWARD.value], np.float64)
+        scores = np.asarray(
+            loaded.scorer.score(loaded.scorer.params, frames, batch.texts)[_REWARD.value],
+            np.float64,
+        )
         seconds = time.perf_counter() - begin
         whole = scores if whole is None else whole
-        counts = {"stride": stride, "frames": len(range(0, frames.shape[1], stride)), "seconds": round(seconds, 2)}
+        counts = {
+            "stride": stride,
+            "frames": len(range(0, frames.shape[1], stride)),
+            "seconds": round(seconds, 2),
+        }
         print(json.dumps(counts | compared(scores, whole, batch.index)), flush=True)
 
 

@@ -1,12 +1,15 @@
 """The 1.3B model at its real size with random weights: file, conversion, and a video at 480x832.
 
-    python -m experiments.full_size.run --directory=/tmp/full_size [--frames=9] [--steps=1000,750,500,250]
+    python -m experiments.full_size.run --directory=/tmp/full_size [--frames=9]
+    [--steps=1000,750,500,250]
 
 Each stage runs in a process of its own, whose peak memory is printed:
 
-    write    a checkpoint in the Self-Forcing layout and a VAE in Wan's, random, float32, by torch itself
+    write    a checkpoint in the Self-Forcing layout and a VAE in Wan's, random, float32, by torch
+             itself
     import   python -m astrolabe_jax.convert import, of both, to bfloat16
-    sample   a video of so many frames through transformer and VAE, block by block, its prompt random numbers
+    sample   a video of so many frames through transformer and VAE, block by block, its prompt
+             random numbers
 
 Needs the test extra (torch), 15 GB of disk, and for 9 frames, one block, 20 GB of memory on a CPU.
 """
@@ -49,7 +52,9 @@ def write(directory: Path) -> None:
         rules = parts.rules(part, config)
         made = {}
         for name, shape in engine.source_shapes(rules, parts.shapes(part, config).params).items():
-            centre = 1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
+            centre = (
+                1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
+            )
             made[prefix + name] = centre + 0.02 * torch.randn(shape)
         return made
 
@@ -66,11 +71,20 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     for part in ("transformer", "vae"):
         config = parts.make_config(part, parts.sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
         where = bases.weights_of(str(directory / BASE), part)
-        nets[part] = bases.read_net(part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf))
+        nets[part] = bases.read_net(
+            part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)
+        )
     net, vae = nets["transformer"], nets["vae"]
     layout, rng = Layout(block=3), np.random.default_rng(0)
     policy = streams.Policy(
-        net.graphdef, net.params, None, 1.0, net.config, layout, Sampler(warp(steps, Schedule())), mesh
+        net.graphdef,
+        net.params,
+        None,
+        1.0,
+        net.config,
+        layout,
+        Sampler(warp(steps, Schedule())),
+        mesh,
     )
     (shot,) = shots([Scene("", 0.0, 0, False)], layout, Rules(), 16, frames=frames)
     latent_hw = (HEIGHT // 8, WIDTH // 8)
@@ -83,7 +97,13 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
         return np.stack([draw(step.frame, j, step.count) for j in range(len(steps))])
 
     blocks = streams.stream(
-        policy, lambda scene: keys, shot.steps, noise, min(layout.capacity, shot.latent_frames), 1, latent_hw
+        policy,
+        lambda scene: keys,
+        shot.steps,
+        noise,
+        min(layout.capacity, shot.latent_frames),
+        1,
+        latent_hw,
     )
     seconds, stream, began = {"transformer": [], "vae": []}, None, time.monotonic()
     shown = []
@@ -93,15 +113,22 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
 
         def decoded(latents=piece.latents, made=made, state=state):
             for i in range(latents.shape[1]):
-                out, state = decode_chunk(vae.graphdef, vae.params, latents[:, i : i + 1], state, mesh=mesh)
+                out, state = decode_chunk(
+                    vae.graphdef, vae.params, latents[:, i : i + 1], state, mesh=mesh
+                )
                 made.append(out)
             return made, state
 
         made, stream = timed(seconds["vae"], decoded)
         shown.append(sum(part.shape[1] for part in made))
         finite = bool(np.isfinite(np.asarray(piece.latents, np.float32)).all())
-        print(json.dumps({"block": step.frame // 3, "finite": finite, "frames": shown[-1]}
-                         | {name: round(times[-1], 2) for name, times in seconds.items()}), flush=True)  # fmt: skip
+        print(
+            json.dumps(
+                {"block": step.frame // 3, "finite": finite, "frames": shown[-1]}
+                | {name: round(times[-1], 2) for name, times in seconds.items()}
+            ),
+            flush=True,
+        )
     report(seconds, shown, time.monotonic() - began)
 
 
@@ -114,14 +141,19 @@ def timed(times: list[float], function: Callable):
 
 
 def report(seconds: dict[str, list[float]], shown: list[int], total: float) -> None:
-    """Frames per second in three ways; the first block compiles, and each block of a growing window, too."""
+    """Frames per second in three ways; the first block compiles, and each block of a growing
+    window, too.
+    """
     later = slice(1, None) if len(shown) > 1 else slice(None)
     net, vae = (statistics.median(times[later]) for times in seconds.values())
     frames = statistics.median(shown[later])
     memory = jax.devices()[0].memory_stats() or {}
     figures = {
         "device": jax.devices()[0].device_kind,
-        "seconds per block, median of the later ones": {"transformer": round(net, 2), "vae": round(vae, 2)},
+        "seconds per block, median of the later ones": {
+            "transformer": round(net, 2),
+            "vae": round(vae, 2),
+        },
         "frames/s, transformer alone": round(frames / net, 3),
         "frames/s, with VAE": round(frames / (net + vae), 3),
         "frames/s, end to end with the first block and compilation": round(sum(shown) / total, 3),
@@ -137,7 +169,13 @@ def stage(name: str, command: list[str]) -> None:
     subprocess.run([sys.executable, *command], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     least = "at most " if peak == before else ""
-    print(f"{name}: {time.monotonic() - began:.0f} s, peak resident memory {least}{peak / 2**20:.2f} GiB", flush=True)
+    print(
+        (
+            f"{name}: {time.monotonic() - began:.0f} s, peak resident memory "
+            f"{least}{peak / 2**20:.2f} GiB"
+        ),
+        flush=True,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -150,8 +188,20 @@ def main(argv: list[str]) -> None:
     elif values.stage == "sample":
         sample(directory, values.frames, steps, values.dtype)
     else:
-        itself = ["-m", "experiments.full_size.run", *argv[1:], f"--directory={directory}", f"--dtype={values.dtype}"]
-        convert = ["-m", "astrolabe_jax.convert", "import", "--dtype=bfloat16", f"--to={directory / BASE}"]
+        itself = [
+            "-m",
+            "experiments.full_size.run",
+            *argv[1:],
+            f"--directory={directory}",
+            f"--dtype={values.dtype}",
+        ]
+        convert = [
+            "-m",
+            "astrolabe_jax.convert",
+            "import",
+            "--dtype=bfloat16",
+            f"--to={directory / BASE}",
+        ]
         if not (directory / VAE).exists():
             stage("write", [*itself, "--stage=write"])
             for name in (CHECKPOINT, VAE):

@@ -1,8 +1,11 @@
-"""Scores adapters on long held-out videos, window by window, as a run of configs/moving_shapes_long.py does.
+"""Scores adapters on long held-out videos, window by window, as a run of
+configs/moving_shapes_long.py does.
 
-    python -m experiments.late_windows.transfer LORA [LORA ...] --config=configs/moving_shapes_long.py
+    python -m experiments.late_windows.transfer LORA [LORA ...]
+    --config=configs/moving_shapes_long.py
 
-Prints a line of JSON for each adapter: means with 95 % intervals, and the gain over the base on the same noise.
+Prints a line of JSON for each adapter: means with 95 % intervals, and the gain over the base on the
+same noise.
 """
 
 import json
@@ -26,9 +29,13 @@ def main(paths: list[str], config: flags.FlagHolder) -> None:
         print(json.dumps({"adapter": "none", **report.table(base)}), flush=True)
         for path in paths:
             lora = run.config.lora
-            adapter, scale = load_lora(path, run.base.transformer.config, lora.rank, np.dtype(lora.dtype))
+            adapter, scale = load_lora(
+                path, run.base.transformer.config, lora.rank, np.dtype(lora.dtype)
+            )
             if scale != lora.alpha / lora.rank:
-                raise ValueError(f"{path} has alpha / rank {scale:g}, config.lora {lora.alpha / lora.rank:g}")
+                raise ValueError(
+                    f"{path} has alpha / rank {scale:g}, config.lora {lora.alpha / lora.rank:g}"
+                )
             scores, _ = evaluate(run, sharding.replicate(run.mesh, adapter), progress, path)
             gain = {name: report.mean_and_interval(scores[name] - base[name]) for name in base}
             print(json.dumps({"adapter": path, **report.table(scores), "gain": gain}), flush=True)

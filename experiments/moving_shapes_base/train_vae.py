@@ -1,7 +1,9 @@
-"""Stages 1 and 2: the Wan autoencoder on full-length clips of the moving-shapes world, then its decoder alone.
+"""Stages 1 and 2: the Wan autoencoder on full-length clips of the moving-shapes world, then its
+decoder alone.
 
-It sees every combination, held-out ones included, as an autoencoder of real videos is trained on more than any prompt
-list; what is held out is held out from the generator and from reinforcement learning.
+It sees every combination, held-out ones included, as an autoencoder of real videos is trained on
+more than any prompt list; what is held out is held out from the generator and from reinforcement
+learning.
 """
 
 import dataclasses
@@ -17,32 +19,45 @@ from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 from experiments.moving_shapes_base import common
 
-DIRECTORY = flags.DEFINE_string("directory", "runs/moving_shapes_base", "where states and results go")
+DIRECTORY = flags.DEFINE_string(
+    "directory", "runs/moving_shapes_base", "where states and results go"
+)
 STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimiser steps of the whole autoencoder")
 DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 2000, "optimiser steps of the decoder alone")
-RATE_STEPS = 2700  # length of the cosine decay; the decoder starts its own where the whole net stops
-# Short clips first, for many scenes at little cost; then full ones, without which the net does not extend in time.
+# length of the cosine decay; the decoder starts its own where the whole net stops
+RATE_STEPS = 2700
+# Short clips first, for many scenes at little cost; then full ones, without which the net does not
+# extend in time.
 SHORT_STEPS, SHORT_BATCH, SHORT_FRAMES = 300, 8, 5
 FULL_BATCH = 2
-LATENT_NOISE = 0.2  # std of the noise that decoding must bear; with LATENT_WEIGHT a KL term of fixed variance
+# std of the noise that decoding must bear; with LATENT_WEIGHT a KL term of fixed variance
+LATENT_NOISE = 0.2
 LATENT_WEIGHT = 5e-4
 EDGE_WEIGHT = 1.0
 SHAPE_WEIGHT = 3.0  # the shape covers a tenth of a frame and is all that a person looks at
 AVERAGE_DECAY = 0.99
 
-CONFIG = VaeConfig(dim=8, dim_mult=(1, 2, 6, 8), num_res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
+CONFIG = VaeConfig(
+    dim=8, dim_mult=(1, 2, 6, 8), num_res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16
+)
 
 
 def loss(vae: Vae, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Weighted absolute error of pixels and of their spatial differences, plus the size of the latents."""
+    """Weighted absolute error of pixels and of their spatial differences, plus the size of the
+    latents.
+    """
     mean, _ = vae.encode_mean(pixels)
     total, metrics = reconstruction_loss(vae, mean, pixels, key)
     size = jnp.mean(mean**2)
     return total + LATENT_WEIGHT * size, metrics | {"latent": jnp.sqrt(size)}
 
 
-def reconstruction_loss(vae: Vae, mean: jax.Array, pixels: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
-    """The part of `loss` that the decoder answers for, from latents before normalisation `[B, F, H, W, C]`."""
+def reconstruction_loss(
+    vae: Vae, mean: jax.Array, pixels: jax.Array, key: jax.Array
+) -> tuple[jax.Array, dict]:
+    """The part of `loss` that the decoder answers for, from latents before normalisation `[B, F, H,
+    W, C]`.
+    """
     z = mean + LATENT_NOISE * jax.random.normal(key, mean.shape)
     decoded, _ = vae.decode(jnp.moveaxis(z, -1, 2))
     error = decoded - pixels
@@ -65,7 +80,9 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
 
     def step(state, i):
         rng, short = np.random.default_rng([seed, i]), i < SHORT_STEPS
-        videos = common.clips(common.ALL_PROMPTS, SHORT_BATCH if short else FULL_BATCH, rng, cuts=not short)
+        videos = common.clips(
+            common.ALL_PROMPTS, SHORT_BATCH if short else FULL_BATCH, rng, cuts=not short
+        )
         pixels = to_float(videos[:, :SHORT_FRAMES] if short else videos)
         return update(state, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
@@ -73,14 +90,20 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
         return loss(layers.merge(graphdef, params), pixels, key)
 
     update = common.descent(of_params, optimiser, AVERAGE_DECAY)
-    state = common.train(directory / "vae.state", (params, optimiser.init(params), params), step, steps)
+    state = common.train(
+        directory / "vae.state", (params, optimiser.init(params), params), step, steps
+    )
     return graphdef, state[2]
 
 
-def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: int, seed: int = 6) -> dict:
-    """Trains the decoder further on full clips while the encoder stays; returns the averaged parameters of both.
+def train_decoder(
+    directory: Path, graphdef: nnx.GraphDef, params: dict, steps: int, seed: int = 6
+) -> dict:
+    """Trains the decoder further on full clips while the encoder stays; returns the averaged
+    parameters of both.
 
-    The latents that a generator learns from are fixed by then, so that this may run beside its training.
+    The latents that a generator learns from are fixed by then, so that this may run beside its
+    training.
     """
     frozen = {name: params[name] for name in ("encoder", "conv1")}
     moving = {name: params[name] for name in ("conv2", "decoder")}
@@ -97,18 +120,32 @@ def train_decoder(directory: Path, graphdef: nnx.GraphDef, params: dict, steps: 
         return update(state, frozen, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
     update = common.descent(of_decoder, optimiser, AVERAGE_DECAY)
-    return frozen | common.train(directory / "decoder.state", (moving, optimiser.init(moving), moving), step, steps)[2]
+    return (
+        frozen
+        | common.train(
+            directory / "decoder.state", (moving, optimiser.init(moving), moving), step, steps
+        )[2]
+    )
 
 
-def with_statistics(graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: int = 128) -> VaeConfig:
-    """The configuration with the measured mean and std of each latent channel, as Wan normalises its latents."""
+def with_statistics(
+    graphdef: nnx.GraphDef, params: dict, seed: int = 1, count: int = 128
+) -> VaeConfig:
+    """The configuration with the measured mean and std of each latent channel, as Wan normalises
+    its latents.
+    """
     encode = jax.jit(lambda pixels: layers.merge(graphdef, params).encode(pixels)[0])
     rng = np.random.default_rng(seed)
-    latents = np.concatenate([
-        np.asarray(encode(to_float(common.clips(common.ALL_PROMPTS, 8, rng, cuts=False)))) for _ in range(count // 8)
-    ])  # fmt: skip
+    latents = np.concatenate(
+        [
+            np.asarray(encode(to_float(common.clips(common.ALL_PROMPTS, 8, rng, cuts=False))))
+            for _ in range(count // 8)
+        ]
+    )
     mean, std = latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
-    return dataclasses.replace(CONFIG, latent_mean=tuple(map(float, mean)), latent_std=tuple(map(float, std)))
+    return dataclasses.replace(
+        CONFIG, latent_mean=tuple(map(float, mean)), latent_std=tuple(map(float, std))
+    )
 
 
 def main(_):

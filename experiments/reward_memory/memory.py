@@ -1,4 +1,5 @@
-"""Memory of a language-model reward on one device, compiled from shapes for a device that need not be there.
+"""Memory of a language-model reward on one device, compiled from shapes for a device that need not
+be there.
 
     python -m experiments.reward_memory.memory --target=h200 --rewards=hpsv3,hpsv3:int8,videoalign
     python -m experiments.reward_memory.memory --target=v5e:4x4 --fsdp=16
@@ -21,12 +22,15 @@ from astrolabe_jax.models import layers
 from astrolabe_jax.models.qwen2_vl.config import HPSV3, PATCH_VALUES, VIDEOALIGN
 from experiments.streaming_memory.memory import Call, Program, compiled, compiling_for, size_of
 
-# config, grid of patches, reward tokens, tokens in all: an image's or video's, the instruction's and a long prompt's
+# config, grid of patches, reward tokens, tokens in all: an image's or video's, the instruction's
+# and a long prompt's
 REWARDS = {"hpsv3": (HPSV3, (1, 24, 42), 1, 960), "videoalign": (VIDEOALIGN, (5, 24, 42), 3, 2240)}
 
 
 def measure(reward: str, target: str, batch: int, fsdp: int, execute: bool) -> tuple[Program, int]:
-    """The program of a reward, 'hpsv3' or 'hpsv3:int8' and so on, and the bytes of its whole net."""
+    """The program of a reward, 'hpsv3' or 'hpsv3:int8' and so on, and the bytes of its whole
+    net.
+    """
     name, _, kernels = reward.partition(":")
     config, grid, outputs, length = REWARDS[name]
     graphdef, params, _ = qwen2_vl.shapes(dataclasses.replace(config, quantised=kernels == "int8"))
@@ -45,29 +49,43 @@ def measure(reward: str, target: str, batch: int, fsdp: int, execute: bool) -> t
         def score(params, patches, ids, where):
             return layers.merge(graphdef, params)(patches, grid, ids, where)
 
-        call = Call(jax.jit(sharding.on_mesh(mesh, score)), (sharding.shard_params(mesh, params), *inputs))
+        call = Call(
+            jax.jit(sharding.on_mesh(mesh, score)), (sharding.shard_params(mesh, params), *inputs)
+        )
         return compiled(call, execute), size_of(params)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--target", default="h200", help="here, h200, or a TPU's topology")
-    parser.add_argument("--rewards", default="hpsv3,hpsv3:int8,videoalign,videoalign:int8", help="what to compile")
+    parser.add_argument(
+        "--rewards", default="hpsv3,hpsv3:int8,videoalign,videoalign:int8", help="what to compile"
+    )
     parser.add_argument("--batch", type=int, default=4, help="samples of a call on each device")
     parser.add_argument("--fsdp", type=int, default=1, help="devices, over which the net is split")
-    parser.add_argument("--run", action="store_true", help="also run what is compiled, on the devices that are here")
+    parser.add_argument(
+        "--run", action="store_true", help="also run what is compiled, on the devices that are here"
+    )
     given = parser.parse_args()
     if given.run and given.target != "here":
-        parser.error(f"--run runs on the devices that are here, not on {given.target}; give --target=here")
+        parser.error(
+            f"--run runs on the devices that are here, not on {given.target}; give --target=here"
+        )
     for reward in given.rewards.split(","):
         program, whole = measure(reward, given.target, given.batch, given.fsdp, given.run)
-        held, temporaries, net = (count / 2**30 for count in (program.arguments, program.temporaries, whole))
+        held, temporaries, net = (
+            count / 2**30 for count in (program.arguments, program.temporaries, whole)
+        )
         line = (
-            f"{given.target} x {given.fsdp}, {reward}, {given.batch} a device: net {net:.2f} GiB, held on a device "
-            f"{held:.2f}, temporaries {temporaries:.2f}, peak {held + temporaries:.2f}; {program.seconds:.0f} s"
+            f"{given.target} x {given.fsdp}, {reward}, {given.batch} a device: net {net:.2f} GiB, "
+            f"held on a device {held:.2f}, temporaries {temporaries:.2f}, peak "
+            f"{held + temporaries:.2f}; {program.seconds:.0f} s"
         )
         if program.execution:
-            line += f"; ran: {program.execution.seconds:.3f} s, peak {program.execution.peak / 2**30:.2f}"
+            line += (
+                f"; ran: {program.execution.seconds:.3f} s, peak "
+                f"{program.execution.peak / 2**30:.2f}"
+            )
         print(line, flush=True)
 
 

@@ -1,10 +1,12 @@
-"""Times the preparation of a video for HPSv3: the way of the published code against ours, in one process.
+"""Times the preparation of a video for HPSv3: the way of the published code against ours, in one
+process.
 
     python -m experiments.reward_preprocessing.measure [--frames 81] [--repeats 3] [--json]
 
-The published way takes a frame at a time: PIL resizes it, and the processor of Hugging Face scales, normalises and
-patches it, with numpy. Ours is the jitted function that the scorers run, on so many frames at a time. Both start from
-the same uint8 frames of 480 x 832, and end in the patches of all of them. Compiling is not counted.
+The published way takes a frame at a time: PIL resizes it, and the processor of Hugging Face scales,
+normalises and patches it, with numpy. Ours is the jitted function that the scorers run, on so many
+frames at a time. Both start from the same uint8 frames of 480 x 832, and end in the patches of all
+of them. Compiling is not counted.
 """
 
 import argparse
@@ -25,7 +27,9 @@ HEIGHT, WIDTH = 480, 832
 SIZE = images.smart_resize(HEIGHT, WIDTH)
 
 
-def published(frames: np.ndarray, processor: Qwen2VLImageProcessorPil, chunk: int = 4) -> np.ndarray:
+def published(
+    frames: np.ndarray, processor: Qwen2VLImageProcessorPil, chunk: int = 4
+) -> np.ndarray:
     """HPSv3's batches of four pictures -> [F, rows, 1176]."""
     found = []
     for start in range(0, len(frames), chunk):
@@ -44,7 +48,8 @@ def prepared(frames: jax.Array, rounding: str) -> jax.Array:
 def ours(frames: np.ndarray, rounding: str, chunk: int) -> list[jax.Array]:
     """The patches of all chunks; the last one is filled up."""
     filled = [
-        np.resize(frames[start : start + chunk], (chunk, HEIGHT, WIDTH, 3)) for start in range(0, len(frames), chunk)
+        np.resize(frames[start : start + chunk], (chunk, HEIGHT, WIDTH, 3))
+        for start in range(0, len(frames), chunk)
     ]
     return jax.block_until_ready([prepared(part, rounding) for part in filled])
 
@@ -58,7 +63,10 @@ def timed(work: Callable, repeats: int) -> dict[str, float]:
         work()
         walls.append(time.perf_counter() - wall)
         used.append(time.process_time() - cpu)
-    return {"wall_s": round(statistics.median(walls), 3), "cpu_s": round(statistics.median(used), 3)}
+    return {
+        "wall_s": round(statistics.median(walls), 3),
+        "cpu_s": round(statistics.median(used), 3),
+    }
 
 
 def main() -> None:
@@ -67,7 +75,9 @@ def main() -> None:
     flags.add_argument("--repeats", type=int, default=3)
     flags.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 9])
     given = flags.parse_args()
-    small = np.random.default_rng(0).integers(0, 256, (given.frames, HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+    small = np.random.default_rng(0).integers(
+        0, 256, (given.frames, HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8
+    )
     frames = small.repeat(8, axis=1).repeat(8, axis=2)
     processor = Qwen2VLImageProcessorPil()
     wanted = published(frames[:2], processor)
@@ -76,10 +86,16 @@ def main() -> None:
         for chunk in given.chunks:
             name = f"ours, {rounding}, {chunk} frames at a time"
             lines[name] = timed(lambda r=rounding, c=chunk: ours(frames, r, c), given.repeats)
-            levels = np.abs(np.asarray(prepared(frames[:2], rounding)) - wanted).max() * 255 * max(images.CLIP_STD)
+            levels = (
+                np.abs(np.asarray(prepared(frames[:2], rounding)) - wanted).max()
+                * 255
+                * max(images.CLIP_STD)
+            )
             lines[name] |= {"levels_apart": round(float(levels), 3)}
             for clock in ("wall_s", "cpu_s"):
-                lines[name][clock.replace("_s", "_ratio")] = round(lines["published"][clock] / lines[name][clock], 2)
+                lines[name][clock.replace("_s", "_ratio")] = round(
+                    lines["published"][clock] / lines[name][clock], 2
+                )
     for name, line in lines.items():
         print(json.dumps({"what": name, "frames": given.frames, **line}), flush=True)
 

@@ -1,10 +1,11 @@
-"""Sampling a window of a long video: candidates that share their past, against candidates from frame 0 on.
+"""Sampling a window of a long video: candidates that share their past, against candidates from
+frame 0 on.
 
     python -m experiments.streaming_memory.cost [--start=219] [--base=DIRECTORY]
 
-Both are what an epoch runs, segments.sample, on the same prompt, with every program compiled before. Passes are counted
-where they are made: a pass is one block of one video through the transformer once. Neither decodes or scores: the whole
-videos would have far more of that.
+Both are what an epoch runs, segments.sample, on the same prompt, with every program compiled
+before. Passes are counted where they are made: a pass is one block of one video through the
+transformer once. Neither decodes or scores: the whole videos would have far more of that.
 """
 
 import contextlib
@@ -37,12 +38,15 @@ SIZES = {
     "streaming.clip": 0,
     "streaming.selection": "last",
     "streaming.prompts_per_device": 1,
-    "streaming.reward": "window_alone",  # the past is not decoded, so that its time is that of the rollout
+    # the past is not decoded, so that its time is that of the rollout
+    "streaming.reward": "window_alone",
 }
 
 
 def setting(start: int, **changes) -> ConfigDict:
-    """The config of a run whose windows begin at latent frame `start`; `changes` as {field: value}."""
+    """The config of a run whose windows begin at latent frame `start`; `changes` as {field:
+    value}.
+    """
     config = moving_shapes_long.get_config()
     frames = 1 + 4 * (start + WINDOW - 1)
     config.update_from_flattened_dict({**SIZES, "video.frames": frames, **changes})
@@ -50,30 +54,41 @@ def setting(start: int, **changes) -> ConfigDict:
 
 
 def measure(config: ConfigDict, start: int, times: int = 3) -> dict[str, dict[str, float]]:
-    """'clip' and 'sequence' -> passes, and the least seconds of so many epochs' sampling, taken in turn."""
+    """'clip' and 'sequence' -> passes, and the least seconds of so many epochs' sampling, taken in
+    turn.
+    """
     with tempfile.TemporaryDirectory() as directory, undecoded():
         runs = {}
         for kind in ("clip", "sequence"):
             own = config.copy_and_resolve_references()
             own.streaming.sampling = kind
             runs[kind] = prepare.prepare(own, Path(directory) / kind)
-        epochs = [{kind: _sampled(run, start, epoch) for kind, run in runs.items()} for epoch in range(1 + times)]
+        epochs = [
+            {kind: _sampled(run, start, epoch) for kind, run in runs.items()}
+            for epoch in range(1 + times)
+        ]
     later = epochs[1:]  # the first compiles
     return {
-        kind: {"passes": later[0][kind]["passes"], "seconds": min(epoch[kind]["seconds"] for epoch in later)}
+        kind: {
+            "passes": later[0][kind]["passes"],
+            "seconds": min(epoch[kind]["seconds"] for epoch in later),
+        }
         for kind in runs
     }
 
 
 def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
     wanted, progress = run.config.prompts, Progress({}, lambda: None, lambda line: None)
-    batch = prompts.draw(run.train_prompts, run.config.seed, epoch, wanted.groups, wanted.candidates, 1)
+    batch = prompts.draw(
+        run.train_prompts, run.config.seed, epoch, wanted.groups, wanted.candidates, 1
+    )
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, epoch)
     cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
     adapter = sharding.replicate(run.mesh, run.adapter)
     began = time.monotonic()
     with counted() as passes:
-        segments.sample(run, adapter, batch, cast, start, [], progress, "sampling")  # waits for the latents
+        # waits for the latents
+        segments.sample(run, adapter, batch, cast, start, [], progress, "sampling")
     return {"passes": sum(passes), "seconds": time.monotonic() - began}
 
 
@@ -87,13 +102,18 @@ def undecoded() -> Iterator[None]:
     def judge(run, frames, *_):
         return lambda: {"total": np.zeros(len(frames))}
 
-    with mock.patch.object(segments, "decoded", decoded), mock.patch.object(segments, "judge", judge):
+    with (
+        mock.patch.object(segments, "decoded", decoded),
+        mock.patch.object(segments, "judge", judge),
+    ):
         yield
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """Collects the passes of every call of the two programs that run the transformer on a stream's blocks."""
+    """Collects the passes of every call of the two programs that run the transformer on a stream's
+    blocks.
+    """
     passes: list[int] = []
 
     def counting(program, each):
@@ -121,7 +141,9 @@ def main(argv: list[str]) -> None:
     """Prints both and their ratios."""
     values = flags.FLAGS
     made = measure(setting(values.start, base=values.base), values.start)
-    made["clip / sequence"] = {name: clip / made["sequence"][name] for name, clip in made["clip"].items()}
+    made["clip / sequence"] = {
+        name: clip / made["sequence"][name] for name, clip in made["clip"].items()
+    }
     for kind, row in made.items():
         print(f"{kind:16} {row['passes']:10.4g} passes {row['seconds']:10.4g} s", flush=True)
 

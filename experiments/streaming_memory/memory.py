@@ -1,14 +1,20 @@
-"""Peak memory of the programs of a streaming epoch, compiled from shapes alone for a device that need not be there.
+"""Peak memory of the programs of a streaming epoch, compiled from shapes alone for a device that
+need not be there.
 
-    python -m experiments.streaming_memory.memory --target=h200 --cells=clip_detach:39,clip_fullbp:39
-    python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the update
+    python -m experiments.streaming_memory.memory --target=h200
+    --cells=clip_detach:39,clip_fullbp:39
+    python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the
+                                                              update
 
-The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device has one prompt with
-24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes world, which compiles
-in seconds. A cell is VARIANT:START; variants are those of Table 4a (streaming.md 5.3).
+The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device
+has one prompt with
+24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes
+world, which compiles in seconds. A cell is VARIANT:START; variants are those of Table 4a
+(streaming.md 5.3).
 
---target: here; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or a TPU's topology as
-v5p:2x2x1, with TPU_LIBRARY_PATH (README.md). With --target=here --run each program also runs, on random numbers.
+--target: here; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or
+a TPU's topology as v5p:2x2x1, with TPU_LIBRARY_PATH (README.md). With --target=here --run each
+program also runs, on random numbers.
 """
 
 import contextlib
@@ -52,7 +58,9 @@ SIZES = {
 
 
 class Call(NamedTuple):
-    """A jitted function and what to call it with: shapes, after what is static by position, and static keywords."""
+    """A jitted function and what to call it with: shapes, after what is static by position, and
+    static keywords.
+    """
 
     function: Any
     arguments: tuple
@@ -67,7 +75,8 @@ class Execution(NamedTuple):
     """What a program took on the device that is here."""
 
     seconds: float  # the least of several calls
-    peak: int  # bytes that this process has had on the device at most; 0 where the device does not count
+    # bytes that this process has had on the device at most; 0 where the device does not count
+    peak: int
 
 
 class Program(NamedTuple):
@@ -110,15 +119,21 @@ def shipped(start: int) -> ConfigDict:
     return config
 
 
-def measure(config: ConfigDict, target: str, only: tuple[str, ...] = (), execute: bool = False) -> dict[str, Peak]:
-    """Program -> its peak, at the single start of `config`; `only` these programs, or all; `execute` also runs them."""
+def measure(
+    config: ConfigDict, target: str, only: tuple[str, ...] = (), execute: bool = False
+) -> dict[str, Peak]:
+    """Program -> its peak, at the single start of `config`; `only` these programs, or all;
+    `execute` also runs them.
+    """
     with compiling_for(target) as devices:
         run = plan.abstract_run(config, 1)
         run = run._replace(mesh=sharding.make_mesh(config.mesh, devices))
         held, peaks = held_bytes(run), {}
         for name, call in programs(run).items():
             if name in (only or (name,)):
-                peaks[name] = Peak(held["update" if name == "update" else "sampling"], compiled(call, execute))
+                peaks[name] = Peak(
+                    held["update" if name == "update" else "sampling"], compiled(call, execute)
+                )
     return peaks
 
 
@@ -131,7 +146,10 @@ def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
     if target == "h200":
         importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
         config = (Path(__file__).parent / "h200.txtpb").read_text()
-        backend, given = "gpu", {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"}
+        backend, given = (
+            "gpu",
+            {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"},
+        )
     else:
         backend, given = "tpu", {"platform": "tpu", "topology_name": target}
     devices = topologies.get_topology_desc(**given).devices[:count]
@@ -144,44 +162,77 @@ def programs(run: Run) -> dict[str, Call]:
     mesh, net, vae, (_, *latent) = run.mesh, run.base.transformer, run.base.vae, run.latent_shape
     count = piece(run.config, run.config.sampler.batch, 1)
     policy = stream.Policy(
-        net.graphdef, net.params, run.adapter, run.lora_scale, net.config, run.layout, run.sampler, mesh
+        net.graphdef,
+        net.params,
+        run.adapter,
+        run.lora_scale,
+        net.config,
+        run.layout,
+        run.sampler,
+        mesh,
     )
     block, chunk = run.layout.block, run.config.video.decode_chunk
     embeddings = _shape(count, run.base.text.config.text_len, net.config.text_dim)
     text = jax.eval_shape(
         functools.partial(stream.encode_text, net.graphdef, mesh=mesh),
-        net.params, run.adapter, run.lora_scale, embeddings,
-    )  # fmt: skip
+        net.params,
+        run.adapter,
+        run.lora_scale,
+        embeddings,
+    )
     noise = _shape(len(run.sampler.steps), count, block, *latent)
     memory = segments.shapes(run, block, progressive=True).vae
     static, params, adapter, _ = stream.split(policy)
-    sample = (params, adapter, _shape(), text, noise, _cache(run, count), _number(), _shape(block, dtype=jnp.int32))
+    sample = (
+        params,
+        adapter,
+        _shape(),
+        text,
+        noise,
+        _cache(run, count),
+        _number(),
+        _shape(block, dtype=jnp.int32),
+    )
     decode = (vae.params, _shape(count, chunk, *latent), memory)
     step = update.TrainStep(run.config, net.graphdef, run.layout, mesh)
     return {
-        # A past's block and a candidate's: one program where the past of one prompt and one candidate are made at once.
+        # A past's block and a candidate's: one program where the past of one prompt and one
+        # candidate are made at once.
         "block": Call(
             stream.sample_block,
             sharding.replicate(mesh, sample),
             (static,),
             {"at": None, "aligned": True, "trace": False, "partial": True},
         ),
-        "decoder": Call(decode_chunk, sharding.replicate(mesh, decode), (vae.graphdef,), {"mesh": mesh}),
+        "decoder": Call(
+            decode_chunk, sharding.replicate(mesh, decode), (vae.graphdef,), {"mesh": mesh}
+        ),
         "update": Call(step.accumulate, sharding.replicate(mesh, step_arguments(run))),
     }
 
 
 def step_arguments(run: Run) -> tuple:
     """Shapes of the arguments of update.TrainStep.accumulate."""
-    config, net, (_, *latent), window = run.config, run.base.transformer, run.latent_shape, run.config.streaming.window
+    config, net, (_, *latent), window = (
+        run.config,
+        run.base.transformer,
+        run.latent_shape,
+        run.config.streaming.window,
+    )
     state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
     size = piece(config, config.optimiser.microbatch, 1)
     number = config.optimiser.microbatch // size
     frames = window if config.streaming.backprop == "detach" else kept_frames(run)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (number, size)))
     each = _shape(number, size)
-    batch = update.Batch(_shape(number, size, frames, *latent), each, each, _shape(number, size, dtype=jnp.int32),
-                         each, key)  # fmt: skip
+    batch = update.Batch(
+        _shape(number, size, frames, *latent),
+        each,
+        each,
+        _shape(number, size, dtype=jnp.int32),
+        each,
+        key,
+    )
     text = _shape(config.prompts.groups, run.base.text.config.text_len, net.config.text_dim)
     part = (None, None)  # which part of the video, and its share of the loss
     if config.streaming.sampling == "sequence" and config.streaming.backprop == "detach":
@@ -202,13 +253,23 @@ def history(run: Run) -> update.History | None:
 
 
 def held_bytes(run: Run) -> dict[str, int]:
-    """What is on the device in each phase while a program runs, its own temporaries and outputs apart."""
+    """What is on the device in each phase while a program runs, its own temporaries and outputs
+    apart.
+    """
     config = run.config
     nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
     state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
-    latents = 4 * config.prompts.groups * config.prompts.candidates * kept_frames(run) * np.prod(run.latent_shape[1:])
-    one = size_of(segments.shapes(run, run.layout.block, progressive=True))  # a stream, with the decoder's memory
-    always = size_of((nets, state)) + 2 * int(latents)  # twice: in pieces and sorted, then sorted and dealt to a step
+    latents = (
+        4
+        * config.prompts.groups
+        * config.prompts.candidates
+        * kept_frames(run)
+        * np.prod(run.latent_shape[1:])
+    )
+    # a stream, with the decoder's memory
+    one = size_of(segments.shapes(run, run.layout.block, progressive=True))
+    # twice: in pieces and sorted, then sorted and dealt to a step
+    always = size_of((nets, state)) + 2 * int(latents)
     streams = 2 if config.streaming.sampling == "clip" else 1  # the past, and the one that is made
     gradient = size_of(jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter))
     return {"sampling": always + streams * one, "update": always + gradient + size_of(history(run))}
@@ -221,7 +282,9 @@ def kept_frames(run: Run) -> int:
 
 
 def stored(run: Run) -> dict[str, int]:
-    """Bytes that a sample of the window leaves for the update, here and where likelihoods of steps are trained."""
+    """Bytes that a sample of the window leaves for the update, here and where likelihoods of steps
+    are trained.
+    """
     steps, window = len(run.sampler.steps), run.config.streaming.window
     latents = 4 * window * int(np.prod(run.latent_shape[1:]))
     frame = size_of(_cache(run, 1)) // run.layout.capacity
@@ -230,7 +293,10 @@ def stored(run: Run) -> dict[str, int]:
         "NFT: clean latents": latents,
         "NFT: r, KL mask, prompt, key of the noise": 4 + 1 + 4 + keys,
         "trajectory: x_t of every step, clean latents": (steps + 1) * latents,
-        "trajectory: log-probability of every step of every block": 4 * steps * window // run.layout.block,
+        "trajectory: log-probability of every step of every block": 4
+        * steps
+        * window
+        // run.layout.block,
         "trajectory: clean keys and values of the window, where they are kept": window * frame,
         "trajectory: the same of every step": (steps + 1) * window * frame,
     }
@@ -250,12 +316,16 @@ def executed(program: Any, shapes: tuple, times: int = 3) -> Execution:
     """Calls it on random numbers, 1 + `times` times; arguments that were donated are made anew."""
     arguments, seconds = jax.tree.map(_random, shapes), []
     for _ in range(1 + times):
-        arguments = jax.tree.map(lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf, shapes, arguments)
+        arguments = jax.tree.map(
+            lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf, shapes, arguments
+        )
         jax.block_until_ready(arguments)
         began = time.monotonic()
         jax.block_until_ready(program(*arguments))
         seconds.append(time.monotonic() - began)
-    return Execution(min(seconds[1:]), (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
+    return Execution(
+        min(seconds[1:]), (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    )
 
 
 def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -275,7 +345,11 @@ def _normal(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
 
 def size_of(tree: Any) -> int:
     """Bytes of arrays or shapes."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -289,14 +363,18 @@ def _number() -> jax.ShapeDtypeStruct:
 
 def _cache(run: Run, count: int) -> kv.Cache:
     slots, latent_hw = run.layout.capacity, tuple(run.latent_shape[2:])
-    return jax.eval_shape(lambda: kv.empty_cache(run.base.transformer.config, count, slots, latent_hw))
+    return jax.eval_shape(
+        lambda: kv.empty_cache(run.base.transformer.config, count, slots, latent_hw)
+    )
 
 
 def main(argv: list[str]) -> None:
     """A line for each cell and program, in GiB; in MiB for the shipped model."""
     values = flags.FLAGS
     if values.run and values.target != "here":
-        raise app.UsageError(f"--run runs on the device that is here, not on {values.target}; give --target=here")
+        raise app.UsageError(
+            f"--run runs on the device that is here, not on {values.target}; give --target=here"
+        )
     unit = 20 if values.model == "shipped" else 30
     if values.stored:
         for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
@@ -304,14 +382,27 @@ def main(argv: list[str]) -> None:
         return
     for cell in values.cells:
         variant, start = cell.split(":")
-        config = setting(variant, int(start), shipped(int(start)) if values.model == "shipped" else None)
+        config = setting(
+            variant, int(start), shipped(int(start)) if values.model == "shipped" else None
+        )
         config.model.attention = values.attention
-        for name, peak in measure(config, values.target, tuple(values.programs), values.run).items():
-            sizes = peak.held, peak.program.arguments, peak.program.temporaries, peak.program.fresh, peak.total
+        for name, peak in measure(
+            config, values.target, tuple(values.programs), values.run
+        ).items():
+            sizes = (
+                peak.held,
+                peak.program.arguments,
+                peak.program.temporaries,
+                peak.program.fresh,
+                peak.total,
+            )
             row = "  ".join(f"{size / 2**unit:7.2f}" for size in sizes)
             row += f"  {peak.program.seconds:6.0f} s"
             if peak.program.execution:
-                row += f"  ran: {peak.program.execution.seconds:.3f} s, {peak.program.execution.peak / 2**unit:.2f}"
+                row += (
+                    f"  ran: {peak.program.execution.seconds:.3f} s, "
+                    f"{peak.program.execution.peak / 2**unit:.2f}"
+                )
             print(f"{values.target} {variant:12} {start:>4} {name:8} {row}", flush=True)
 
 

@@ -1,7 +1,9 @@
-"""python -m tests.convert.fuzz --minutes 10: changed files of torch until the time is over; prints what came out.
+"""python -m tests.convert.fuzz --minutes 10: changed files of torch until the time is over; prints
+what came out.
 
-Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, most where the pickle and the
-directory of the archive are. Anything but a tree that can be walked and read, a TorchFileError or an OSError ends it.
+Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, most where
+the pickle and the directory of the archive are. Anything but a tree that can be walked and read, a
+TorchFileError or an OSError ends it.
 """
 
 import argparse
@@ -26,13 +28,30 @@ def trees() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 6, generator=generator)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
-              torch.complex64)  # fmt: skip
+    dtypes = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    )
     return {
         "state_dict": module.state_dict(),
         "dtypes": {str(dtype): weight.to(dtype) for dtype in dtypes},
-        "parameters": {"p": torch.nn.Parameter(weight), "frozen": torch.nn.Parameter(weight, requires_grad=False)},
-        "views": {"whole": weight, "tied": weight, "turned": weight.t(), "part": weight[1:3, 2:5], "rows": weight[::2]},
+        "parameters": {
+            "p": torch.nn.Parameter(weight),
+            "frozen": torch.nn.Parameter(weight, requires_grad=False),
+        },
+        "views": {
+            "whole": weight,
+            "tied": weight,
+            "turned": weight.t(),
+            "part": weight[1:3, 2:5],
+            "rows": weight[::2],
+        },
         "odd": {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "one": torch.ones(1, 1)},
         "nested": {
             "generator_ema": collections.OrderedDict(w=weight),
@@ -71,7 +90,9 @@ def changed(content: bytes, other: bytes, draw: random.Random) -> bytes:
             case 4:
                 del changed[draw.randrange(len(changed) + 1) :]
             case 5:
-                changed[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00"))
+                changed[at : at + 4] = draw.choice(
+                    (b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00")
+                )
     return bytes(changed)
 
 
@@ -99,7 +120,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, until, outcomes = random.Random(args.seed), time.monotonic() + 60 * args.minutes, collections.Counter()
+    draw, until, outcomes = (
+        random.Random(args.seed),
+        time.monotonic() + 60 * args.minutes,
+        collections.Counter(),
+    )
     with tempfile.TemporaryDirectory() as directory:
         contents = list(write(Path(directory)).values())
         while time.monotonic() < until:

@@ -73,11 +73,14 @@ def test_faults_name_the_file_and_the_field(directory):
     with pytest.raises(ValueError, match="config.json, transformer: .*dim"):
         load_base(str(directory), **FLOAT32)
     rewrite(lambda c: c["vae"].update(colour=1))
-    with pytest.raises(ValueError, match="config.json: .*\n  vae.colour is unknown; expected dim, z_dim"):
+    with pytest.raises(
+        ValueError, match="config.json: .*\n  vae.colour is unknown; expected dim, z_dim"
+    ):
         load_base(str(directory), **FLOAT32)
     rewrite(lambda c: c["transformer"].update(num_layers=3))
     with pytest.raises(
-        ConversionError, match="transformer.safetensors: .* has width 24 and 2 blocks; expected width 24 and 3 "
+        ConversionError,
+        match="transformer.safetensors: .* has width 24 and 2 blocks; expected width 24 and 3 ",
     ):
         load_base(str(directory), **FLOAT32)
     rewrite(lambda c: None)
@@ -88,7 +91,9 @@ def test_faults_name_the_file_and_the_field(directory):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="vae.safetensors"):
         load_base(str(directory), **FLOAT32)
-    with pytest.raises(FileNotFoundError, match="expected a shipped base .moving_shapes. or a directory"):
+    with pytest.raises(
+        FileNotFoundError, match="expected a shipped base .moving_shapes. or a directory"
+    ):
         load_base("no_such_base", **FLOAT32)
 
 
@@ -96,9 +101,24 @@ def test_faults_name_the_file_and_the_field(directory):
     ("part", "field", "value", "expected"),
     [
         ("transformer", "in_channels", 8, "transformer.in_channels is 8; expected vae.z_dim, 4"),
-        ("transformer", "text_dim", 32, "transformer.text_dim is 32; expected text_encoder.dim, 16"),
-        ("transformer", "text_len", 8, "transformer.text_len is 8; expected at least text_encoder.text_len, 16"),
-        ("text_encoder", "vocab_size", 9, "text_encoder.vocab_size is 9, but the tokenizer in .* has ids up to"),
+        (
+            "transformer",
+            "text_dim",
+            32,
+            "transformer.text_dim is 32; expected text_encoder.dim, 16",
+        ),
+        (
+            "transformer",
+            "text_len",
+            8,
+            "transformer.text_len is 8; expected at least text_encoder.text_len, 16",
+        ),
+        (
+            "text_encoder",
+            "vocab_size",
+            9,
+            "text_encoder.vocab_size is 9, but the tokenizer in .* has ids up to",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, value, expected):
@@ -135,7 +155,9 @@ def test_parts_that_do_not_fit_each_other_are_named(directory, part, field, valu
 )
 def test_a_size_that_makes_no_sense_is_named(directory, part, field, value, expected):
     set_size(directory, part, field, value)
-    with pytest.raises(ValueError, match=f"(?s)config.json.*{part}.*{field} is .*expected {expected}"):
+    with pytest.raises(
+        ValueError, match=f"(?s)config.json.*{part}.*{field} is .*expected {expected}"
+    ):
         configs(str(directory), **FLOAT32)
 
 
@@ -149,5 +171,8 @@ def test_a_transformer_may_take_longer_prompts_than_the_encoder_gives(directory)
 
 def test_a_part_that_is_no_object_is_named(directory):
     (directory / "config.json").write_text('{"transformer": 1, "vae": {}, "text_encoder": {}}')
-    with pytest.raises(ValueError, match="config.json: expected objects under the keys transformer, vae, text_encoder"):
+    with pytest.raises(
+        ValueError,
+        match="config.json: expected objects under the keys transformer, vae, text_encoder",
+    ):
         load_base(str(directory), **FLOAT32)

@@ -1,4 +1,6 @@
-"""HPS_v2.1_compressed.pt, clip-vit-large-patch14 and the aesthetic predictor, generated as they are published."""
+"""HPS_v2.1_compressed.pt, clip-vit-large-patch14 and the aesthetic predictor, generated as they are
+published.
+"""
 
 import dataclasses
 import math
@@ -52,9 +54,13 @@ def test_hpsv2_file(tmp_path):
     for name in ("visual.conv1.weight", "visual.proj", "transformer.resblocks.1.mlp.c_proj.weight"):
         np.testing.assert_array_equal(back[name], given[name])
     name = "visual.transformer.resblocks.2.attn.in_proj_weight"
-    np.testing.assert_array_equal(np.concatenate([back[f"{name}[{part}]"] for part in "qkv"]), given[name])
-    np.testing.assert_array_equal(params["text"]["blocks"]["attn"]["k"]["bias"][1],
-                                  given["transformer.resblocks.1.attn.in_proj_bias"][128:256])  # fmt: skip
+    np.testing.assert_array_equal(
+        np.concatenate([back[f"{name}[{part}]"] for part in "qkv"]), given[name]
+    )
+    np.testing.assert_array_equal(
+        params["text"]["blocks"]["attn"]["k"]["bias"][1],
+        given["transformer.resblocks.1.attn.in_proj_bias"][128:256],
+    )
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -73,7 +79,14 @@ def test_aesthetic_files(tmp_path, suffix):
     tensors = clip.aesthetic(read_weights(path) | read_weights(tmp_path / "sac.pth"))
     sizes = clip.aesthetic_sizes(tensors)
     assert sizes == {name: getattr(config, name) for name in sizes}
-    assert {"vision_dim", "vision_ffn", "vision_layers", "vision_heads", "image_size", "embed_dim"} < set(sizes)
+    assert {
+        "vision_dim",
+        "vision_ffn",
+        "vision_layers",
+        "vision_heads",
+        "image_size",
+        "embed_dim",
+    } < set(sizes)
     net = dataclasses.replace(VIT_L_14, **sizes)
     params = engine.load(clip.aesthetic_table(net), tensors, expected(Aesthetic, net))
     np.testing.assert_array_equal(params["head"][3]["kernel"], head["layers.6.weight"].T)
@@ -89,7 +102,11 @@ def test_every_tensor_is_required_and_no_other_accepted(kind):
         config, given, prepare, module, table = clips.OPEN, hps(), clip.hpsv2, CLIP, clip.table
         dropped = {"logit_scale"}
     else:
-        config, given, prepare = clips.OPENAI, clips.tensors(clips.model(clips.OPENAI)), clip.aesthetic
+        config, given, prepare = (
+            clips.OPENAI,
+            clips.tensors(clips.model(clips.OPENAI)),
+            clip.aesthetic,
+        )
         given |= predictor(config.embed_dim)
         module, table = Aesthetic, clip.aesthetic_table
         dropped = {name for name in given if name.startswith(("logit_scale", "text_"))}
@@ -115,22 +132,37 @@ def test_published_names_and_shapes_of_openai():
     tower = {"num_attention_heads": 16, "hidden_act": "quick_gelu"}
     given = TorchConfig(
         vision_config=tower
-        | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "patch_size": 14},
-        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        | {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+        text_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        },
         projection_dim=768,
     )
     with torch.device("meta"):
         net = CLIPModel(given)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     assert shapes.pop("logit_scale") == ()
-    assert engine.source_shapes(clip.hugging_face(clip.table(VIT_L_14)), expected(CLIP, VIT_L_14)) == shapes
+    assert (
+        engine.source_shapes(clip.hugging_face(clip.table(VIT_L_14)), expected(CLIP, VIT_L_14))
+        == shapes
+    )
     mine = engine.source_shapes(clip.aesthetic_table(VIT_L_14), expected(Aesthetic, VIT_L_14))
     head = {name: tensor.shape for name, tensor in predictor(768).items()}
     assert mine == clip.aesthetic(shapes) | head
 
 
 def test_published_names_and_shapes_of_hpsv2():
-    """ViT-H/14 has 986,109,441 parameters with the scale of logits; the file of them is read piece by piece."""
+    """ViT-H/14 has 986,109,441 parameters with the scale of logits; the file of them is read piece
+    by piece.
+    """
     config, read = VIT_H_14, []
     shapes = engine.source_shapes(clip.table(config), expected(CLIP, config))
     fused = {}
@@ -157,6 +189,6 @@ def test_published_names_and_shapes_of_hpsv2():
     assert stack.shape == (32, 1280, 1280) and np.asarray(stack[7]).shape == (1280, 1280)
     assert read == ["visual.transformer.resblocks.7.attn.in_proj_weight"]
     assert sum(math.prod(stack.shape) for stack in stacks.values()) == 986_109_440
-    assert jax.tree.structure(engine.nested(dict.fromkeys(stacks, 0).items())) == jax.tree.structure(
-        expected(CLIP, config)
-    )
+    assert jax.tree.structure(
+        engine.nested(dict.fromkeys(stacks, 0).items())
+    ) == jax.tree.structure(expected(CLIP, config))

@@ -1,4 +1,6 @@
-"""The commands as users run them: one message and status 2 for what cannot be done; bounded memory; no half results."""
+"""The commands as users run them: one message and status 2 for what cannot be done; bounded memory;
+no half results.
+"""
 
 import json
 import os
@@ -70,13 +72,18 @@ def test_inspect_says_what_is_missing(capsys, base, tmp_path):
     write_safetensors(tmp_path / "a.safetensors", tensors)
     _, out, _ = run(capsys, "inspect", tmp_path / "a.safetensors")
     assert "complete: no, 2 faults" in out
-    assert "missing tensor: blocks.0.ffn.0.weight" in out and "unused tensor: blocks.0.ffn.0.wieght" in out
+    assert (
+        "missing tensor: blocks.0.ffn.0.weight" in out
+        and "unused tensor: blocks.0.ffn.0.wieght" in out
+    )
 
 
 def test_inspect_reads_headers_only(capsys, tmp_path, monkeypatch):
     """The 14B model's names and shapes, without its 57 GB: the content of the file is a hole."""
     config = parts.SIZES["wan_14b"]["transformer"]
-    shapes = bases.engine.source_shapes(parts.rules("transformer", config), parts.shapes("transformer", config).params)
+    shapes = bases.engine.source_shapes(
+        parts.rules("transformer", config), parts.shapes("transformer", config).params
+    )
     header, stop = {}, 0
     for name, shape in shapes.items():
         start, stop = stop, stop + 2 * int(np.prod(shape))
@@ -87,18 +94,32 @@ def test_inspect_reads_headers_only(capsys, tmp_path, monkeypatch):
         file.truncate(8 + len(text) + stop)
     status, out, _ = run(capsys, "inspect", tmp_path / "krea.safetensors", "--json")
     found = json.loads(out)
-    assert (found["tensors"], found["parameters"], found["bytes"]) == (1095, 14_288_491_584, 28_576_983_168)
+    assert (found["tensors"], found["parameters"], found["bytes"]) == (
+        1095,
+        14_288_491_584,
+        28_576_983_168,
+    )
     assert (found["families"], found["size"], found["complete"]) == (["Krea"], "wan_14b", True)
 
 
 def test_inspect_knows_adapters(capsys, tmp_path):
     lora.save_peft(tiny.adapter(), tmp_path / "peft", 2, 3.0)
     found = json.loads(run(capsys, "inspect", tmp_path / "peft", "--json")[1])
-    assert (found["families"], found["sizes"]["rank"], found["sizes"]["scale"]) == (["PEFT"], 2, 1.5)
-    tree = {name: torch_files.whole(tensor) for name, tensor in lora.to_peft(tiny.adapter()).items()}
+    assert (found["families"], found["sizes"]["rank"], found["sizes"]["scale"]) == (
+        ["PEFT"],
+        2,
+        1.5,
+    )
+    tree = {
+        name: torch_files.whole(tensor) for name, tensor in lora.to_peft(tiny.adapter()).items()
+    }
     torch_files.write(tmp_path / "lora.pt", {"generator_lora": tree, "critic_lora": {}, "step": 1})
     found = json.loads(run(capsys, "inspect", tmp_path / "lora.pt", "--json")[1])
-    assert found["families"] == ["LongLive LoRA"] and found["entries"] == ["generator_lora", "critic_lora", "step"]
+    assert found["families"] == ["LongLive LoRA"] and found["entries"] == [
+        "generator_lora",
+        "critic_lora",
+        "step",
+    ]
     tree.popitem()
     torch_files.write(tmp_path / "lora.pt", {"generator_lora": tree})
     found = json.loads(run(capsys, "inspect", tmp_path / "lora.pt", "--json")[1])
@@ -130,7 +151,10 @@ def test_an_import_is_an_orbax_checkpoint(imported):
     placed = ocp.StandardCheckpointer().restore(path, shapes)
     jax.tree.map(np.testing.assert_array_equal, placed, want)
     kernel = placed["blocks"]["ffn"]["fc1"]["kernel"]
-    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.shape[-1] == kernel.shape[-1] // 8
+    assert (
+        len(kernel.sharding.device_set) == 8
+        and kernel.addressable_shards[0].data.shape[-1] == kernel.shape[-1] // 8
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -138,7 +162,15 @@ def test_an_import_in_another_dtype_is_rounded(capsys, base, tmp_path, dtype):
     assert run(capsys, "import", base, "--to", tmp_path / "x", "--dtype", dtype)[0] == 0
     leaves = store.open_leaves(tmp_path / "x" / "transformer")
     assert {str(leaf.dtype) for leaf in leaves.values()} == {dtype}
-    run(capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "transformer")
+    run(
+        capsys,
+        "export",
+        tmp_path / "x",
+        "--to",
+        tmp_path / "a.safetensors",
+        "--part",
+        "transformer",
+    )
     want = read_safetensors(base / "transformer.safetensors")
     for name, tensor in read_safetensors(tmp_path / "a.safetensors").items():
         np.testing.assert_array_equal(tensor, np.asarray(want[name]).astype(jnp.dtype(dtype)))
@@ -147,45 +179,93 @@ def test_an_import_in_another_dtype_is_rounded(capsys, base, tmp_path, dtype):
 def test_an_entry_may_be_chosen(capsys, base, tmp_path):
     tensors = read_safetensors(base / "transformer.safetensors")
     trees = {
-        entry: {f"model.{name}": torch_files.whole(np.full(t.shape, value, np.float32)) for name, t in tensors.items()}
+        entry: {
+            f"model.{name}": torch_files.whole(np.full(t.shape, value, np.float32))
+            for name, t in tensors.items()
+        }
         for entry, value in (("generator", 1), ("generator_ema", 2))
     }
     torch_files.write(tmp_path / "a.pt", trees)
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
     for entry, value in (("", 2), ("generator", 1)):
         to = tmp_path / f"to{entry}"
-        assert run(capsys, "import", tmp_path / "a.pt", "--to", to, *(["--entry", entry] if entry else []))[0] == 0
+        assert (
+            run(
+                capsys,
+                "import",
+                tmp_path / "a.pt",
+                "--to",
+                to,
+                *(["--entry", entry] if entry else []),
+            )[0]
+            == 0
+        )
         assert np.asarray(store.open_leaves(to / "transformer")["head.modulation"]).max() == value
-    status, _, err = run(capsys, "import", tmp_path / "a.pt", "--to", tmp_path / "z", "--entry", "critic")
-    assert (status, err) == (2, f"error: {tmp_path}/a.pt has no entry 'critic'; it has generator, generator_ema\n")
+    status, _, err = run(
+        capsys, "import", tmp_path / "a.pt", "--to", tmp_path / "z", "--entry", "critic"
+    )
+    assert (status, err) == (
+        2,
+        f"error: {tmp_path}/a.pt has no entry 'critic'; it has generator, generator_ema\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["inspect", "nowhere"], "no nowhere; expected a file of weights or a directory"),
-        (["inspect", "{base}/config.json"], "config.json: expected a file of weights, .safetensors"),
-        (["import", "nowhere", "--to", "{tmp}/x"], "no nowhere; expected a file of weights or a directory with"),
-        (["import", "{base}", "--to", "{imported}"], "imported.*/transformer is there already; remove it or give"),
+        (
+            ["inspect", "{base}/config.json"],
+            "config.json: expected a file of weights, .safetensors",
+        ),
+        (
+            ["import", "nowhere", "--to", "{tmp}/x"],
+            "no nowhere; expected a file of weights or a directory with",
+        ),
+        (
+            ["import", "{base}", "--to", "{imported}"],
+            "imported.*/transformer is there already; remove it or give",
+        ),
         (["import", "{base}", "--to", "{tmp}/x", "--entry", "a"], "--entry is of one file"),
-        (["import", "{base}", "--to", "{tmp}/x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["import", "{tmp}/plain.safetensors", "--to", "{tmp}/x"], "plain.safetensors: its width is 24, .*--num_heads"),
+        (
+            ["import", "{base}", "--to", "{tmp}/x", "--dtype", "int8"],
+            "argument --dtype: invalid choice: 'int8'",
+        ),
+        (
+            ["import", "{tmp}/plain.safetensors", "--to", "{tmp}/x"],
+            "plain.safetensors: its width is 24, .*--num_heads",
+        ),
         (
             ["import", "{tmp}/other.safetensors", "--to", "{tmp}/x"],
             "other.safetensors: the names are those of no model",
         ),
-        (["import", "{base}", "--to", "{tmp}/wan"], "wan/config.json is none that import wrote; give another --to"),
-        (["export", "{imported}", "--to", "{tmp}/a.pt", "--part", "vae"], "expected a name that ends in .safetensors"),
+        (
+            ["import", "{base}", "--to", "{tmp}/wan"],
+            "wan/config.json is none that import wrote; give another --to",
+        ),
+        (
+            ["export", "{imported}", "--to", "{tmp}/a.pt", "--part", "vae"],
+            "expected a name that ends in .safetensors",
+        ),
         (
             ["export", "{imported}", "--to", "{base}/vae.safetensors", "--part", "vae"],
             "vae.safetensors is there already",
         ),
-        (["export", "{imported}", "--to", "{tmp}/a.safetensors", "--part", "head"], "argument --part: invalid choice"),
+        (
+            ["export", "{imported}", "--to", "{tmp}/a.safetensors", "--part", "head"],
+            "argument --part: invalid choice",
+        ),
         (["export", "{imported}", "--to", "{tmp}/a.safetensors"], "required: --part"),
-        (["export-lora", "{base}", "--to", "{tmp}/x"], "no .*adapter_config.json; expected a PEFT directory"),
+        (
+            ["export-lora", "{base}", "--to", "{tmp}/x"],
+            "no .*adapter_config.json; expected a PEFT directory",
+        ),
         (["export-lora", "{tmp}", "--to", "{base}"], "is there already"),
         (["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors"], "no .*adapter_config.json"),
-        (["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors", "--format", "x"], "argument --format: invalid"),
+        (
+            ["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors", "--format", "x"],
+            "argument --format: invalid",
+        ),
         ([], "required: command"),
     ],
 )
@@ -204,8 +284,15 @@ def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, ar
 
 
 def test_the_number_of_heads_may_be_given(capsys, base, tmp_path):
-    write_safetensors(tmp_path / "a.safetensors", read_safetensors(base / "transformer.safetensors"))
-    assert run(capsys, "import", tmp_path / "a.safetensors", "--to", tmp_path / "x", "--num_heads", 2)[0] == 0
+    write_safetensors(
+        tmp_path / "a.safetensors", read_safetensors(base / "transformer.safetensors")
+    )
+    assert (
+        run(capsys, "import", tmp_path / "a.safetensors", "--to", tmp_path / "x", "--num_heads", 2)[
+            0
+        ]
+        == 0
+    )
     assert json.loads((tmp_path / "x" / "config.json").read_text())["transformer"]["num_heads"] == 2
 
 
@@ -213,7 +300,9 @@ def test_a_damaged_store_is_named(capsys, base, tmp_path):
     run(capsys, "import", base, "--to", tmp_path / "x")
     manifest = tmp_path / "x" / "vae" / "manifest.ocdbt"
     manifest.write_bytes(manifest.read_bytes()[:-3])
-    status, _, err = run(capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "vae")
+    status, _, err = run(
+        capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "vae"
+    )
     assert status == 2 and f"error: {tmp_path}/x/vae: it cannot be read: " in err
 
 
@@ -236,7 +325,20 @@ def workdir(tmp_path):
 @pytest.mark.parametrize("form", lora.SAVERS)
 @pytest.mark.parametrize("policy", ["ema", "current", "old"])
 def test_the_adapter_of_a_run(capsys, workdir, tmp_path, form, policy):
-    assert run(capsys, "export-lora", workdir, "--to", tmp_path / "x", "--format", form, "--policy", policy)[0] == 0
+    assert (
+        run(
+            capsys,
+            "export-lora",
+            workdir,
+            "--to",
+            tmp_path / "x",
+            "--format",
+            form,
+            "--policy",
+            policy,
+        )[0]
+        == 0
+    )
     got, scale = lora.load_lora(tmp_path / "x", tiny.CONFIG, 2)
     assert scale == 1.5
     jax.tree.map(np.testing.assert_array_equal, got, getattr(Policies, policy))
@@ -246,16 +348,25 @@ def test_the_adapter_of_a_run(capsys, workdir, tmp_path, form, policy):
 
 
 def test_merge_of_a_run(capsys, base, workdir, tmp_path):
-    """The adapter of a run that is exported, merged and imported again is a transformer in place of the base's."""
+    """The adapter of a run that is exported, merged and imported again is a transformer in place of
+    the base's.
+    """
     run(capsys, "export-lora", workdir, "--to", tmp_path / "lora")
     net = tiny_base.PARTS["transformer"]
     assert run(capsys, "merge", base, tmp_path / "lora", "--to", tmp_path / "m.safetensors")[0] == 0
     got = bases.load_base(
-        str(base), transformer=str(tmp_path / "m.safetensors"), dtype="float32", param_dtype="float32"
+        str(base),
+        transformer=str(tmp_path / "m.safetensors"),
+        dtype="float32",
+        param_dtype="float32",
     )
     plain = bases.load_base(str(base), dtype="float32", param_dtype="float32")
-    want = bases.Net(None, plain.transformer.params, net).params["blocks"]["self_attn"]["q"]["kernel"]
-    delta = np.einsum("lir,lro->lio", Policies.ema["self_attn.q"]["a"], Policies.ema["self_attn.q"]["b"])
+    want = bases.Net(None, plain.transformer.params, net).params["blocks"]["self_attn"]["q"][
+        "kernel"
+    ]
+    delta = np.einsum(
+        "lir,lro->lio", Policies.ema["self_attn.q"]["a"], Policies.ema["self_attn.q"]["b"]
+    )
     found = got.transformer.params["blocks"]["self_attn"]["q"]["kernel"]
     np.testing.assert_allclose(found, want + 1.5 * delta, atol=1e-5)
 
@@ -266,7 +377,8 @@ from astrolabe_jax.convert.__main__ import main
 def anonymous():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-main(["import", sys.argv[1], "--to", sys.argv[2]])  # whatever is imported and started on the way is there before
+# whatever is imported and started on the way is there before
+main(["import", sys.argv[1], "--to", sys.argv[2]])
 before, peak, done = anonymous(), [0], threading.Event()
 def watch():
     while not done.is_set():
@@ -283,34 +395,56 @@ BIG = bases.WanConfig(dim=1536, ffn_dim=8960, num_layers=3, num_heads=12)
 
 
 def big_transformer(path, config):
-    """Writes random weights in bfloat16, tensor by tensor: (bytes of the largest tensor, of the file)."""
-    shapes = bases.engine.source_shapes(parts.rules("transformer", config), parts.shapes("transformer", config).params)
+    """Writes random weights in bfloat16, tensor by tensor: (bytes of the largest tensor, of the
+    file).
+    """
+    shapes = bases.engine.source_shapes(
+        parts.rules("transformer", config), parts.shapes("transformer", config).params
+    )
     rng, dtype = np.random.default_rng(0), DTYPES["BF16"]
     tensors = {
-        name: bases.engine.Lazy(shape, dtype, lambda shape=shape: rng.standard_normal(shape, np.float32).astype(dtype))
+        name: bases.engine.Lazy(
+            shape, dtype, lambda shape=shape: rng.standard_normal(shape, np.float32).astype(dtype)
+        )
         for name, shape in shapes.items()
     }
     write_safetensors(path, tensors)
-    return max(tensor.nbytes for tensor in tensors.values()), sum(tensor.nbytes for tensor in tensors.values())
+    return max(tensor.nbytes for tensor in tensors.values()), sum(
+        tensor.nbytes for tensor in tensors.values()
+    )
 
 
 def child(*arguments):
-    # With a fixed threshold the allocator gives back what is freed: what is measured is what is in use.
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="", MALLOC_MMAP_THRESHOLD_="65536")
+    # With a fixed threshold the allocator gives back what is freed: what is measured is what is in
+    # use.
+    environment = dict(
+        os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="", MALLOC_MMAP_THRESHOLD_="65536"
+    )
     return [sys.executable, "-c", CHILD, *map(str, arguments)], environment
 
 
 @pytest.mark.slow
 def test_memory_stays_near_one_tensor(base, tmp_path):
-    """Import, export and merge of a file many times as large as its largest tensor: no copy of the file is held."""
+    """Import, export and merge of a file many times as large as its largest tensor: no copy of the
+    file is held.
+    """
     path = tmp_path / "big.safetensors"
     largest, total = big_transformer(path, BIG)  # 28 MB, 0.33 GB
-    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), lora.adapter_shapes(BIG, 4))
+    adapter = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32), lora.adapter_shapes(BIG, 4)
+    )
     lora.save_peft(adapter, tmp_path / "lora", 4, 4.0)
     # The tensor, and copies of it on the way to the disk; in a merge the product in float32, too.
     commands = {
         3: ("import", path, "--to", tmp_path / "x"),
-        4: ("export", tmp_path / "x", "--to", tmp_path / "out.safetensors", "--part", "transformer"),
+        4: (
+            "export",
+            tmp_path / "x",
+            "--to",
+            tmp_path / "out.safetensors",
+            "--part",
+            "transformer",
+        ),
         6: ("merge", path, tmp_path / "lora", "--to", tmp_path / "merged.safetensors"),
     }
     for tensors, arguments in commands.items():
@@ -327,16 +461,23 @@ def test_an_import_that_is_killed_leaves_nothing_that_loads(base, tmp_path):
     path = tmp_path / "big.safetensors"
     big_transformer(path, bases.WanConfig(dim=1024, ffn_dim=4096, num_layers=2, num_heads=8))
     command, environment = child(base, tmp_path / "first", "import", path, "--to", tmp_path / "x")
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 60
     while not list(tmp_path.glob("x/*/*/d/*")) and time.monotonic() < until:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("x/transformer*tmp*")) and not (tmp_path / "x" / "config.json").exists()
+    assert (
+        list(tmp_path.glob("x/transformer*tmp*")) and not (tmp_path / "x" / "config.json").exists()
+    )
     with pytest.raises(FileNotFoundError):
         bases.load_base(str(tmp_path / "x"))
     assert not store.is_store(tmp_path / "x" / "transformer")
     command, environment = child(base, tmp_path / "again", "import", path, "--to", tmp_path / "x")
-    subprocess.run(command, env=environment, capture_output=True, check=True)  # the same command again
-    assert store.is_store(tmp_path / "x" / "transformer") and (tmp_path / "x" / "config.json").exists()
+    # the same command again
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert (
+        store.is_store(tmp_path / "x" / "transformer") and (tmp_path / "x" / "config.json").exists()
+    )

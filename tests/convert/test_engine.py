@@ -1,4 +1,6 @@
-"""The engine on a table with every transform: bytes survive the round trip, and every kind of misfit is named."""
+"""The engine on a table with every transform: bytes survive the round trip, and every kind of
+misfit is named.
+"""
 
 import numpy as np
 import pytest
@@ -35,7 +37,10 @@ def expected(dtype=np.float32):
     return {
         "embed": {"kernel": leaf(12, 5)},
         "blocks": {"q": {"kernel": leaf(2, 6, 4)}, "scale": leaf(2, 1, 2, 4)},
-        "ups": {0: {"conv": leaf(3, 1, 2, 3, 2), "gamma": leaf(7)}, 1: {"conv": leaf(1, 3, 3, 2), "gamma": leaf(7)}},
+        "ups": {
+            0: {"conv": leaf(3, 1, 2, 3, 2), "gamma": leaf(7)},
+            1: {"conv": leaf(1, 3, 3, 2), "gamma": leaf(7)},
+        },
     }
 
 
@@ -54,13 +59,20 @@ def test_round_trip_is_byte_exact(tensors):
 
 def test_leaves_take_the_layout_the_model_expects(tensors):
     tree = engine.load(TABLE, tensors, expected())
-    x = np.random.default_rng(1).normal(size=(3, 1, 2, 2)).astype(np.float32)  # one patch, channel slowest
+    # one patch, channel slowest
+    x = np.random.default_rng(1).normal(size=(3, 1, 2, 2)).astype(np.float32)
     np.testing.assert_allclose(
-        x.ravel() @ tree["embed"]["kernel"], np.einsum("dcthw,cthw->d", tensors["embed.weight"], x), rtol=1e-5
+        x.ravel() @ tree["embed"]["kernel"],
+        np.einsum("dcthw,cthw->d", tensors["embed.weight"], x),
+        rtol=1e-5,
     )
     np.testing.assert_array_equal(tree["blocks"]["q"]["kernel"][1], tensors["blocks.1.q.weight"].T)
-    np.testing.assert_array_equal(tree["ups"][0]["conv"][2, 0, 1], tensors["ups.0.conv.weight"][:, :, 2, 0, 1].T)
-    np.testing.assert_array_equal(tree["ups"][1]["conv"][0, 2], tensors["ups.1.conv.weight"][:, :, 0, 2].T)
+    np.testing.assert_array_equal(
+        tree["ups"][0]["conv"][2, 0, 1], tensors["ups.0.conv.weight"][:, :, 2, 0, 1].T
+    )
+    np.testing.assert_array_equal(
+        tree["ups"][1]["conv"][0, 2], tensors["ups.1.conv.weight"][:, :, 0, 2].T
+    )
 
 
 def test_leaves_take_the_dtype_the_model_expects(tensors):

@@ -1,4 +1,6 @@
-"""safetensors, whole and in shards: read one tensor at a time, written as the library reads it, refused when broken."""
+"""safetensors, whole and in shards: read one tensor at a time, written as the library reads it,
+refused when broken.
+"""
 
 import json
 
@@ -19,7 +21,9 @@ from astrolabe_jax.convert.files import (
 
 def arrays():
     rng = np.random.default_rng(0)
-    made = {name: rng.normal(size=(3, 4)).astype(name) for name in ("float64", "float32", "float16")}
+    made = {
+        name: rng.normal(size=(3, 4)).astype(name) for name in ("float64", "float32", "float16")
+    }
     return made | {
         "bfloat16": rng.normal(size=(2, 1, 2)).astype(ml_dtypes.bfloat16),
         "scalar": np.array(2.5, np.float32),
@@ -35,7 +39,10 @@ def assert_same(got, want):
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path):
-    lazy = {name: Lazy(array.shape, array.dtype, lambda array=array: array) for name, array in arrays().items()}
+    lazy = {
+        name: Lazy(array.shape, array.dtype, lambda array=array: array)
+        for name, array in arrays().items()
+    }
     counts = []
     write_safetensors(tmp_path / "a.safetensors", lazy, {"key": "value"}, counts.append)
     library = safetensors.numpy.load_file(tmp_path / "a.safetensors")
@@ -73,7 +80,9 @@ def test_a_cut_file_is_refused(tmp_path, size):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, arrays())
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="a.safetensors cannot be read: .*; expected a whole safetensors file"):
+    with pytest.raises(
+        ValueError, match="a.safetensors cannot be read: .*; expected a whole safetensors file"
+    ):
         read_safetensors(path)
 
 
@@ -83,7 +92,9 @@ def sharded(tmp_path):
     tensors = {name: np.full((2, 2), i, np.float32) for i, name in enumerate("abc")}
     where = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}
     for shard in ("m-1.safetensors", "m-2.safetensors"):
-        write_safetensors(tmp_path / shard, {name: tensors[name] for name in where if where[name] == shard})
+        write_safetensors(
+            tmp_path / shard, {name: tensors[name] for name in where if where[name] == shard}
+        )
     index = tmp_path / f"m{INDEX}"
     index.write_text(json.dumps({"metadata": {"total_size": 48}, "weight_map": where}))
     return index, tensors, where

@@ -1,4 +1,6 @@
-"""Every published layout, generated at a tiny size: in, out, byte for byte; and any one tensor at fault is named."""
+"""Every published layout, generated at a tiny size: in, out, byte for byte; and any one tensor at
+fault is named.
+"""
 
 import json
 
@@ -53,16 +55,36 @@ def sharded(path, tensors):
     names = list(tensors)
     where = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(names)}
     for shard in set(where.values()):
-        write_safetensors(path.parent / shard, {name: tensors[name] for name in names if where[name] == shard})
+        write_safetensors(
+            path.parent / shard, {name: tensors[name] for name in names if where[name] == shard}
+        )
     path.write_text(json.dumps({"weight_map": where}))
 
 
 # name -> (part, format, name of the file, writer, families)
 LAYOUTS = {
     "wan": ("transformer", "original", "diffusion_pytorch_model.safetensors", flat(), ["Wan base"]),
-    "wan_sharded": ("transformer", "original", f"diffusion_pytorch_model{INDEX}", sharded, ["Wan base"]),
-    "wan_diffusers": ("transformer", "diffusers", "diffusion_pytorch_model.safetensors", flat(), ["Wan base"]),
-    "self_forcing": ("transformer", "original", "a.pt", nested("generator_ema", "model."), ["Self-Forcing"]),
+    "wan_sharded": (
+        "transformer",
+        "original",
+        f"diffusion_pytorch_model{INDEX}",
+        sharded,
+        ["Wan base"],
+    ),
+    "wan_diffusers": (
+        "transformer",
+        "diffusers",
+        "diffusion_pytorch_model.safetensors",
+        flat(),
+        ["Wan base"],
+    ),
+    "self_forcing": (
+        "transformer",
+        "original",
+        "a.pt",
+        nested("generator_ema", "model."),
+        ["Self-Forcing"],
+    ),
     "causal_forcing_chunkwise": (
         "transformer",
         "original",
@@ -79,7 +101,13 @@ LAYOUTS = {
     ),
     "krea": ("transformer", "original", "krea.safetensors", flat("model."), ["Krea"]),
     "vae": ("vae", "original", "Wan2.1_VAE.pth", flat_torch, ["Wan VAE"]),
-    "vae_diffusers": ("vae", "diffusers", "diffusion_pytorch_model.safetensors", flat(), ["Wan VAE"]),
+    "vae_diffusers": (
+        "vae",
+        "diffusers",
+        "diffusion_pytorch_model.safetensors",
+        flat(),
+        ["Wan VAE"],
+    ),
     "umt5": ("text_encoder", "original", "models_t5_umt5-xxl-enc-bf16.pth", flat_torch, ["UMT5"]),
     "umt5_hugging_face": ("text_encoder", "diffusers", f"model{INDEX}", sharded, ["UMT5"]),
 }
@@ -90,7 +118,9 @@ def write(directory, layout, tensors):
     part, _, name, writer, _ = LAYOUTS[layout]
     directory.mkdir(exist_ok=True)
     writer(directory / name, tensors)
-    (directory / "config.json").write_text(json.dumps({part: parts.sizes_of(tiny_base.PARTS[part])}))
+    (directory / "config.json").write_text(
+        json.dumps({part: parts.sizes_of(tiny_base.PARTS[part])})
+    )
     return directory / name
 
 
@@ -109,37 +139,59 @@ def test_in_and_out_again_every_byte_is_the_same(tmp_path, layout):
     found = describe.describe(path)
     assert (found["part"], found["format"], found["families"]) == (part, form, families)
     assert (
-        found["complete"] and found["tensors"] == len(want) and found["bytes"] == sum(t.nbytes for t in want.values())
+        found["complete"]
+        and found["tensors"] == len(want)
+        and found["bytes"] == sum(t.nbytes for t in want.values())
     )
     config = json.loads((tmp_path / "imported" / "config.json").read_text())
-    assert parts.make_config(part, config[part]) == parts.make_config(part, parts.sizes_of(tiny_base.PARTS[part]))
+    assert parts.make_config(part, config[part]) == parts.make_config(
+        part, parts.sizes_of(tiny_base.PARTS[part])
+    )
 
 
 ALL = ["wan", "wan_diffusers", "vae", "vae_diffusers", "umt5", "umt5_hugging_face"]
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["one change each", "all changes"])
+@pytest.mark.parametrize(
+    "every", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["one change each", "all changes"]
+)
 @pytest.mark.parametrize("layout", ALL)
-def test_any_tensor_that_is_gone_renamed_added_or_misshapen_is_named(tmp_path, monkeypatch, layout, every):
+def test_any_tensor_that_is_gone_renamed_added_or_misshapen_is_named(
+    tmp_path, monkeypatch, layout, every
+):
     """Of every tensor of every naming; the file itself is left out, so that all can be tried."""
     part, form, *_ = LAYOUTS[layout]
     tensors, config = drawn(part, form), tiny_base.PARTS[part]
     path = write(tmp_path / "file", layout, tensors)
-    opened = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in tensors.items()}
+    opened = {
+        name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in tensors.items()
+    }
     for i, name in enumerate(tensors):
         rest = {other: tensor for other, tensor in opened.items() if other != name}
         changes = [
             (rest, {f"missing tensor: {name} "}),
-            (rest | {f"{name}x": opened[name]}, {f"missing tensor: {name} ", f"unused tensor: {name}x "}),
+            (
+                rest | {f"{name}x": opened[name]},
+                {f"missing tensor: {name} ", f"unused tensor: {name}x "},
+            ),
             (opened | {f"{name}.more": opened[name]}, {f"unused tensor: {name}.more "}),
             (opened | {name: opened[name][None]}, {f"changed shape: {name} is "}),
         ]
         for changed, culprits in changes[i % every :: every]:
-            monkeypatch.setattr("astrolabe_jax.convert.sources.open_weights", lambda *_, given=changed: Opened(given))
-            for read in (lambda: open_part(path), lambda given=changed: parts.load_net(part, given, config)):
+            monkeypatch.setattr(
+                "astrolabe_jax.convert.sources.open_weights",
+                lambda *_, given=changed: Opened(given),
+            )
+            for read in (
+                lambda: open_part(path),
+                lambda given=changed: parts.load_net(part, given, config),
+            ):
                 with pytest.raises(ValueError) as error:
                     read()
-                assert all(culprit in str(error.value) for culprit in culprits), (culprits, str(error.value))
+                assert all(culprit in str(error.value) for culprit in culprits), (
+                    culprits,
+                    str(error.value),
+                )
 
 
 class Opened:
@@ -150,13 +202,22 @@ class Opened:
 def test_hugging_face_may_store_the_embedding_twice_but_not_two(tmp_path):
     tensors = drawn("text_encoder", "diffusers")
     both = tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}
-    alias = {name.replace("shared.weight", "encoder.embed_tokens.weight"): tensor for name, tensor in tensors.items()}
+    alias = {
+        name.replace("shared.weight", "encoder.embed_tokens.weight"): tensor
+        for name, tensor in tensors.items()
+    }
     config = tiny_base.PARTS["text_encoder"]
     want = parts.load_net("text_encoder", tensors, config)
     for same in (both, alias):
-        jax.tree.map(np.testing.assert_array_equal, parts.load_net("text_encoder", same, config).params, want.params)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            parts.load_net("text_encoder", same, config).params,
+            want.params,
+        )
     both["encoder.embed_tokens.weight"] = 1 + both["encoder.embed_tokens.weight"]
-    with pytest.raises(ValueError, match="encoder.embed_tokens.weight and shared.weight must be the same tensor"):
+    with pytest.raises(
+        ValueError, match="encoder.embed_tokens.weight and shared.weight must be the same tensor"
+    ):
         parts.load_net("text_encoder", both, config)
 
 
@@ -165,8 +226,8 @@ def test_another_size_is_one_sentence():
     with pytest.raises(ConversionError) as error:
         parts.check_size(config, {"dim": 5120, "num_layers": 40})
     assert str(error.value) == (
-        "the transformer has width 5120 and 40 blocks (wan_14b); expected width 24 and 2 blocks: choose "
-        "config.model.size or the file to match"
+        "the transformer has width 5120 and 40 blocks (wan_14b); expected width 24 and 2 blocks: "
+        "choose config.model.size or the file to match"
     )
 
 
@@ -182,7 +243,9 @@ def own(tmp_path_factory):
 def write_package(directory, layout, sources):
     """A base of another layout with the tensors of `sources` (directory of our own layout)."""
     tensors = {
-        part: {name: np.asarray(tensor) for name, tensor in open_part(sources, part).tensors.items()}
+        part: {
+            name: np.asarray(tensor) for name, tensor in open_part(sources, part).tensors.items()
+        }
         for part in parts.PARTS
     }
     net, vae, text = (tiny_base.PARTS[part] for part in ("transformer", "vae", "text_encoder"))
@@ -228,7 +291,9 @@ def write_package(directory, layout, sources):
         params = parts.load_net(part, tensors[part], tiny_base.PARTS[part]).params
         (directory / part).mkdir()
         name = bases.LAYOUTS[layout].weights[part][part == "text_encoder"]
-        (sharded if name.endswith(INDEX) else flat())(directory / name, bases.engine.save(table, params))
+        (sharded if name.endswith(INDEX) else flat())(
+            directory / name, bases.engine.save(table, params)
+        )
         (directory / part / "config.json").write_text(json.dumps(content))
     return directory
 
@@ -239,7 +304,9 @@ def test_a_diffusers_package_is_a_base(own, tmp_path):
     # Their files do not say how many tokens a prompt has: 512, in every published model.
     got = bases.load_base(str(package), **NUMERICS)
     for name in ("transformer", "vae", "text"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params)
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params
+        )
     assert got.text.config.text_len == got.transformer.config.text_len == 512
     assert describe.describe(package)["complete"]
 
@@ -248,7 +315,9 @@ def test_another_kind_of_model_is_refused_by_its_config(own, tmp_path):
     package = write_package(tmp_path / "package", "diffusers", own[0])
     path = package / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_kv_proj_dim": 5120}))
-    with pytest.raises(ValueError, match="transformer/config.json: .*another kind: {'added_kv_proj_dim': 5120}"):
+    with pytest.raises(
+        ValueError, match="transformer/config.json: .*another kind: {'added_kv_proj_dim': 5120}"
+    ):
         bases.configs(str(package), **NUMERICS)
 
 
@@ -257,15 +326,21 @@ def test_an_imported_base_is_a_base(own, tmp_path):
     commands.import_(directory, tmp_path / "imported")
     got = bases.load_base(str(tmp_path / "imported"), **NUMERICS)
     for name in ("transformer", "vae", "text"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params)
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params
+        )
         assert getattr(got, name).config == getattr(want, name).config
     again = bases.load_base(str(tmp_path / "imported"), **NUMERICS)
     assert got.identity == again.identity != want.identity
 
 
 def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
-    """At the tiny size, which its config.json gives for the transformer; the others have the published sizes."""
-    published = {part: entry._replace(published=tiny_base.PARTS[part]) for part, entry in parts.PARTS.items()}
+    """At the tiny size, which its config.json gives for the transformer; the others have the
+    published sizes.
+    """
+    published = {
+        part: entry._replace(published=tiny_base.PARTS[part]) for part, entry in parts.PARTS.items()
+    }
     for module in (parts, bases):
         monkeypatch.setattr(module, "PARTS", published)
     net = tiny_base.PARTS["transformer"]
@@ -273,9 +348,21 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     words = repository / "google" / "umt5-xxl"
     words.mkdir(parents=True)
     (words / "tokenizer.json").write_text(word_tokenizer(tiny_base._WORDS))
-    config = {"_class_name": "WanModel", "model_type": "t2v", "dim": net.dim, "ffn_dim": net.ffn_dim}
-    config |= {"num_heads": net.num_heads, "num_layers": net.num_layers, "in_dim": net.in_channels, "text_len": 16}
-    (repository / "config.json").write_text(json.dumps(config | {"freq_dim": net.freq_dim, "eps": 1e-6}))
+    config = {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": net.dim,
+        "ffn_dim": net.ffn_dim,
+    }
+    config |= {
+        "num_heads": net.num_heads,
+        "num_layers": net.num_layers,
+        "in_dim": net.in_channels,
+        "text_len": 16,
+    }
+    (repository / "config.json").write_text(
+        json.dumps(config | {"freq_dim": net.freq_dim, "eps": 1e-6})
+    )
     tensors = {part: drawn(part, seed=i) for i, part in enumerate(parts.PARTS)}
     flat()(repository / "diffusion_pytorch_model.safetensors", tensors["transformer"])
     flat_torch(repository / "Wan2.1_VAE.pth", tensors["vae"])
@@ -284,19 +371,29 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     assert parts.sizes_of(got.transformer.config) == parts.sizes_of(net)
     for part, net in zip(parts.PARTS, got[:3], strict=True):
         again = parts.save_net(part, net.params, net.config)
-        assert {name: t.tobytes() for name, t in again.items()} == {n: t.tobytes() for n, t in tensors[part].items()}
+        assert {name: t.tobytes() for name, t in again.items()} == {
+            n: t.tobytes() for n, t in tensors[part].items()
+        }
     # Another transformer in place of its own, which then need not be there.
     (repository / "diffusion_pytorch_model.safetensors").unlink()
     nested("generator_ema", FSDP)(tmp_path / "other.pt", drawn("transformer", seed=9))
     other = bases.load_base(str(repository), transformer=str(tmp_path / "other.pt"), **NUMERICS)
     again = parts.save_net("transformer", other.transformer.params, other.transformer.config)
     want = drawn("transformer", seed=9)
-    assert {name: t.tobytes() for name, t in again.items()} == {name: t.tobytes() for name, t in want.items()}
+    assert {name: t.tobytes() for name, t in again.items()} == {
+        name: t.tobytes() for name, t in want.items()
+    }
     assert other.identity != got.identity
-    with pytest.raises(FileNotFoundError, match="has 0 files of the transformer; expected one of diffusion_pytorch_mo"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="has 0 files of the transformer; expected one of diffusion_pytorch_mo",
+    ):
         bases.load_base(str(repository), **NUMERICS)
     (repository / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no .*/config.json, which tells the sizes of the transformer; put it"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no .*/config.json, which tells the sizes of the transformer; put it",
+    ):
         bases.load_base(str(repository), **NUMERICS)
     assert bases.configs(str(repository), "wan_14b")["transformer"].dim == 5120
 
@@ -310,8 +407,12 @@ def test_every_leaf_is_placed_before_the_next_is_read(own):
         return jax.numpy.asarray(leaf)
 
     got = bases.load_base(str(directory), place=place, **NUMERICS)
-    assert len(placed) == len(set(placed)) == sum(len(jax.tree.leaves(net.params)) for net in got[:3])
-    assert all(isinstance(leaf, jax.Array) for net in got[:3] for leaf in jax.tree.leaves(net.params))
+    assert (
+        len(placed) == len(set(placed)) == sum(len(jax.tree.leaves(net.params)) for net in got[:3])
+    )
+    assert all(
+        isinstance(leaf, jax.Array) for net in got[:3] for leaf in jax.tree.leaves(net.params)
+    )
 
 
 @pytest.mark.parametrize("size", parts.SIZES)

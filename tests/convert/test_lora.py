@@ -15,9 +15,10 @@ from astrolabe_jax.models.wan.config import WanConfig
 LAYERS, DIM, FFN, RANK = 2, 6, 10, 3
 NET = WanConfig(dim=DIM, ffn_dim=FFN, num_layers=LAYERS, num_heads=1)
 PINNED_FIELDS = (
-    "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights "
-    "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config "
-    "megatron_core modules_to_save peft_type r rank_pattern revision target_modules task_type use_dora use_rslora"
+    "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode "
+    "init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config "
+    "lora_alpha lora_dropout megatron_config megatron_core modules_to_save peft_type r "
+    "rank_pattern revision target_modules task_type use_dora use_rslora"
 ).split()
 
 
@@ -29,7 +30,9 @@ def adapter():
     for module in TARGETS:
         inputs, outputs = widths.get(module, (DIM, DIM))
         shapes = {"a": (LAYERS, inputs, RANK), "b": (LAYERS, RANK, outputs)}
-        tree[module] = {half: rng.normal(size=shape).astype(np.float32) for half, shape in shapes.items()}
+        tree[module] = {
+            half: rng.normal(size=shape).astype(np.float32) for half, shape in shapes.items()
+        }
     return tree
 
 
@@ -47,13 +50,18 @@ def test_names_and_orientation(adapter):
         tensors["base_model.model.blocks.1.ffn.0.lora_B.weight"]
         @ tensors["base_model.model.blocks.1.ffn.0.lora_A.weight"]
     )  # [out, in], as PEFT adds it to a torch weight
-    np.testing.assert_allclose(product.T, adapter["ffn.0"]["a"][1] @ adapter["ffn.0"]["b"][1], rtol=1e-5)
+    np.testing.assert_allclose(
+        product.T, adapter["ffn.0"]["a"][1] @ adapter["ffn.0"]["b"][1], rtol=1e-5
+    )
 
 
 def test_directory_round_trip_is_byte_exact(adapter, tmp_path):
     lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)
     lora.save_peft(adapter, tmp_path / "lora", RANK, alpha=6)  # replaces an existing export
-    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     back, scale = lora.load_lora(tmp_path / "lora", NET, RANK)
     assert scale == 2.0
     assert_same_bytes(back, adapter)
@@ -80,7 +88,9 @@ def test_a_misspelt_name_is_refused(adapter):
 
 
 def test_another_rank_is_refused(adapter):
-    smaller = {module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()}
+    smaller = {
+        module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()
+    }
     with pytest.raises(engine.ConversionError, match="changed shape"):
         lora.from_peft(lora.to_peft(smaller), adapter)
 
@@ -118,9 +128,17 @@ def cut(content):
     ("name", "damage", "expected"),
     [
         ("adapter_config.json", cut, "adapter_config.json is not valid JSON"),
-        ("adapter_config.json", lambda _: b"[1]", "adapter_config.json holds a JSON list; expected an object"),
+        (
+            "adapter_config.json",
+            lambda _: b"[1]",
+            "adapter_config.json holds a JSON list; expected an object",
+        ),
         ("adapter_model.safetensors", cut, "adapter_model.safetensors cannot be read: .*whole"),
-        ("adapter_model.safetensors", lambda _: b"", "adapter_model.safetensors cannot be read: .*whole"),
+        (
+            "adapter_model.safetensors",
+            lambda _: b"",
+            "adapter_model.safetensors cannot be read: .*whole",
+        ),
     ],
 )
 def test_a_broken_file_is_named(adapter, tmp_path, name, damage, expected):
@@ -145,7 +163,8 @@ def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
     tensors = {name: tensor.astype(np.int8) for name, tensor in lora.to_peft(adapter).items()}
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
-        ValueError, match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected .* float32"
+        ValueError,
+        match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected .* float32",
     ):
         lora.load_lora(tmp_path, NET, RANK)
 
@@ -159,11 +178,19 @@ def test_a_missing_file_is_named(adapter, tmp_path, name):
 
 
 def test_another_rank_is_named_and_tensors_that_do_not_fit_with_their_file(adapter, tmp_path):
-    smaller = {module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()}
+    smaller = {
+        module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()
+    }
     lora.save_peft(smaller, tmp_path, 2, alpha=2)
-    with pytest.raises(ValueError, match="adapter_config.json has r 2; expected rank 3: set the rank of this run to 2"):
+    with pytest.raises(
+        ValueError,
+        match="adapter_config.json has r 2; expected rank 3: set the rank of this run to 2",
+    ):
         lora.load_lora(tmp_path, NET, RANK)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": RANK}))  # the config does not tell the truth
-    with pytest.raises(engine.ConversionError, match="adapter_model.safetensors: its rank is 2; expected rank 3"):
+    # the config does not tell the truth
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": RANK}))
+    with pytest.raises(
+        engine.ConversionError, match="adapter_model.safetensors: its rank is 2; expected rank 3"
+    ):
         lora.load_lora(tmp_path, NET, RANK)

@@ -26,8 +26,12 @@ def spelled(adapter, prefix="", form="original", halves=("lora_A", "lora_B"), in
 
 
 def alphas(value, prefix="", form="original"):
-    names = {substituted(f"blocks.{{i}}.{module}", lora.wan.diffusers(NET) if form == "diffusers" else ())
-             for module in lora.TARGETS}  # fmt: skip
+    names = {
+        substituted(
+            f"blocks.{{i}}.{module}", lora.wan.diffusers(NET) if form == "diffusers" else ()
+        )
+        for module in lora.TARGETS
+    }
     return {
         f"{prefix}{name.format(i=i)}.alpha": np.array(value, np.float32)
         for i in range(NET.num_layers)
@@ -72,7 +76,9 @@ DIALECTS = {
         1.0,
     ),
     "default": (
-        lambda d, a: torch_files.write(d / "a.pt", torch_tree(spelled(a, "base_model.model.", infix=".default"))),
+        lambda d, a: torch_files.write(
+            d / "a.pt", torch_tree(spelled(a, "base_model.model.", infix=".default"))
+        ),
         1.0,
     ),
     "longlive": (
@@ -80,25 +86,32 @@ DIALECTS = {
             d / "lora.pt",
             {
                 "generator_lora": torch_tree(spelled(a, "base_model.model.")),
-                "critic_lora": torch_tree(spelled(jax.tree.map(np.zeros_like, a), "base_model.model.")),
+                "critic_lora": torch_tree(
+                    spelled(jax.tree.map(np.zeros_like, a), "base_model.model.")
+                ),
                 "step": 7,
             },
         ),
         1.0,
     ),
     "longlive_flat": (
-        lambda d, a: torch_files.write(d / "lora.pt", torch_tree(spelled(a, "base_model.model.model."))),
+        lambda d, a: torch_files.write(
+            d / "lora.pt", torch_tree(spelled(a, "base_model.model.model."))
+        ),
         1.0,
     ),
     "comfy": (lambda d, a: save(d / "a.safetensors", spelled(a, "diffusion_model.")), 1.0),
     "comfy_alpha": (
-        lambda d, a: save(d / "a.safetensors", spelled(a, "diffusion_model.") | alphas(3.0, "diffusion_model.")),
+        lambda d, a: save(
+            d / "a.safetensors", spelled(a, "diffusion_model.") | alphas(3.0, "diffusion_model.")
+        ),
         1.5,
     ),
     "down_up_alpha": (
         lambda d, a: save(
             d / "a.safetensors",
-            spelled(a, "diffusion_model.", halves=("lora_down", "lora_up")) | alphas(3.0, "diffusion_model."),
+            spelled(a, "diffusion_model.", halves=("lora_down", "lora_up"))
+            | alphas(3.0, "diffusion_model."),
         ),
         1.5,
     ),
@@ -141,7 +154,9 @@ def test_alphas_that_differ_are_folded(tmp_path, adapter):
 @pytest.mark.parametrize("form", ["original", "diffusers"])
 @pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
 def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
-    """Half pairs, misspelt and unknown keys, mixed ranks: of every key, as it stands in the file."""
+    """Half pairs, misspelt and unknown keys, mixed ranks: of every key, as it stands in the
+    file.
+    """
     tensors, path = spelled(adapter, prefix, form), tmp_path / "a.safetensors"
 
     def refused(changed, *culprits):
@@ -154,22 +169,32 @@ def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         changes = [
             (rest, [f"missing tensor: {seen} "]),
-            (rest | {f"{name}x": tensors[name]}, [f"missing tensor: {seen} ", f"unused tensor: {seen}x "]),
-            (tensors | {f"{prefix}{i}.lora_A.weight": tensors[name]}, [f"unused tensor: {prefix}{i}.lora_A.weight "
-                                                                       .replace("base_model.model.", "")]),
+            (
+                rest | {f"{name}x": tensors[name]},
+                [f"missing tensor: {seen} ", f"unused tensor: {seen}x "],
+            ),
+            (
+                tensors | {f"{prefix}{i}.lora_A.weight": tensors[name]},
+                [f"unused tensor: {prefix}{i}.lora_A.weight ".replace("base_model.model.", "")],
+            ),
             (tensors | {name: np.ones((3, 3), np.float32)}, [f"changed shape: {seen} is [3, 3]"]),
-        ]  # fmt: skip
+        ]
         refused(*(lambda change: (change[0], *change[1]))(changes[i % 4]))
 
 
 @pytest.mark.parametrize("name", ["blocks.0.self_attn.q.diff", "blocks.0.norm3.diff_b"])
 def test_changes_of_whole_weights_are_refused(tmp_path, adapter, name):
     path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
-    with pytest.raises(ConversionError, match=f"changes of whole weights, which an adapter cannot hold: {name}; exp"):
+    with pytest.raises(
+        ConversionError,
+        match=f"changes of whole weights, which an adapter cannot hold: {name}; exp",
+    ):
         lora.load_lora(path)
 
 
-@pytest.mark.parametrize("suffix", ["lora_B.bias", "lora_magnitude_vector", "dora_scale", "lora_A.other.weight"])
+@pytest.mark.parametrize(
+    "suffix", ["lora_B.bias", "lora_magnitude_vector", "dora_scale", "lora_A.other.weight"]
+)
 def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix):
     name = f"blocks.0.self_attn.q.{suffix}"
     path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
@@ -180,26 +205,35 @@ def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix):
 def test_an_alpha_of_nothing_is_refused(tmp_path, adapter):
     given = {"blocks.7.ffn.0.alpha": np.array(1.0, np.float32)}
     path = save(tmp_path / "a.safetensors", spelled(adapter) | given)
-    with pytest.raises(ConversionError, match="alpha of modules that are not adapted: blocks.7.ffn.0"):
+    with pytest.raises(
+        ConversionError, match="alpha of modules that are not adapted: blocks.7.ffn.0"
+    ):
         lora.load_lora(path)
 
 
 def test_what_is_no_lora_is_refused(tmp_path):
     path = save(tmp_path / "a.safetensors", {"blocks.0.modulation": np.ones(2, np.float32)})
     with pytest.raises(
-        ConversionError, match="it is no LoRA: expected lora_A and lora_B, it holds blocks.0.modulation"
+        ConversionError,
+        match="it is no LoRA: expected lora_A and lora_B, it holds blocks.0.modulation",
     ):
         lora.load_lora(path)
-    with pytest.raises(FileNotFoundError, match="no .*/nothing/adapter_config.json; expected a PEFT directory with"):
+    with pytest.raises(
+        FileNotFoundError, match="no .*/nothing/adapter_config.json; expected a PEFT directory with"
+    ):
         lora.load_lora(tmp_path / "nothing")
 
 
 def test_another_rank_or_net_is_refused(tmp_path, adapter):
     path = save(tmp_path / "a.safetensors", spelled(adapter))
-    with pytest.raises(ConversionError, match="its rank is 2; expected rank 4: set the rank of this run to 2"):
+    with pytest.raises(
+        ConversionError, match="its rank is 2; expected rank 4: set the rank of this run to 2"
+    ):
         lora.load_lora(path, NET, 4)
     other = lora.WanConfig(dim=12, ffn_dim=32, num_layers=2, num_heads=1)
-    with pytest.raises(ConversionError, match="changed shape: blocks.0.self_attn.q.lora_A.weight is"):
+    with pytest.raises(
+        ConversionError, match="changed shape: blocks.0.self_attn.q.lora_A.weight is"
+    ):
         lora.load_lora(path, other)
 
 
@@ -215,7 +249,11 @@ def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, ex
     lora.save_diffusers(adapter, tmp_path, RANK, 3.0)
     path = tmp_path / lora.DIFFUSERS_WEIGHTS
     described = json.loads(lora.safetensors_metadata(path)[lora.DIFFUSERS_METADATA]) | change
-    save(path, spelled(adapter, "transformer.", "diffusers"), {lora.DIFFUSERS_METADATA: json.dumps(described)})
+    save(
+        path,
+        spelled(adapter, "transformer.", "diffusers"),
+        {lora.DIFFUSERS_METADATA: json.dumps(described)},
+    )
     with pytest.raises(ValueError, match=expected):
         lora.load_lora(tmp_path)
     save(path, spelled(adapter, "transformer.", "diffusers"), {lora.DIFFUSERS_METADATA: "[]"})
@@ -225,6 +263,11 @@ def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, ex
 
 def test_adapters_have_the_names_of_the_module_map():
     """Spec/checkpoints.md 2.1."""
-    names = {module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in lora.TARGETS}
-    assert names["self_attn.q"] == "blocks.3.attn1.to_q" and names["cross_attn.o"] == "blocks.3.attn2.to_out.0"
+    names = {
+        module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in lora.TARGETS
+    }
+    assert (
+        names["self_attn.q"] == "blocks.3.attn1.to_q"
+        and names["cross_attn.o"] == "blocks.3.attn2.to_out.0"
+    )
     assert names["ffn.0"] == "blocks.3.ffn.net.0.proj" and names["ffn.2"] == "blocks.3.ffn.net.2"

@@ -24,7 +24,8 @@ from tests import tiny_base
 from tests.models import tiny
 
 FRAMES, ALPHA, RANK = 3, 3.0, 2
-ALL_FRAMES = Layout(block=FRAMES)  # one block: full attention, as in the published bidirectional model
+# one block: full attention, as in the published bidirectional model
+ALL_FRAMES = Layout(block=FRAMES)
 
 
 def wan_oracle(config: WanConfig) -> diffusers.WanTransformer3DModel:
@@ -79,13 +80,17 @@ def exported_net(part):
     net = parts.shapes(part, tiny_base.PARTS[part])
     params = tiny.random_params(net.params, np.random.default_rng(1))
     if part == "vae":  # pixels beyond 1 are clamped by the oracle, which would hide differences
-        params["decoder"]["conv_out"] = {name: leaf / 10 for name, leaf in params["decoder"]["conv_out"].items()}
+        params["decoder"]["conv_out"] = {
+            name: leaf / 10 for name, leaf in params["decoder"]["conv_out"].items()
+        }
     return net._replace(params=params)
 
 
 @pytest.fixture(scope="module")
 def oracles(tmp_path_factory):
-    """Each part as its oracle loaded it from our export of an import of a file of original names."""
+    """Each part as its oracle loaded it from our export of an import of a file of original
+    names.
+    """
     directory, loaded = tmp_path_factory.mktemp("oracles"), {}
     for part, make in ORACLES.items():
         net, folder = exported_net(part), directory / part
@@ -93,7 +98,9 @@ def oracles(tmp_path_factory):
         describe_in(folder, part, net.config)
         write_safetensors(folder / "a.safetensors", parts.save_net(part, net.params, net.config))
         commands.import_(folder / "a.safetensors", directory / "imported")
-        commands.export(directory / "imported", directory / f"{part}.safetensors", part, "diffusers")
+        commands.export(
+            directory / "imported", directory / f"{part}.safetensors", part, "diffusers"
+        )
         state = safetensors.torch.load_file(directory / f"{part}.safetensors")
         oracle = make(net.config)
         missing, unexpected = oracle.load_state_dict(state, strict=False)
@@ -113,20 +120,28 @@ def forward(graphdef, params, x, t, text, adapter=None, scale=1.0):
     return model(x, t, model.encode_text(text, adapter, scale), adapter, scale, layout=ALL_FRAMES)
 
 
-T = 6.0  # their sinusoids are computed in float32, ours in float64: at large t the difference is above 1e-5
+# their sinusoids are computed in float32, ours in float64: at large t the difference is above 1e-5
+T = 6.0
 
 
 def inputs():
     config = tiny_base.PARTS["transformer"]
     x = tiny.normal(0, 2, FRAMES, config.in_channels, 4, 6)
-    return x, np.full((2, FRAMES), T, np.float32), tiny.normal(1, 2, config.text_len, config.text_dim)
+    return (
+        x,
+        np.full((2, FRAMES), T, np.float32),
+        tiny.normal(1, 2, config.text_len, config.text_dim),
+    )
 
 
 def their_forward(oracle):
     x, _, text = inputs()
     with torch.no_grad():
         (velocity,) = oracle(
-            torch.from_numpy(x.swapaxes(1, 2).copy()), torch.full((2,), T), torch.from_numpy(text), return_dict=False
+            torch.from_numpy(x.swapaxes(1, 2).copy()),
+            torch.full((2,), T),
+            torch.from_numpy(text),
+            return_dict=False,
         )
     return velocity.swapaxes(1, 2)
 
@@ -139,13 +154,19 @@ def test_the_transformer(oracles):
 def test_the_vae(oracles):
     net, oracle = exported_net("vae"), oracles["vae"]
     pixels = np.tanh(tiny.normal(2, 1, 9, 16, 24, 3))
-    ours = jax.jit(lambda params, x: layers.merge(net.graphdef, params).encode(x)[0])(net.params, pixels)
+    ours = jax.jit(lambda params, x: layers.merge(net.graphdef, params).encode(x)[0])(
+        net.params, pixels
+    )
     with torch.no_grad():
-        theirs = oracle.encode(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy())).latent_dist.mode()
+        theirs = oracle.encode(
+            torch.from_numpy(np.moveaxis(pixels, -1, 1).copy())
+        ).latent_dist.mode()
         close(np.moveaxis(np.asarray(ours), 2, 1), theirs)  # B F C H W
         latents = tiny.normal(3, *ours.shape)
         decoded = oracle.decode(torch.from_numpy(latents.swapaxes(1, 2).copy())).sample  # clamped
-    ours = jax.jit(lambda params, z: layers.merge(net.graphdef, params).decode(z)[0])(net.params, latents)
+    ours = jax.jit(lambda params, z: layers.merge(net.graphdef, params).decode(z)[0])(
+        net.params, latents
+    )
     close(np.clip(np.moveaxis(np.asarray(ours), -1, 1), -1, 1), decoded)
 
 
@@ -155,7 +176,9 @@ def test_the_text_encoder(oracles):
     mask = (np.arange(9) < np.array([[9], [5]])).astype(np.int32)
     ours = jax.jit(lambda params: layers.merge(net.graphdef, params)(ids, mask))(net.params)
     with torch.no_grad():
-        theirs = oracles["text_encoder"](torch.from_numpy(ids).long(), torch.from_numpy(mask).long()).last_hidden_state
+        theirs = oracles["text_encoder"](
+            torch.from_numpy(ids).long(), torch.from_numpy(mask).long()
+        ).last_hidden_state
     seen = mask[..., None]
     close(np.asarray(ours) * seen, theirs * torch.from_numpy(seen))
 
@@ -173,22 +196,34 @@ def test_published_names_and_shapes(part, config, tensors, parameters):
     with torch.device("meta"):
         oracle = ORACLES[part](config)
     theirs = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
-    theirs = {name: shape for name, shape in theirs.items() if name not in parts.PARTS[part].aliases}
-    ours = engine.source_shapes(parts.rules(part, config, "diffusers"), parts.shapes(part, config).params)
-    assert ours == theirs
-    assert (len(ours), sum(int(np.prod(shape, dtype=np.int64)) for shape in ours.values())) == (tensors, parameters)
-    described = parts.described(part, dict(oracle.config.to_dict() if part == "text_encoder" else oracle.config))
-    sizes = parts.sizes_of(config)
-    assert {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()} == {
-        name: sizes[name] for name in described
+    theirs = {
+        name: shape for name, shape in theirs.items() if name not in parts.PARTS[part].aliases
     }
+    ours = engine.source_shapes(
+        parts.rules(part, config, "diffusers"), parts.shapes(part, config).params
+    )
+    assert ours == theirs
+    assert (len(ours), sum(int(np.prod(shape, dtype=np.int64)) for shape in ours.values())) == (
+        tensors,
+        parameters,
+    )
+    described = parts.described(
+        part, dict(oracle.config.to_dict() if part == "text_encoder" else oracle.config)
+    )
+    sizes = parts.sizes_of(config)
+    assert {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in described.items()
+    } == {name: sizes[name] for name in described}
 
 
 @pytest.fixture(scope="module")
 def adapter():
     rng = np.random.default_rng(4)
     shapes = lora.adapter_shapes(tiny_base.PARTS["transformer"], RANK)
-    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
 
 
 def test_diffusers_reads_our_adapter_with_its_alpha(oracles, adapter, tmp_path):
@@ -200,14 +235,18 @@ def test_diffusers_reads_our_adapter_with_its_alpha(oracles, adapter, tmp_path):
     oracle.load_state_dict(oracles["transformer"].state_dict())
     before = their_forward(oracle)
     oracle.load_lora_adapter(
-        tmp_path / "diffusers", weight_name=lora.DIFFUSERS_WEIGHTS, prefix="transformer", adapter_name="default"
+        tmp_path / "diffusers",
+        weight_name=lora.DIFFUSERS_WEIGHTS,
+        prefix="transformer",
+        adapter_name="default",
     )
     assert np.abs(np.asarray(ours) - before.numpy()).max() > 0.1
     close(ours, their_forward(oracle))
     pipeline, loader = wan_oracle(net.config), diffusers.loaders.WanLoraLoaderMixin
     pipeline.load_state_dict(oracles["transformer"].state_dict())
     state, metadata = loader.lora_state_dict(tmp_path / "diffusers", return_lora_metadata=True)
-    loader.load_lora_into_transformer(state, pipeline, metadata=metadata)  # as WanPipeline.load_lora_weights does
+    # as WanPipeline.load_lora_weights does
+    loader.load_lora_into_transformer(state, pipeline, metadata=metadata)
     close(ours, their_forward(pipeline))
     oracle.save_lora_adapter(tmp_path / "theirs")  # and we read theirs
     again, scale = lora.load_lora(tmp_path / "theirs", net.config, RANK)
@@ -235,24 +274,40 @@ class Named(torch.nn.Module):
 def test_peft_merges_what_we_merge(adapter, tmp_path):
     net = exported_net("transformer")
     describe_in(tmp_path, "transformer", net.config)
-    write_safetensors(tmp_path / "base.safetensors", parts.save_net("transformer", net.params, net.config))
+    write_safetensors(
+        tmp_path / "base.safetensors", parts.save_net("transformer", net.params, net.config)
+    )
     lora.save_peft(adapter, tmp_path / "lora", RANK, ALPHA)
-    commands.merge(tmp_path / "base.safetensors", tmp_path / "lora", tmp_path / "merged.safetensors", "original")
+    commands.merge(
+        tmp_path / "base.safetensors",
+        tmp_path / "lora",
+        tmp_path / "merged.safetensors",
+        "original",
+    )
     merged = read_safetensors(tmp_path / "merged.safetensors")
     plain = read_safetensors(tmp_path / "base.safetensors")
     assert list(merged) == list(plain)
     linears = {
         name.removesuffix(".weight"): np.asarray(tensor)
         for name, tensor in plain.items()
-        if name.endswith(".weight") and name.removesuffix(".weight").split(".", 2)[-1] in lora.TARGETS
+        if name.endswith(".weight")
+        and name.removesuffix(".weight").split(".", 2)[-1] in lora.TARGETS
     }
     assert len(linears) == 10 * net.config.num_layers
-    oracle = peft.PeftModel.from_pretrained(Named(linears), str(tmp_path / "lora")).merge_and_unload()
+    oracle = peft.PeftModel.from_pretrained(
+        Named(linears), str(tmp_path / "lora")
+    ).merge_and_unload()
     for name, tensor in plain.items():
         module = name.removesuffix(".weight")
-        want = oracle.get_submodule(module).weight.detach().numpy() if module in linears else np.asarray(tensor)
+        want = (
+            oracle.get_submodule(module).weight.detach().numpy()
+            if module in linears
+            else np.asarray(tensor)
+        )
         np.testing.assert_allclose(np.asarray(merged[name]), want, rtol=0, atol=1e-6)
-    ours = parts.save_net("transformer", merge_adapter(net.params, adapter, ALPHA / RANK), net.config)
+    ours = parts.save_net(
+        "transformer", merge_adapter(net.params, adapter, ALPHA / RANK), net.config
+    )
     for name, tensor in ours.items():
         np.testing.assert_allclose(np.asarray(merged[name]), tensor, rtol=0, atol=1e-6)
 
@@ -267,7 +322,11 @@ def test_a_merge_is_rounded_once(adapter, tmp_path):
     for dtype in ("", "float32"):
         target = tmp_path / f"merged{dtype}.safetensors"
         commands.merge(tmp_path / "base.safetensors", tmp_path / "lora", target, "diffusers", dtype)
-    exact, short = (read_safetensors(tmp_path / f"merged{dtype}.safetensors") for dtype in ("float32", ""))
+    exact, short = (
+        read_safetensors(tmp_path / f"merged{dtype}.safetensors") for dtype in ("float32", "")
+    )
     for name, tensor in exact.items():
         assert (tensor.dtype, short[name].dtype) == (np.float32, jax.numpy.bfloat16)
-        np.testing.assert_array_equal(np.asarray(tensor).astype(jax.numpy.bfloat16), np.asarray(short[name]))
+        np.testing.assert_array_equal(
+            np.asarray(tensor).astype(jax.numpy.bfloat16), np.asarray(short[name])
+        )

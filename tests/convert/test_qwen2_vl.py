@@ -1,4 +1,6 @@
-"""Files of the two language-model rewards and of Qwen2-VL, in their published layouts: they score as torch does."""
+"""Files of the two language-model rewards and of Qwen2-VL, in their published layouts: they score
+as torch does.
+"""
 
 import functools
 import json
@@ -16,7 +18,13 @@ import torch
 from astrolabe_jax.convert import engine, qwen2_vl, store
 from astrolabe_jax.convert.files import INDEX, Lazy, write_safetensors
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.qwen2_vl.config import HPSV3, QWEN2_VL_2B, QWEN2_VL_7B, VIDEOALIGN, Qwen2VLConfig
+from astrolabe_jax.models.qwen2_vl.config import (
+    HPSV3,
+    QWEN2_VL_2B,
+    QWEN2_VL_7B,
+    VIDEOALIGN,
+    Qwen2VLConfig,
+)
 from astrolabe_jax.models.qwen2_vl.linear import quantise
 from tests.convert import torch_files
 from tests.models import qwen
@@ -36,8 +44,12 @@ def head(kind: str, dim: int) -> torch.nn.Module:
     """HPSv3's ReLU and dropout are counted in the names of its linears."""
     if kind == "videoalign":
         return torch.nn.Linear(dim, 1, bias=False)
-    first, second, third = (torch.nn.Linear(n_in, n_out) for n_in, n_out in ((dim, 10), (10, 6), (6, 2)))
-    return torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Dropout(), second, torch.nn.ReLU(), third)
+    first, second, third = (
+        torch.nn.Linear(n_in, n_out) for n_in, n_out in ((dim, 10), (10, 6), (6, 2))
+    )
+    return torch.nn.Sequential(
+        first, torch.nn.ReLU(), torch.nn.Dropout(), second, torch.nn.ReLU(), third
+    )
 
 
 CONFIGS = {"hpsv3": qwen.HPSV3, "videoalign": qwen.VIDEOALIGN}
@@ -45,12 +57,16 @@ CONFIGS = {"hpsv3": qwen.HPSV3, "videoalign": qwen.VIDEOALIGN}
 
 @functools.cache
 def oracle(kind: str) -> torch.nn.Module:
-    """transformers' model with a head, for VideoAlign with PEFT's explicit LoRA, all of it random."""
+    """transformers' model with a head, for VideoAlign with PEFT's explicit LoRA, all of it
+    random.
+    """
     model = qwen.oracle()
     model.rm_head = head(kind, qwen.CONFIG.dim)
     if kind == "videoalign":
         targets = rf".*language_model\.layers.*\.({'|'.join(TARGETS)})"
-        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+        )
     qwen.random_weights(model)
     return model.eval()
 
@@ -59,8 +75,12 @@ def oracle(kind: str) -> torch.nn.Module:
 def tensors(kind: str) -> dict[str, np.ndarray]:
     """What the published file of a kind holds."""
     state = oracle(kind).state_dict()
-    return {published(name).replace("base_model.model.model.visual", "base_model.model.visual"): weight.numpy()
-            for name, weight in state.items()}  # fmt: skip
+    return {
+        published(name).replace(
+            "base_model.model.model.visual", "base_model.model.visual"
+        ): weight.numpy()
+        for name, weight in state.items()
+    }
 
 
 def inputs(kind: str):
@@ -74,7 +94,11 @@ def their_scores(kind: str) -> np.ndarray:
     patches, grid, ids, where = inputs(kind)
     model, found = oracle(kind), []
     inner = model.base_model.model if kind == "videoalign" else model
-    names = ("pixel_values_videos", "video_grid_thw") if kind == "videoalign" else ("pixel_values", "image_grid_thw")
+    names = (
+        ("pixel_values_videos", "video_grid_thw")
+        if kind == "videoalign"
+        else ("pixel_values", "image_grid_thw")
+    )
     for i, length in enumerate(LENGTHS):
         row = torch.from_numpy(ids[i : i + 1, :length]).long()
         with torch.no_grad():
@@ -82,7 +106,9 @@ def their_scores(kind: str) -> np.ndarray:
                 input_ids=row,
                 position_ids=torch.arange(length).expand(3, 1, -1),
                 mm_token_type_ids=torch.zeros_like(row),
-                **dict(zip(names, (torch.from_numpy(patches[i]), torch.tensor([grid])), strict=True)),
+                **dict(
+                    zip(names, (torch.from_numpy(patches[i]), torch.tensor([grid])), strict=True)
+                ),
             ).last_hidden_state
             found.append(inner.rm_head(hidden[0, where[i]]).reshape(-1).numpy())
     return np.stack(found)
@@ -110,7 +136,9 @@ def torch_tree(content):
 
 def newer(name: str) -> str:
     """As transformers 5 names what the published file has."""
-    inside = re.sub(r"^(base_model\.model\.)?model\.(?=layers|norm|embed)", r"\1model.language_model.", name)
+    inside = re.sub(
+        r"^(base_model\.model\.)?model\.(?=layers|norm|embed)", r"\1model.language_model.", name
+    )
     return re.sub(r"^(base_model\.model\.)?visual\.", r"\1model.visual.", inside)
 
 
@@ -172,7 +200,11 @@ def test_the_published_names_are_those_of_the_spec():
         "base_model.model.rm_head.weight",
     ):
         assert name in names
-    for name in ("visual.blocks.1.attn.qkv.weight", "model.layers.2.self_attn.o_proj.weight", "rm_head.5.bias"):
+    for name in (
+        "visual.blocks.1.attn.qkv.weight",
+        "model.layers.2.self_attn.o_proj.weight",
+        "rm_head.5.bias",
+    ):
         assert name in tensors("hpsv3")
 
 
@@ -189,19 +221,27 @@ def test_a_merged_weight_is_w_plus_scale_b_a_rounded_once(tmp_path):
         assert leaf.dtype == (dtype or jnp.bfloat16)
         want = (w + 2 * b @ a).T
         np.testing.assert_allclose(leaf[1].astype(np.float64), want, rtol=ulp, atol=1e-6)
-        assert checkpoint.stacks["head", "linears", 0, "kernel"].dtype == (np.float32 if dtype else jnp.bfloat16)
+        assert checkpoint.stacks["head", "linears", 0, "kernel"].dtype == (
+            np.float32 if dtype else jnp.bfloat16
+        )
 
 
 @pytest.mark.parametrize("names", [lambda name: name, newer])
 def test_shards_of_the_plain_model(tmp_path, names):
-    content = renamed(names, {name: t for name, t in tensors("hpsv3").items() if not name.startswith("rm_head")})
+    content = renamed(
+        names, {name: t for name, t in tensors("hpsv3").items() if not name.startswith("rm_head")}
+    )
     where = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(content)}
     for shard in set(where.values()):
-        write_safetensors(tmp_path / shard, {name: content[name] for name in content if where[name] == shard})
+        write_safetensors(
+            tmp_path / shard, {name: content[name] for name in content if where[name] == shard}
+        )
     (tmp_path / f"model{INDEX}").write_text(json.dumps({"weight_map": where}))
     config, stacks = qwen2_vl.open_checkpoint(tmp_path / f"model{INDEX}", qwen.CONFIG)
     assert config == qwen.CONFIG
-    whole = qwen2_vl.assemble(renamed(lambda name: name.removeprefix("model."), tensors("hpsv3")), qwen.HPSV3).stacks
+    whole = qwen2_vl.assemble(
+        renamed(lambda name: name.removeprefix("model."), tensors("hpsv3")), qwen.HPSV3
+    ).stacks
     assert set(whole) - set(stacks) == {path for path in whole if path[0] == "head"}
     for path, stack in stacks.items():
         np.testing.assert_array_equal(np.asarray(stack), np.asarray(whole[path]))
@@ -228,17 +268,45 @@ BASE, QUERY = "base_model.model.", "base_model.model.model.layers.1.self_attn.q_
         ("hpsv3", without("model.norm.weight"), "missing tensor: norm.weight"),
         ("hpsv3", without("rm_head.3.bias"), "missing tensor: rm_head.3.bias"),
         ("hpsv3", added("model.norm.bias", "model.norm.weight"), "unused tensor: norm.bias"),
-        ("hpsv3", replaced("visual.blocks.1.attn.qkv.weight", np.transpose), "changed shape: visual.blocks.1.attn.qkv"),
+        (
+            "hpsv3",
+            replaced("visual.blocks.1.attn.qkv.weight", np.transpose),
+            "changed shape: visual.blocks.1.attn.qkv",
+        ),
         ("hpsv3", replaced("lm_head.weight", lambda x: x[1:]), "changed shape: lm_head.weight"),
-        ("videoalign", without(f"{QUERY}.lora_B.default.weight"), r"missing tensor: .*1.*q_proj.lora_B.default.weight"),
-        ("videoalign", without(f"{QUERY}.base_layer.weight"), r"missing tensor: .*q_proj.base_layer.weight"),
-        ("videoalign", added(f"{QUERY}.weight", f"{QUERY}.base_layer.weight"), "unused tensor: .*1.*q_proj.weight"),
-        ("videoalign", added(f"{QUERY}.lora_A.other.weight", f"{QUERY}.lora_A.default.weight"), "unused .*A.other"),
-        ("videoalign", replaced(f"{QUERY}.lora_A.default.weight", lambda x: x[1:]), "changed shape: .*lora_A.default"),
-        ("videoalign", added(f"{BASE}visual.merger.mlp.0.lora_A.default.weight", f"{BASE}rm_head.weight"), "unused"),
+        (
+            "videoalign",
+            without(f"{QUERY}.lora_B.default.weight"),
+            r"missing tensor: .*1.*q_proj.lora_B.default.weight",
+        ),
+        (
+            "videoalign",
+            without(f"{QUERY}.base_layer.weight"),
+            r"missing tensor: .*q_proj.base_layer.weight",
+        ),
+        (
+            "videoalign",
+            added(f"{QUERY}.weight", f"{QUERY}.base_layer.weight"),
+            "unused tensor: .*1.*q_proj.weight",
+        ),
+        (
+            "videoalign",
+            added(f"{QUERY}.lora_A.other.weight", f"{QUERY}.lora_A.default.weight"),
+            "unused .*A.other",
+        ),
+        (
+            "videoalign",
+            replaced(f"{QUERY}.lora_A.default.weight", lambda x: x[1:]),
+            "changed shape: .*lora_A.default",
+        ),
+        (
+            "videoalign",
+            added(f"{BASE}visual.merger.mlp.0.lora_A.default.weight", f"{BASE}rm_head.weight"),
+            "unused",
+        ),
         ("videoalign", without(f"{BASE}rm_head.weight"), "missing tensor: rm_head.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_at_fault_is_named(tmp_path, kind, change, fault):
     with pytest.raises(engine.ConversionError, match=fault) as error:
         opened(tmp_path, kind, change)
@@ -255,10 +323,21 @@ def test_a_file_of_the_other_reward_is_refused(tmp_path):
 
 def test_the_adapter_is_that_of_model_config(tmp_path):
     path = tmp_path / "model_config.json"
-    described = {"lora_enable": True, "vision_lora": False, "lora_r": 64, "lora_alpha": 128, "use_rslora": False}
+    described = {
+        "lora_enable": True,
+        "vision_lora": False,
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "use_rslora": False,
+    }
     path.write_text(json.dumps({"peft_lora_config": described}))
     assert qwen2_vl.read_adapter(path) == (64, 2.0)
-    for changes in ({"lora_r": None}, {"lora_alpha": "128"}, {"use_rslora": True}, {"lora_enable": False}):
+    for changes in (
+        {"lora_r": None},
+        {"lora_alpha": "128"},
+        {"use_rslora": True},
+        {"lora_enable": False},
+    ):
         path.write_text(json.dumps({"peft_lora_config": described | changes}))
         with pytest.raises(ValueError, match=f"{path}: peft_lora_config .*{next(iter(changes))}"):
             qwen2_vl.read_adapter(path)
@@ -272,7 +351,9 @@ def test_int8_kernels_are_stored_with_their_scales(tmp_path, layout):
     plain, int8 = opened(tmp_path, layout), opened(tmp_path, layout, quantised=True)
     assert int8.config.quantised and not plain.config.quantised
     store.save(tmp_path / "weights", int8.stacks)
-    leaves = store.tree(store.open_leaves(tmp_path / "weights"), qwen2_vl.shapes(int8.config).params)
+    leaves = store.tree(
+        store.open_leaves(tmp_path / "weights"), qwen2_vl.shapes(int8.config).params
+    )
     kernels = 0
     for path, leaf in engine.flatten(leaves).items():
         above, last = path[:-1], path[-1]
@@ -285,23 +366,34 @@ def test_int8_kernels_are_stored_with_their_scales(tmp_path, layout):
             want = np.asarray(plain.stacks[path])
         assert leaf.dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(leaf), want)
-    assert kernels == 13  # four of a vision block, two of the merger, seven of a block of the decoder
+    # four of a vision block, two of the merger, seven of a block of the decoder
+    assert kernels == 13
 
 
 def unread(shapes: dict[str, tuple]) -> dict[str, Lazy]:
     """Tensors of real shapes that take memory only when they are read."""
     bfloat16 = np.dtype(jnp.bfloat16)
-    return {name: Lazy(shape, bfloat16, functools.partial(np.zeros, shape, bfloat16)) for name, shape in shapes.items()}
+    return {
+        name: Lazy(shape, bfloat16, functools.partial(np.zeros, shape, bfloat16))
+        for name, shape in shapes.items()
+    }
 
 
 def real_shapes(config: Qwen2VLConfig, rank: int = 0) -> dict[str, tuple]:
-    """Names and shapes of transformers' own model at real sizes, as published; with a LoRA of the decoder if rank."""
+    """Names and shapes of transformers' own model at real sizes, as published; with a LoRA of the
+    decoder if rank.
+    """
     with torch.device("meta"):
         model = qwen.oracle(config)
-    shapes = {published(name).removeprefix("model."): tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = {
+        published(name).removeprefix("model."): tuple(t.shape)
+        for name, t in model.state_dict().items()
+    }
     if len(config.head) == 1:
         shapes["rm_head.weight"] = (1, config.dim)
-    for name, (n_in, n_out) in zip(("0", "3", "5"), [(config.dim, 1024), (1024, 16), (16, 2)], strict=True):
+    for name, (n_in, n_out) in zip(
+        ("0", "3", "5"), [(config.dim, 1024), (1024, 16), (16, 2)], strict=True
+    ):
         if len(config.head) == 3:
             shapes |= {f"rm_head.{name}.weight": (n_out, n_in), f"rm_head.{name}.bias": (n_out,)}
     for name, shape in list(shapes.items()) if rank else []:
@@ -320,7 +412,8 @@ def real_shapes(config: Qwen2VLConfig, rank: int = 0) -> dict[str, tuple]:
         (HPSV3, None, 8_292_152_882),
         (VIDEOALIGN, qwen2_vl.Adapter(64, 2.0), 2_515_372_032),
         (QWEN2_VL_7B, None, 8_291_375_616),
-        (QWEN2_VL_2B, None, 2_208_985_600 + 151_936 * 1536),  # the state dict has the shared tensor twice
+        # the state dict has the shared tensor twice
+        (QWEN2_VL_2B, None, 2_208_985_600 + 151_936 * 1536),
     ],
 )
 def test_real_shapes_are_read_layer_by_layer(config, adapter, parameters):

@@ -1,4 +1,6 @@
-"""Files that torch itself wrote: every number arrives, and what is changed or foreign is refused."""
+"""Files that torch itself wrote: every number arrives, and what is changed or foreign is
+refused.
+"""
 
 import collections
 import random
@@ -52,13 +54,18 @@ def test_what_torch_writes_is_read(tmp_path, name):
 )
 def test_every_other_class_is_refused_by_name(tmp_path, tree, culprit):
     torch.save(tree, tmp_path / "a.pt")
-    with pytest.raises(TorchFileError, match=f"a.pt: data.pkl asks for '{culprit}', which could run code"):
+    with pytest.raises(
+        TorchFileError, match=f"a.pt: data.pkl asks for '{culprit}', which could run code"
+    ):
         read_torch(tmp_path / "a.pt")
 
 
 def test_a_file_from_before_torch_1_6_is_refused(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(TorchFileError, match=r"a.pt is not a whole zip archive of torch.save \(torch 1.6 or later\)"):
+    with pytest.raises(
+        TorchFileError,
+        match=r"a.pt is not a whole zip archive of torch.save \(torch 1.6 or later\)",
+    ):
         read_torch(tmp_path / "a.pt")
 
 
@@ -67,14 +74,20 @@ def written(tmp_path_factory):
     return list(fuzz.write(tmp_path_factory.mktemp("written")).values())
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.integers(0, 2**32))
 def test_a_changed_file_is_read_or_refused(written, tmp_path, seed):
     draw = random.Random(seed)
-    fuzz.attempt(tmp_path / "fuzz.pt", fuzz.changed(draw.choice(written), draw.choice(written), draw))
+    fuzz.attempt(
+        tmp_path / "fuzz.pt", fuzz.changed(draw.choice(written), draw.choice(written), draw)
+    )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_file_with_any_piece_cut_out_is_read_or_refused(written, tmp_path, data):
     content = data.draw(st.sampled_from(written))

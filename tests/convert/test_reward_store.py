@@ -1,4 +1,6 @@
-"""Reward directories: what stands in them, and that they are written whole, once, and piece by piece."""
+"""Reward directories: what stands in them, and that they are written whole, once, and piece by
+piece.
+"""
 
 import hashlib
 import json
@@ -31,13 +33,24 @@ def source(tmp_path_factory, given):
 @pytest.mark.parametrize("dtype", ["", "bfloat16"])
 def test_what_is_written_is_read(given, source, tmp_path, dtype):
     checkpoint, told = reward_store.open_checkpoint(HPSV2, [source], dtype), []
-    reward_store.write(tmp_path / "x", HPSV2, checkpoint, [source], {"template.txt": b"text"}, told.append)
+    reward_store.write(
+        tmp_path / "x", HPSV2, checkpoint, [source], {"template.txt": b"text"}, told.append
+    )
     content = json.loads((tmp_path / "x" / "config.json").read_text())
-    assert content["kind"] == "hpsv2" and content["net"]["vision_dim"] == 160 and "dtype" not in content["net"]
-    assert content["sources"] == {"hps.safetensors": hashlib.sha256(source.read_bytes()).hexdigest()}
+    assert (
+        content["kind"] == "hpsv2"
+        and content["net"]["vision_dim"] == 160
+        and "dtype" not in content["net"]
+    )
+    assert content["sources"] == {
+        "hps.safetensors": hashlib.sha256(source.read_bytes()).hexdigest()
+    }
     assert (tmp_path / "x" / "template.txt").read_bytes() == b"text"
     net = reward_store.read(tmp_path / "x", HPSV2, ONE, "bfloat16")
-    assert net.config.dtype == "bfloat16" and reward_store.shapes(CLIP, net.config).graphdef == net.graphdef
+    assert (
+        net.config.dtype == "bfloat16"
+        and reward_store.shapes(CLIP, net.config).graphdef == net.graphdef
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(net.params)} == {jnp.dtype(dtype or "float32")}
     want = engine.load(HPSV2.table(net.config), clip.hpsv2(given), net.params)
     jax.tree.map(np.testing.assert_array_equal, net.params, want)
@@ -48,13 +61,23 @@ def test_what_is_written_is_read(given, source, tmp_path, dtype):
 
 def test_faults_name_the_file(given, source, tmp_path):
     cut = tmp_path / "cut.safetensors"
-    write_safetensors(cut, {name: tensor for name, tensor in given.items() if name != "visual.proj"})
-    with pytest.raises(engine.ConversionError, match="cut.safetensors: 1 mismatches.*\n.*missing tensor: visual.proj"):
+    write_safetensors(
+        cut, {name: tensor for name, tensor in given.items() if name != "visual.proj"}
+    )
+    with pytest.raises(
+        engine.ConversionError,
+        match="cut.safetensors: 1 mismatches.*\n.*missing tensor: visual.proj",
+    ):
         reward_store.open_checkpoint(HPSV2, [cut])
-    with pytest.raises(ValueError, match="hps.safetensors holds .*, as does another of the files; give each file once"):
+    with pytest.raises(
+        ValueError,
+        match="hps.safetensors holds .*, as does another of the files; give each file once",
+    ):
         reward_store.open_checkpoint(HPSV2, [cut, source])
     mixed = given | {"visual.transformer.resblocks.0.ln_1.bias": np.zeros(160, jnp.bfloat16)}
     write_safetensors(tmp_path / "mixed.safetensors", mixed)
-    with pytest.raises(engine.ConversionError, match="mixed.safetensors: .*\n.*dtypes of .*resblocks.0.ln_1.bias"):
+    with pytest.raises(
+        engine.ConversionError, match="mixed.safetensors: .*\n.*dtypes of .*resblocks.0.ln_1.bias"
+    ):
         reward_store.open_checkpoint(HPSV2, [tmp_path / "mixed.safetensors"])
     reward_store.open_checkpoint(HPSV2, [tmp_path / "mixed.safetensors"], "float32")

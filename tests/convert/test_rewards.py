@@ -54,8 +54,10 @@ def test_a_reward_directory_holds_all_that_a_scorer_needs(tmp_path, kind):
     content = json.loads((to / "config.json").read_text())
     assert content["kind"] == kind and content["dtypes"] == ["float32"]
     assert (content["net"]["vocab_size"], content["net"]["dim"], content["net"]["num_layers"]) == (
-        config.vocab_size, config.dim, config.num_layers,
-    )  # fmt: skip
+        config.vocab_size,
+        config.dim,
+        config.num_layers,
+    )
     assert content["net"]["image_token"] == chats.tokenizer().token_to_id("<|image_pad|>")
     weights = given.weights[0]
     assert content["sources"][weights.name] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -73,15 +75,22 @@ def test_a_reward_directory_holds_all_that_a_scorer_needs(tmp_path, kind):
     assert set(leaves) == set(wanted)
     for name, leaf in wanted.items():  # the LoRA of VideoAlign is in its base again
         np.testing.assert_allclose(np.asarray(leaves[name]), leaf, atol=1e-5, err_msg=name)
-    assert reward_store.identity(to) == hashlib.sha256((to / "config.json").read_bytes()).hexdigest()
+    assert (
+        reward_store.identity(to) == hashlib.sha256((to / "config.json").read_bytes()).hexdigest()
+    )
 
 
-@pytest.mark.parametrize(("options", "kernel"), [(["--dtype", "bfloat16"], "bfloat16"), (["--quantised"], "int8")])
+@pytest.mark.parametrize(
+    ("options", "kernel"), [(["--dtype", "bfloat16"], "bfloat16"), (["--quantised"], "int8")]
+)
 def test_smaller_weights(tmp_path, options, kernel):
     given, to = published.write(tmp_path / "given", HPSV3.name), tmp_path / "reward"
     main([*arguments(HPSV3.name, given, to), *options])
     leaves = store.open_leaves(to / "weights")
-    assert leaves["language.blocks.q.kernel"].dtype == kernel and leaves["head.linears.0.kernel"].dtype == "float32"
+    assert (
+        leaves["language.blocks.q.kernel"].dtype == kernel
+        and leaves["head.linears.0.kernel"].dtype == "float32"
+    )
     assert json.loads((to / "config.json").read_text())["net"]["quantised"] == (kernel == "int8")
 
 
@@ -98,9 +107,15 @@ def test_what_is_there_is_kept(tmp_path, capsys):
 def test_what_is_missing_is_asked_for(tmp_path, capsys):
     given, to = published.write(tmp_path / "given", HPSV3.name), tmp_path / "reward"
     told = refusal(capsys, *arguments(HPSV3.name, given, to, tokenizer=None))
-    assert "hpsv3 needs --tokenizer: the tokenizer.json of the Qwen2-VL-Instruct that it is made of" in told
+    assert (
+        "hpsv3 needs --tokenizer: the tokenizer.json of the Qwen2-VL-Instruct that it is made of"
+        in told
+    )
     told = refusal(capsys, *arguments(HPSV3.name, given, to, template=None))
-    assert "hpsv3 needs --template: the folder of its official package, or data_collator_qwen.py of it" in told
+    assert (
+        "hpsv3 needs --template: the folder of its official package, or data_collator_qwen.py of it"
+        in told
+    )
     told = refusal(capsys, *arguments(HPSV3.name, given, to, weights=given.weights * 2))
     assert "--weights has 2 files; expected one, for shards their safetensors.index.json" in told
     told = refusal(capsys, *arguments("hpsv4", given, to))
@@ -114,7 +129,9 @@ def test_another_template_is_refused(tmp_path, capsys):
     given, to = published.write(tmp_path / "given", HPSV3.name), tmp_path / "reward"
     module = next((tmp_path / "given" / "package").rglob("*.py"))
     module.write_text(module.read_text().replace("Rate", "rate"))
-    assert f"{module}: INSTRUCTION has the sha256 " in refusal(capsys, *arguments(HPSV3.name, given, to))
+    assert f"{module}: INSTRUCTION has the sha256 " in refusal(
+        capsys, *arguments(HPSV3.name, given, to)
+    )
     assert not to.exists()
 
 
@@ -124,16 +141,30 @@ def test_another_net_is_refused(tmp_path, capsys):
     (weights[0].parent / "model_config.json").write_text(json.dumps(published.SETTINGS))
     words = given.weights[0].parent / "tokenizer"
     told = refusal(capsys, *arguments(VIDEOALIGN.name, given, to, weights=weights, tokenizer=words))
-    assert f"error: {weights[0]}: " in told and "missing tensor: rm_head.weight" in told and not to.exists()
+    assert (
+        f"error: {weights[0]}: " in told
+        and "missing tensor: rm_head.weight" in told
+        and not to.exists()
+    )
 
 
 @pytest.mark.parametrize(
     ("section", "field", "value", "told"),
     [
-        ("inference_config", "MQ_std", 0.0, "MQ_std is 0.0; expected a number, positive unless it is a mean"),
+        (
+            "inference_config",
+            "MQ_std",
+            0.0,
+            "MQ_std is 0.0; expected a number, positive unless it is a mean",
+        ),
         ("inference_config", "TA_mean", "2", "TA_mean is '2'; expected a number"),
         ("data_config", "fps", None, "fps is None; expected a number"),
-        ("data_config", "prompt_template_type", "none", "data_config is of another model: .*'prompt_template_type'"),
+        (
+            "data_config",
+            "prompt_template_type",
+            "none",
+            "data_config is of another model: .*'prompt_template_type'",
+        ),
         ("data_config", "num_frames", 8, "data_config is of another model: .*'num_frames': 8"),
         ("data_config", None, None, "has no data_config; expected that of VideoReward"),
         ("inference_config", None, None, "has no inference_config; expected that of VideoReward"),
@@ -169,14 +200,22 @@ def test_settings_lie_beside_the_weights_or_above(tmp_path, capsys):
 def plain(tmp_path_factory):
     """(files, tokenizer) of each kind that has no template."""
     folder = tmp_path_factory.mktemp("plain")
-    hps, openai, raft = (folder / name for name in ("HPS.pt", "openai.safetensors", "raft.safetensors"))
-    torch_files.write(hps, {"state_dict": torch_tree(clips.open_clip(clips.tensors(clips.model(clips.OPEN))))})
+    hps, openai, raft = (
+        folder / name for name in ("HPS.pt", "openai.safetensors", "raft.safetensors")
+    )
+    torch_files.write(
+        hps, {"state_dict": torch_tree(clips.open_clip(clips.tensors(clips.model(clips.OPEN))))}
+    )
     write_safetensors(openai, clips.tensors(clips.model(clips.OPENAI)))
     torch_files.write(folder / "sac.pth", torch_tree(predictor(clips.OPENAI.embed_dim)))
     shapes = rafts.published(rafts.TINIEST)
     write_safetensors(raft, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
     words = clips.write_vocabulary(folder)
-    return {"hpsv2": ([hps], words), "aesthetic": ([openai, folder / "sac.pth"], None), "sea_raft": ([raft], None)}
+    return {
+        "hpsv2": ([hps], words),
+        "aesthetic": ([openai, folder / "sac.pth"], None),
+        "sea_raft": ([raft], None),
+    }
 
 
 @pytest.mark.parametrize("kind", ["hpsv2", "aesthetic", "sea_raft"])
@@ -195,9 +234,20 @@ def test_kinds_without_a_template(tmp_path, plain, kind, capsys):
     jax.tree.map(np.testing.assert_array_equal, net.params, engine.nested(wanted.stacks.items()))
     capsys.readouterr()
     told = refusal(
-        capsys, "reward", kind, "--weights", *map(str, files), "--to", str(tmp_path / "y"), *more, "--template", "x"
+        capsys,
+        "reward",
+        kind,
+        "--weights",
+        *map(str, files),
+        "--to",
+        str(tmp_path / "y"),
+        *more,
+        "--template",
+        "x",
     )
     assert f"{kind} takes no --template" in told
     if words:
-        told = refusal(capsys, "reward", kind, "--weights", *map(str, files), "--to", str(tmp_path / "y"))
+        told = refusal(
+            capsys, "reward", kind, "--weights", *map(str, files), "--to", str(tmp_path / "y")
+        )
         assert "hpsv2 needs --tokenizer: tokenizer.json, or the folder of it, of CLIP" in told

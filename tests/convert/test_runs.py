@@ -1,4 +1,6 @@
-"""A run takes its base and its first adapter from files of any dialect; what is in them is its identity."""
+"""A run takes its base and its first adapter from files of any dialect; what is in them is its
+identity.
+"""
 
 import shutil
 
@@ -26,9 +28,14 @@ def prepared(workdir, base, **changes):
 
 def framewise(path, seed):
     """Weights in place of the base's, nested and prefixed as Causal-Forcing's are."""
-    net = tiny.random_params(parts.shapes("transformer", tiny_base.TRANSFORMER).params, np.random.default_rng(seed))
+    net = tiny.random_params(
+        parts.shapes("transformer", tiny_base.TRANSFORMER).params, np.random.default_rng(seed)
+    )
     tensors = parts.save_net("transformer", net, tiny_base.TRANSFORMER)
-    tree = {f"model._fsdp_wrapped_module.{name}": torch_files.whole(tensor) for name, tensor in tensors.items()}
+    tree = {
+        f"model._fsdp_wrapped_module.{name}": torch_files.whole(tensor)
+        for name, tensor in tensors.items()
+    }
     return torch_files.write(path, {"generator_ema": tree}), net
 
 
@@ -50,7 +57,9 @@ def test_an_imported_base_is_placed_as_any_other(base, tmp_path):
     run, want = prepared(tmp_path / "a", tmp_path / "imported"), prepared(tmp_path / "b", base)
     for got, net in zip(run.base[:3], want.base[:3], strict=True):
         jax.tree.map(np.testing.assert_array_equal, got.params, net.params)
-        for ours, theirs in zip(jax.tree.leaves(got.params), jax.tree.leaves(net.params), strict=True):
+        for ours, theirs in zip(
+            jax.tree.leaves(got.params), jax.tree.leaves(net.params), strict=True
+        ):
             assert ours.sharding == theirs.sharding
 
 
@@ -65,13 +74,24 @@ def test_the_large_nets_are_split_and_the_vae_is_not(base, tmp_path):
     ("changes", "expected"),
     [
         ({"transformer": "nowhere.pt"}, "config.transformer: .*nowhere.pt"),
-        ({"transformer": "{tmp}/cut.safetensors"}, "config.transformer: .*cut.safetensors cannot be read"),
-        ({"model.size": "wan_14b"}, "config.base.*text_encoder.vocab_size|config.base.* has width 24 and 2 blocks"),
-        ({"model.size": "wan_2b"}, "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b"),
+        (
+            {"transformer": "{tmp}/cut.safetensors"},
+            "config.transformer: .*cut.safetensors cannot be read",
+        ),
+        (
+            {"model.size": "wan_14b"},
+            "config.base.*text_encoder.vocab_size|config.base.* has width 24 and 2 blocks",
+        ),
+        (
+            {"model.size": "wan_2b"},
+            "config.model.size is 'wan_2b'; expected one of '', wan_1.3b, wan_14b",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(base, tmp_path, changes, expected):
-    write_safetensors(tmp_path / "cut.safetensors", read_safetensors(base / "transformer.safetensors"))
+    write_safetensors(
+        tmp_path / "cut.safetensors", read_safetensors(base / "transformer.safetensors")
+    )
     content = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[:-5])
     changes = {field: value.format(tmp=tmp_path) for field, value in changes.items()}
@@ -85,5 +105,9 @@ def test_the_first_adapter_may_be_of_any_dialect(base, tmp_path):
     shapes = lora.adapter_shapes(tiny_base.TRANSFORMER, 2)
     adapter = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     lora.save_diffusers(adapter, tmp_path / "lora", 2, 3.0)
-    run = prepared(tmp_path / "run", base, **{"lora.init": str(tmp_path / "lora"), "lora.rank": 2, "lora.alpha": 3.0})
+    run = prepared(
+        tmp_path / "run",
+        base,
+        **{"lora.init": str(tmp_path / "lora"), "lora.rank": 2, "lora.alpha": 3.0},
+    )
     jax.tree.map(np.testing.assert_array_equal, run.adapter, adapter)

@@ -26,7 +26,11 @@ def as_published(given, both):
         if name.endswith("running_mean"):
             found[name.replace("running_mean", "num_batches_tracked")] = np.int64(120000)
     if both:
-        found |= {name.replace("bn3", "downsample.1"): tensor for name, tensor in found.items() if "bn3" in name}
+        found |= {
+            name.replace("bn3", "downsample.1"): tensor
+            for name, tensor in found.items()
+            if "bn3" in name
+        }
     return found
 
 
@@ -36,14 +40,18 @@ def test_published_files(tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     if suffix == "pth":
         tensors = as_published(given, True)
-        torch_files.write(path, {f"module.{name}": torch_files.whole(tensor) for name, tensor in tensors.items()})
+        torch_files.write(
+            path, {f"module.{name}": torch_files.whole(tensor) for name, tensor in tensors.items()}
+        )
     else:
         write_safetensors(path, as_published(given, False))
     tensors = sea_raft.opened(read_weights(path))
     assert SeaRaftConfig(**sea_raft.sizes(tensors), iterations=3) == config
     params = engine.load(sea_raft.table(config), tensors, expected(config))
     back = engine.save(sea_raft.table(config), params)
-    assert {name: tensor.tobytes() for name, tensor in back.items()} == {n: t.tobytes() for n, t in given.items()}
+    assert {name: tensor.tobytes() for name, tensor in back.items()} == {
+        n: t.tobytes() for n, t in given.items()
+    }
 
 
 def test_the_two_names_of_a_norm_are_one():
@@ -51,7 +59,9 @@ def test_the_two_names_of_a_norm_are_one():
     name = "cnet.layer2.0.downsample.1.running_var"
     alone = {other: tensor for other, tensor in given.items() if ".bn3." not in other}
     assert set(sea_raft.opened(alone)) == set(sea_raft.opened(given))
-    with pytest.raises(engine.ConversionError, match=f"{name} and cnet.layer2.0.bn3.running_var must be the same"):
+    with pytest.raises(
+        engine.ConversionError, match=f"{name} and cnet.layer2.0.bn3.running_var must be the same"
+    ):
         sea_raft.opened(given | {name: 1 + given[name]})
 
 
@@ -60,7 +70,10 @@ def test_every_tensor_is_required_and_no_other_accepted():
     tree = expected(config)
     for name in sorted(given)[::9]:
         for tensors, culprit in (
-            ({other: tensor for other, tensor in given.items() if other != name}, f"missing tensor: {name} "),
+            (
+                {other: tensor for other, tensor in given.items() if other != name},
+                f"missing tensor: {name} ",
+            ),
             (given | {f"{name}.extra": given[name]}, f"unused tensor: {name}.extra "),
             (given | {name: given[name][None]}, f"changed shape: {name} is "),
         ):

@@ -1,4 +1,6 @@
-"""Texts from copies of packages that the tests write: the exact bytes or a refusal, and no code of theirs ever runs."""
+"""Texts from copies of packages that the tests write: the exact bytes or a refusal, and no code of
+theirs ever runs.
+"""
 
 import pytest
 from hypothesis import given
@@ -6,7 +8,10 @@ from hypothesis import strategies as st
 
 from astrolabe_jax.convert.templates import Published, read_template, sha256
 
-FIRST, SECOND = '\nRate this:  \n- **one:** a "quoted" word\\ \n{text_prompt}\n', "\nThe rating is <|Reward|>\n\nEND\n"
+FIRST, SECOND = (
+    '\nRate this:  \n- **one:** a "quoted" word\\ \n{text_prompt}\n',
+    "\nThe rating is <|Reward|>\n\nEND\n",
+)
 PUBLISHED = Published("collator.py", {"FIRST": sha256(FIRST), "second": sha256(SECOND)})
 MODULE = f"import nothing_like_this\nFIRST = {FIRST!r}\nother = 3\nsecond: str = {SECOND!r}\n"
 
@@ -32,8 +37,15 @@ def test_every_text_comes_back_byte_for_byte(tmp_path_factory, text):
 
 def test_triple_quotes_neighbours_and_places_of_f_strings(tmp_path):
     text = "a\nb {prompt}]"
-    for source in (f'"""{text}"""', '"a\\n" "b {prompt}]"', 'f"a\\nb {prompt}]"', "f'a\\n' 'b {prompt}]'"):
-        path = write(tmp_path, f"async def ask(prompt):\n    question = {source}\n    return question\n")
+    for source in (
+        f'"""{text}"""',
+        '"a\\n" "b {prompt}]"',
+        'f"a\\nb {prompt}]"',
+        "f'a\\n' 'b {prompt}]'",
+    ):
+        path = write(
+            tmp_path, f"async def ask(prompt):\n    question = {source}\n    return question\n"
+        )
         assert read_template(path, Published("collator.py", {"question": sha256(text)})) == text
 
 
@@ -45,7 +57,9 @@ def test_the_one_that_fits_of_several(tmp_path):
 def test_another_text_is_refused_with_both_hashes(tmp_path):
     path = write(tmp_path, MODULE.replace("one:", "One:"))
     found = sha256(FIRST.replace("one:", "One:"))
-    with pytest.raises(ValueError, match=f"{path}: FIRST has the sha256 {found}; expected {sha256(FIRST)}"):
+    with pytest.raises(
+        ValueError, match=f"{path}: FIRST has the sha256 {found}; expected {sha256(FIRST)}"
+    ):
         read_template(path, PUBLISHED)
 
 
@@ -56,10 +70,15 @@ def test_a_checkout_with_other_line_endings(tmp_path):
     assert read_template(path, Published("collator.py", {"x": sha256(text)})) == text
 
 
-@pytest.mark.parametrize("value", ["open('made', 'w').read()", "'a' + 'b'", "f'{open(1)}'", "f'{a!r}'", "b'a'"])
+@pytest.mark.parametrize(
+    "value", ["open('made', 'w').read()", "'a' + 'b'", "f'{open(1)}'", "f'{a!r}'", "b'a'"]
+)
 def test_what_is_no_literal_is_refused(tmp_path, value):
     path = write(tmp_path, f"FIRST = {value}\n")
-    with pytest.raises(ValueError, match=f"{path} assigns no string to FIRST; expected the official package, sha256"):
+    with pytest.raises(
+        ValueError,
+        match=f"{path} assigns no string to FIRST; expected the official package, sha256",
+    ):
         read_template(path, PUBLISHED)
 
 
@@ -73,7 +92,9 @@ def test_nothing_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"x = (", b"\0", b"\xff\xfe", b"(" * 10000, b"# coding: nonsense\n", b"-" * 10**6])
+@pytest.mark.parametrize(
+    "content", [b"x = (", b"\0", b"\xff\xfe", b"(" * 10000, b"# coding: nonsense\n", b"-" * 10**6]
+)
 def test_what_is_no_module_is_refused(tmp_path, content):
     path = write(tmp_path, content)
     with pytest.raises(ValueError, match=str(path)):
@@ -81,13 +102,19 @@ def test_what_is_no_module_is_refused(tmp_path, content):
 
 
 def test_files_that_are_not_there_or_too_many(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no .*/nothing; expected collator.py, or the folder"):
+    with pytest.raises(
+        FileNotFoundError, match="no .*/nothing; expected collator.py, or the folder"
+    ):
         read_template(tmp_path / "nothing", PUBLISHED)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no collator.py; expected the folder"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path} holds no collator.py; expected the folder"
+    ):
         read_template(tmp_path, PUBLISHED)
     write(tmp_path / "a")
     write(tmp_path / "b")
-    with pytest.raises(ValueError, match="holds several collator.py: .*/a/collator.py, .*/b/collator.py; give one"):
+    with pytest.raises(
+        ValueError, match="holds several collator.py: .*/a/collator.py, .*/b/collator.py; give one"
+    ):
         read_template(tmp_path, PUBLISHED)
     big = write(tmp_path / "big", b"#" * (5 << 20))
     with pytest.raises(ValueError, match="has 5242880 bytes; expected the module collator.py"):

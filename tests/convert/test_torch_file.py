@@ -1,4 +1,6 @@
-"""Files of torch are read without torch; whatever is broken or hostile is refused, and nothing in it is run."""
+"""Files of torch are read without torch; whatever is broken or hostile is refused, and nothing in
+it is run.
+"""
 
 import collections
 import os
@@ -18,7 +20,9 @@ from tests.convert.torch_files import Storage, Tensor, whole
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    made = {dtype: rng.normal(size=(3, 4)).astype(dtype) for dtype in ("float64", "float32", "float16")}
+    made = {
+        dtype: rng.normal(size=(3, 4)).astype(dtype) for dtype in ("float64", "float32", "float16")
+    }
     made["bfloat16"] = rng.normal(size=(2, 2, 2)).astype(ml_dtypes.bfloat16)
     return made | {
         "int64": np.arange(5),
@@ -30,7 +34,9 @@ def arrays() -> dict[str, np.ndarray]:
 
 def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path):
     want = arrays()
-    got = read_torch(torch_files.write(tmp_path / "a.pt", {name: whole(array) for name, array in want.items()}))
+    got = read_torch(
+        torch_files.write(tmp_path / "a.pt", {name: whole(array) for name, array in want.items()})
+    )
     assert list(got) == list(want)
     for name, array in want.items():
         assert got[name].dtype == array.dtype and got[name].shape == array.shape
@@ -48,7 +54,10 @@ def test_containers_and_scalars_keep_their_nesting(tmp_path):
 
 def test_tensors_may_view_parts_of_one_storage(tmp_path):
     storage = Storage(np.arange(24, dtype=np.float32))
-    tree = {"part": Tensor(storage, 4, (2, 3), (6, 1)), "turned": Tensor(storage, 0, (4, 6), (1, 4))}
+    tree = {
+        "part": Tensor(storage, 4, (2, 3), (6, 1)),
+        "turned": Tensor(storage, 0, (4, 6), (1, 4)),
+    }
     got = read_torch(torch_files.write(tmp_path / "a.pt", tree))
     np.testing.assert_array_equal(got["part"], [[4, 5, 6], [10, 11, 12]])
     np.testing.assert_array_equal(got["turned"], np.arange(24).reshape(6, 4).T)
@@ -70,7 +79,9 @@ def test_tensors_may_view_parts_of_one_storage(tmp_path):
     ],
 )
 def test_a_tensor_outside_its_storage_is_refused(tmp_path, tensor, message):
-    path = torch_files.write(tmp_path / "a.pt", {"w": Tensor(Storage(np.zeros(24, np.float32)), *tensor)})
+    path = torch_files.write(
+        tmp_path / "a.pt", {"w": Tensor(Storage(np.zeros(24, np.float32)), *tensor)}
+    )
     with pytest.raises(TorchFileError, match=f"a.pt: .*({message})"):
         read_torch(path)
 
@@ -84,9 +95,18 @@ class Hostile:
 
 
 def test_nothing_in_a_pickle_is_run(tmp_path):
-    for call in ((os.system, f"touch {tmp_path / 'run'}"), (eval, "1"), (getattr, 1, "real"), (bytearray, 10**12)):
-        path = torch_files.write_zip(tmp_path / "a.pt", {"a/data.pkl": pickle.dumps({"w": Hostile(*call)}, protocol=2)})
-        with pytest.raises(TorchFileError, match=f"asks for '.*{call[0].__name__}', which could run code"):
+    for call in (
+        (os.system, f"touch {tmp_path / 'run'}"),
+        (eval, "1"),
+        (getattr, 1, "real"),
+        (bytearray, 10**12),
+    ):
+        path = torch_files.write_zip(
+            tmp_path / "a.pt", {"a/data.pkl": pickle.dumps({"w": Hostile(*call)}, protocol=2)}
+        )
+        with pytest.raises(
+            TorchFileError, match=f"asks for '.*{call[0].__name__}', which could run code"
+        ):
             read_torch(path)
     assert not (tmp_path / "run").exists()
 
@@ -109,7 +129,10 @@ DATA, STORED = torch_files.pickled({"w": whole(np.ones(3, np.float32))})
         ({"a/data.pkl": b"garbage"}, "data.pkl"),
         ({"a/data.pkl": DATA[:-1], "a/data/0": STORED[0].tobytes()}, "no pickle"),
         ({"a/data.pkl": DATA}, "storage '0' has no content in the file"),
-        ({"a/data.pkl": DATA, "a/data/0": b"1234"}, "storage '0' has 4 bytes; expected 3 elements of 4 bytes"),
+        (
+            {"a/data.pkl": DATA, "a/data/0": b"1234"},
+            "storage '0' has 4 bytes; expected 3 elements of 4 bytes",
+        ),
         ({"a/data.pkl": DATA, "b/data/0": STORED[0].tobytes()}, "one root folder"),
         ({"a/x": b""}, "one root folder with a data.pkl"),
         ({"a/data.pkl": pickle.dumps(deep(MOST_DEPTH + 1), 2)}, "more than 32 deep"),
@@ -121,7 +144,10 @@ DATA, STORED = torch_files.pickled({"w": whole(np.ones(3, np.float32))})
         ({"a/data.pkl": b"\x80\x02N0."}, "opcode POP"),
         ({"a/data.pkl": b"\x80\x02ctorch\nFloatStorage\n."}, "a class or a bare storage"),
         ({"a/data.pkl": b"\x80\x02Nb."}, "not there"),
-        ({"a/data.pkl": DATA, "a/data/0": STORED[0].tobytes(), "a/byteorder": b"big"}, "not little-endian"),
+        (
+            {"a/data.pkl": DATA, "a/data/0": STORED[0].tobytes(), "a/byteorder": b"big"},
+            "not little-endian",
+        ),
     ],
 )
 def test_what_torch_does_not_write_is_refused(tmp_path, members, message):
@@ -130,13 +156,17 @@ def test_what_torch_does_not_write_is_refused(tmp_path, members, message):
 
 
 def test_broken_and_packed_archives_are_refused(tmp_path):
-    good = torch_files.write(tmp_path / "good.pt", {"w": whole(np.zeros(1000, np.float32))}).read_bytes()
+    good = torch_files.write(
+        tmp_path / "good.pt", {"w": whole(np.zeros(1000, np.float32))}
+    ).read_bytes()
     for size in (0, 3, 100, len(good) // 2, len(good) - 1):
         (tmp_path / "cut.pt").write_bytes(good[:size])
         with pytest.raises(TorchFileError, match="cut.pt is not a whole zip archive"):
             read_torch(tmp_path / "cut.pt")
     bomb = torch_files.write(
-        tmp_path / "bomb.pt", {"w": whole(np.zeros(10**6, np.uint8))}, compression=zipfile.ZIP_DEFLATED
+        tmp_path / "bomb.pt",
+        {"w": whole(np.zeros(10**6, np.uint8))},
+        compression=zipfile.ZIP_DEFLATED,
     )
     with pytest.raises(TorchFileError, match="bomb.pt: member .* is compressed"):
         read_torch(bomb)
@@ -150,10 +180,14 @@ def valid(tmp_path_factory):
     return torch_files.write(tmp_path_factory.mktemp("torch") / "a.pt", tree).read_bytes()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 def test_a_changed_file_is_read_or_refused(valid, tmp_path, data):
-    """Bytes replaced, cut out and put in, most of them where the pickle or the directory of the archive is."""
+    """Bytes replaced, cut out and put in, most of them where the pickle or the directory of the
+    archive is.
+    """
     content = bytearray(valid)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -166,15 +200,21 @@ def test_a_changed_file_is_read_or_refused(valid, tmp_path, data):
     assert len(repr(tree)) < 10**6  # what was read can be walked
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.lists(
-        st.sampled_from([bytes([code]) for code in b"(.0]})tqrhjKMJNQRuseabXcl\x85\x86\x87\x88\x8a\x94"])
+        st.sampled_from(
+            [bytes([code]) for code in b"(.0]})tqrhjKMJNQRuseabXcl\x85\x86\x87\x88\x8a\x94"]
+        )
         | st.binary(max_size=3)
     )
 )
 def test_any_program_is_read_or_refused(tmp_path, pieces):
-    torch_files.write_zip(tmp_path / "fuzz.pt", {"a/data.pkl": b"\x80\x02" + b"".join(pieces) + b"."})
+    torch_files.write_zip(
+        tmp_path / "fuzz.pt", {"a/data.pkl": b"\x80\x02" + b"".join(pieces) + b"."}
+    )
     try:
         read_torch(tmp_path / "fuzz.pt")
     except TorchFileError:

@@ -1,4 +1,6 @@
-"""Every published nesting and prefix gives the very parameters of the plain file, and nothing is guessed."""
+"""Every published nesting and prefix gives the very parameters of the plain file, and nothing is
+guessed.
+"""
 
 import shutil
 
@@ -31,7 +33,9 @@ def read_safetensors(path):
 def renamed(tensors, prefix, inner=""):
     """Names as training leaves them; `inner` wraps every block, too."""
     return {
-        prefix + name.replace(".", f".{inner}", 2) if name.startswith("blocks.") else prefix + name: tensor
+        prefix + name.replace(".", f".{inner}", 2)
+        if name.startswith("blocks.")
+        else prefix + name: tensor
         for name, tensor in tensors.items()
     }
 
@@ -42,13 +46,19 @@ def torch_tree(tensors):
 
 LAYOUTS = {
     "self_forcing": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, "model."))},
-    "causal_forcing_chunkwise": lambda tensors: {"generator": torch_tree(renamed(tensors, "model."))},
-    "causal_forcing_framewise": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, FSDP))},
+    "causal_forcing_chunkwise": lambda tensors: {
+        "generator": torch_tree(renamed(tensors, "model."))
+    },
+    "causal_forcing_framewise": lambda tensors: {
+        "generator_ema": torch_tree(renamed(tensors, FSDP))
+    },
     "wrapped_blocks": lambda tensors: {"generator_ema": torch_tree(renamed(tensors, FSDP, REMAT))},
-    "longlive_base": lambda tensors: {"generator": torch_tree(renamed(tensors | {"freqs": np.ones(2)}, "model."))},
+    "longlive_base": lambda tensors: {
+        "generator": torch_tree(renamed(tensors | {"freqs": np.ones(2)}, "model."))
+    },
     "compiled": lambda tensors: {"state_dict": torch_tree(renamed(tensors, "module._orig_mod."))},
     "flat": torch_tree,
-}  # fmt: skip
+}
 
 
 def assert_same_transformer(directory, want):
@@ -71,12 +81,16 @@ def test_krea_is_safetensors_with_a_prefix(plain, tmp_path):
     directory, want = plain
     directory = shutil.copytree(directory, tmp_path / "base")
     path = directory / "transformer.safetensors"
-    path.write_bytes(safetensors.numpy.save(renamed(read_safetensors(path), "model.diffusion_model.")))
+    path.write_bytes(
+        safetensors.numpy.save(renamed(read_safetensors(path), "model.diffusion_model."))
+    )
     assert_same_transformer(directory, want)
 
 
 def test_a_whole_base_of_torch_files(plain, tmp_path):
-    """Wan2.1_VAE.pth and the text encoder's .pth are flat; the identity is that of the files, not of their numbers."""
+    """Wan2.1_VAE.pth and the text encoder's .pth are flat; the identity is that of the files, not
+    of their numbers.
+    """
     directory, want = plain
     directory = shutil.copytree(directory, tmp_path / "base")
     for part in ("transformer", "vae", "text_encoder"):
@@ -85,18 +99,25 @@ def test_a_whole_base_of_torch_files(plain, tmp_path):
         path.unlink()
     got = bases.load_base(str(directory), **NUMERICS)
     for name in ("transformer", "vae", "text"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params)
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params
+        )
     assert got.identity != want.identity
     shutil.copy(plain[0] / "vae.safetensors", directory)
-    with pytest.raises(FileNotFoundError, match="base has 2 files of the vae; expected one of vae.safetensors, "):
+    with pytest.raises(
+        FileNotFoundError, match="base has 2 files of the vae; expected one of vae.safetensors, "
+    ):
         bases.load_base(str(directory), **NUMERICS)
 
 
 def test_the_average_is_read_where_there_are_several(tmp_path, caplog):
     tree = {
-        name: torch_tree({"model.w": np.full(2, value)}) for name, value in (("generator", 1.0), ("generator_ema", 2.0))
+        name: torch_tree({"model.w": np.full(2, value)})
+        for name, value in (("generator", 1.0), ("generator_ema", 2.0))
     }
-    path = torch_files.write(tmp_path / "a.pt", tree | {"critic": torch_tree({"w": np.zeros(2)}), "step": 7})
+    path = torch_files.write(
+        tmp_path / "a.pt", tree | {"critic": torch_tree({"w": np.zeros(2)}), "step": 7}
+    )
     np.testing.assert_array_equal(read_weights(path)["w"], [2, 2])
     assert "a.pt holds generator_ema and generator: generator_ema is read" in caplog.text
 
@@ -105,7 +126,10 @@ def test_the_average_is_read_where_there_are_several(tmp_path, caplog):
     ("tree", "message"),
     [
         ({"generator": {"model.w": 1, "w": 2}}, "holds the same weight twice: model.w and w"),
-        ({"critic": {"w": 1}, "step": 3}, "'critic' is no tensor; expected one state dict, or one under generator_ema"),
+        (
+            {"critic": {"w": 1}, "step": 3},
+            "'critic' is no tensor; expected one state dict, or one under generator_ema",
+        ),
         ([1], "holds a list; expected a state dict"),
         ({}, "holds a dict; expected a state dict"),
     ],

@@ -1,4 +1,6 @@
-"""Writes files as torch.save does (spec/checkpoints.md 1.2), without torch: classes by name, tensors as views."""
+"""Writes files as torch.save does (spec/checkpoints.md 1.2), without torch: classes by name,
+tensors as views.
+"""
 
 import collections
 import io
@@ -12,8 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-STORAGES = {"float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage",
-            "bfloat16": "BFloat16Storage", "uint8": "ByteStorage", "bool": "BoolStorage"}  # fmt: skip
+STORAGES = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "int64": "LongStorage",
+    "bfloat16": "BFloat16Storage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+}
 
 
 class Storage:
@@ -28,13 +37,22 @@ class Tensor:
         self.parts = (storage, offset, shape, strides)
 
     def __reduce__(self):
-        return sys.modules["torch._utils"]._rebuild_tensor_v2, (*self.parts, False, collections.OrderedDict())
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, (
+            *self.parts,
+            False,
+            collections.OrderedDict(),
+        )
 
 
 def whole(array: np.ndarray) -> Tensor:
     """A tensor with a storage of its own."""
     array = np.array(array, order="C")
-    return Tensor(Storage(array.reshape(-1)), 0, array.shape, tuple(step // array.itemsize for step in array.strides))
+    return Tensor(
+        Storage(array.reshape(-1)),
+        0,
+        array.shape,
+        tuple(step // array.itemsize for step in array.strides),
+    )
 
 
 @contextmanager
@@ -58,7 +76,9 @@ def _torch() -> Iterator[types.ModuleType]:
 
 
 def pickled(tree) -> tuple[bytes, list[np.ndarray]]:
-    """data.pkl of a tree of containers, scalars and Tensors, and the storages in the order of their keys."""
+    """data.pkl of a tree of containers, scalars and Tensors, and the storages in the order of their
+    keys.
+    """
     storages: list[Storage] = []
 
     class Pickler(pickle.Pickler):
@@ -79,9 +99,13 @@ def pickled(tree) -> tuple[bytes, list[np.ndarray]]:
 def write(path: Path, tree, root: str = "archive", compression: int = zipfile.ZIP_STORED) -> Path:
     """The file that torch.save(tree) gives."""
     data, storages = pickled(tree)
-    return write_zip(path, {f"{root}/data.pkl": data, f"{root}/byteorder": b"little"} | {
-        f"{root}/data/{i}": array.tobytes() for i, array in enumerate(storages)
-    } | {f"{root}/version": b"3\n"}, compression)  # fmt: skip
+    return write_zip(
+        path,
+        {f"{root}/data.pkl": data, f"{root}/byteorder": b"little"}
+        | {f"{root}/data/{i}": array.tobytes() for i, array in enumerate(storages)}
+        | {f"{root}/version": b"3\n"},
+        compression,
+    )
 
 
 def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:

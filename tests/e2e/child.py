@@ -1,7 +1,9 @@
-"""The real program in a process that kills itself, or tells where it is: python -m tests.e2e.child WHERE FLAGS...
+"""The real program in a process that kills itself, or tells where it is: python -m tests.e2e.child
+WHERE FLAGS...
 
-WHERE is `-`, or SIGNAL:MODULE.FUNCTION:N, which sends itself the signal when that function is called for the N-th time,
-or a file, to which a line is added when a phase begins or ends: `begin 2 update` in the second epoch.
+WHERE is `-`, or SIGNAL:MODULE.FUNCTION:N, which sends itself the signal when that function is
+called for the N-th time, or a file, to which a line is added when a phase begins or ends: `begin 2
+update` in the second epoch.
 """
 
 import contextlib

@@ -9,15 +9,20 @@ from tests.tiny_base import write_tiny_base
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Every run jits its own train step; runs of one shape share the compiled program through the disk cache.
+    """Every run jits its own train step; runs of one shape share the compiled program through the
+    disk cache.
 
-    So do programs whose `main` a test calls, and which would otherwise take the user's (recipes.set_up), and all
-    workers of pytest-xdist. The precision is theirs.
+    So do programs whose `main` a test calls, and which would otherwise take the user's
+    (recipes.set_up), and all workers of pytest-xdist. The precision is theirs.
     """
     own = tmp_path_factory.getbasetemp()
     cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "xla"
     cache.mkdir(exist_ok=True)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_default_matmul_precision")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_default_matmul_precision",
+    )
     before = [getattr(jax.config, name) for name in names]
     for name, value in zip(names, (str(cache), 0.1, "float32"), strict=True):
         jax.config.update(name, value)

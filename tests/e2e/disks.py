@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 class Disk:
-    """A small file system of its own at `path`; where none can be mounted, a limit on the files that a process writes.
+    """A small file system of its own at `path`; where none can be mounted, a limit on the files
+    that a process writes.
 
     `fill` and `free` may be called at any moment.
     """
@@ -38,9 +39,13 @@ def small_disk(directory: Path, size: str = "16m") -> Iterator[Disk]:
     directory.mkdir()
     script = 'mount -t tmpfs -o size="$1" tmpfs "$0" && echo mounted && exec cat'
     command = ["unshare", "-rm", "sh", "-c", script, str(directory), size]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         try:
             mounted = holder.stdout.readline() == "mounted\n"
-            yield Disk(Path(f"/proc/{holder.pid}/root{directory}") if mounted else directory, mounted)
+            yield Disk(
+                Path(f"/proc/{holder.pid}/root{directory}") if mounted else directory, mounted
+            )
         finally:
             holder.terminate()

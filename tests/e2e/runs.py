@@ -1,4 +1,6 @@
-"""Small real runs: the tiny random base, two prompts, sixteen pixels, a second or two per epoch once compiled."""
+"""Small real runs: the tiny random base, two prompts, sixteen pixels, a second or two per epoch
+once compiled.
+"""
 
 import json
 import subprocess
@@ -60,7 +62,10 @@ def small_config(base: Path | str, variant: str = "", **changes):
 def flags(base: Path, **changes) -> list[str]:
     """The command line of the same run."""
     values = SMALL | {"base": str(base)} | changes
-    return ["--config=configs/moving_shapes.py", *(f"--config.{field}={value}" for field, value in values.items())]
+    return [
+        "--config=configs/moving_shapes.py",
+        *(f"--config.{field}={value}" for field, value in values.items()),
+    ]
 
 
 def quiet() -> Progress:
@@ -98,14 +103,20 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def outcome(workdir: Path) -> dict:
-    """All that must not depend on how a run was cut into pieces: files as bytes, metrics and summary without clocks."""
+    """All that must not depend on how a run was cut into pieces: files as bytes, metrics and
+    summary without clocks.
+    """
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((workdir / "summary.json").read_text())
     made = {}
-    for path in sorted(path for place in ("samples/**/*.*", "lora/*", "scores/*") for path in workdir.glob(place)):
+    for path in sorted(
+        path for place in ("samples/**/*.*", "lora/*", "scores/*") for path in workdir.glob(place)
+    ):
         made[str(path.relative_to(workdir))] = path.read_bytes()
     return {
-        "metrics": [{key: value for key, value in record.items() if key != "seconds"} for record in records],
+        "metrics": [
+            {key: value for key, value in record.items() if key != "seconds"} for record in records
+        ],
         "eval": summary["eval"],
         "gain": summary["gain"],
         "share": summary["share_of_ceiling"],

@@ -1,4 +1,6 @@
-"""Whatever is wrong is said before anything is compiled, with its name and the next step (issue 2, part 9)."""
+"""Whatever is wrong is said before anything is compiled, with its name and the next step (issue 2,
+part 9).
+"""
 
 import json
 import re
@@ -26,13 +28,19 @@ def refusal(config, workdir) -> str:
     [
         (None, "config.prompts.test: prompt file .*list.txt does not exist; give a text file"),
         (b"", "config.prompts.test: .*list.txt is empty; write one prompt a line"),
-        (b"a cat\n\xff\n", r"config.prompts.test: .*list.txt is not UTF-8: byte 6 \(line 2\) is 0xff"),
+        (
+            b"a cat\n\xff\n",
+            r"config.prompts.test: .*list.txt is not UTF-8: byte 6 \(line 2\) is 0xff",
+        ),
         (GOOD + b"\na dog\n", "config.prompts.test: .*list.txt, line 2 is empty"),
-        (GOOD + b"red " * 16, "config.prompts.test: .*list.txt, line 2 has 17 tokens, the text encoder takes 16"),
+        (
+            GOOD + b"red " * 16,
+            "config.prompts.test: .*list.txt, line 2 has 17 tokens, the text encoder takes 16",
+        ),
         (
             GOOD + GOOD + b"a red cat moving left on a grey background\n",
-            "config.prompts.test: .*list.txt, line 3: reward 'shapes_mq': not a prompt of the moving-shapes world: "
-            "'a red cat .*; expected 'a COLOUR SHAPE moving",
+            "config.prompts.test: .*list.txt, line 3: reward 'shapes_mq': not a prompt of the "
+            "moving-shapes world: 'a red cat .*; expected 'a COLOUR SHAPE moving",
         ),
     ],
 )
@@ -41,7 +49,9 @@ def test_prompt_files(base, tmp_path, content, expected, split):
     if content is not None:
         (tmp_path / "list.txt").write_bytes(content)
     config = runs.small_config(base, **{f"prompts.{split}": str(tmp_path / "list.txt")})
-    assert re.search(expected.replace("prompts.test", f"prompts.{split}"), refusal(config, tmp_path / "run"))
+    assert re.search(
+        expected.replace("prompts.test", f"prompts.{split}"), refusal(config, tmp_path / "run")
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -57,21 +67,42 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
     ("changes", "expected"),
     [
         ({"video.frames": 6}, "config.video.frames: 6 pixel frames: expected 1 modulo 4"),
-        ({"model.block": 3}, "config.video.frames and config.model: 2 frames are not a whole number of blocks of 3"),
-        ({"loss.mask_block": 3}, "config.loss.mask_block: 2 frames are not a whole number of blocks of 3"),
+        (
+            {"model.block": 3},
+            "config.video.frames and config.model: 2 frames are not a whole number of blocks of 3",
+        ),
+        (
+            {"loss.mask_block": 3},
+            "config.loss.mask_block: 2 frames are not a whole number of blocks of 3",
+        ),
         (
             {"model.window": 1, "loss.mask_block": 2},
             "config.loss.mask_block: a window of 1 frames cannot hold a block of 2",
         ),
         (
             {"model.window": 2, "model.sink": 1, "loss.mask_block": 2},
-            "config.loss.mask_block: a window of 2 frames cannot hold the sink of 1 and a block of 2",
+            (
+                "config.loss.mask_block: a window of 2 frames cannot hold the sink of 1 and a "
+                "block of 2"
+            ),
         ),
-        ({"video.height": 40}, "config.video.height is 40; this model takes multiples of 16 pixels"),
-        ({"model.window": 2, "model.sink": 2}, "config.model: a window of 2 frames cannot hold the sink of 2"),
-        ({"sampler.steps": (1000, 500.5)}, "config.sampler: denoising step 500.5 is not a whole number"),
+        (
+            {"video.height": 40},
+            "config.video.height is 40; this model takes multiples of 16 pixels",
+        ),
+        (
+            {"model.window": 2, "model.sink": 2},
+            "config.model: a window of 2 frames cannot hold the sink of 2",
+        ),
+        (
+            {"sampler.steps": (1000, 500.5)},
+            "config.sampler: denoising step 500.5 is not a whole number",
+        ),
         ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0"),
-        ({"prompts.groups": 8, "prompts.candidates": 1, "advantages.std": "prompt"}, "config.prompts.candidates is 1"),
+        (
+            {"prompts.groups": 8, "prompts.candidates": 1, "advantages.std": "prompt"},
+            "config.prompts.candidates is 1",
+        ),
         ({"lora.init": "nowhere"}, "config.lora.init: .*nowhere"),
     ],
 )
@@ -87,10 +118,16 @@ LEFT, RIGHT = (TOLD.format(way) for way in ("left", "right"))
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"streaming.window": 9}, "config.streaming: a window of 9 from frame 0 does not lie in the 6 latent frames"),
+        (
+            {"streaming.window": 9},
+            "config.streaming: a window of 9 from frame 0 does not lie in the 6 latent frames",
+        ),
         (
             {"streaming.selection": "choices", "streaming.starts": (5,)},
-            "config.streaming: a window of 2 from frame 5 does not lie in the 6 latent frames of a video; give other",
+            (
+                "config.streaming: a window of 2 from frame 5 does not lie in the 6 latent frames "
+                "of a video; give other"
+            ),
         ),
         (
             {"streaming.selection": "choices"},
@@ -120,17 +157,31 @@ def test_windows(base, tmp_path, changes, expected):
 @pytest.mark.parametrize(
     ("lines", "changes", "expected"),
     [
-        ([LEFT, f"{LEFT}[9s] | {RIGHT}"], {}, "line 2: the 6 latent frames of a video are over before its last scene"),
+        (
+            [LEFT, f"{LEFT}[9s] | {RIGHT}"],
+            {},
+            "line 2: the 6 latent frames of a video are over before its last scene",
+        ),
         (
             [LEFT, f"{LEFT}[0.5s] | {RIGHT}"],
             {"streaming.backprop": "full"},
-            "line 2: its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'",
+            (
+                "line 2: its prompt changes; expected streaming.sampling 'clip' and "
+                "streaming.backprop 'detach'"
+            ),
         ),
-        ([f"{LEFT}[0.5s] | {RIGHT}"] * 2, {"streaming.sampling": "sequence"}, "line 1: its prompt changes; expected"),
+        (
+            [f"{LEFT}[0.5s] | {RIGHT}"] * 2,
+            {"streaming.sampling": "sequence"},
+            "line 1: its prompt changes; expected",
+        ),
         (
             [f"{LEFT}[0.5s] | {RIGHT}"] * 2,
             {"scenes.transition": "flush", "streaming.prefix": "per_policy"},
-            "line 1: a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be made anew",
+            (
+                "line 1: a flush or a hard cut leaves frames that are not the last ones, whose "
+                "keys cannot be made anew"
+            ),
         ),
         (
             [f"{LEFT}[0.5s#] | {RIGHT}"] * 2,
@@ -140,30 +191,42 @@ def test_windows(base, tmp_path, changes, expected):
         (
             [f"{LEFT}[0.5s] | {RIGHT}", LEFT],
             {"scenes.transition": "flush"},
-            r"line 2: its prompt changes at the latent frames \[\], that of line 1 at \[2\]; flushes and hard",
+            r"line 2: its prompt changes at the latent frames \[\], "
+            r"that of line 1 at \[2\]; flushes and hard",
         ),
         (
             [f"{LEFT}[0.5s] | {RIGHT}", f"{LEFT}[0.5s#] | {RIGHT}"],
             {},
-            r"line 2: its prompt changes at the latent frames \[2\], that of line 1 at \[2\]; flushes and hard",
+            r"line 2: its prompt changes at the latent frames \[2\], "
+            r"that of line 1 at \[2\]; flushes and hard",
         ),
         (
             [LEFT, f"{LEFT}[0.75s] | {RIGHT}"],
             {"streaming.mode": "progressive"},
-            r"line 2: its prompt changes at the latent frames \[3\], inside of a window of 2 from 2; let scenes begin",
+            r"line 2: its prompt changes at the latent frames \[3\], "
+            r"inside of a window of 2 from 2; let scenes begin",
         ),
         (
             [f"{LEFT}[0.25s] | {RIGHT}[0.25s] | {LEFT}", LEFT],
             {"streaming.selection": "first"},
-            r"line 1: its prompt changes at the latent frames \[1, 2\], inside of a window of 2 from 0; let scenes",
+            r"line 1: its prompt changes at the latent frames \[1, 2\], "
+            r"inside of a window of 2 from 0; let scenes",
         ),
         ([LEFT, f"{LEFT}[0.5s] | "], {}, "line 2: character .* is a scene without a prompt"),
-        ([LEFT, f"{LEFT}[0.5s] | a dog"], {}, "line 2: reward 'shapes_mq': not a prompt of the moving-shapes world"),
+        (
+            [LEFT, f"{LEFT}[0.5s] | a dog"],
+            {},
+            "line 2: reward 'shapes_mq': not a prompt of the moving-shapes world",
+        ),
     ],
 )
 def test_stories_of_windows(base, tmp_path, lines, changes, expected):
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    fields = runs.WINDOWS | {"scenes.transition": "recache", "prompts.train": str(tmp_path / "list.txt")} | changes
+    fields = (
+        runs.WINDOWS
+        | {"scenes.transition": "recache", "prompts.train": str(tmp_path / "list.txt")}
+        | changes
+    )
     found = refusal(runs.small_config(base, **fields), tmp_path / "run")
     assert re.search(f"config.prompts.train: .*{expected}", found), found
     assert not (tmp_path / "run").exists()
@@ -172,7 +235,9 @@ def test_stories_of_windows(base, tmp_path, lines, changes, expected):
 def test_too_few_prompts_for_an_epoch(base, tmp_path):
     (tmp_path / "list.txt").write_text("a red circle moving left on a grey background\n")
     config = runs.small_config(base, **{"prompts.train": str(tmp_path / "list.txt")})
-    assert "has 1 prompts, an epoch takes 2 different ones; add prompts" in refusal(config, tmp_path / "run")
+    assert "has 1 prompts, an epoch takes 2 different ones; add prompts" in refusal(
+        config, tmp_path / "run"
+    )
 
 
 def test_another_adapter(base, tmp_path):
@@ -183,7 +248,10 @@ def test_another_adapter(base, tmp_path):
         runs.small_config(base, **changed), tmp_path / "a"
     )
     message = refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
-    assert "config.lora.init: " in message and "adapter_config.json has r 2; expected rank 4" in message
+    assert (
+        "config.lora.init: " in message
+        and "adapter_config.json has r 2; expected rank 4" in message
+    )
 
 
 def test_a_broken_adapter_is_named(base, tmp_path):
@@ -202,13 +270,18 @@ def test_a_base_whose_parts_do_not_fit_is_named(base, tmp_path):
     content["transformer"]["in_channels"] = 8
     (directory / "config.json").write_text(json.dumps(content))
     message = refusal(runs.small_config(directory), tmp_path / "run")
-    assert message.startswith(f"config.base: {directory}/config.json: the parts do not fit each other:")
+    assert message.startswith(
+        f"config.base: {directory}/config.json: the parts do not fit each other:"
+    )
     assert "transformer.in_channels is 8; expected vae.z_dim, 4" in message
 
 
 def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
     (tmp_path / "there").mkdir()
-    prompts = {"train": GOOD + b"a blue square moving up slowly on a black background\n", "test": GOOD}
+    prompts = {
+        "train": GOOD + b"a blue square moving up slowly on a black background\n",
+        "test": GOOD,
+    }
     for split, content in prompts.items():
         (tmp_path / "there" / f"{split}.txt").write_bytes(content)
     shutil.copytree(base, tmp_path / "there" / "base")
@@ -222,7 +295,9 @@ def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
     prepare.prepare(config("there"), tmp_path / "run")
     (tmp_path / "there").rename(tmp_path / "here")
     prepare.prepare(config("here"), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["config.base"] == str(tmp_path / "here" / "base")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config.base"] == str(
+        tmp_path / "here" / "base"
+    )
     assert "config.seed: 0 there, 1 now" in refusal(config("here", seed=1), tmp_path / "run")
     for split, content in prompts.items():
         path = tmp_path / "here" / f"{split}.txt"
@@ -239,7 +314,9 @@ def test_a_truncated_record_of_the_run_is_named(base, tmp_path):
     prepare.prepare(runs.small_config(base), tmp_path / "run")
     record = tmp_path / "run" / "run.json"
     record.write_bytes(record.read_bytes()[:100])
-    assert refusal(runs.small_config(base), tmp_path / "run").startswith(f"{record} is not valid JSON: ")
+    assert refusal(runs.small_config(base), tmp_path / "run").startswith(
+        f"{record} is not valid JSON: "
+    )
 
 
 def test_a_missing_or_broken_base_is_named(base, tmp_path):
@@ -272,5 +349,7 @@ def test_workdirs_and_checkpoints_of_others(straight, base, tmp_path):
 def test_unwritable_and_foreign_directories(base, tmp_path):
     (tmp_path / "file").write_text("")
     config = runs.small_config(base)
-    assert f"workdir {tmp_path / 'file' / 'run'} cannot be written" in refusal(config, tmp_path / "file" / "run")
+    assert f"workdir {tmp_path / 'file' / 'run'} cannot be written" in refusal(
+        config, tmp_path / "file" / "run"
+    )
     assert "holds 'file' but no run of astrolabe_jax" in refusal(config, tmp_path)

@@ -1,4 +1,6 @@
-"""One epoch of the demo, from prompts to update, is the same on one device, on several, and cut into pieces."""
+"""One epoch of the demo, from prompts to update, is the same on one device, on several, and cut
+into pieces.
+"""
 
 import jax
 import numpy as np
@@ -14,7 +16,9 @@ from tests.policies import assert_same_state
 
 
 def first_epoch(base, workdir, mesh, monkeypatch, **changes):
-    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its frames once more."""
+    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its
+    frames once more.
+    """
     monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
     run = prepare.prepare(runs.small_config(base, **changes), workdir)
     videos, sample = [], train.generate
@@ -31,10 +35,17 @@ def first_epoch(base, workdir, mesh, monkeypatch, **changes):
     monkeypatch.undo()
     vae = run.base.vae
     again = [
-        evaluate._encode(vae.graphdef, vae.params, sharding.shard_batch(run.mesh, part.frames), None, mesh=run.mesh)[0]
+        evaluate._encode(
+            vae.graphdef,
+            vae.params,
+            sharding.shard_batch(run.mesh, part.frames),
+            None,
+            mesh=run.mesh,
+        )[0]
         for part in videos
     ]
-    for array in (*again, *(part.latents for part in videos)):  # whole videos on every device, evenly
+    # whole videos on every device, evenly
+    for array in (*again, *(part.latents for part in videos)):
         assert array.sharding.is_equivalent_to(sharding.batch_sharding(mesh), array.ndim)
     frames = np.concatenate([part.frames for part in videos])
     latents, again = (np.concatenate(parts) for parts in ([part.latents for part in videos], again))
@@ -45,7 +56,9 @@ def random_adapter(run):
     """Neither half zero, as in the middle of training."""
     rng = np.random.default_rng(0)
     shapes = adapter_shapes(run.base.transformer.config, run.config.lora.rank)
-    return jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +85,12 @@ def test_an_epoch_is_the_same_on_other_devices_and_in_pieces(
     assert parts == pieces
     _, _, want_latents, want_frames, want_record, want_state, want_again = on_one_device
 
-    whole = {name: all(leaf.is_fully_replicated for leaf in jax.tree.leaves(getattr(run.base, name).params))
-             for name in ("transformer", "text", "vae")}  # fmt: skip
+    whole = {
+        name: all(
+            leaf.is_fully_replicated for leaf in jax.tree.leaves(getattr(run.base, name).params)
+        )
+        for name in ("transformer", "text", "vae")
+    }
     assert whole == {"transformer": fsdp == 1, "text": fsdp == 1, "vae": True}
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
 

@@ -1,4 +1,6 @@
-"""The program as a user starts it: killed anywhere it goes on, and every mistake is one clear line."""
+"""The program as a user starts it: killed anywhere it goes on, and every mistake is one clear
+line.
+"""
 
 import signal
 import time
@@ -19,17 +21,24 @@ def kill_while_saving(process, checkpoints: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp_path, environment):
-    """SIGKILL in a rollout, an update and a save, SIGTERM before the last epoch; then to the end."""
+    """SIGKILL in a rollout, an update and a save, SIGTERM before the last epoch; then to the
+    end.
+    """
     config, whole, _ = straight
     workdir = tmp_path / "run"
     arguments = [*runs.flags(base), f"--workdir={workdir}"]
-    for where in ("SIGKILL:astrolabe_jax.generate.decode:3", "SIGKILL:astrolabe_jax.train.blend_old:1"):
+    for where in (
+        "SIGKILL:astrolabe_jax.generate.decode:3",
+        "SIGKILL:astrolabe_jax.train.blend_old:1",
+    ):
         status, _, errors = finish(launch(environment, arguments, where))
         assert status == -signal.SIGKILL, errors
     process = launch(environment, arguments)
     kill_while_saving(process, workdir / "checkpoints")
     assert finish(process)[0] == -signal.SIGKILL
-    status, out, errors = finish(launch(environment, arguments, "SIGTERM:astrolabe_jax.train.blend_old:3"))
+    status, out, errors = finish(
+        launch(environment, arguments, "SIGTERM:astrolabe_jax.train.blend_old:3")
+    )
     assert status == 0, errors
     assert "SIGTERM: saved after epoch 3 of 4; run the same command to go on" in out
     status, out, errors = finish(launch(environment, arguments))
@@ -43,27 +52,39 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
     [
         (
             ["--config.optimiser.learnig_rate=1"],
-            'unknown config field learnig_rate: did you mean "learning_rate" instead of "learnig_rate"?',
+            'unknown config field learnig_rate: did you mean "learning_rate" instead of '
+            '"learnig_rate"?',
         ),
         (["--config.optimizer.b1=1"], 'unknown config field optimizer: did you mean "optimiser"'),
         (["--config.seed=abc"], "config.seed=abc"),
         (
             ["--config.rewards.beauty=1"],
-            "config.rewards.beauty: unknown reward; expected one of aesthetic, bounce_mq, bounce_ta",
+            (
+                "config.rewards.beauty: unknown reward; expected one of aesthetic, bounce_mq, "
+                "bounce_ta"
+            ),
         ),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-        (["--config=configs/moving_shapes.py:refrence"], "unknown variant 'refrence' of configs/moving_shapes.py"),
+        (
+            ["--config=configs/moving_shapes.py:refrence"],
+            "unknown variant 'refrence' of configs/moving_shapes.py",
+        ),
         (["--wrkdir=x"], "wrkdir"),
         (
             ["--distributed"],
-            "--distributed: no cluster was found (coordinator_address should be defined.); start every",
+            (
+                "--distributed: no cluster was found (coordinator_address should be defined.); "
+                "start every"
+            ),
         ),
         (["--process=1"], "--coordinator, --processes missing; several processes take"),
         (["surplus"], "unexpected argument 'surplus'; flags start with --"),
         (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_clear_message(base, tmp_path, environment, arguments, expected):
+def test_a_mistake_on_the_command_line_is_one_clear_message(
+    base, tmp_path, environment, arguments, expected
+):
     every = [*runs.flags(base), f"--workdir={tmp_path / 'run'}", *arguments]
     status, _, errors = finish(launch(environment, every))
     assert status == 2 and "Traceback" not in errors

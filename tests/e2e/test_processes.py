@@ -1,4 +1,6 @@
-"""Two processes with two devices each are one run: one set of files, one end, and it goes on with other numbers."""
+"""Two processes with two devices each are one run: one set of files, one end, and it goes on with
+other numbers.
+"""
 
 import json
 import re
@@ -16,7 +18,8 @@ from tests.e2e.disks import small_disk
 from tests.e2e.runs import finish, launch
 from tests.test_processes import free_port
 
-# Sums over devices are taken in another order across processes, as they are on other numbers of devices.
+# Sums over devices are taken in another order across processes, as they are on other numbers of
+# devices.
 TOLERANCE = 1e-4
 GLOO = re.compile(r"\[Gloo\]|peer ranks")
 SAVING = {"train.save_samples": True, "train.checkpoint_every": 1}
@@ -34,7 +37,13 @@ def both(environment, arguments, where=("-", "-"), extra=((), ())):
     return [
         launch(
             environment_of(environment, 2),
-            [*arguments, f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}", *extra[i]],
+            [
+                *arguments,
+                f"--coordinator=127.0.0.1:{port}",
+                "--processes=2",
+                f"--process={i}",
+                *extra[i],
+            ],
             where[i],
         )
         for i in range(2)
@@ -44,15 +53,22 @@ def both(environment, arguments, where=("-", "-"), extra=((), ())):
 def assert_close(config, one, other, tolerance=TOLERANCE):
     """Equal runs but for rounding: records, summaries and the last state."""
     first, second = (runs.outcome(workdir) for workdir in (one, other))
-    assert first["files"].keys() == second["files"].keys() and len(first["metrics"]) == len(second["metrics"])
+    assert first["files"].keys() == second["files"].keys() and len(first["metrics"]) == len(
+        second["metrics"]
+    )
     for key in ("metrics", "eval", "gain"):
         numbers, others = (jax.tree.leaves(result[key]) for result in (first, second))
         for a, b in zip(numbers, others, strict=True):
             assert a == b or abs(a - b) <= tolerance * max(1, abs(a)), key
     points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
-    states = [[np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.device_get(policy))])
-               for policy in point.state[:4]] for point in points]  # fmt: skip
+    states = [
+        [
+            np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.device_get(policy))])
+            for policy in point.state[:4]
+        ]
+        for point in points
+    ]
     for a, b in zip(*states, strict=True):
         assert np.linalg.norm(a - b) <= 10 * tolerance * np.linalg.norm(b)
 
@@ -60,26 +76,48 @@ def assert_close(config, one, other, tolerance=TOLERANCE):
 def assert_one_set_of_files(workdir):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        "run.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", "curves.png", "lora", "summary.json",
+        "run.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "checkpoints",
+        "curves.png",
+        "lora",
+        "summary.json",
         "scores",
-    }  # fmt: skip
+    }
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     kinds = [(record["kind"], record["epoch"]) for record in records]
-    assert kinds == [("evaluation", 0), *(("epoch", epoch) for epoch in range(1, 5)), ("evaluation", 4)]
+    assert kinds == [
+        ("evaluation", 0),
+        *(("epoch", epoch) for epoch in range(1, 5)),
+        ("evaluation", 4),
+    ]
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(straight, base, tmp_path, environment):
+def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(
+    straight, base, tmp_path, environment
+):
     config, whole, _ = straight
     workdir = tmp_path / "run"
     arguments = [*runs.flags(base, **SAVING), f"--workdir={workdir}"]
     ends = [
-        finish(process) for process in both(environment, arguments, ("-", "SIGTERM:astrolabe_jax.train.blend_old:1"))
+        finish(process)
+        for process in both(
+            environment, arguments, ("-", "SIGTERM:astrolabe_jax.train.blend_old:1")
+        )
     ]
     assert [status for status, _, _ in ends] == [0, 0], ends
     # Gloo's threads write their lines to stdout in pieces, which may come apart.
-    outs = ["".join(line for line in out.splitlines(True) if not GLOO.search(line)) for _, out, _ in ends]
-    assert "SIGTERM: saved after epoch 1 of 4; run the same command to go on" in outs[0] and not outs[1]
+    outs = [
+        "".join(line for line in out.splitlines(True) if not GLOO.search(line))
+        for _, out, _ in ends
+    ]
+    assert (
+        "SIGTERM: saved after epoch 1 of 4; run the same command to go on" in outs[0]
+        and not outs[1]
+    )
     assert "2 process" in outs[0] and "SIGTERM: ending at the next phase" in ends[1][2]
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     status, out, errors = finish(launch(environment, arguments))
@@ -91,7 +129,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(str
 def test_what_one_process_cannot_read_ends_both(base, tmp_path, environment):
     arguments = [*runs.flags(base), f"--workdir={tmp_path / 'run'}"]
     wrong = ((), ["--config.prompts.test=no/such.txt"])
-    (status, _, errors), (other, _, message) = map(finish, both(environment, arguments, extra=wrong))
+    (status, _, errors), (other, _, message) = map(
+        finish, both(environment, arguments, extra=wrong)
+    )
     assert (status, other) == (2, 2)
     assert "error: config.prompts.test: prompt file no/such.txt does not exist" in message
     assert "error: process 1: config.prompts.test: prompt file no/such.txt does not exist" in errors
@@ -109,12 +149,18 @@ def test_processes_that_were_started_otherwise_are_refused(base, tmp_path, envir
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_pieces_the_whole(base, tmp_path, environment):
-    """Across processes up to rounding; cut into pieces by a signal, and by a kill of either process, to the bit."""
+    """Across processes up to rounding; cut into pieces by a signal, and by a kill of either
+    process, to the bit.
+    """
     config, arguments = runs.small_config(base), runs.flags(base, **SAVING)
     alone = tmp_path / "alone"
-    assert finish(launch(environment_of(environment, 4), [*arguments, f"--workdir={alone}"]))[0] == 0
+    assert (
+        finish(launch(environment_of(environment, 4), [*arguments, f"--workdir={alone}"]))[0] == 0
+    )
     together = tmp_path / "together"
-    assert [finish(process)[0] for process in both(environment, [*arguments, f"--workdir={together}"])] == [0, 0]
+    assert [
+        finish(process)[0] for process in both(environment, [*arguments, f"--workdir={together}"])
+    ] == [0, 0]
     assert_one_set_of_files(together)
     assert_close(config, alone, together)
 
@@ -125,7 +171,10 @@ def test_two_processes_equal_one_and_pieces_the_whole(base, tmp_path, environmen
         ("SIGKILL:astrolabe_jax.train.blend_old:1", "-"),
     ):
         start = time.monotonic()
-        ends = [finish(process) for process in both(environment, [*arguments, f"--workdir={pieces}"], where)]
+        ends = [
+            finish(process)
+            for process in both(environment, [*arguments, f"--workdir={pieces}"], where)
+        ]
         statuses = [status for status, _, _ in ends]
         if "SIGTERM" in where[1]:
             assert statuses == [0, 0], ends
@@ -133,7 +182,9 @@ def test_two_processes_equal_one_and_pieces_the_whole(base, tmp_path, environmen
         else:
             assert -signal.SIGKILL in statuses and 0 not in statuses, ends
             assert time.monotonic() - start < 200
-    assert [finish(process)[0] for process in both(environment, [*arguments, f"--workdir={pieces}"])] == [0, 0]
+    assert [
+        finish(process)[0] for process in both(environment, [*arguments, f"--workdir={pieces}"])
+    ] == [0, 0]
     runs.assert_same_run(config, together, pieces)
     fewer = launch(environment_of(environment, 2), [*arguments, f"--workdir={tmp_path / 'fewer'}"])
     assert finish(fewer)[0] == 0
@@ -147,7 +198,9 @@ def test_a_full_disk_of_one_process_ends_both(base, tmp_path, environment):
         workdir, log = disk.path / "run", tmp_path / "log"
         arguments = [*runs.flags(base, **SAVING), f"--workdir={workdir}"]
         started = both(environment, arguments, (log, "-"))
-        while started[0].poll() is None and not (log.exists() and "begin 2 update" in log.read_text()):
+        while started[0].poll() is None and not (
+            log.exists() and "begin 2 update" in log.read_text()
+        ):
             time.sleep(0.005)
         for process in started:
             disk.fill(process)

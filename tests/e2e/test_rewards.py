@@ -1,4 +1,6 @@
-"""A reward with weights in the mix: a tiny random HPSv3 beside the rewards of the world, in whole runs."""
+"""A reward with weights in the mix: a tiny random HPSv3 beside the rewards of the world, in whole
+runs.
+"""
 
 import csv
 import types
@@ -27,7 +29,9 @@ def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("hpsv3")
     with pytest.MonkeyPatch.context() as monkeypatch:
         published.stand_in(monkeypatch)
-        return convert_rewards.convert(HPSV3.name, published.write(place / "given", HPSV3.name), place / "reward")
+        return convert_rewards.convert(
+            HPSV3.name, published.write(place / "given", HPSV3.name), place / "reward"
+        )
 
 
 def config(base, directory, **changes):
@@ -40,7 +44,10 @@ def config(base, directory, **changes):
 @pytest.fixture(scope="module")
 def whole(base, directory, tmp_path_factory, compiled_once):
     """An undisturbed run that does one thing after the other."""
-    made, workdir = config(base, directory, **{"scoring.overlap": "none"}), tmp_path_factory.mktemp("whole") / "run"
+    made, workdir = (
+        config(base, directory, **{"scoring.overlap": "none"}),
+        tmp_path_factory.mktemp("whole") / "run",
+    )
     runs.start(made, workdir)
     return made, workdir
 
@@ -60,17 +67,26 @@ def test_every_sample_has_its_scores_raw_and_standardised(whole):
         with open(workdir / "scores" / f"{epoch:06}.csv") as file:
             rows = list(csv.DictReader(file))
         table = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-        assert len(rows) == 8 and {"prompt", "candidate", "hpsv3", "hpsv3/z", "shapes_vq"} <= table.keys()
+        assert (
+            len(rows) == 8
+            and {"prompt", "candidate", "hpsv3", "hpsv3/z", "shapes_vq"} <= table.keys()
+        )
         total = 0.5 * table["hpsv3"] + sum(table[f"shapes_{part}"] for part in ("vq", "mq", "ta"))
         np.testing.assert_allclose(table["total"], total, rtol=1e-6)
-        np.testing.assert_allclose([table["hpsv3/z"].mean(), table["hpsv3/z"].std()], [0, 1], atol=0.05)
-        groups = [table["advantage"][table["prompt"] == prompt] for prompt in np.unique(table["prompt"])]
+        np.testing.assert_allclose(
+            [table["hpsv3/z"].mean(), table["hpsv3/z"].std()], [0, 1], atol=0.05
+        )
+        groups = [
+            table["advantage"][table["prompt"] == prompt] for prompt in np.unique(table["prompt"])
+        ]
         np.testing.assert_allclose([group.mean() for group in groups], 0, atol=1e-9)
 
 
 @SLOW
 @pytest.mark.parametrize(("overlap", "weights"), [("all", "device"), ("host", "host")])
-def test_neither_overlap_nor_where_weights_are_change_a_run(whole, base, directory, tmp_path, overlap, weights):
+def test_neither_overlap_nor_where_weights_are_change_a_run(
+    whole, base, directory, tmp_path, overlap, weights
+):
     """Batches of four, so that there is something to overlap with, and a stop in between."""
     made, workdir = whole
     changes = {"scoring.overlap": overlap, "scoring.weights": weights, "mesh.samples_per_device": 4}
@@ -80,8 +96,12 @@ def test_neither_overlap_nor_where_weights_are_change_a_run(whole, base, directo
 
 
 @pytest.mark.parametrize("overlap", [pytest.param("none", marks=SLOW), "all"])
-def test_a_scorer_that_fails_on_its_third_call_loses_nothing(whole, base, directory, tmp_path, monkeypatch, overlap):
-    """The evaluation before, the first epoch, the second: which is repeated from the start or its last checkpoint."""
+def test_a_scorer_that_fails_on_its_third_call_loses_nothing(
+    whole, base, directory, tmp_path, monkeypatch, overlap
+):
+    """The evaluation before, the first epoch, the second: which is repeated from the start or its
+    last checkpoint.
+    """
     made, workdir = whole
     score, calls = rewards.score, []
 
@@ -93,7 +113,9 @@ def test_a_scorer_that_fails_on_its_third_call_loses_nothing(whole, base, direct
         return score(loaded, *given)
 
     monkeypatch.setattr(rewards, "score", failing)
-    with pytest.raises(train.REFUSED, match="'hpsv3' failed on samples 0 to 7: .*nothing was learnt from these"):
+    with pytest.raises(
+        train.REFUSED, match="'hpsv3' failed on samples 0 to 7: .*nothing was learnt from these"
+    ):
         runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
     assert len(calls) == 3
     assert train.resume(prepare.prepare(config(base, directory), tmp_path / "run")).epoch == 1
@@ -116,26 +138,36 @@ def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_pat
     assert prepare.prepare(config(base, moved), workdir).identity["reward.hpsv3"]
 
 
-def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(base, tmp_path, environment):
+def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(
+    base, tmp_path, environment
+):
     arguments = [
         *runs.flags(base),
         "--config.rewards.hpsv3={'weight': 1.0, 'path': 'nowhere'}",
         f"--workdir={tmp_path}",
     ]
     status, _, errors = finish(launch(environment, arguments))
-    assert status == 2 and "error: config.rewards.hpsv3: no nowhere" in errors and "convert reward hpsv3" in errors
+    assert (
+        status == 2
+        and "error: config.rewards.hpsv3: no nowhere" in errors
+        and "convert reward hpsv3" in errors
+    )
 
 
 @SLOW
 def test_two_processes_score_as_one(base, directory, tmp_path, environment):
-    """With the reward's weights split over the devices of both. It is a steep function of bytes, which may differ."""
+    """With the reward's weights split over the devices of both. It is a steep function of bytes,
+    which may differ.
+    """
     changes = SHORT | {"mesh.fsdp": 4}
     arguments = [
         *runs.flags(base, **changes),
         f"--config.rewards.hpsv3={ {'weight': 0.5, 'path': str(directory)} | OPTIONS }",
     ]
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert finish(launch(environment_of(environment, 4), [*arguments, f"--workdir={alone}"]))[0] == 0
+    assert (
+        finish(launch(environment_of(environment, 4), [*arguments, f"--workdir={alone}"]))[0] == 0
+    )
     ends = [finish(process) for process in both(environment, [*arguments, f"--workdir={together}"])]
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert_close(config(base, directory, **changes), alone, together, tolerance=1e-3)
@@ -145,17 +177,27 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
     monkeypatch.setattr(self_check.pictures, "read_video", lambda path, fps: pixels)
     holders = {
-        "config": config(base, directory), "video": "a.mp4", "prompt": "a red circle moving left on a blue background",
-        "golden": str(tmp_path / "golden.json"), "record": True, "tolerance": 1e-3,
-    }  # fmt: skip
+        "config": config(base, directory),
+        "video": "a.mp4",
+        "prompt": "a red circle moving left on a blue background",
+        "golden": str(tmp_path / "golden.json"),
+        "record": True,
+        "tolerance": 1e-3,
+    }
 
     def run(**changed):
-        given = {name: types.SimpleNamespace(value=value) for name, value in (holders | changed).items()}
+        given = {
+            name: types.SimpleNamespace(value=value) for name, value in (holders | changed).items()
+        }
         self_check.main([""], given)
         return capsys.readouterr().out
 
     told = run()
-    assert "5 frames of 16x16 at 16 a second" in told and "hpsv3/uncertainty" in told and "recorded 4 scores" in told
+    assert (
+        "5 frames of 16x16 at 16 a second" in told
+        and "hpsv3/uncertainty" in told
+        and "recorded 4 scores" in told
+    )
     assert "agrees with the recorded" in run(record=False)
     assert "has no score of these weights, frames and prompt" in run(
         record=False, prompt="a red circle moving right on a blue background"

@@ -29,11 +29,18 @@ def test_everything_a_person_looks_at_is_there(straight, capsys):
             with av.open(str(workdir / "samples" / name / f"{i:02d}.mp4")) as video:
                 stream = video.streams.video[0]
                 frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
-                assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
-                assert stream.average_rate == config.video.fps and len(frames) == config.video.frames
+                assert (
+                    stream.codec_context.name == "h264"
+                    and stream.codec_context.pix_fmt == "yuv420p"
+                )
+                assert (
+                    stream.average_rate == config.video.fps and len(frames) == config.video.frames
+                )
     assert {"jax", "flax", "python", "astrolabe_jax"} <= set(summary["versions"])
     assert summary["seed"] == 0 and summary["config"]["prompts.groups"] == 2
-    assert {"rollout", "decode", "rewards", "update", "evaluation/rollout"} <= set(summary["seconds"])
+    assert {"rollout", "decode", "rewards", "update", "evaluation/rollout"} <= set(
+        summary["seconds"]
+    )
     for name in ("samples/contact_sheet.png", "curves.png"):
         with Image.open(workdir / name) as picture:
             assert min(picture.size) > 200 and np.asarray(picture).std() > 10
@@ -57,26 +64,50 @@ def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
 
 
 def test_metrics_have_every_quantity_of_the_objective(straight):
-    records = [json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (straight[1] / "metrics.jsonl").read_text().splitlines()
+    ]
     epochs = [record for record in records if record["kind"] == "epoch"]
     assert [(record["epoch"], record["step"]) for record in epochs] == [(i, i) for i in range(1, 5)]
-    expected = {"total_loss", "policy_loss", "kl_loss", "x0_norm", "old_deviate", "old_kl_div", "kl_div", "group_size"}
-    expected |= {"trained_prompt_num", "zero_std_ratio", "group_std", "total_reward", "grad_norm", "seconds"}
-    expected |= {f"top_{share}" for share in (100, 75, 50, 25, 10)} | {f"reward/{name}" for name in straight[0].rewards}
+    expected = {
+        "total_loss",
+        "policy_loss",
+        "kl_loss",
+        "x0_norm",
+        "old_deviate",
+        "old_kl_div",
+        "kl_div",
+        "group_size",
+    }
+    expected |= {
+        "trained_prompt_num",
+        "zero_std_ratio",
+        "group_std",
+        "total_reward",
+        "grad_norm",
+        "seconds",
+    }
+    expected |= {f"top_{share}" for share in (100, 75, 50, 25, 10)} | {
+        f"reward/{name}" for name in straight[0].rewards
+    }
     expected |= {f"part/{name}/visibility" for name in straight[0].rewards}
     for record in epochs:
         assert expected <= set(record)
         assert all(np.isfinite(value) for value in record.values() if isinstance(value, float))
     assert [record["trained_prompt_num"] for record in epochs] == [2, 4, 6, 8]
-    assert epochs[0]["old_deviate"] == 0 and epochs[1]["old_deviate"] > 0  # old lags behind from the second epoch on
+    # old lags behind from the second epoch on
+    assert epochs[0]["old_deviate"] == 0 and epochs[1]["old_deviate"] > 0
     assert [record["epoch"] for record in records if record["kind"] == "evaluation"] == [0, 4]
 
 
 def test_training_changes_the_policy_and_the_held_out_videos(straight):
     files = runs.outcome(straight[1])["files"]
     assert files["samples/before/00.mp4"] != files["samples/after/00.mp4"]
-    assert any(tensor.any() for name, tensor in load_file(straight[1] / "lora" / "adapter_model.safetensors").items()
-               if "lora_B" in name)  # fmt: skip
+    assert any(
+        tensor.any()
+        for name, tensor in load_file(straight[1] / "lora" / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
 
 
 def test_two_epochs_then_four_equal_four_at_once(straight, base, tmp_path):
@@ -95,7 +126,9 @@ def test_a_finished_run_is_not_repeated(straight, base, capsys):
 
 
 def test_lost_metrics_are_named_and_what_can_be_measured_again_is(straight, base, tmp_path, capsys):
-    """metrics.jsonl cut off in its first line, and no summary yet: epochs are gone, both evaluations come back."""
+    """metrics.jsonl cut off in its first line, and no summary yet: epochs are gone, both
+    evaluations come back.
+    """
     config, workdir, summary = straight
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
@@ -103,16 +136,24 @@ def test_lost_metrics_are_named_and_what_can_be_measured_again_is(straight, base
     (copy / "summary.json").unlink()
     again = runs.start(runs.small_config(base), copy)
     out = capsys.readouterr().out
-    assert f"{copy}/metrics.jsonl has lost the records of epoch 1-4: curves.png will lack them" in out
-    assert f"{copy}/metrics.jsonl has lost the evaluation before training: it is measured again" in out
+    assert (
+        f"{copy}/metrics.jsonl has lost the records of epoch 1-4: curves.png will lack them" in out
+    )
+    assert (
+        f"{copy}/metrics.jsonl has lost the evaluation before training: it is measured again" in out
+    )
     assert again["eval"] == summary["eval"] and again["gain"] == summary["gain"]
     made, wanted = runs.outcome(copy), runs.outcome(workdir)
     assert made["files"] == wanted["files"]
-    assert made["metrics"] == [record for record in wanted["metrics"] if record["kind"] == "evaluation"]
+    assert made["metrics"] == [
+        record for record in wanted["metrics"] if record["kind"] == "evaluation"
+    ]
 
 
 def test_spoilt_reports_are_made_again(straight, base, tmp_path):
-    """A summary that is no JSON, a line of metrics that is no record, and strips that were thrown away."""
+    """A summary that is no JSON, a line of metrics that is no record, and strips that were thrown
+    away.
+    """
     config, workdir, summary = straight
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
@@ -120,22 +161,31 @@ def test_spoilt_reports_are_made_again(straight, base, tmp_path):
     (copy / "metrics.jsonl").write_text("1\n" + (copy / "metrics.jsonl").read_text())
     shutil.rmtree(copy / "samples" / "before")
     again = runs.start(runs.small_config(base), copy)
-    assert again["eval"] == summary["eval"] == json.loads((copy / "summary.json").read_text())["eval"]
+    assert (
+        again["eval"] == summary["eval"] == json.loads((copy / "summary.json").read_text())["eval"]
+    )
 
 
 def test_only_lost_records_are_named(straight, base, capsys):
     config, workdir, _ = straight
-    run = prepare.prepare(runs.small_config(base, **{"train.eval_every": 1}), workdir.parent / "other")
+    run = prepare.prepare(
+        runs.small_config(base, **{"train.eval_every": 1}), workdir.parent / "other"
+    )
     kept = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     metrics = types.SimpleNamespace(records=[record for record in kept if record["epoch"] != 2])
     train._say_what_is_lost(run, 0, metrics)
-    train._say_what_is_lost(prepare.prepare(config, workdir), 4, types.SimpleNamespace(records=kept))
+    train._say_what_is_lost(
+        prepare.prepare(config, workdir), 4, types.SimpleNamespace(records=kept)
+    )
     assert not capsys.readouterr().out
     train._say_what_is_lost(run, 4, metrics)
-    assert "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
+    assert (
+        "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize(  # in the evaluation before, in the second epoch, after the last checkpoint
+# in the evaluation before, in the second epoch, after the last checkpoint
+@pytest.mark.parametrize(
     "call", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
@@ -160,19 +210,34 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
 def test_the_adapter_of_a_checkpoint_is_the_one_that_the_run_exports(straight, tmp_path):
     _, workdir, _ = straight
     commands.export_lora(workdir, tmp_path / "lora", "peft")
-    weights, described = (sorted((workdir / "lora").glob(f"*.{kind}"))[0] for kind in ("safetensors", "json"))
+    weights, described = (
+        sorted((workdir / "lora").glob(f"*.{kind}"))[0] for kind in ("safetensors", "json")
+    )
     assert (tmp_path / "lora" / weights.name).read_bytes() == weights.read_bytes()
-    assert json.loads((tmp_path / "lora" / described.name).read_text()) == json.loads(described.read_text())
+    assert json.loads((tmp_path / "lora" / described.name).read_text()) == json.loads(
+        described.read_text()
+    )
 
 
 def test_the_seed_changes_every_draw(straight, base, tmp_path):
     run = prepare.prepare(straight[0], straight[1])
     runs.start(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
-    other = prepare.prepare(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
-    assert all(not np.array_equal(run.adapter[name]["a"], other.adapter[name]["a"]) for name in run.adapter)
-    first = [outcome["metrics"][0] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))]
-    assert all(set(first[0]["videos"][name]).isdisjoint(first[1]["videos"][name]) for name in ("total", "shapes_ta"))
-    epochs = [outcome["metrics"][1] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))]
+    other = prepare.prepare(
+        runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run"
+    )
+    assert all(
+        not np.array_equal(run.adapter[name]["a"], other.adapter[name]["a"]) for name in run.adapter
+    )
+    first = [
+        outcome["metrics"][0] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))
+    ]
+    assert all(
+        set(first[0]["videos"][name]).isdisjoint(first[1]["videos"][name])
+        for name in ("total", "shapes_ta")
+    )
+    epochs = [
+        outcome["metrics"][1] for outcome in map(runs.outcome, (straight[1], tmp_path / "run"))
+    ]
     for name in ("total_reward", "policy_loss", "grad_norm", "x0_norm"):
         assert epochs[0][name] != epochs[1][name]
 
@@ -180,18 +245,30 @@ def test_the_seed_changes_every_draw(straight, base, tmp_path):
 @pytest.mark.slow
 def test_the_published_behaviour_runs(base, tmp_path):
     """Every reference switch at once, with the selective KL, whose controllers survive a resume."""
-    changes = {"kl.kind": "selective", "kl.main_reward": "shapes_vq", "loss.kl_weight": 1e-2, "kl.reset_epochs": 1}
+    changes = {
+        "kl.kind": "selective",
+        "kl.main_reward": "shapes_vq",
+        "loss.kl_weight": 1e-2,
+        "kl.reset_epochs": 1,
+    }
     changes |= {"sampler.batch": 8, "prompts.groups": 4, "eval.ceiling": True}
-    config = runs.small_config(base, "reference", **changes, **{"train.epochs": 3, "train.checkpoint_every": 1})
+    config = runs.small_config(
+        base, "reference", **changes, **{"train.epochs": 3, "train.checkpoint_every": 1}
+    )
     summary = runs.start(config, tmp_path / "run")
-    records = [record for record in runs.outcome(tmp_path / "run")["metrics"] if record["kind"] == "epoch"]
-    assert [record["groups"] for record in records] == [2, 2, 2]  # both batches of an epoch draw the same two prompts
+    records = [
+        record for record in runs.outcome(tmp_path / "run")["metrics"] if record["kind"] == "epoch"
+    ]
+    # both batches of an epoch draw the same two prompts
+    assert [record["groups"] for record in records] == [2, 2, 2]
     assert [record["reference_reset"] for record in records] == [0, 0, 1]
     assert all(record["masked"] < 16 and 0.02 <= record["risk_ratio"] <= 0.2 for record in records)
     assert summary["eval"]["ceiling"]["total"]["mean"] > 0
     point = train.resume(prepare.prepare(config, tmp_path / "run"))
     assert len(point.risk.history) == 3 and point.reset.previous == 2
-    assert {str(leaf.dtype) for pair in point.state.current.values() for leaf in pair.values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for pair in point.state.current.values() for leaf in pair.values()} == {
+        "bfloat16"
+    }
 
 
 def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, monkeypatch):
@@ -218,26 +295,37 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint
             yield videos._replace(latents=videos.latents.at[3].set(np.inf))
 
     monkeypatch.setattr(train, "generate", broken)
-    with pytest.raises(train.REFUSED, match="epoch 3, step 1: the loss of 1 of 8 samples .*sample 3: nan"):
+    with pytest.raises(
+        train.REFUSED, match="epoch 3, step 1: the loss of 1 of 8 samples .*sample 3: nan"
+    ):
         runs.start(runs.small_config(base), tmp_path / "run")
     monkeypatch.undo()
     runs.start(runs.small_config(base), tmp_path / "run")
     runs.assert_same_run(config, workdir, tmp_path / "run")
 
 
-def test_latents_that_are_not_finite_are_refused_before_they_are_decoded(base, tmp_path, monkeypatch):
-    """The second batch of the evaluation is broken in two of its videos, and in one that only fills it up."""
+def test_latents_that_are_not_finite_are_refused_before_they_are_decoded(
+    base, tmp_path, monkeypatch
+):
+    """The second batch of the evaluation is broken in two of its videos, and in one that only fills
+    it up.
+    """
     sample, calls = generate.sample, []
 
     def broken(*arguments):
         calls.append(None)
         latents = sample(*arguments)
-        return latents.at[2, 0, 0, 0, 0].set(np.nan).at[3].set(np.inf).at[6].set(np.nan) if len(calls) == 2 else latents
+        return (
+            latents.at[2, 0, 0, 0, 0].set(np.nan).at[3].set(np.inf).at[6].set(np.nan)
+            if len(calls) == 2
+            else latents
+        )
 
     monkeypatch.setattr(generate, "sample", broken)
     config = runs.small_config(base, **{"eval.videos": 12})
     with pytest.raises(
-        train.REFUSED, match="the latents of sample 10 .prompt 'a .* and those of 1 more are not finite"
+        train.REFUSED,
+        match="the latents of sample 10 .prompt 'a .* and those of 1 more are not finite",
     ):
         runs.start(config, tmp_path / "run")
     assert len(calls) == 2 and not (tmp_path / "run" / "samples").exists()

@@ -1,4 +1,6 @@
-"""The sampling tool as it is used: files, results, what is asked for wrongly, and going on where it was stopped."""
+"""The sampling tool as it is used: files, results, what is asked for wrongly, and going on where it
+was stopped.
+"""
 
 import contextlib
 import json
@@ -18,12 +20,22 @@ from astrolabe_jax.pictures import read_video, write_mp4, write_png
 from tests.e2e import runs
 from tests.models import tiny
 
-RED, GREEN = "a red circle moving left on a grey background", "a green square moving up on a white background"
+RED, GREEN = (
+    "a red circle moving left on a grey background",
+    "a green square moving up on a white background",
+)
 # 5 pixel frames, 2 latent ones; a block is one latent frame, a quarter of a second.
 DEFAULTS = {
-    "prompt": None, "prompt_file": None, "lora": None, "candidates": 1, "frames": 0, "image": None, "video": None,
-    "latents": None, "score": False,
-}  # fmt: skip
+    "prompt": None,
+    "prompt_file": None,
+    "lora": None,
+    "candidates": 1,
+    "frames": 0,
+    "image": None,
+    "video": None,
+    "latents": None,
+    "score": False,
+}
 
 
 def ask(base, directory, changes=None, **options):
@@ -36,7 +48,9 @@ def ask(base, directory, changes=None, **options):
 
 
 def rows_of(directory):
-    return [json.loads(line) for line in (Path(directory) / "results.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (Path(directory) / "results.jsonl").read_text().splitlines()
+    ]
 
 
 def frames_of(row):
@@ -60,8 +74,12 @@ def test_videos_and_results(made):
     directory, rows = made
     assert [row["sample_id"] for row in rows] == ["00000", "00001", "00002"]
     assert sorted(path.name for path in directory.rglob("*.*")) == [
-        "00000.mp4", "00001.mp4", "00002.mp4", "average_scores.json", "results.jsonl"
-    ]  # fmt: skip
+        "00000.mp4",
+        "00001.mp4",
+        "00002.mp4",
+        "average_scores.json",
+        "results.jsonl",
+    ]
     assert [row["prompt"] for row in rows[:2]] == [RED, GREEN]
     for row, count in zip(rows, (5, 5, 20), strict=True):
         with av.open(row["video_path"]) as container:
@@ -75,18 +93,28 @@ def test_videos_and_results(made):
     ]
     for name in ("shapes_vq", "shapes_mq", "shapes_ta"):
         values = [scene["scores"][name] for scene in scenes]
-        assert rows[2]["scores"][name] == pytest.approx(np.mean(values)) and all(0 <= value <= 1 for value in values)
+        assert rows[2]["scores"][name] == pytest.approx(np.mean(values)) and all(
+            0 <= value <= 1 for value in values
+        )
     averages = json.loads((directory / "average_scores.json").read_text())
-    assert averages["shapes_ta"] == pytest.approx(np.mean([row["scores"]["shapes_ta"] for row in rows]))
+    assert averages["shapes_ta"] == pytest.approx(
+        np.mean([row["scores"]["shapes_ta"] for row in rows])
+    )
 
 
 def test_a_video_depends_on_its_prompt_and_number_alone(base, made, listed, tmp_path):
     """Not on the batch it is made in, nor on how its decoding is cut."""
     _, rows = made
-    alone = ask(base, tmp_path, {"sampler.batch": 1, "video.decode_chunk": 2, "mesh.data": 8}, prompt_file=listed)
+    alone = ask(
+        base,
+        tmp_path,
+        {"sampler.batch": 1, "video.decode_chunk": 2, "mesh.data": 8},
+        prompt_file=listed,
+    )
     for row, other in zip(rows, alone, strict=True):
         apart = np.abs(frames_of(row) - frames_of(other))
-        assert apart.max() <= 3 and (apart > 1).mean() < 1e-2  # bytes are truncated, and the file is lossy
+        # bytes are truncated, and the file is lossy
+        assert apart.max() <= 3 and (apart > 1).mean() < 1e-2
     assert np.abs(frames_of(rows[0]) - frames_of(rows[1])).max() > 20
 
 
@@ -99,7 +127,9 @@ def test_seeds_and_candidates_differ(base, tmp_path):
 
 
 def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch, capsys):
-    """Stopped in the second batch, that of the scenes; then the rest is made, and a lost or foreign video again."""
+    """Stopped in the second batch, that of the scenes; then the rest is made, and a lost or foreign
+    video again.
+    """
     _, whole = made
     calls = []
     checks = iter(range(100))
@@ -109,14 +139,18 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
             raise stop.Stopped("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "listening", lambda: contextlib.nullcontext(stopped_in_the_second_batch))
+        patch.setattr(
+            sample, "listening", lambda: contextlib.nullcontext(stopped_in_the_second_batch)
+        )
         rows = ask(base, tmp_path, prompt_file=listed)
     assert [row["sample_id"] for row in rows] == ["00000", "00001"]
     assert "SIGTERM: the videos that are done are in" in capsys.readouterr().out
     first = Path(rows[0]["video_path"]).read_bytes()
     original = sample.make
     monkeypatch.setattr(
-        sample, "make", lambda model, batch, *rest: calls.extend(batch) or original(model, batch, *rest)
+        sample,
+        "make",
+        lambda model, batch, *rest: calls.extend(batch) or original(model, batch, *rest),
     )
     rows = ask(base, tmp_path, prompt_file=listed)
     assert [request.name for request in calls] == ["00002"] and len(rows) == len(whole)
@@ -132,7 +166,8 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     assert len(ask(base, moved, prompt_file=listed)) == 3 and not calls
     ask(base, moved, {"seed": 5}, prompt_file=listed)
     assert len(calls) == 3
-    (row,) = ask(base, moved, {"seed": 5}, prompt=RED)  # fewer prompts: the rest are not its results
+    # fewer prompts: the rest are not its results
+    (row,) = ask(base, moved, {"seed": 5}, prompt=RED)
     assert row["sample_id"] == "00000"
 
 
@@ -140,7 +175,8 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
     shapes = sample.prepare.bases.configs(str(base))["transformer"]
     adapter = tiny.jax.tree.map(
-        lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), tiny.adapter_shapes(shapes, 2)
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32),
+        tiny.adapter_shapes(shapes, 2),
     )
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     (plain,) = ask(base, tmp_path / "a", prompt=RED)
@@ -149,13 +185,18 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     assert plain["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
-    assert weaker["key"] != adapted["key"] and "1 videos of other settings are replaced" in capsys.readouterr().out
+    assert (
+        weaker["key"] != adapted["key"]
+        and "1 videos of other settings are replaced" in capsys.readouterr().out
+    )
     adapter["self_attn.q"]["a"][:] = np.nan
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     with pytest.raises(SystemExit) as ended:
         ask(base, tmp_path / "c", prompt=RED, lora=str(tmp_path / "lora"))
     assert ended.value.code == 1 and not list((tmp_path / "c").rglob("*.mp4"))
-    assert re.search("error: the latents of video 00000 are not finite .*a red circle", capsys.readouterr().err)
+    assert re.search(
+        "error: the latents of video 00000 are not finite .*a red circle", capsys.readouterr().err
+    )
 
 
 def test_videos_begin_with_what_is_given(base, tmp_path):
@@ -172,22 +213,37 @@ def test_videos_begin_with_what_is_given(base, tmp_path):
         assert frames[name].shape == plain.shape and row["metadata"]["scenes"][0]["frames"] == 9
         assert np.abs(frames[name][0] - plain[0]).max() > 5
     with pytest.raises(SystemExit):
-        ask(base, tmp_path / "full", prompt=RED, frames=5, latents=str(tmp_path / "a.npy"))  # all are given
+        # all are given
+        ask(base, tmp_path / "full", prompt=RED, frames=5, latents=str(tmp_path / "a.npy"))
     # The picture, and the video of it, begin with the same latent frame.
-    assert np.abs(frames["image"][0] - frames["video"][0]).mean() < 5 < np.abs(frames["image"][0] - plain[0]).mean()
+    assert (
+        np.abs(frames["image"][0] - frames["video"][0]).mean()
+        < 5
+        < np.abs(frames["image"][0] - plain[0]).mean()
+    )
 
 
 @pytest.mark.slow
 def test_switched_prompts(base, tmp_path):
     path = tmp_path / "switched.jsonl"
-    path.write_text(json.dumps({"prompts": [RED, GREEN], "switch_frames": [3]}) + "\n" + json.dumps({"prompts": [RED]}))
+    path.write_text(
+        json.dumps({"prompts": [RED, GREEN], "switch_frames": [3]})
+        + "\n"
+        + json.dumps({"prompts": [RED]})
+    )
     first, second = ask(
-        base, tmp_path / "out", {"scenes.transition": "recache"}, prompt_file=str(path), frames=21, score=True
+        base,
+        tmp_path / "out",
+        {"scenes.transition": "recache"},
+        prompt_file=str(path),
+        frames=21,
+        score=True,
     )
     scenes = first["metadata"]["scenes"]
     assert [(scene["first_frame"], scene["frames"]) for scene in scenes] == [(0, 9), (9, 12)]
     assert second["metadata"]["scenes"][0]["frames"] == 21
-    assert np.abs(frames_of(first)[:9] - frames_of(second)[:9]).max() > 5  # another video, from the first frame on
+    # another video, from the first frame on
+    assert np.abs(frames_of(first)[:9] - frames_of(second)[:9]).max() > 5
 
 
 @pytest.mark.parametrize(
@@ -198,13 +254,30 @@ def test_switched_prompts(base, tmp_path):
         ({}, {"prompt": " "}, "--prompt is empty"),
         ({}, {"prompt": "a [5S]"}, "--prompt: character 3 of 'a .5S.': '.5S.' is no duration"),
         ({}, {"prompt": "a | | b"}, "--prompt: character 4 of 'a | | b'"),
-        ({}, {"prompt": RED, "frames": 6}, "--prompt: --frames is 6; whole blocks of 1 latent frames make 5 or 9"),
-        ({"video.frames": 7}, {"prompt": RED}, "--prompt: config.video.frames is 7; whole blocks .* 5 or 9"),
-        ({}, {"prompt": "red " * 16}, "--prompt: scene 1 has 17 tokens, the text encoder takes 16"),
-        ({}, {"prompt": f"{RED} | a cat", "score": True}, "--prompt: reward .* not a prompt of the moving-shapes"),
-        ({}, {"prompt": f"{RED}[1s] | {RED}[1s]", "frames": 13}, "--prompt: 13 frames are over before scene 2 begins"),
         (
-            {"model.positions": "absolute"}, {"prompt": f"{RED}[300s]"},
+            {},
+            {"prompt": RED, "frames": 6},
+            "--prompt: --frames is 6; whole blocks of 1 latent frames make 5 or 9",
+        ),
+        (
+            {"video.frames": 7},
+            {"prompt": RED},
+            "--prompt: config.video.frames is 7; whole blocks .* 5 or 9",
+        ),
+        ({}, {"prompt": "red " * 16}, "--prompt: scene 1 has 17 tokens, the text encoder takes 16"),
+        (
+            {},
+            {"prompt": f"{RED} | a cat", "score": True},
+            "--prompt: reward .* not a prompt of the moving-shapes",
+        ),
+        (
+            {},
+            {"prompt": f"{RED}[1s] | {RED}[1s]", "frames": 13},
+            "--prompt: 13 frames are over before scene 2 begins",
+        ),
+        (
+            {"model.positions": "absolute"},
+            {"prompt": f"{RED}[300s]"},
             "--prompt: 1201 frames exceed the 1024 absolute positions; use positions='relative'",
         ),
         ({}, {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
@@ -218,9 +291,13 @@ def test_switched_prompts(base, tmp_path):
         ({}, {"prompt": RED, "image": "nowhere.png"}, "--image: no file nowhere.png"),
         ({"mesh.data": 3}, {"prompt": RED}, "config.mesh has data 3"),
         ({"base": "nowhere"}, {"prompt": RED}, "config.base: base 'nowhere'"),
-        ({"scenes.transition": "melt"}, {"prompt": RED}, "config.scenes.transition is 'melt'; expected one of flush"),
+        (
+            {"scenes.transition": "melt"},
+            {"prompt": RED},
+            "config.scenes.transition is 'melt'; expected one of flush",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_by_name(base, tmp_path, capsys, changes, options, message):
     with pytest.raises(SystemExit) as ended:
         ask(base, tmp_path / "out", changes, **options)
@@ -236,8 +313,14 @@ def test_bad_input_is_refused_by_name(base, tmp_path, capsys, changes, options, 
         ('{"prompts": ["a", " "], "switch_frames": [3]}', 'line 2: expected {"prompts"'),
         ('{"prompts": ["a"], "switch": 1}', 'line 2: expected {"prompts"'),
         ('{"prompts": ["a", "b"]}', "line 2: switch_frames is None; expected 1 latent frames"),
-        ('{"prompts": ["a", "b", "c"], "switch_frames": [3, 3]}', "line 2: switch_frames is .*ascending"),
-        ('{"prompts": ["a", "b"], "switch_frames": [30]}', "line 2: prompt 2 gets no block of the 5 frames"),
+        (
+            '{"prompts": ["a", "b", "c"], "switch_frames": [3, 3]}',
+            "line 2: switch_frames is .*ascending",
+        ),
+        (
+            '{"prompts": ["a", "b"], "switch_frames": [30]}',
+            "line 2: prompt 2 gets no block of the 5 frames",
+        ),
     ],
 )
 def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message):
@@ -251,7 +334,11 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("latents", np.zeros((2, 4, 2, 3), np.float32), r"is float32 \[2, 4, 2, 3\]; expected float"),
+        (
+            "latents",
+            np.zeros((2, 4, 2, 3), np.float32),
+            r"is float32 \[2, 4, 2, 3\]; expected float",
+        ),
         ("latents", np.full((1, 4, 2, 2), np.nan), "not finite"),
         ("latents", np.zeros((3, 4, 2, 2)), "has 3 frames, which are not whole blocks of 2"),
         ("latents", np.zeros((0, 4, 2, 2)), "has 0 frames"),
@@ -259,7 +346,11 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
         ("latents", b"PK12345678901234567890", "no .npy of numbers"),
         ("video", np.zeros((4, 16, 16, 3), np.uint8), "has 4 frames; .* of at least 5 frames"),
         ("video", b"no video", "a.mp4 cannot be read as a video"),
-        ("image", np.zeros((16, 16, 3), np.uint8), "has 1 frame; this model begins with whole blocks"),
+        (
+            "image",
+            np.zeros((16, 16, 3), np.uint8),
+            "has 1 frame; this model begins with whole blocks",
+        ),
     ],
 )
 def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, content, message):
@@ -272,24 +363,41 @@ def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, c
 
 
 def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
-    """Without a | a duration is text; with one, all prompts are read, and the length is that of the config."""
+    """Without a | a duration is text; with one, all prompts are read, and the length is that of the
+    config.
+    """
     config, path = runs.small_config(base, **{"scenes.published": True}), tmp_path / "a.txt"
     layout = sample.prepare.layout_of(config)
     terms = requests.Terms(layout, sample.prepare.rules_of(config), 4, 0, len, 1000)
 
     def read():
-        return requests.read_requests(config, requests.Asked(prompt_file=str(path), frames=21), terms)
+        return requests.read_requests(
+            config, requests.Asked(prompt_file=str(path), frames=21), terms
+        )
 
     path.write_text("a[0.25s]\n")
     assert read()[0].shots[0].prompts == ("a[0.25s]",)
     path.write_text("a[0.25s]\nb[0.5s#] | c\n")
     first, second = read()
     assert first.shots[0].prompts == ("a",) and second.shots[0].prompts == ("b", "c")
-    assert [step.scene for step in second.shots[0].steps] == [0, 0, 1, 1, 1, 1] and second.frames == 21
+    assert [step.scene for step in second.shots[0].steps] == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ] and second.frames == 21
 
 
 def test_the_command_line(base, tmp_path):
-    program = [sys.executable, "-m", "astrolabe_jax.sample", *runs.flags(base), f"--output_dir={tmp_path / 'out'}"]
+    program = [
+        sys.executable,
+        "-m",
+        "astrolabe_jax.sample",
+        *runs.flags(base),
+        f"--output_dir={tmp_path / 'out'}",
+    ]
     done = subprocess.run([*program, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
     assert done.returncode == 0 and "1 videos, 8 frames in" in done.stdout, done.stderr
     assert rows_of(tmp_path / "out")[0]["metadata"]["frames"] == 8
@@ -308,12 +416,20 @@ def test_long_videos_take_no_more_memory(tmp_path):
 
     def run(name, seconds):
         prompt = f"{RED}[{seconds}s] | {GREEN}[{seconds}s#]"
-        code = "import resource, runpy, sys; sys.argv[0] = 'sample'\n" \
-            "try: runpy.run_module('astrolabe_jax.sample', run_name='__main__')\n" \
-            "except SystemExit as end: assert not end.code, end.code\n" \
-            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
-        flags = ["--config=configs/moving_shapes.py", f"--prompt={prompt}", f"--output_dir={tmp_path / name}"]
-        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True)
+        code = (
+            "import resource, runpy, sys; sys.argv[0] = 'sample'\n"
+            "try: runpy.run_module('astrolabe_jax.sample', run_name='__main__')\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        flags = [
+            "--config=configs/moving_shapes.py",
+            f"--prompt={prompt}",
+            f"--output_dir={tmp_path / name}",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=True
+        )
         (row,) = rows_of(tmp_path / name)
         assert row["metadata"]["frames"] == 2 * seconds * 16
         return int(re.search(r"peak (\d+)", done.stdout)[1])

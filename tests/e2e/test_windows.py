@@ -1,4 +1,6 @@
-"""Training on windows of long videos, epoch by epoch through the real conductor, in every variant."""
+"""Training on windows of long videos, epoch by epoch through the real conductor, in every
+variant.
+"""
 
 import functools
 import json
@@ -36,7 +38,9 @@ STEPS = {}
 
 def step_of(run):
     """The train step of a run, compiled once for all that have the same."""
-    fields = json.dumps({field: value for field, value in flatten(run.config).items() if field.startswith(COMPILED)})
+    fields = json.dumps(
+        {field: value for field, value in flatten(run.config).items() if field.startswith(COMPILED)}
+    )
     key = fields, run.layout, run.mesh
     if key not in STEPS:
         STEPS[key] = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
@@ -54,7 +58,11 @@ class Made:
 
         def kept(*arguments):
             self.drawn.append(original(*arguments))
-            self.pasts.append(jax.device_get(self.drawn[-1].pasts.streams[0]) if self.drawn[-1].pasts.streams else None)
+            self.pasts.append(
+                jax.device_get(self.drawn[-1].pasts.streams[0])
+                if self.drawn[-1].pasts.streams
+                else None
+            )
             self.latents = np.asarray(self.drawn[-1].latents)
             return self.drawn[-1]
 
@@ -71,14 +79,20 @@ def made(base, tmp_path_factory):
     """made(changes, epochs, devices, starts): epochs of a run of windows."""
 
     def make(changes=None, epochs=1, devices=1, starts=None):
-        config = runs.small_config(base, **runs.WINDOWS | (ONE if devices == 1 else {}) | (changes or {}))
-        return Made(runs.prepared(config, tmp_path_factory.mktemp("runs") / "run", devices), epochs, starts)
+        config = runs.small_config(
+            base, **runs.WINDOWS | (ONE if devices == 1 else {}) | (changes or {})
+        )
+        return Made(
+            runs.prepared(config, tmp_path_factory.mktemp("runs") / "run", devices), epochs, starts
+        )
 
     return make
 
 
 def assert_same_epoch(one, other):
-    """Videos, figures and policies agree to rounding; bytes of frames, which rewards read, may differ by one."""
+    """Videos, figures and policies agree to rounding; bytes of frames, which rewards read, may
+    differ by one.
+    """
     np.testing.assert_allclose(one.latents, other.latents, atol=2e-5)
     for a, b in zip(one.records, other.records, strict=True):
         for name in set(a) - {"seconds", "kind"}:
@@ -113,21 +127,30 @@ def test_every_variant_learns(made, changes):
 
 @pytest.mark.slow
 def test_rewards_of_other_frames_are_others(made):
-    scored = {kind: made({"streaming.reward": kind}, starts=(4,)) for kind in ("window_stream", "window_alone", "full")}
+    scored = {
+        kind: made({"streaming.reward": kind}, starts=(4,))
+        for kind in ("window_stream", "window_alone", "full")
+    }
     for kind in ("window_alone", "full"):
         assert_learnt(scored[kind])
         np.testing.assert_array_equal(scored[kind].latents, scored["window_stream"].latents)
-        assert scored[kind].records[0]["total_reward"] != scored["window_stream"].records[0]["total_reward"]
+        assert (
+            scored[kind].records[0]["total_reward"]
+            != scored["window_stream"].records[0]["total_reward"]
+        )
 
 
 COMPILED_NOW = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **kwargs: COMPILED_NOW.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+    lambda event, seconds, **kwargs: (
+        COMPILED_NOW.append(kwargs.get("fun_name")) if "backend_compile" in event else None
+    )
 )
 
 
 def test_6_one_program_serves_every_start(made):
-    """At frame 0 the decoder has other programs, since it remembers nothing; those of the network are the same.
+    """At frame 0 the decoder has other programs, since it remembers nothing; those of the network
+    are the same.
 
     Besides them only the latents of as many blocks are put together.
     """
@@ -138,7 +161,9 @@ def test_6_one_program_serves_every_start(made):
         there = made(starts=(start,))
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(there.drawn[0].pasts)))
         first = {"jit(_fork)", "jit(decode_chunk)", "jit(_score_video)"}
-        assert set(COMPILED_NOW) <= {"jit(concatenate)"} | (first if start == 0 else set()), COMPILED_NOW
+        assert set(COMPILED_NOW) <= {"jit(concatenate)"} | (first if start == 0 else set()), (
+            COMPILED_NOW
+        )
     assert len(sizes) == 1  # what the loss reads does not grow with the video
 
 
@@ -156,7 +181,12 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     """Of as many frames, with gradients through the clean context."""
     fields = {"streaming.sampling": "sequence", "streaming.backprop": "full"}
     window = made(fields, starts=(0,))
-    short = runs.WINDOWS | {"video.frames": 5, "eval.frames": 0, "streaming.window": 0, "loss.context_gradient": True}
+    short = runs.WINDOWS | {
+        "video.frames": 5,
+        "eval.frames": 0,
+        "streaming.window": 0,
+        "loss.context_gradient": True,
+    }
     run = runs.prepared(runs.small_config(base, **short), tmp_path / "short")
     run = run._replace(adapter=jax.device_get(tiny.adapter()))
     point, record = train._epoch(run, train.resume(run), step_of(run), runs.quiet())
@@ -168,8 +198,13 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [2, 4])
 def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evicted(made, start):
-    """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers differ."""
-    one, other = (made({"streaming.prefix": prefix}, starts=(start,)) for prefix in ("rollout_old", "per_policy"))
+    """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers
+    differ.
+    """
+    one, other = (
+        made({"streaming.prefix": prefix}, starts=(start,))
+        for prefix in ("rollout_old", "per_policy")
+    )
     if start <= 3 - 1:  # capacity less a block
         assert_same_epoch(one, other)
     else:
@@ -199,22 +234,36 @@ def test_devices_and_pieces_do_not_change_an_epoch(made, changes, devices):
 @pytest.fixture(scope="module")
 def progressive(made):
     return functools.cache(
-        lambda continuation: made({"streaming.mode": "progressive", "streaming.continuation": continuation}, epochs=3)
+        lambda continuation: made(
+            {"streaming.mode": "progressive", "streaming.continuation": continuation}, epochs=3
+        )
     )
 
 
 @pytest.mark.parametrize("continuation", ["uniform", "best", "first"])
 def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, continuation):
-    """Its past is what was chosen in the windows before; at the video's end there are new prompts."""
+    """Its past is what was chosen in the windows before; at the video's end there are new
+    prompts.
+    """
     epochs = progressive(continuation)
     assert_learnt(epochs)
-    assert [record["window_start"] for record in epochs.records] == [0, 2, 4] and not epochs.point.streams
+    assert [record["window_start"] for record in epochs.records] == [
+        0,
+        2,
+        4,
+    ] and not epochs.point.streams
     run, weights = epochs.run, dict(epochs.run.config.rewards)
     before = [np.zeros((2, 0, *run.latent_shape[1:]), np.float32)]
     for epoch, drawn in enumerate(epochs.drawn):
-        batch = prompts.draw(run.train_prompts, run.config.seed, segments.drawing(run, epoch), 2, 4, 1)
-        assert batch.index[0] == prompts.draw(run.train_prompts, run.config.seed, 0, 2, 4, 1).index[0]
-        total = sum(weight * drawn.scores[name].astype(np.float64) for name, weight in weights.items())
+        batch = prompts.draw(
+            run.train_prompts, run.config.seed, segments.drawing(run, epoch), 2, 4, 1
+        )
+        assert (
+            batch.index[0] == prompts.draw(run.train_prompts, run.config.seed, 0, 2, 4, 1).index[0]
+        )
+        total = sum(
+            weight * drawn.scores[name].astype(np.float64) for name, weight in weights.items()
+        )
         chosen = segments.continuation(run, batch, total, epoch)
         places = [chosen[int(batch.index[first])] for first in (0, 4)]
         if continuation == "best":
@@ -238,13 +287,17 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
         changes = {"eval.frames": 0, "streaming.window": 6, "streaming.clip": window}
         config = runs.small_config(base, **runs.WINDOWS | ONE | changes)
         run = runs.prepared(config, tmp_path / str(window), 1)
-        scores[window], shown[window] = evaluate.evaluate(run, run.adapter, runs.quiet(), "held-out")
+        scores[window], shown[window] = evaluate.evaluate(
+            run, run.adapter, runs.quiet(), "held-out"
+        )
     np.testing.assert_array_equal(shown[6], shown[2])
     np.testing.assert_array_equal(shown[3], shown[2])
     for window, found in scores.items():
         begins = [f"total/{first}" for first in range(0, 6, window)]
         assert [name for name in found if name.startswith("total/")] == begins
-        np.testing.assert_allclose(found["total"], np.mean([found[name] for name in begins], axis=0))
+        np.testing.assert_allclose(
+            found["total"], np.mean([found[name] for name in begins], axis=0)
+        )
     np.testing.assert_array_equal(scores[2]["late"], scores[2]["total/4"])
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
@@ -259,7 +312,9 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
     ],
 )
 def test_a_window_has_the_mean_of_its_clips(made, changes, start):
-    """The frames that are scored, cut by hand: of a window of four, two clips of two latent frames."""
+    """The frames that are scored, cut by hand: of a window of four, two clips of two latent
+    frames.
+    """
     calls, judge = [], segments.judge
 
     def kept(run, frames, texts, numbers, progress):
@@ -280,7 +335,9 @@ def test_a_window_has_the_mean_of_its_clips(made, changes, start):
     assert [clip.shape[1] for clip, _, _ in calls[1:]] == [8] * (len(calls) - 1)
     scores = [wait() for _, _, wait in calls]
     for name, values in cut.drawn[0].scores.items():
-        np.testing.assert_array_equal(values[numbers], np.mean([clip[name] for clip in scores], axis=0), err_msg=name)
+        np.testing.assert_array_equal(
+            values[numbers], np.mean([clip[name] for clip in scores], axis=0), err_msg=name
+        )
 
 
 def test_every_video_is_chosen_now_and_then(made):
@@ -305,15 +362,22 @@ def test_devices_do_not_change_progressive_streams(made, devices):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("reward", ["window_stream", pytest.param("window_alone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "reward", ["window_stream", pytest.param("window_alone", marks=pytest.mark.slow)]
+)
 def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
-    changes = {"streaming.mode": "progressive", "streaming.continuation": "first", "streaming.reward": reward}
+    changes = {
+        "streaming.mode": "progressive",
+        "streaming.continuation": "first",
+        "streaming.reward": reward,
+    }
     epochs = made(changes | {"streaming.recache_on_update": True}, epochs=3)
     assert_learnt(epochs)
     np.testing.assert_array_equal(epochs.drawn[0].latents, progressive("first").drawn[0].latents)
     both = zip(epochs.drawn, progressive("first").drawn, strict=True)
     apart = [np.abs(np.asarray(one.latents) - other.latents).max() for one, other in both]
-    assert apart[1] < 2e-5  # the window before was put behind its past by the policy that samples this one
+    # the window before was put behind its past by the policy that samples this one
+    assert apart[1] < 2e-5
     assert apart[2] > 1e-4
 
 
@@ -336,7 +400,10 @@ ANYWHERE = (f"{PLAIN}[0.5s] | {SECOND}", PLAIN, f"{SECOND}[1s] | {PLAIN}")
 def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode):
     """Of 16 frames a second, 4 a latent frame: half a second is a window of two."""
     (tmp_path / "list.txt").write_text("\n".join(scenes))
-    fields = {"prompts.train": str(tmp_path / "list.txt"), "prompts.test": str(tmp_path / "list.txt")}
+    fields = {
+        "prompts.train": str(tmp_path / "list.txt"),
+        "prompts.test": str(tmp_path / "list.txt"),
+    }
     fields |= {
         "eval.frames": 21,
         "scenes.transition": transition,
@@ -345,11 +412,15 @@ def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode
     }
     judged, judge = [], segments.judge
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest))
+        monkeypatch.setattr(
+            segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest)
+        )
         epochs = made(fields | {"streaming.starts": (0, 2, 4)}, epochs=3)
     assert_learnt(epochs)
     for epoch, texts in enumerate(judged):
-        batch = prompts.draw(epochs.run.train_prompts, 0, segments.drawing(epochs.run, epoch), 2, 4, 1)
+        batch = prompts.draw(
+            epochs.run.train_prompts, 0, segments.drawing(epochs.run, epoch), 2, 4, 1
+        )
         start = epochs.records[epoch]["window_start"]
         for text, story in zip(texts, batch.texts, strict=True):
             parts = [part.strip() for part in story.split("|")]
@@ -365,7 +436,12 @@ def go(base):
     """go(workdir, changes, devices, check): a run to its end, or on; its config and summary."""
 
     def run_on(workdir, changes=None, devices=1, check=lambda: None):
-        fields = runs.PROGRESSIVE | (ONE if devices == 1 else {}) | {"train.checkpoint_every": 1} | (changes or {})
+        fields = (
+            runs.PROGRESSIVE
+            | (ONE if devices == 1 else {})
+            | {"train.checkpoint_every": 1}
+            | (changes or {})
+        )
         config = runs.small_config(base, **fields)
         run = runs.prepared(config, workdir, devices)
         return run, train.train(run, train.resume(run), check)
@@ -391,9 +467,13 @@ def assert_same_end(run, one, other):
     jax.tree.map(np.testing.assert_array_equal, *((point.state, point.streams) for point in points))
 
 
-@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stop", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_9_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path, stop):
-    """After the first, the second or the last window, with and without saved samples: bit for bit."""
+    """After the first, the second or the last window, with and without saved samples: bit for
+    bit.
+    """
     go(tmp_path / "run", {"train.epochs": stop, "train.save_samples": stop == 2})
     run, _ = go(tmp_path / "run")
     assert_same_end(run, undisturbed, tmp_path / "run")
@@ -404,7 +484,9 @@ def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
     """To rounding: two prompts on four devices, so that each stream is there twice."""
     go(tmp_path / "run", {"train.epochs": 2})
     run, _ = go(tmp_path / "run", devices=4)
-    points = [train.resume(run._replace(workdir=workdir)) for workdir in (undisturbed, tmp_path / "run")]
+    points = [
+        train.resume(run._replace(workdir=workdir)) for workdir in (undisturbed, tmp_path / "run")
+    ]
     assert_same_state(*(jax.device_get(point.state) for point in points), atol=2e-5)
     for a, b in zip(*(jax.tree.leaves(point.streams) for point in points), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
@@ -412,7 +494,9 @@ def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
-    """streaming.save 'sequence_end': there is one where no streams are, and at the end; the run is the same."""
+    """streaming.save 'sequence_end': there is one where no streams are, and at the end; the run is
+    the same.
+    """
     fields = {"streaming.save": "sequence_end", "train.checkpoints_kept": 9}
     run, _ = go(tmp_path / "run", fields)
     assert {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()} == {3, 4}
@@ -421,7 +505,9 @@ def test_checkpoints_wait_for_the_end_of_streams(go, undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save", ["full", "sequence_end"])
-def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(go, undisturbed, tmp_path, monkeypatch, save):
+def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(
+    go, undisturbed, tmp_path, monkeypatch, save
+):
     stops, blend = [], train.blend_old
 
     def stopped(*arguments):
@@ -459,8 +545,14 @@ class Killed(BaseException):
     ids=str,
 )
 def test_samples_of_windows_are_saved_with_their_pasts(go, tmp_path, monkeypatch, capsys, changes):
-    """Killed in the update behind them, the epoch is not sampled again, and ends in the same bits."""
-    fields = {"train.save_samples": True, "train.epochs": 2, "streaming.selection": "last"} | changes
+    """Killed in the update behind them, the epoch is not sampled again, and ends in the same
+    bits.
+    """
+    fields = {
+        "train.save_samples": True,
+        "train.epochs": 2,
+        "streaming.selection": "last",
+    } | changes
     go(tmp_path / "whole", fields)
     blend, calls = train.blend_old, []
 

@@ -11,12 +11,17 @@ SPREAD = np.sqrt(2 / 3)  # of 0, 1, 2
 
 
 def test_a_shift_is_bias_alone():
-    assert compared(WHOLE + 1, WHOLE, GROUPS) == pytest.approx({"bias": 1 / SPREAD, "error": 0, "rank_correlation": 1})
+    assert compared(WHOLE + 1, WHOLE, GROUPS) == pytest.approx(
+        {"bias": 1 / SPREAD, "error": 0, "rank_correlation": 1}
+    )
 
 
 def test_what_differs_between_the_videos_of_a_prompt_is_error():
-    found = compared(WHOLE[::-1] + [10, 10, 10, -10, -10, -10], WHOLE, GROUPS)  # either prompt the other way round
-    assert found == pytest.approx({"bias": 0, "error": np.sqrt(8 / 3) / SPREAD, "rank_correlation": -1})
+    # either prompt the other way round
+    found = compared(WHOLE[::-1] + [10, 10, 10, -10, -10, -10], WHOLE, GROUPS)
+    assert found == pytest.approx(
+        {"bias": 0, "error": np.sqrt(8 / 3) / SPREAD, "rank_correlation": -1}
+    )
 
 
 def test_a_shift_of_one_prompt_is_no_error():

@@ -1,4 +1,6 @@
-"""The measurements of experiments/streaming_memory at tiny size: what must hold at any size does."""
+"""The measurements of experiments/streaming_memory at tiny size: what must hold at any size
+does.
+"""
 
 import jax
 import pytest
@@ -31,7 +33,9 @@ def base(tmp_path_factory):
 
 def tiny(base: str, variant: str, start: int):
     config = moving_shapes.get_config()
-    config.update_from_flattened_dict(SMALL | GEOMETRY | {"base": base, "video.frames": 1 + 4 * (start + 6 - 1)})
+    config.update_from_flattened_dict(
+        SMALL | GEOMETRY | {"base": base, "video.frames": 1 + 4 * (start + 6 - 1)}
+    )
     return memory.setting(variant, start, config)
 
 
@@ -40,14 +44,19 @@ def test_what_a_window_behind_a_past_takes_does_not_depend_on_where_it_begins(ba
     for start in (0, 60):
         run = plan.abstract_run(tiny(base, "clip_detach", start), 1)
         run = run._replace(mesh=sharding.make_mesh(run.config.mesh, jax.devices()[:1]))
-        assert memory.held_bytes(run) == memory.held_bytes(plan.abstract_run(tiny(base, "clip_detach", 3), 1))
+        assert memory.held_bytes(run) == memory.held_bytes(
+            plan.abstract_run(tiny(base, "clip_detach", 3), 1)
+        )
         programs.add("".join(call.lower().as_text() for call in memory.programs(run).values()))
     assert len(programs) == 1
 
 
 def test_a_program_runs_as_it_is_compiled(base):
-    peak = memory.measure(tiny(base, "clip_detach", 3), "here", ("decoder",), execute=True)["decoder"]
-    assert peak.program.execution.seconds > 0  # the decoder's memory, which is donated, is made anew for every call
+    peak = memory.measure(tiny(base, "clip_detach", 3), "here", ("decoder",), execute=True)[
+        "decoder"
+    ]
+    # the decoder's memory, which is donated, is made anew for every call
+    assert peak.program.execution.seconds > 0
 
 
 @pytest.mark.slow
@@ -63,10 +72,16 @@ def test_gradients_into_the_past_take_more_the_later_a_window_begins(base):
 
 
 def test_passes_are_those_of_the_past_once_and_of_the_windows(base):
-    start, sizes = 6, {name: value for name, value in (SMALL | GEOMETRY).items() if name not in cost.SIZES}
-    config = cost.setting(start, **(sizes | {"base": base, "video.frames": 1 + 4 * (start + cost.WINDOW - 1)}))
+    start, sizes = (
+        6,
+        {name: value for name, value in (SMALL | GEOMETRY).items() if name not in cost.SIZES},
+    )
+    config = cost.setting(
+        start, **(sizes | {"base": base, "video.frames": 1 + 4 * (start + cost.WINDOW - 1)})
+    )
     made, (_, streams) = cost.measure(config, start, times=1), rounds(config, jax.device_count())
-    passes, past, window = 3, start // 3, cost.WINDOW // 3  # two denoising passes and the clean one; blocks
+    # two denoising passes and the clean one; blocks
+    passes, past, window = 3, start // 3, cost.WINDOW // 3
     assert made["clip"]["passes"] == passes * (streams * past + cost.CANDIDATES * window)
     assert made["sequence"]["passes"] == passes * cost.CANDIDATES * (past + window)
 

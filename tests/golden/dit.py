@@ -19,12 +19,20 @@ class Dit:
     """Graph definition and params, with the two functions that the stored outputs need."""
 
     def __init__(self, file: GoldenFile):
-        self.graphdef, self.params, self.config = load_net("transformer", file.dit_weights(), wan_config(file.config))
+        self.graphdef, self.params, self.config = load_net(
+            "transformer", file.dit_weights(), wan_config(file.config)
+        )
 
-    def forward(self, x, t, prompts, layout: Layout, adapter: Any = None, scale: float = 1.0, params=None):
-        """Velocity [B, F, C, H, W] of the uncached block-causal forward; prompts [B, S, E], t [B, F]."""
+    def forward(
+        self, x, t, prompts, layout: Layout, adapter: Any = None, scale: float = 1.0, params=None
+    ):
+        """Velocity [B, F, C, H, W] of the uncached block-causal forward; prompts [B, S, E], t [B,
+        F].
+        """
         params = self.params if params is None else params
-        return _forward(self.graphdef, params, x, jnp.asarray(t, jnp.float32), prompts, adapter, scale, layout)
+        return _forward(
+            self.graphdef, params, x, jnp.asarray(t, jnp.float32), prompts, adapter, scale, layout
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "layout"))
@@ -34,17 +42,24 @@ def _forward(graphdef, params, x, t, prompts, adapter, scale, layout):
 
 
 def to_x0(x, velocity, t, shift: float):
-    """The reference's conversion: sigma is that of the nearest table entry, also for timesteps off the table."""
+    """The reference's conversion: sigma is that of the nearest table entry, also for timesteps off
+    the table.
+    """
     return schedule.velocity_to_x0(x, velocity, schedule.sigma_of(t, Schedule(shift), "lookup"))
 
 
 def training_layout(block: int, local: int, frames: int) -> Layout:
-    """The training mask: the window counts from the end of the query's block, global has no limit, no sink."""
-    return Layout(block=block, window=local, max_global=frames + block)  # the last block may be cut short
+    """The training mask: the window counts from the end of the query's block, global has no limit,
+    no sink.
+    """
+    # the last block may be cut short
+    return Layout(block=block, window=local, max_global=frames + block)
 
 
 def frame_mask(layout: Layout, frames: int) -> np.ndarray:
-    """[F, F] bool: whether the first token of frame q sees the first token of frame k; each token sees itself."""
+    """[F, F] bool: whether the first token of frame q sees the first token of frame k; each token
+    sees itself.
+    """
     mask = np.eye(frames, dtype=bool)
     for block in layout.blocks(frames):
         for lo, hi in block.ranges:
@@ -68,5 +83,7 @@ def wan_config(stored: dict) -> WanConfig:
     )
     rows, columns = config.grid((stored["lat_h"], stored["lat_w"]))
     if (config.head_dim, rows * columns) != (stored["head_dim"], stored["fsl"]):
-        raise ValueError(f"config is inconsistent: head_dim {stored['head_dim']}, fsl {stored['fsl']}")
+        raise ValueError(
+            f"config is inconsistent: head_dim {stored['head_dim']}, fsl {stored['fsl']}"
+        )
     return config

@@ -11,7 +11,9 @@ class Unsupported(Exception):
 
 
 class Tolerance(NamedTuple):
-    """Largest accepted |got - want|, times |want| of the element ('element') or of the array's largest ('array')."""
+    """Largest accepted |got - want|, times |want| of the element ('element') or of the array's
+    largest ('array').
+    """
 
     value: float
     relative_to: str = "absolute"
@@ -24,13 +26,16 @@ EXACT = Tolerance(0.0)
 FORWARD = Tolerance(2e-5)
 ROLLOUT = Tolerance(1e-4)
 TABLE = Tolerance(1e-6, "element")  # every value on its own scale
-CONVERSION = Tolerance(1e-6, "array")  # float32 sums that may cancel: the scale is that of the terms
+# float32 sums that may cancel: the scale is that of the terms
+CONVERSION = Tolerance(1e-6, "array")
 
 
 class Entry(NamedTuple):
-    """One stored output `key`, and how to compute ours; `compute` runs under the runner's protection.
+    """One stored output `key`, and how to compute ours; `compute` runs under the runner's
+    protection.
 
-    A key that ends with '/' stands for all arrays stored under it: `compute` gives {name: array}, the worst one counts.
+    A key that ends with '/' stands for all arrays stored under it: `compute` gives {name: array},
+    the worst one counts.
     """
 
     key: str
@@ -38,16 +43,20 @@ class Entry(NamedTuple):
     tolerance: Tolerance
 
 
-Entries = Iterator["Entry | Entries"]  # what a handler yields: an inner iterator is a group that may fail alone
+# what a handler yields: an inner iterator is a group that may fail alone
+Entries = Iterator["Entry | Entries"]
 
 
 def difference(got: Any, want: np.ndarray, tolerance: Tolerance) -> tuple[float, bool, str]:
-    """Returns (largest absolute error, accepted, reason of a refusal); text counts its differing elements."""
+    """Returns (largest absolute error, accepted, reason of a refusal); text counts its differing
+    elements.
+    """
     got = np.asarray(got)
     if got.shape != want.shape:
         return np.inf, False, f"shape {got.shape}, expected {want.shape}"
     if want.dtype.kind in "US":
-        error = float(np.sum(got.astype(want.dtype.kind) != want))  # of any length: want's would cut ours short
+        # of any length: want's would cut ours short
+        error = float(np.sum(got.astype(want.dtype.kind) != want))
         return error, error == 0, "" if error == 0 else "text differs"
     if want.size == 0:
         return 0.0, True, ""

@@ -1,4 +1,6 @@
-"""One golden file: its config, and which of its arrays have been used as an input or compared as an output."""
+"""One golden file: its config, and which of its arrays have been used as an input or compared as an
+output.
+"""
 
 import json
 from functools import cached_property
@@ -20,7 +22,9 @@ class GoldenFile:
         self._used: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the file holds the array `key`, or, for a key that ends with '/', any under it."""
+        """Whether the file holds the array `key`, or, for a key that ends with '/', any under
+        it.
+        """
         return bool(self.keys(key)) if key.endswith("/") else key in self._arrays
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -39,7 +43,9 @@ class GoldenFile:
 
     def groups(self, prefix: str = "") -> list[str]:
         """The distinct names of the path segment that follows `prefix`, in file order."""
-        return list(dict.fromkeys(name.split("/")[0] for name in self.suffixes(prefix) if "/" in name))
+        return list(
+            dict.fromkeys(name.split("/")[0] for name in self.suffixes(prefix) if "/" in name)
+        )
 
     def suffixes(self, prefix: str) -> list[str]:
         """What follows `prefix` in the names that start with it."""
@@ -55,5 +61,7 @@ class GoldenFile:
 
     def dit_weights(self) -> dict[str, np.ndarray]:
         """The tensors of the DiT this file was made with, from the same folder."""
-        with np.load(self.path.parent / self.config.get("weights", WEIGHTS), allow_pickle=False) as archive:
+        with np.load(
+            self.path.parent / self.config.get("weights", WEIGHTS), allow_pickle=False
+        ) as archive:
             return {name: archive[name] for name in archive.files if name != "config"}

@@ -1,4 +1,6 @@
-"""h_*: adapters saved by PEFT, applied, disabled and merged. Groups are named r{rank}_alpha{alpha}."""
+"""h_*: adapters saved by PEFT, applied, disabled and merged. Groups are named
+r{rank}_alpha{alpha}.
+"""
 
 import json
 from collections.abc import Iterator
@@ -27,12 +29,16 @@ def _group(file: GoldenFile, dit: Dit, group: str) -> Entries:
     merged = merge_adapter(dit.params, adapter, scale)
     for name in file.keys(f"{group}/merged"):  # merged weights, under their original names
         tensor = name.rpartition("/")[2]
-        yield Entry(name, lambda tensor=tensor: save_net("transformer", merged, dit.config)[tensor], FORWARD)
+        yield Entry(
+            name, lambda tensor=tensor: save_net("transformer", merged, dit.config)[tensor], FORWARD
+        )
     for block in [name for name in file.groups(f"{group}/") if name.startswith("block")]:
         yield _forwards(file, dit, f"{group}/{block}", adapter, scale, merged)
 
 
-def _forwards(file: GoldenFile, dit: Dit, prefix: str, adapter, scale: float, merged) -> Iterator[Entry]:
+def _forwards(
+    file: GoldenFile, dit: Dit, prefix: str, adapter, scale: float, merged
+) -> Iterator[Entry]:
     x, t, prompts = file["x"], file["t"], file["prompt_embeds"]
     layout = training_layout(int(prefix.rpartition("/block")[2]), -1, x.shape[1])
     shift = file.config.get("shift", SHIFT)

@@ -1,4 +1,6 @@
-"""fh_*: one optimiser step of the published training loop, from two microbatches to the blended behaviour policy."""
+"""fh_*: one optimiser step of the published training loop, from two microbatches to the blended
+behaviour policy.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -25,7 +27,9 @@ INPUTS = ("x0", "noise", "prompt_embeds", "advantages", "t", "xt", "reward_mask"
 
 
 class Variant(NamedTuple):
-    """One variant of the file: the forward and the config that its settings ask for, and where it starts."""
+    """One variant of the file: the forward and the config that its settings ask for, and where it
+    starts.
+    """
 
     config: ConfigDict
     forward: update.Forward
@@ -54,11 +58,16 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
     stored, rank = file.config, file.config["lora"]["r"]
     config = _config(stored, name)
     shapes = adapter_shapes(dit.config, rank)
-    initial = {policy: from_peft(file.under(f"init/{policy}/"), shapes) for policy in file.groups("init/")}
+    initial = {
+        policy: from_peft(file.under(f"init/{policy}/"), shapes) for policy in file.groups("init/")
+    }
     current, old = initial["default"], initial["old"]
     optimiser = update.make_optimiser(config)
     step = jnp.asarray(file[f"{name}/global_step"], jnp.int32)
-    micros = [{key: file[f"{name}/micro{i}/{key}"] for key in INPUTS} for i in range(stored["accumulation"])]
+    micros = [
+        {key: file[f"{name}/micro{i}/{key}"] for key in INPUTS}
+        for i in range(stored["accumulation"])
+    ]
     for micro in micros:
         mask = micro["reward_mask"] if settings["select_kl"] else np.ones(len(micro["x0"]), bool)
         micro["kl_weight"] = losses.kl_weights(mask)
@@ -71,11 +80,17 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
         candidates = [initial["old_ref"]] if "old_ref" in initial else [current, old]
     else:  # the base without an adapter: one that adds nothing
         candidates = [jax.tree.map(jnp.zeros_like, current)]
-    # The format does not say which of the initial adapters `old_ref` copies; a stored prediction does.
+    # The format does not say which of the initial adapters `old_ref` copies; a stored prediction
+    # does.
     for i in range(len(micros)):
         if len(candidates) > 1 and f"{name}/micro{i}/ref_pred" in file:
             want = file[f"{name}/micro{i}/ref_pred"]
-            candidates = [min(candidates, key=lambda adapter: np.abs(_prediction(variant, adapter, i) - want).max())]
+            candidates = [
+                min(
+                    candidates,
+                    key=lambda adapter: np.abs(_prediction(variant, adapter, i) - want).max(),
+                )
+            ]
     return variant._replace(state=state._replace(reference=candidates[0]))
 
 
@@ -106,16 +121,28 @@ def _config(stored: dict, variant: str) -> ConfigDict:
     return config
 
 
-def _micro_entries(prefix: str, variant: Variant, i: int, terms: Callable[[], dict]) -> Iterator[Entry]:
+def _micro_entries(
+    prefix: str, variant: Variant, i: int, terms: Callable[[], dict]
+) -> Iterator[Entry]:
     micro, state = variant.micros[i], variant.state
-    yield Entry(f"{prefix}xt", lambda: add_noise(micro["x0"], micro["noise"], micro["t"] / T_MAX), CONVERSION)
+    yield Entry(
+        f"{prefix}xt",
+        lambda: add_noise(micro["x0"], micro["noise"], micro["t"] / T_MAX),
+        CONVERSION,
+    )
     for name, adapter in (("old", state.old), ("forward", state.current), ("ref", state.reference)):
         yield Entry(f"{prefix}{name}_pred", lambda a=adapter: _prediction(variant, a, i), FORWARD)
-    for name, term in (("loss", "total_loss"), ("policy_loss", "policy_loss"), ("kl_loss", "kl_loss")):
+    for name, term in (
+        ("loss", "total_loss"),
+        ("policy_loss", "policy_loss"),
+        ("kl_loss", "kl_loss"),
+    ):
         yield Entry(f"{prefix}{name}", lambda term=term: terms()[term].mean(), FORWARD)
 
 
-def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Callable[[], list]) -> Iterator[Entry]:
+def _step_entries(
+    file: GoldenFile, name: str, variant: Variant, gradients: Callable[[], list]
+) -> Iterator[Entry]:
     state, config = variant.state, variant.config
 
     @functools.cache
@@ -127,7 +154,9 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Call
     def after():
         norm, optimiser = optax.tree.norm(gradient()), update.make_optimiser(config)
         new = update.apply_gradient(config, optimiser, state, gradient(), norm)
-        decay = update.old_decay(config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant)
+        decay = update.old_decay(
+            config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant
+        )
         return new._replace(old=update.average(new.old, new.current, decay))
 
     yield Entry(f"{name}/grad_norm", lambda: optax.tree.norm(gradient()), GRADIENT)
@@ -135,7 +164,8 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Call
 
     def adapter_after(group: str, field: str):
         ours, want = to_peft(getattr(after(), field)), file.under(f"{name}/{group}/")
-        gradients = to_peft(gradient()) | file.under(f"{name}/grad/")  # the stored ones, where there are any
+        # the stored ones, where there are any
+        gradients = to_peft(gradient()) | file.under(f"{name}/grad/")
         settled = {
             key: _settled(ours[key], want[key], gradients[key], config.optimiser.learning_rate)
             for key in ours.keys() & want.keys()
@@ -143,17 +173,25 @@ def _step_entries(file: GoldenFile, name: str, variant: Variant, gradients: Call
         return ours | settled
 
     for group, field in (("default_after", "current"), ("ema_after", "ema"), ("old_after", "old")):
-        yield Entry(f"{name}/{group}/", lambda group=group, field=field: adapter_after(group, field), FORWARD)
+        yield Entry(
+            f"{name}/{group}/",
+            lambda group=group, field=field: adapter_after(group, field),
+            FORWARD,
+        )
 
 
 def _settled(ours, want, gradient, rate):
-    """Ours, but for the elements whose AdamW step is rounding noise: there any result within two steps is right."""
+    """Ours, but for the elements whose AdamW step is rounding noise: there any result within two
+    steps is right.
+    """
     noise = (np.abs(gradient) < TINY_GRADIENT) & (np.abs(ours - want) <= 2 * rate)
     return np.where(noise, want, ours)
 
 
 def _objective(variant: Variant, current: dict, micro: dict) -> tuple[jax.Array, dict]:
-    """The loss of a microbatch and update.sample_terms, with the stored noise in place of drawn noise."""
+    """The loss of a microbatch and update.sample_terms, with the stored noise in place of drawn
+    noise.
+    """
     samples = jnp.arange(len(micro["x0"]))
     batch = update.Batch(
         latents=micro["x0"],
@@ -164,17 +202,32 @@ def _objective(variant: Variant, current: dict, micro: dict) -> tuple[jax.Array,
         key=samples,
     )
     terms = update.sample_terms(
-        variant.config, variant.forward, lambda sample, shape: micro["noise"][sample],
-        variant.state._replace(current=current), variant.params, micro["prompt_embeds"], batch,
-    )  # fmt: skip
+        variant.config,
+        variant.forward,
+        lambda sample, shape: micro["noise"][sample],
+        variant.state._replace(current=current),
+        variant.params,
+        micro["prompt_embeds"],
+        batch,
+    )
     return terms["total_loss"].mean(), terms
 
 
 def _prediction(variant: Variant, adapter: dict, i: int):
-    """Clean latents that the policy `adapter` predicts from the stored noisy latents of microbatch i."""
+    """Clean latents that the policy `adapter` predicts from the stored noisy latents of microbatch
+    i.
+    """
     micro = variant.micros[i]
     t = jnp.full(len(micro["x0"]), micro["t"], jnp.float32)
-    velocity = _velocity(variant.forward, variant.params, adapter, micro["prompt_embeds"], micro["x0"], micro["xt"], t)
+    velocity = _velocity(
+        variant.forward,
+        variant.params,
+        adapter,
+        micro["prompt_embeds"],
+        micro["x0"],
+        micro["xt"],
+        t,
+    )
     return to_x0(micro["xt"], velocity, t, variant.config.sampler.shift)
 
 

@@ -1,7 +1,8 @@
-"""The published DiT and its rollout in numpy, written from spec/model.md alone: an oracle for the runner's own tests.
+"""The published DiT and its rollout in numpy, written from spec/model.md alone: an oracle for the
+runner's own tests.
 
-It shares no code with astrolabe_jax. Weights keep their original names and layouts; the cache is the shifting buffer
-of model.md 8.2 with its indices, quirks included. float64 throughout.
+It shares no code with astrolabe_jax. Weights keep their original names and layouts; the cache is
+the shifting buffer of model.md 8.2 with its indices, quirks included. float64 throughout.
 """
 
 import dataclasses
@@ -10,13 +11,19 @@ import numpy as np
 
 
 def dit(weights: dict, config: dict, x, t, prompts, attend):
-    """Velocity of latents x [B, F, C, H, W] at t [B, F] or [B, 1]; attend(layer, q, k, v) is the self-attention."""
+    """Velocity of latents x [B, F, C, H, W] at t [B, F] or [B, 1]; attend(layer, q, k, v) is the
+    self-attention.
+    """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in weights.items()}
     heads, dim = config["num_heads"], config["dim"]
     batch, frames, channels, rows, columns = x.shape
     grid = (rows // 2, columns // 2)
-    patches = x.reshape(batch, frames, channels, grid[0], 2, grid[1], 2).transpose(0, 1, 3, 5, 2, 4, 6)
-    tokens = patches.reshape(batch, -1, channels * 4) @ w["patch_embedding.weight"].reshape(dim, -1).T
+    patches = x.reshape(batch, frames, channels, grid[0], 2, grid[1], 2).transpose(
+        0, 1, 3, 5, 2, 4, 6
+    )
+    tokens = (
+        patches.reshape(batch, -1, channels * 4) @ w["patch_embedding.weight"].reshape(dim, -1).T
+    )
     tokens = tokens + w["patch_embedding.bias"]
     half = config["freq_dim"] // 2
     angles = np.asarray(t, np.float64)[..., None] * 10000 ** (-np.arange(half) / half)
@@ -44,14 +51,18 @@ def dit(weights: dict, config: dict, x, t, prompts, attend):
         q = split(_rms(_linear(w, f"{p}.self_attn.q", a)) * w[f"{p}.self_attn.norm_q.weight"])
         k = split(_rms(_linear(w, f"{p}.self_attn.k", a)) * w[f"{p}.self_attn.norm_k.weight"])
         y = attend(layer, q, k, split(_linear(w, f"{p}.self_attn.v", a)))
-        tokens = tokens + gated(_linear(w, f"{p}.self_attn.o", y.reshape(batch, -1, dim)), m[:, :, 2])
+        tokens = tokens + gated(
+            _linear(w, f"{p}.self_attn.o", y.reshape(batch, -1, dim)), m[:, :, 2]
+        )
         c = _norm(tokens) * w[f"{p}.norm3.weight"] + w[f"{p}.norm3.bias"]
         q = split(_rms(_linear(w, f"{p}.cross_attn.q", c)) * w[f"{p}.cross_attn.norm_q.weight"])
         k = split(_rms(_linear(w, f"{p}.cross_attn.k", text)) * w[f"{p}.cross_attn.norm_k.weight"])
         y = softmax_attention(q, k, split(_linear(w, f"{p}.cross_attn.v", text)))
         tokens = tokens + _linear(w, f"{p}.cross_attn.o", y.reshape(batch, -1, dim))
         b = framed(tokens, m[:, :, 4], m[:, :, 3])
-        tokens = tokens + gated(_linear(w, f"{p}.ffn.2", _gelu(_linear(w, f"{p}.ffn.0", b))), m[:, :, 5])
+        tokens = tokens + gated(
+            _linear(w, f"{p}.ffn.2", _gelu(_linear(w, f"{p}.ffn.0", b))), m[:, :, 5]
+        )
     h = w["head.modulation"][:, None] + e[:, :, None]
     out = _linear(w, "head.head", framed(tokens, h[:, :, 1], h[:, :, 0]))
     out = out.reshape(batch, frames, *grid, 2, 2, channels).transpose(0, 1, 6, 2, 4, 3, 5)
@@ -74,14 +85,19 @@ def rope(x, frames, grid):
     sizes = (d // 2 - 2 * third, third, third)
     f, h, w = np.meshgrid(np.asarray(frames), np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     theta = [
-        axis.reshape(-1, 1) * 10000.0 ** (-np.arange(size) / size) for axis, size in zip((f, h, w), sizes, strict=True)
+        axis.reshape(-1, 1) * 10000.0 ** (-np.arange(size) / size)
+        for axis, size in zip((f, h, w), sizes, strict=True)
     ]
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.concatenate(theta, -1))[None, :, None]
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.concatenate(theta, -1))[
+        None, :, None
+    ]
     return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
 
 def training_forward(weights, config, x, t, prompts, block: int, local: int):
-    """The uncached forward under the dense mask of model.md 7.1; also returns that mask, frame by frame."""
+    """The uncached forward under the dense mask of model.md 7.1; also returns that mask, frame by
+    frame.
+    """
     frames, length, grid = x.shape[1], config["fsl"], (config["lat_h"] // 2, config["lat_w"] // 2)
     i = np.arange(frames * length)
     end = (i // (block * length) + 1) * block * length
@@ -91,7 +107,9 @@ def training_forward(weights, config, x, t, prompts, block: int, local: int):
     mask |= np.eye(len(i), dtype=bool)
 
     def attend(layer, q, k, v):
-        return softmax_attention(rope(q, range(frames), grid), rope(k, range(frames), grid), v, mask)
+        return softmax_attention(
+            rope(q, range(frames), grid), rope(k, range(frames), grid), v, mask
+        )
 
     return dit(weights, config, x, t, prompts, attend), mask[::length, ::length]
 
@@ -107,9 +125,19 @@ class Buffer:
 
 
 def cached_pass(
-    weights, config, scenario, buffer: Buffer, x, t, prompts, start_frame: int, cut: bool = False, force: bool = False
+    weights,
+    config,
+    scenario,
+    buffer: Buffer,
+    x,
+    t,
+    prompts,
+    start_frame: int,
+    cut: bool = False,
+    force: bool = False,
 ):
-    """One call of model.md 8.2 and 8.3 on the block at `start_frame`; updates the buffer, returns the velocity.
+    """One call of model.md 8.2 and 8.3 on the block at `start_frame`; updates the buffer, returns
+    the velocity.
 
     cut: the block behind a hard cut; force: sink_recache_after_switch.
     """
@@ -146,7 +174,9 @@ def cached_pass(
         if scenario["infer"]:
             at = scenario["local"] - x.shape[1] if rolled else first // length
             q = rope(q, at + np.arange(x.shape[1]), grid)
-            keys = np.concatenate([rope(keys[:, :end], range(end // length), grid), keys[:, end:]], 1)
+            keys = np.concatenate(
+                [rope(keys[:, :end], range(end // length), grid), keys[:, end:]], 1
+            )
         else:
             q = rope(q, absolute, grid)
         if sink:
@@ -170,23 +200,38 @@ def flush(buffer: Buffer, length: int) -> None:
 
 
 def recache(weights, config, scenario, buffer: Buffer, latents, prompts):
-    """A prompt switch behind the frames `latents` (sampling.md 8): (input, velocity, first frame) of its call."""
+    """A prompt switch behind the frames `latents` (sampling.md 8): (input, velocity, first frame)
+    of its call.
+    """
     if not scenario["gsink"]:
         buffer.k[:], buffer.v[:] = 0, 0
     end = latents.shape[1]
     start = 0 if scenario["local"] == -1 else max(end - scenario["local"], 0)
     x, t = latents[:, start:], np.full((latents.shape[0], end - start), float(scenario["ctx"]))
-    return x, cached_pass(weights, config, scenario, buffer, x, t, prompts, start, force=not scenario["gsink"]), start
+    return (
+        x,
+        cached_pass(
+            weights, config, scenario, buffer, x, t, prompts, start, force=not scenario["gsink"]
+        ),
+        start,
+    )
 
 
-def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, scene_of=None, cuts=()) -> dict:
-    """A whole rollout (sampling.md 4) under config['scenario']: every array of a c_* file but its inputs.
+def rollout(
+    weights: dict, config: dict, noise, renoise, prompts, initial=None, scene_of=None, cuts=()
+) -> dict:
+    """A whole rollout (sampling.md 4) under config['scenario']: every array of a c_* file but its
+    inputs.
 
-    prompts [scenes, B, S, E]; scene_of: the scene of each block; cuts: whether each scene ends in a hard cut. With
-    `switch` in the scenario a new prompt re-caches, else it flushes.
+    prompts [scenes, B, S, E]; scene_of: the scene of each block; cuts: whether each scene ends in a
+    hard cut. With `switch` in the scenario a new prompt re-caches, else it flushes.
     """
     scenario, length, heads = config["scenario"], config["fsl"], config["num_heads"]
-    block, batch, given = scenario["block"], noise.shape[0], 0 if initial is None else initial.shape[1]
+    block, batch, given = (
+        scenario["block"],
+        noise.shape[0],
+        0 if initial is None else initial.shape[1],
+    )
     total = given + noise.shape[1]
     capacity = (scenario["local"] if scenario["local"] != -1 else total) * length
     shape = (config["num_layers"], batch, capacity, heads, config["head_dim"])
@@ -205,7 +250,9 @@ def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, 
     latents = [] if initial is None else [np.asarray(initial, np.float64)]
     for start in range(0, given, block):
         x = latents[0][:, start : start + block]
-        flow = cached_pass(weights, config, scenario, buffer, x, np.zeros((batch, 1)), prompts[0], start)
+        flow = cached_pass(
+            weights, config, scenario, buffer, x, np.zeros((batch, 1)), prompts[0], start
+        )
         out |= _context(contexts, x, flow, np.zeros((batch, 1)), start * length, 0)
         contexts += 1
     records: dict[str, list] = {}
@@ -216,7 +263,9 @@ def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, 
             if scenario["switch"] is None:
                 flush(buffer, length)
             else:
-                past, flow, at = recache(weights, config, scenario, buffer, np.concatenate(latents, 1), now)
+                past, flow, at = recache(
+                    weights, config, scenario, buffer, np.concatenate(latents, 1), now
+                )
                 t = np.full(past.shape[:2], float(scenario["ctx"]))
                 out |= _context(contexts, past, flow, t, at * length, b * calls)
                 contexts += 1
@@ -225,7 +274,13 @@ def rollout(weights: dict, config: dict, noise, renoise, prompts, initial=None, 
             t_all = np.full((batch, block), t)
             flow = cached_pass(weights, config, scenario, buffer, x, t_all, now, start, cut)
             x0 = x - sigma(t) * flow
-            row = {"x0": x0, "flow": flow, "timestep": t, "start_token": start * length, "scene_cut": cut}
+            row = {
+                "x0": x0,
+                "flow": flow,
+                "timestep": t,
+                "start_token": start * length,
+                "scene_cut": cut,
+            }
             row |= {"global_end": buffer.global_end, "local_end": buffer.local_end}
             for name, value in row.items():
                 records.setdefault(f"call_{name}", []).append(value)
@@ -270,7 +325,9 @@ def schedule(
 
 
 def scheduler(inputs: dict, sigmas, times, final: float) -> dict[str, np.ndarray]:
-    """All outputs of one group of an a_* file but the warped lists (MANIFEST); `final` is the sigma after the last."""
+    """All outputs of one group of an a_* file but the warped lists (MANIFEST); `final` is the sigma
+    after the last.
+    """
     x0, noise, flow = (inputs[name] for name in ("x0", "noise", "flow"))
     n = len(times)
     bell = np.exp(-2 * ((times - n / 2) / n) ** 2)

@@ -1,4 +1,6 @@
-"""f_*: losses and their gradients, selective KL and its controllers, advantages, decays and averages."""
+"""f_*: losses and their gradients, selective KL and its controllers, advantages, decays and
+averages.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ def entries(file: GoldenFile) -> Entries:
     if file.keys("adv/"):
         yield _advantages(file)
     for key in file.keys("decay/type"):
-        yield Entry(key, lambda key=key: _old_decays(key.rpartition("/")[2], file["decay/step"]), TABLE)
+        yield Entry(
+            key, lambda key=key: _old_decays(key.rpartition("/")[2], file["decay/step"]), TABLE
+        )
     for case in file.groups("ema/"):
         yield _ema(file, case)
     for kind in file.groups("old_update/"):
@@ -31,14 +35,30 @@ def entries(file: GoldenFile) -> Entries:
 
 
 def objective(x0, old, forward, reference, r, mask, settings: dict) -> dict:
-    """Every term of the published loss of one microbatch; `settings` names beta, kl_beta and select_kl."""
+    """Every term of the published loss of one microbatch; `settings` names beta, kl_beta and
+    select_kl.
+    """
     restrained = mask if settings["select_kl"] else np.ones(len(r), bool)
     terms = losses.objective(
-        "astrolabe", x0, forward, old, reference, r, losses.kl_weights(restrained), beta=settings["beta"],
-        kl_lambda=settings["kl_beta"], x_t=None, sigma=None, clip_max=None,
-    )  # fmt: skip
+        "astrolabe",
+        x0,
+        forward,
+        old,
+        reference,
+        r,
+        losses.kl_weights(restrained),
+        beta=settings["beta"],
+        kl_lambda=settings["kl_beta"],
+        x_t=None,
+        sigma=None,
+        clip_max=None,
+    )
     means = {name: values.mean() for name, values in terms.items()}
-    return means | {"loss": means["total_loss"], "loss_pos": terms["positive_loss"], "loss_neg": terms["negative_loss"]}
+    return means | {
+        "loss": means["total_loss"],
+        "loss_pos": terms["positive_loss"],
+        "loss_neg": terms["negative_loss"],
+    }
 
 
 def _loss(file: GoldenFile, case: str) -> Iterator[Entry]:
@@ -53,7 +73,9 @@ def _loss(file: GoldenFile, case: str) -> Iterator[Entry]:
         return objective(x0, old, forward, reference, r, mask, settings)
 
     results = functools.cache(lambda: terms(forward) | {"r": optimality})
-    yield Entry(f"{prefix}grad_forward", lambda: jax.grad(lambda f: terms(f)["loss"])(forward), CONVERSION)
+    yield Entry(
+        f"{prefix}grad_forward", lambda: jax.grad(lambda f: terms(f)["loss"])(forward), CONVERSION
+    )
     for key in file.keys(prefix):
         name = key.rpartition("/")[2]
         if name not in (*names, "advantages", "reward_mask", "grad_forward"):
@@ -74,7 +96,9 @@ def _selective_kl(file: GoldenFile, case: str) -> Iterator[Entry]:
 
 
 def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.ndarray]:
-    """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the optimiser steps."""
+    """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the
+    optimiser steps.
+    """
     risk, reset = advantages.RiskState(), advantages.ResetState(KL_THRESHOLD)
     rows = []
     for epoch, ranks in enumerate(_rank_discrepancies(file, prefix, settings)):
@@ -89,22 +113,33 @@ def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.
 
 
 def _rank_discrepancies(file: GoldenFile, prefix: str, settings: dict) -> np.ndarray:
-    """[epoch, sample]: the main reward's rank against the mean rank of the first two others, in the file's order.
+    """[epoch, sample]: the main reward's rank against the mean rank of the first two others, in the
+    file's order.
 
-    The MANIFEST gives rewards as [epoch, key, sample], the recorded files hold [key, epoch, sample]. With as many
-    epochs as keys the sizes do not tell which; the stored ranks do.
+    The MANIFEST gives rewards as [epoch, key, sample], the recorded files hold [key, epoch,
+    sample]. With as many epochs as keys the sizes do not tell which; the stored ranks do.
     """
-    rewards, keys, main = file[f"{prefix}rewards"], file[f"{prefix}reward_keys"].tolist(), settings["main_reward"]
+    rewards, keys, main = (
+        file[f"{prefix}rewards"],
+        file[f"{prefix}reward_keys"].tolist(),
+        settings["main_reward"],
+    )
     sizes = (settings["epochs"], len(keys), settings["samples"])
     names = [main, *[name for name in keys if name not in (main, "avg")][:2]]
 
     def ranks(reading):
         epochs = [{name: epoch[keys.index(name)] for name in names} for epoch in reading]
-        return np.stack([advantages.rank_discrepancy(scores, main, "published") for scores in epochs])
+        return np.stack(
+            [advantages.rank_discrepancy(scores, main, "published") for scores in epochs]
+        )
 
-    readings = [ranks(reading) for reading in (rewards, rewards.swapaxes(0, 1)) if reading.shape == sizes]
+    readings = [
+        ranks(reading) for reading in (rewards, rewards.swapaxes(0, 1)) if reading.shape == sizes
+    ]
     if not readings:
-        raise ValueError(f"{prefix}rewards is {rewards.shape}, expected {sizes}: epochs, keys, samples")
+        raise ValueError(
+            f"{prefix}rewards is {rewards.shape}, expected {sizes}: epochs, keys, samples"
+        )
     if len(readings) == 1:
         return readings[0]
     return min(readings, key=lambda reading: np.abs(reading - file[f"{prefix}rank_diff"]).max())

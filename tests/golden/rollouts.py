@@ -1,8 +1,9 @@
-"""c_*: cached rollouts, call by call: plain videos, scene strings, and prompts switched with a re-cache.
+"""c_*: cached rollouts, call by call: plain videos, scene strings, and prompts switched with a
+re-cache.
 
-The stored cache indices are those of the reference's buffer: after a call the buffer has seen every frame up to the
-block's end, and holds at most its capacity. Our ring buffer has no such indices; they follow from the blocks that our
-rollout went through and from the slots of its cache.
+The stored cache indices are those of the reference's buffer: after a call the buffer has seen every
+frame up to the block's end, and holds at most its capacity. Our ring buffer has no such indices;
+they follow from the blocks that our rollout went through and from the slots of its cache.
 """
 
 import functools
@@ -24,9 +25,25 @@ from tests.golden.files import GoldenFile
 from tests.meshes import ONE
 
 SCENARIO = {
-    "name", "pipe", "B", "block", "frames", "local", "sink", "shift", "init", "ctx", "steps", "warp", "infer", "flow",
-    "gsink", "prompts", "switch", "fps",
-}  # fmt: skip
+    "name",
+    "pipe",
+    "B",
+    "block",
+    "frames",
+    "local",
+    "sink",
+    "shift",
+    "init",
+    "ctx",
+    "steps",
+    "warp",
+    "infer",
+    "flow",
+    "gsink",
+    "prompts",
+    "switch",
+    "fps",
+}
 
 
 class Given(NamedTuple):
@@ -68,7 +85,9 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
         return np.stack([np.asarray(getattr(block.trace, name)) for block in result().sampled])
 
     def index(number_of: Callable[[Sampled], int], scale: int = fsl):
-        """[blocks, calls]: a number that all calls of a block share, by default frames as tokens."""
+        """[blocks, calls]: a number that all calls of a block share, by default frames as
+        tokens.
+        """
         return np.stack([np.full(calls, number_of(block) * scale) for block in result().sampled])
 
     yield Entry("denoising_step_list", lambda: warped, TABLE)
@@ -106,7 +125,9 @@ def _steps(scenario: dict) -> tuple[float, ...]:
 
 
 def _capacity(scenario: dict) -> int:
-    """Frames of the reference's buffer: those of the window, or, with global attention, all of the video."""
+    """Frames of the reference's buffer: those of the window, or, with global attention, all of the
+    video.
+    """
     return scenario["init"] + scenario["frames"] if scenario["local"] == -1 else scenario["local"]
 
 
@@ -122,7 +143,10 @@ def _run(file: GoldenFile) -> Result:
     )
     shift = Schedule(scenario["shift"])
     sampler = Sampler(
-        steps=_steps(scenario), context_noise=float(scenario["ctx"]), schedule=shift, sigma_source="lookup"
+        steps=_steps(scenario),
+        context_noise=float(scenario["ctx"]),
+        schedule=shift,
+        sigma_source="lookup",
     )
     if scenario["prompts"] is None and scenario["switch"] is None:
         return _plain(file, dit, layout, sampler)
@@ -138,13 +162,27 @@ def _plain(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> Resu
 
     @jax.jit
     def run(params, text, noise, initial):
-        cache = init_cache(dit.config, layout, scenario["B"], total, latent_hw, slots=_capacity(scenario))
+        cache = init_cache(
+            dit.config, layout, scenario["B"], total, latent_hw, slots=_capacity(scenario)
+        )
         draw = noise_from_array(noise, given)
         latents, cache, traces = rollout(
-            dit.graphdef, params, None, text, draw, frames=scenario["frames"], latent_hw=latent_hw, layout=layout,
-            sampler=sampler, initial_latents=initial, cache=cache, trace=True,
-        )  # fmt: skip
-        stored = reference_order(cache, 0, layout, total, dit.config, latent_hw, rotated=not scenario["infer"])
+            dit.graphdef,
+            params,
+            None,
+            text,
+            draw,
+            frames=scenario["frames"],
+            latent_hw=latent_hw,
+            layout=layout,
+            sampler=sampler,
+            initial_latents=initial,
+            cache=cache,
+            trace=True,
+        )
+        stored = reference_order(
+            cache, 0, layout, total, dit.config, latent_hw, rotated=not scenario["infer"]
+        )
         return latents, traces, *stored
 
     latents, traces, cache_k, cache_v = run(dit.params, text, _noise(file), _initial_latents(file))
@@ -154,12 +192,22 @@ def _plain(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> Resu
         Sampled(block.start, block.stop, min(block.stop, _capacity(scenario)), False, trace)
         for block, trace in passes[first:]
     ]
-    return Result(latents, [Given(block.start, 0, trace) for block, trace in passes[:first]], sampled, cache_k, cache_v)
+    return Result(
+        latents,
+        [Given(block.start, 0, trace) for block, trace in passes[:first]],
+        sampled,
+        cache_k,
+        cache_v,
+    )
 
 
 def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> Result:
     """Prompts that change: the sampler of streams."""
-    scenario, config, slots = file.config["scenario"], file.config, _capacity(file.config["scenario"])
+    scenario, config, slots = (
+        file.config["scenario"],
+        file.config,
+        _capacity(file.config["scenario"]),
+    )
     latent_hw, given = (config["lat_h"], config["lat_w"]), scenario["init"]
     policy = Policy(dit.graphdef, dit.params, None, 1.0, dit.config, layout, sampler, ONE)
     steps = _timeline(scenario, layout, slots)
@@ -174,11 +222,17 @@ def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> R
         return noise[:, :, step.frame - given : step.frame - given + step.count]
 
     initial = _initial_latents(file)
-    pieces = list(stream.stream(policy, text, steps, block_noise, slots, scenario["B"], latent_hw, initial, trace=True))
+    pieces = list(
+        stream.stream(
+            policy, text, steps, block_noise, slots, scenario["B"], latent_hw, initial, trace=True
+        )
+    )
     made, sampled = [], []
     for piece in pieces:
         if piece.step is None:
-            made.append(Given(sum(block.latents.shape[1] for block in pieces[: len(made)]), 0, piece.trace))
+            made.append(
+                Given(sum(block.latents.shape[1] for block in pieces[: len(made)]), 0, piece.trace)
+            )
             continue
         step, calls = piece.step, len(sampler.steps) + 1
         if piece.change is not None:
@@ -186,7 +240,9 @@ def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> R
         held = min(step.start + step.count, slots)
         sampled.append(Sampled(step.frame, step.frame + step.count, held, step.cut, piece.trace))
     end = steps[-1].start + steps[-1].count
-    stored = reference_order(pieces[-1].cache, 0, layout, end, dit.config, latent_hw, rotated=not scenario["infer"])
+    stored = reference_order(
+        pieces[-1].cache, 0, layout, end, dit.config, latent_hw, rotated=not scenario["infer"]
+    )
     latents = np.concatenate([piece.latents for piece in pieces], axis=1)
     return Result(latents, made, sampled, *stored)
 
@@ -197,16 +253,22 @@ def _timeline(scenario: dict, layout: Layout, slots: int) -> list[scenes.Step]:
     if scenario["switch"] is not None:
         rules = scenes.Rules("recache", global_sink=bool(scenario["gsink"]), published=True)
         scene_of = scenes.scenes_by_frame(scenario["switch"], [block.start for block in blocks])
-        return scenes.timeline(blocks, scene_of, [False] * (len(scenario["switch"]) + 1), layout, slots, rules)
+        return scenes.timeline(
+            blocks, scene_of, [False] * (len(scenario["switch"]) + 1), layout, slots, rules
+        )
     prompt = scenario["prompts"] if isinstance(scenario["prompts"], str) else scenario["prompts"][0]
     parsed = scenes.parse_published(prompt, scenario["block"], scenario.get("fps", 16))
     scene_of = scenes.scenes_by_length(parsed, len(blocks))
     cuts = [scene.cut for scene in parsed]
-    return scenes.timeline(blocks, scene_of, cuts, layout, slots, scenes.Rules("flush", published=True))
+    return scenes.timeline(
+        blocks, scene_of, cuts, layout, slots, scenes.Rules("flush", published=True)
+    )
 
 
 def _scene_prompts(file: GoldenFile, scene: int) -> np.ndarray:
-    """Embeddings [B, S, E] of a scene: stored as p{scene}.{sample}, or as p{scene} for a batch of one."""
+    """Embeddings [B, S, E] of a scene: stored as p{scene}.{sample}, or as p{scene} for a batch of
+    one.
+    """
     batch = file.config["scenario"]["B"]
     keys = [f"prompt_embeds/p{scene}.{sample}" for sample in range(batch)]
     return np.stack([file[key if key in file else f"prompt_embeds/p{scene}"] for key in keys])
@@ -215,8 +277,11 @@ def _scene_prompts(file: GoldenFile, scene: int) -> np.ndarray:
 def _noise(file: GoldenFile) -> np.ndarray:
     """[steps, B, F, C, H, W]: the initial noise, then what is added before each later step."""
     noise, renoise = file["noise"], file["renoise"]
-    blocks, steps = renoise.shape[:2]  # the batch and the frames of a block are one axis, batch first
-    split = renoise.reshape(blocks, steps, noise.shape[0], noise.shape[1] // blocks, *noise.shape[2:])
+    # the batch and the frames of a block are one axis, batch first
+    blocks, steps = renoise.shape[:2]
+    split = renoise.reshape(
+        blocks, steps, noise.shape[0], noise.shape[1] // blocks, *noise.shape[2:]
+    )
     return np.concatenate([noise[None], np.moveaxis(split, 0, 2).reshape(steps, *noise.shape)])
 
 
@@ -245,11 +310,17 @@ def _context_entries(file: GoldenFile, group: str, result: Callable[[], Result])
         elif "x0" in name:
             yield Entry(key, lambda: given().trace.x0[0], ROLLOUT)
         elif "time" in name:  # one value for the block, in the reference as [B, 1]
-            yield Entry(key, lambda shape=file[key].shape: np.full(shape, given().trace.timestep[0]), EXACT)
+            yield Entry(
+                key, lambda shape=file[key].shape: np.full(shape, given().trace.timestep[0]), EXACT
+            )
         elif "start" in name:
-            yield Entry(key, lambda shape=file[key].shape: np.full(shape, given().start * tokens), EXACT)
+            yield Entry(
+                key, lambda shape=file[key].shape: np.full(shape, given().start * tokens), EXACT
+            )
         elif "before" in name:
-            yield Entry(key, lambda shape=file[key].shape: np.full(shape, given().before_call), EXACT)
+            yield Entry(
+                key, lambda shape=file[key].shape: np.full(shape, given().before_call), EXACT
+            )
 
 
 def _prompt_index(key: str) -> int:

@@ -1,9 +1,10 @@
 """Walk a golden folder: pick a handler per file, compare every entry, and let nothing pass unseen.
 
-A handler is a function GoldenFile -> Entries: an Entry for every output that a file of its kind may hold (those that
-this file lacks are passed over), and iterators of entries, one for each group. An exception while an entry is computed
-fails that entry; one in an iterator is a failure and ends that group alone. A file that gives no result fails, and so
-does every array that no handler read or compared, as 'not covered'.
+A handler is a function GoldenFile -> Entries: an Entry for every output that a file of its kind may
+hold (those that this file lacks are passed over), and iterators of entries, one for each group. An
+exception while an entry is computed fails that entry; one in an iterator is a failure and ends that
+group alone. A file that gives no result fails, and so does every array that no handler read or
+compared, as 'not covered'.
 """
 
 import importlib
@@ -16,8 +17,8 @@ import numpy as np
 from tests.golden.entry import Entries, Entry, Tolerance, difference
 from tests.golden.files import GoldenFile
 
-# Prefix of the file name (MANIFEST) -> module of its handler. Modules are imported when needed, so that one that
-# cannot be imported fails its own files only.
+# Prefix of the file name (MANIFEST) -> module of its handler. Modules are imported when needed, so
+# that one that cannot be imported fails its own files only.
 HANDLERS = {
     "a": "scheduler",
     "b": "train_forward",
@@ -82,7 +83,8 @@ def _lines(file: GoldenFile, entries: Entries) -> Iterator[Line]:
         for entry in entries:
             if not isinstance(entry, Entry):
                 yield from _lines(file, entry)
-            elif entry.key in file:  # outputs may be left out of a file; what it holds must be covered
+            # outputs may be left out of a file; what it holds must be covered
+            elif entry.key in file:
                 yield _check(file, entry)
     except Exception as error:
         yield _failure(file.path.name, "-", error)
@@ -103,7 +105,9 @@ def _kind(path: Path) -> str:
 def _check(file: GoldenFile, entry: Entry) -> Line:
     try:
         if entry.key.endswith("/"):
-            error, ok, reason = _group_difference(entry.compute(), file.under(entry.key), entry.tolerance)
+            error, ok, reason = _group_difference(
+                entry.compute(), file.under(entry.key), entry.tolerance
+            )
         else:
             want = file[entry.key]
             error, ok, reason = difference(entry.compute(), want, entry.tolerance)
@@ -117,7 +121,8 @@ def _group_difference(got: dict, want: dict, tolerance: Tolerance) -> tuple[floa
     if want.keys() - got.keys():
         return np.inf, False, f"names that we do not have: {sorted(want.keys() - got.keys())[:3]}"
     results = [(*difference(got[name], want[name], tolerance), name) for name in want]
-    error, ok, reason, name = min(results, key=lambda result: (result[1], -result[0]))  # refused first, then by error
+    # refused first, then by error
+    error, ok, reason, name = min(results, key=lambda result: (result[1], -result[0]))
     return error, ok, "" if ok else f"{reason}: {name}"
 
 

@@ -16,10 +16,16 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     prompts = file["prompts"]
     for key in file.keys("parsed_"):
         block, fps = map(int, re.fullmatch(r"parsed_block(\d+)_fps(\d+)", key).groups())
-        yield Entry(key, lambda block=block, fps=fps: np.array([_described(p, block, fps) for p in prompts]), EXACT)
+        yield Entry(
+            key,
+            lambda block=block, fps=fps: np.array([_described(p, block, fps) for p in prompts]),
+            EXACT,
+        )
 
 
 def _described(prompt: str, block: int, fps: int) -> str:
     scenes = parse_published(str(prompt), block, fps)
     columns = {"texts": "prompt", "blocks": "blocks", "hard_cut": "cut"}
-    return json.dumps({name: [getattr(scene, field) for scene in scenes] for name, field in columns.items()})
+    return json.dumps(
+        {name: [getattr(scene, field) for scene in scenes] for name, field in columns.items()}
+    )

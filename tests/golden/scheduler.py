@@ -1,7 +1,9 @@
-"""a_*: schedule tables, warped step lists, and the conversions between x0, velocity and noisy latents.
+"""a_*: schedule tables, warped step lists, and the conversions between x0, velocity and noisy
+latents.
 
-A group's name gives its shift and, after `set`, its number of steps: shift5, set50. Everything else that makes a table
-stands in the config, whose entry of a group's name, if there is one, overrides it for that group alone.
+A group's name gives its shift and, after `set`, its number of steps: shift5, set50. Everything else
+that makes a table stands in the config, whose entry of a group's name, if there is one, overrides
+it for that group alone.
 """
 
 import re
@@ -20,10 +22,15 @@ GROUP = re.compile(r"(?:shift(?P<shift>[\d.]+))?_?(?:set(?P<steps>\d+))?")
 FIELDS = {"num_inference_steps": "num_steps"} | {
     name: name
     for name in (
-        "shift", "sigma_min", "sigma_max", "extra_one_step", "denoising_strength", "inverse_timesteps",
+        "shift",
+        "sigma_min",
+        "sigma_max",
+        "extra_one_step",
+        "denoising_strength",
+        "inverse_timesteps",
         "reverse_sigmas",
     )
-}  # fmt: skip
+}
 INPUTS = ("x0", "noise", "flow", "t", "t_int", "t_mid")
 
 
@@ -40,15 +47,24 @@ def _group(file: GoldenFile, group: str) -> Entries:
 
 
 def _schedule(config: dict, group: str) -> Schedule:
-    """The table of a group. Raises Unsupported for a setting, or a name, whose meaning is not known here."""
+    """The table of a group. Raises Unsupported for a setting, or a name, whose meaning is not known
+    here.
+    """
     own, name = config.get(group), GROUP.fullmatch(group)
     if own is None and name is None:
-        raise Unsupported(f"group {group!r} is named neither shift<number> nor set<steps>, and the config has no entry")
-    settings = {key: value for key, value in config.items() if not isinstance(value, dict)} | (own or {})
+        raise Unsupported(
+            f"group {group!r} is named neither shift<number> nor set<steps>, and the config has no "
+            "entry"
+        )
+    settings = {key: value for key, value in config.items() if not isinstance(value, dict)} | (
+        own or {}
+    )
     scale = settings.pop("num_train_timesteps", T_MAX)
     unknown = sorted(settings.keys() - FIELDS.keys())
     if unknown or scale != T_MAX:
-        raise Unsupported(f"group {group!r}: settings {unknown} are not known, and num_train_timesteps is {scale}")
+        raise Unsupported(
+            f"group {group!r}: settings {unknown} are not known, and num_train_timesteps is {scale}"
+        )
     fields = {FIELDS[key]: value for key, value in settings.items()}
     if name is not None and name["shift"]:
         fields["shift"] = float(name["shift"])
@@ -69,7 +85,9 @@ def _tables(file: GoldenFile, group: str, table: Schedule) -> Iterator[Entry]:
 
 
 def _conversions(file: GoldenFile, group: str, table: Schedule) -> Iterator[Entry]:
-    given = {name: jnp.asarray(file[f"{group}/{name}"]) for name in INPUTS if f"{group}/{name}" in file}
+    given = {
+        name: jnp.asarray(file[f"{group}/{name}"]) for name in INPUTS if f"{group}/{name}" in file
+    }
     x0, noise, flow = given["x0"], given["noise"], given["flow"]
     functions = {
         "add_noise": lambda sigma: schedule.add_noise(x0, noise, sigma),
@@ -84,7 +102,9 @@ def _conversions(file: GoldenFile, group: str, table: Schedule) -> Iterator[Entr
         for name, function in functions.items():
             yield Entry(f"{group}/{name}{suffix}", lambda f=function, t=t: f(sigma(t)), CONVERSION)
     for name, t in (("step", "t"), ("step_mid", "t_mid")):
-        yield Entry(f"{group}/{name}", lambda t=t: _euler(table, x0, flow, np.asarray(given[t])), CONVERSION)
+        yield Entry(
+            f"{group}/{name}", lambda t=t: _euler(table, x0, flow, np.asarray(given[t])), CONVERSION
+        )
 
 
 def _euler(table: Schedule, x_t, velocity, t):

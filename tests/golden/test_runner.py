@@ -1,4 +1,6 @@
-"""The runner on folders made here by the numpy oracle, intact and damaged, and on the shared folder where it exists."""
+"""The runner on folders made here by the numpy oracle, intact and damaged, and on the shared folder
+where it exists.
+"""
 
 import itertools
 import json
@@ -19,14 +21,39 @@ from tests.golden.runner import run_file
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "golden"
 SIZES = {
-    "dim": 12, "ffn_dim": 16, "freq_dim": 8, "num_heads": 2, "head_dim": 6, "num_layers": 2, "in_dim": 2,
-    "lat_h": 2, "lat_w": 4, "fsl": 2, "max_global": 10, "text_dim": 5, "text_len": 3,
-}  # fmt: skip
+    "dim": 12,
+    "ffn_dim": 16,
+    "freq_dim": 8,
+    "num_heads": 2,
+    "head_dim": 6,
+    "num_layers": 2,
+    "in_dim": 2,
+    "lat_h": 2,
+    "lat_w": 4,
+    "fsl": 2,
+    "max_global": 10,
+    "text_dim": 5,
+    "text_len": 3,
+}
 SCENARIO = {
-    "name": "c_x", "pipe": "causal", "B": 1, "block": 2, "frames": 4, "local": -1, "sink": 0, "shift": 5.0, "init": 0,
-    "ctx": 0, "steps": [1000, 500], "warp": True, "infer": False, "flow": True, "gsink": True, "prompts": None,
+    "name": "c_x",
+    "pipe": "causal",
+    "B": 1,
+    "block": 2,
+    "frames": 4,
+    "local": -1,
+    "sink": 0,
+    "shift": 5.0,
+    "init": 0,
+    "ctx": 0,
+    "steps": [1000, 500],
+    "warp": True,
+    "infer": False,
+    "flow": True,
+    "gsink": True,
+    "prompts": None,
     "switch": None,
-}  # fmt: skip
+}
 # What the shared folder does not hold. The global window is 5 frames here (max_global over fsl).
 SCENARIOS = {
     "local_no_sink": {"B": 2, "frames": 8, "local": 4},
@@ -42,7 +69,13 @@ SCENARIOS = {
     "one_step": {"steps": [1000], "infer": True},
     "sink_and_block_overlap": {"block": 3, "frames": 12, "local": 5, "sink": 3},
     "sink_and_block_overlap_while_growing": {"frames": 10, "local": 5, "sink": 4},
-    "sink_and_block_overlap_inference_class": {"block": 3, "frames": 9, "local": 4, "sink": 2, "infer": True},
+    "sink_and_block_overlap_inference_class": {
+        "block": 3,
+        "frames": 9,
+        "local": 4,
+        "sink": 2,
+        "infer": True,
+    },
     "window_of_one_block": {"frames": 6, "local": 2, "sink": 2},
     "window_smaller_than_the_sink": {"frames": 8, "local": 3, "sink": 4},
     "global_window_smaller_than_sink_and_block": {"frames": 8, "sink": 4},
@@ -55,13 +88,23 @@ SCENARIOS = {
 def weights():
     rng, d, f = np.random.default_rng(0), SIZES["dim"], SIZES["ffn_dim"]
     shapes = {
-        "patch_embedding.weight": (d, 2, 1, 2, 2), "patch_embedding.bias": (d,), "head.modulation": (1, 2, d),
-        "text_embedding.0": (d, 5), "text_embedding.2": (d, d), "time_embedding.0": (d, 8), "time_embedding.2": (d, d),
-        "time_projection.1": (6 * d, d), "head.head": (8, d),
-    }  # fmt: skip
+        "patch_embedding.weight": (d, 2, 1, 2, 2),
+        "patch_embedding.bias": (d,),
+        "head.modulation": (1, 2, d),
+        "text_embedding.0": (d, 5),
+        "text_embedding.2": (d, d),
+        "time_embedding.0": (d, 8),
+        "time_embedding.2": (d, d),
+        "time_projection.1": (6 * d, d),
+        "head.head": (8, d),
+    }
     for i in range(SIZES["num_layers"]):
         block = f"blocks.{i}"
-        shapes |= {f"{block}.modulation": (1, 6, d), f"{block}.ffn.0": (f, d), f"{block}.ffn.2": (d, f)}
+        shapes |= {
+            f"{block}.modulation": (1, 6, d),
+            f"{block}.ffn.0": (f, d),
+            f"{block}.ffn.2": (d, f),
+        }
         shapes |= {f"{block}.norm3.weight": (d,), f"{block}.norm3.bias": (d,)}
         for attention in ("self_attn", "cross_attn"):
             shapes |= {f"{block}.{attention}.{part}": (d, d) for part in "qkvo"}
@@ -75,35 +118,91 @@ def weights():
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-# Prompts that change: scene strings, 16 frames a second, blocks of 2 are half a second; and switches at a frame.
-# A flush takes the last two places of the buffer, whatever lies there: an empty, a full and a half refilled one.
+# Prompts that change: scene strings, 16 frames a second, blocks of 2 are half a second; and
+# switches at a frame. A flush takes the last two places of the buffer, whatever lies there: an
+# empty, a full and a half refilled one.
 CHANGES = {
     "flush_of_a_full_window": {"frames": 14, "local": 6, "sink": 2, "prompts": "a[2s] | b"},
     "flush_of_a_window_not_full": {"frames": 10, "local": 8, "sink": 1, "prompts": "a[1s] | b"},
-    "flush_of_a_window_refilled_in_part": {"frames": 18, "local": 8, "sink": 2, "prompts": "a[2.5s] | b[0.5s] | c"},
+    "flush_of_a_window_refilled_in_part": {
+        "frames": 18,
+        "local": 8,
+        "sink": 2,
+        "prompts": "a[2.5s] | b[0.5s] | c",
+    },
     "flush_of_a_global_window": {"frames": 12, "prompts": "a[1s] | b[1s] | c"},
-    "flush_inference_class": {"frames": 22, "local": 6, "sink": 2, "infer": True, "prompts": "a[2s] | b[2s] | c"},
+    "flush_inference_class": {
+        "frames": 22,
+        "local": 6,
+        "sink": 2,
+        "infer": True,
+        "prompts": "a[2s] | b[2s] | c",
+    },
     "flush_inference_class_refilled_in_part": {
-        "frames": 20, "local": 8, "sink": 3, "block": 4, "infer": True, "prompts": "a[3s] | b[1s] | c",
+        "frames": 20,
+        "local": 8,
+        "sink": 3,
+        "block": 4,
+        "infer": True,
+        "prompts": "a[3s] | b[1s] | c",
     },
-    "flush_of_single_frames": {"block": 1, "frames": 9, "local": 5, "sink": 1, "prompts": "a[1s] | b"},
+    "flush_of_single_frames": {
+        "block": 1,
+        "frames": 9,
+        "local": 5,
+        "sink": 1,
+        "prompts": "a[1s] | b",
+    },
     "cut_of_the_training_class": {
-        "block": 3, "frames": 18, "local": 9, "sink": 3, "prompts": "a[2.25s#] | b[1.5s#] | c",
+        "block": 3,
+        "frames": 18,
+        "local": 9,
+        "sink": 3,
+        "prompts": "a[2.25s#] | b[1.5s#] | c",
     },
-    "cut_of_the_inference_class": {"block": 3, "frames": 15, "local": 6, "infer": True, "prompts": "a[2.25s#] | b"},
-    "switch_before_the_window_is_full": {"B": 2, "frames": 10, "local": 8, "sink": 2, "switch": [4]},
+    "cut_of_the_inference_class": {
+        "block": 3,
+        "frames": 15,
+        "local": 6,
+        "infer": True,
+        "prompts": "a[2.25s#] | b",
+    },
+    "switch_before_the_window_is_full": {
+        "B": 2,
+        "frames": 10,
+        "local": 8,
+        "sink": 2,
+        "switch": [4],
+    },
     "switch_of_a_full_window": {"B": 2, "frames": 14, "local": 6, "sink": 2, "switch": [3, 9]},
-    "switch_without_global_sink": {"frames": 14, "local": 6, "sink": 2, "switch": [7, 10], "gsink": False},
+    "switch_without_global_sink": {
+        "frames": 14,
+        "local": 6,
+        "sink": 2,
+        "switch": [7, 10],
+        "gsink": False,
+    },
     "switch_without_sink": {"frames": 12, "local": 4, "switch": [6], "ctx": 60},
     "switch_of_a_global_window": {"frames": 12, "sink": 1, "switch": [4, 10]},
     "switch_of_single_frames": {"block": 1, "frames": 8, "local": 4, "sink": 1, "switch": [2, 6]},
-    "switch_of_the_inference_class": {"frames": 14, "local": 6, "sink": 2, "infer": True, "switch": [8]},
+    "switch_of_the_inference_class": {
+        "frames": 14,
+        "local": 6,
+        "sink": 2,
+        "infer": True,
+        "switch": [8],
+    },
     "switch_of_the_inference_class_without_global_sink": {
-        "frames": 14, "local": 6, "sink": 2, "infer": True, "switch": [8], "gsink": False,
+        "frames": 14,
+        "local": 6,
+        "sink": 2,
+        "infer": True,
+        "switch": [8],
+        "gsink": False,
     },
     "switch_behind_initial_latents": {"frames": 8, "init": 2, "local": 6, "sink": 2, "switch": [6]},
     "two_switches_at_once": {"frames": 8, "local": 4, "switch": [2, 2]},
-}  # fmt: skip
+}
 
 
 def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
@@ -119,7 +218,8 @@ def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
     noise = normal(batch, scenario["frames"])
     renoise = normal(scenario["frames"] // block, steps - 1, batch * block)
     scene_of, cuts = scenes_of(scenario)
-    unreached = int(bool(scenario["prompts"]))  # a scene of the string may lie behind the end of the video
+    # a scene of the string may lie behind the end of the video
+    unreached = int(bool(scenario["prompts"]))
     prompts = normal(max(scene_of) + 1 + unreached, batch, shape=(3, 5))
     initial = normal(batch, scenario["init"]) if scenario["init"] else None
     outputs = oracle.rollout(weights, config, noise, renoise, prompts, initial, scene_of, cuts)
@@ -135,7 +235,9 @@ def rollout_file(weights, **changes) -> dict[str, np.ndarray]:
 
 
 def scenes_of(scenario: dict) -> tuple[list[int], list[bool]]:
-    """The scene of each block, and the cuts: worked out from the strings and frames of CHANGES alone."""
+    """The scene of each block, and the cuts: worked out from the strings and frames of CHANGES
+    alone.
+    """
     starts = range(scenario["init"], scenario["init"] + scenario["frames"], scenario["block"])
     if scenario["switch"]:
         scene, scene_of = 0, []
@@ -147,7 +249,9 @@ def scenes_of(scenario: dict) -> tuple[list[int], list[bool]]:
     parts = (scenario["prompts"] or "a").split(" | ")
     lengths = [int(float(part[2:].rstrip("s#]")) * 4 / scenario["block"]) for part in parts[:-1]]
     scene_of = [i for i, length in enumerate(lengths) for _ in range(length)][: len(starts)]
-    return scene_of + [len(parts) - 1] * (len(starts) - len(scene_of)), ["#" in part for part in parts]
+    return scene_of + [len(parts) - 1] * (len(starts) - len(scene_of)), [
+        "#" in part for part in parts
+    ]
 
 
 def forward_file(weights, combos) -> dict[str, np.ndarray]:
@@ -157,7 +261,12 @@ def forward_file(weights, combos) -> dict[str, np.ndarray]:
     prompts = rng.normal(size=(2, 3, 5)).astype(np.float32)
     t = rng.uniform(100, 900, (2, 5)).astype(np.float32)
     config = SIZES | {"combos": combos, "frames": 5, "shift": 5.0, "weights": "dit_weights.npz"}
-    arrays = {"x": x, "prompt_embeds": prompts, "t_perframe": t, "config": np.array(json.dumps(config))}
+    arrays = {
+        "x": x,
+        "prompt_embeds": prompts,
+        "t_perframe": t,
+        "config": np.array(json.dumps(config)),
+    }
     sigmas, times = oracle.schedule(5.0)
     sigma = sigmas[np.argmin(np.abs(times - t[..., None]), axis=-1)][..., None, None, None]
     for block, local in combos:
@@ -195,7 +304,11 @@ QUICK = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SCENARIOS | CHANGES]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in SCENARIOS | CHANGES
+    ],
 )
 def test_rollouts_equal_the_oracle(folder, weights, name):
     np.savez(folder / "c_x.npz", **rollout_file(weights, **(SCENARIOS | CHANGES)[name]))
@@ -203,12 +316,14 @@ def test_rollouts_equal_the_oracle(folder, weights, name):
 
 
 def test_training_forwards_equal_the_oracle(folder, weights):
-    combos = [[2, -1], [1, 2], [2, 3], [3, 2]]  # also a window smaller than the block, and a last block cut short
+    # also a window smaller than the block, and a last block cut short
+    combos = [[2, -1], [1, 2], [2, 3], [3, 2]]
     np.savez(folder / "b_x.npz", **forward_file(weights, combos))
     assert failures(folder / "b_x.npz") == {}
 
 
-# Config of an a_* file beyond what the shared folder has; spec/sampling.md 1 says what each field does.
+# Config of an a_* file beyond what the shared folder has; spec/sampling.md 1 says what each field
+# does.
 SCHEDULES = {
     "class_defaults": {"sigma_min": 0.003 / 1.002, "extra_one_step": False, "shift": 3.0},
     "strength": {"sigma_max": 0.9, "denoising_strength": 0.6},
@@ -221,10 +336,14 @@ SCHEDULES = {
 def scheduler_file(settings: dict) -> dict[str, np.ndarray]:
     """All arrays of an a_* file: a group with everything, and two that hold only tables."""
     rng = np.random.default_rng(3)
-    fields = {key: value for key, value in settings.items() if key not in ("shift", "num_inference_steps")}
+    fields = {
+        key: value for key, value in settings.items() if key not in ("shift", "num_inference_steps")
+    }
     steps = settings.get("num_inference_steps", 1000)
     sigmas, times = oracle.schedule(2.5, steps, **fields)
-    inputs = {name: rng.normal(size=(3, 2, 4)).astype(np.float32) for name in ("x0", "noise", "flow")}
+    inputs = {
+        name: rng.normal(size=(3, 2, 4)).astype(np.float32) for name in ("x0", "noise", "flow")
+    }
     inputs |= {"t": times[[2 * steps // 5, steps // 2, -1]], "t_int": np.array([700, 501, 333])}
     inputs |= {"t_mid": times[[steps // 2, steps // 3]], "steps1": np.array([60, 33, 0])}
     final = 1.0 if settings.keys() & {"inverse_timesteps", "reverse_sigmas"} else 0.0
@@ -237,7 +356,11 @@ def scheduler_file(settings: dict) -> dict[str, np.ndarray]:
         groups[name] = dict(zip(("sigmas", "timesteps"), table, strict=True))
     own = {"shift": 1.5, "num_inference_steps": 20, "sigma_max": 0.7}
     config = {"num_train_timesteps": 1000, "mild": own, **settings}
-    arrays = {f"{group}/{name}": array for group, members in groups.items() for name, array in members.items()}
+    arrays = {
+        f"{group}/{name}": array
+        for group, members in groups.items()
+        for name, array in members.items()
+    }
     return arrays | {"config": np.array(json.dumps(config))}
 
 
@@ -263,7 +386,8 @@ def test_a_schedule_that_is_not_understood_is_reported(folder, field):
     assert "'other' is named neither" in failures(folder / "a_x.npz")["-"]
 
 
-KEYS = ["video_c", "avg", "video_main", "video_a", "video_b"]  # of the others, the first two count: c and a
+# of the others, the first two count: c and a
+KEYS = ["video_c", "avg", "video_main", "video_a", "video_b"]
 
 
 def selective_kl_file(epochs: int) -> dict[str, np.ndarray]:
@@ -273,8 +397,15 @@ def selective_kl_file(epochs: int) -> dict[str, np.ndarray]:
     ranks = (rewards[..., None, :] > rewards[..., None]).sum(-1) + 1.0  # 1 is the best
     rank_diff = ranks[:, 2] - (ranks[:, 0] + ranks[:, 3]) / 2
     config = {"selkl_x": {"epochs": epochs, "samples": 12, "main_reward": "video_main"}}
-    arrays = {"rewards": rewards, "reward_keys": np.array(KEYS), "kl": np.zeros((epochs, 2)), "rank_diff": rank_diff}
-    return {f"selkl/x/{name}": array for name, array in arrays.items()} | {"config": np.array(json.dumps(config))}
+    arrays = {
+        "rewards": rewards,
+        "reward_keys": np.array(KEYS),
+        "kl": np.zeros((epochs, 2)),
+        "rank_diff": rank_diff,
+    }
+    return {f"selkl/x/{name}": array for name, array in arrays.items()} | {
+        "config": np.array(json.dumps(config))
+    }
 
 
 def lora_file() -> dict[str, np.ndarray]:
@@ -320,45 +451,84 @@ def test_both_orders_of_the_reward_axes_are_read(folder, epochs):
 
 
 def step_file(path: Path, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """An fh_* file without some outputs, its reference policy `old`. The numbers are ours: this is about the runner."""
+    """An fh_* file without some outputs, its reference policy `old`. The numbers are ours: this is
+    about the runner.
+    """
     rng = np.random.default_rng(5)
     config = SIZES | {
-        "variants": {"x": {"mask_block": 1, "select_kl": True}}, "kl_beta": {"x": 0.01}, "beta": 0.1, "shift": 5.0,
-        "accumulation": 2, "adv_clip_max": 5, "decay_type": 1, "ema_decay": 0.9, "lora": {"alpha": 4, "r": 2},
-        "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4, "max_grad_norm": 1.0,
-    }  # fmt: skip
+        "variants": {"x": {"mask_block": 1, "select_kl": True}},
+        "kl_beta": {"x": 0.01},
+        "beta": 0.1,
+        "shift": 5.0,
+        "accumulation": 2,
+        "adv_clip_max": 5,
+        "decay_type": 1,
+        "ema_decay": 0.9,
+        "lora": {"alpha": 4, "r": 2},
+        "lr": 1e-3,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 1.0,
+    }
     arrays = {"config": np.array(json.dumps(config)), "x/global_step": np.array(30)}
     for policy in ("default", "old"):
-        adapter = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / 4, adapter_shapes(wan_config(config), 2))
-        arrays |= {f"init/{policy}/{key}": value.astype(np.float32) for key, value in to_peft(adapter).items()}
+        adapter = jax.tree.map(
+            lambda leaf: rng.normal(size=leaf.shape) / 4, adapter_shapes(wan_config(config), 2)
+        )
+        arrays |= {
+            f"init/{policy}/{key}": value.astype(np.float32)
+            for key, value in to_peft(adapter).items()
+        }
     for i, t in enumerate((1000, 500)):
         x0, noise = rng.normal(size=(2, 2, 2, 2, 2, 4)).astype(np.float32)
-        inputs = {"x0": x0, "noise": noise, "prompt_embeds": rng.normal(size=(2, 3, 5)).astype(np.float32)}
-        inputs |= {"advantages": rng.normal(size=2), "t": np.array(t), "reward_mask": np.array([True, False])}
+        inputs = {
+            "x0": x0,
+            "noise": noise,
+            "prompt_embeds": rng.normal(size=(2, 3, 5)).astype(np.float32),
+        }
+        inputs |= {
+            "advantages": rng.normal(size=2),
+            "t": np.array(t),
+            "reward_mask": np.array([True, False]),
+        }
         inputs["xt"] = (1 - t / 1000) * x0 + t / 1000 * noise
         arrays |= {f"x/micro{i}/{name}": value for name, value in inputs.items()}
-    old_ref = {key.replace("/old/", "/old_ref/"): arrays[key] for key in arrays if key.startswith("init/old/")}
+    old_ref = {
+        key.replace("/old/", "/old_ref/"): arrays[key]
+        for key in arrays
+        if key.startswith("init/old/")
+    }
     np.savez(path, **arrays, **old_ref)
     for key, compute, _ in itertools.chain.from_iterable(nft_step.entries(GoldenFile(path))):
         if not key.startswith(left_out):
             ours = compute()
-            arrays |= {key + name: value for name, value in ours.items()} if key.endswith("/") else {key: ours}
+            arrays |= (
+                {key + name: value for name, value in ours.items()}
+                if key.endswith("/")
+                else {key: ours}
+            )
     return arrays
 
 
 @pytest.mark.slow
 def test_outputs_of_an_optimiser_step_may_be_left_out(folder):
-    """Without the stored gradient, and with only one prediction to tell which policy the reference is."""
+    """Without the stored gradient, and with only one prediction to tell which policy the reference
+    is.
+    """
     path, layer = folder / "fh_x.npz", "x/old_after/base_model.model.blocks.1."
     arrays = step_file(path, left_out=("x/micro0/", "x/grad/", "x/ema_after/"))
     stored = {key: value for key, value in arrays.items() if not key.startswith(layer)}
     wrong = next(key for key in stored if key.startswith("x/default_after/"))
-    stored["x/grad_norm"] = stored["x/grad_norm"] * (1 + 1e-5)  # the norm is as exact as the gradient
+    # the norm is as exact as the gradient
+    stored["x/grad_norm"] = stored["x/grad_norm"] * (1 + 1e-5)
     np.savez(path, **stored | {wrong: stored[wrong] + 1e-2})
     lines = list(run_file(path))
     assert len(lines) == 11  # xt of micro0, the 7 of micro1, grad_norm and 2 adapters
     bad = {line.entry: line.reason for line in lines if not line.ok}
-    assert bad == {"x/default_after/": f"outside the tolerance: {wrong.removeprefix('x/default_after/')}"}
+    assert bad == {
+        "x/default_after/": f"outside the tolerance: {wrong.removeprefix('x/default_after/')}"
+    }
 
 
 def test_outputs_may_be_left_out_but_not_all_of_them(folder, rollout):
@@ -383,7 +553,15 @@ def test_a_correct_folder_exits_with_0_and_a_perturbed_one_with_1(folder, rollou
     *perturbed, total = capsys.readouterr().out.splitlines()
     (bad,) = (line for line in perturbed if "FAIL" in line)
     file, entry, error, *rest = bad.split()
-    assert (file, entry, *rest) == ("c_x.npz", "call_x0", "1e-04", "FAIL", "outside", "the", "tolerance")
+    assert (file, entry, *rest) == (
+        "c_x.npz",
+        "call_x0",
+        "1e-04",
+        "FAIL",
+        "outside",
+        "the",
+        "tolerance",
+    )
     assert float(error) == pytest.approx(1e-3, rel=0.01)
     assert total == f"{len(lines) - 1} ok, 1 failed"
 
@@ -409,11 +587,18 @@ def test_a_scenario_that_cannot_run_is_reported_and_covers_nothing(folder, rollo
 
 def test_an_exception_fails_the_entry_and_not_the_run(folder, weights):
     arrays = rollout_file(weights, init=2)
-    damaged = arrays | {"renoise": arrays["renoise"][:, :, :-1]}  # does not hold the frames of a block
+    # does not hold the frames of a block
+    damaged = arrays | {"renoise": arrays["renoise"][:, :, :-1]}
     np.savez(folder / "c_x.npz", **damaged)
     found = failures(folder / "c_x.npz")
     assert all(reason.startswith("ValueError: ") for reason in found.values())
-    assert arrays.keys() - found.keys() == {"denoising_step_list", "noise", "renoise", "prompt_embeds/p0", "config"}
+    assert arrays.keys() - found.keys() == {
+        "denoising_step_list",
+        "noise",
+        "renoise",
+        "prompt_embeds/p0",
+        "config",
+    }
 
 
 def test_files_that_are_not_understood_are_reported(folder):
@@ -430,7 +615,11 @@ def test_a_folder_without_files_or_with_weights_only_fails(tmp_path, folder):
 
 
 def test_a_handled_file_that_holds_weights_is_not_passed_over(folder, rollout, weights):
-    np.savez(folder / "c_x.npz", **rollout, **{"patch_embedding.weight": weights["patch_embedding.weight"]})
+    np.savez(
+        folder / "c_x.npz",
+        **rollout,
+        **{"patch_embedding.weight": weights["patch_embedding.weight"]},
+    )
     assert failures(folder / "c_x.npz") == {"patch_embedding.weight": "not covered"}
 
 
@@ -459,7 +648,9 @@ def test_comparison(got, want, tolerance, accepted):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("fh_") else [])
+        pytest.param(
+            path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith("fh_") else []
+        )
         for path in sorted(SHARED.glob("*.npz"))
         if path.stem != "dit_weights"  # an input
     ],

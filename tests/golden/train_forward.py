@@ -22,4 +22,8 @@ def _combo(file: GoldenFile, dit: Dit, block: int, local: int) -> Iterator[Entry
         t = file[f"t_{times}"]
         velocity = functools.cache(lambda t=t: dit.forward(x, t, prompts, layout))
         yield Entry(f"{prefix}/{times}/flow", velocity, FORWARD)
-        yield Entry(f"{prefix}/{times}/x0", lambda v=velocity, t=t: to_x0(x, v(), t, file.config["shift"]), FORWARD)
+        yield Entry(
+            f"{prefix}/{times}/x0",
+            lambda v=velocity, t=t: to_x0(x, v(), t, file.config["shift"]),
+            FORWARD,
+        )

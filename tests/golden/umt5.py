@@ -20,7 +20,9 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     @functools.cache
     def run(method: str):
         graphdef, params, _ = load_net("text_encoder", weights, config)
-        return jax.jit(lambda params: getattr(layers.merge(graphdef, params), method)(ids, mask))(params)
+        return jax.jit(lambda params: getattr(layers.merge(graphdef, params), method)(ids, mask))(
+            params
+        )
 
     yield Entry("hidden", lambda: run("__call__"), FORWARD)
     yield Entry("prompt_embeds", lambda: run("embed"), FORWARD)
@@ -29,7 +31,9 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
 
 def _config(stored: dict) -> UMT5Config:
     if stored["shared_pos"]:
-        raise Unsupported("one position table shared by all layers (shared_pos): that is T5, not UMT5")
+        raise Unsupported(
+            "one position table shared by all layers (shared_pos): that is T5, not UMT5"
+        )
     return UMT5Config(
         vocab_size=stored["vocab"],
         dim=stored["dim"],

@@ -1,4 +1,6 @@
-"""d_*: the VAE, whole and chunk by chunk. Stored pixels are [B, 3, T, H, W], ours [B, T, H, W, 3]."""
+"""d_*: the VAE, whole and chunk by chunk. Stored pixels are [B, 3, T, H, W], ours [B, T, H, W,
+3].
+"""
 
 import functools
 from collections.abc import Iterator
@@ -47,8 +49,14 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
     yield Entry("video01", lambda: jnp.clip(_frames_first(decoded()) * 0.5 + 0.5, 0, 1), FORWARD)
     for group in file.groups():
         if group.startswith("cached"):
-            yield Entry(f"{group}/decoded", lambda g=group: _frames_first(jnp.concatenate(stream(g), 1)), FORWARD)
-            yield Entry(f"{group}/frames_per_chunk", lambda g=group: [c.shape[1] for c in stream(g)], EXACT)
+            yield Entry(
+                f"{group}/decoded",
+                lambda g=group: _frames_first(jnp.concatenate(stream(g), 1)),
+                FORWARD,
+            )
+            yield Entry(
+                f"{group}/frames_per_chunk", lambda g=group: [c.shape[1] for c in stream(g)], EXACT
+            )
 
 
 def _frames_first(frames):
@@ -59,7 +67,9 @@ def _frames_first(frames):
 def _config(file: GoldenFile) -> VaeConfig:
     stored = file.config
     if stored["attn_scales"]:
-        raise Unsupported(f"attention inside the stages (attn_scales {stored['attn_scales']}); no Wan VAE has it")
+        raise Unsupported(
+            f"attention inside the stages (attn_scales {stored['attn_scales']}); no Wan VAE has it"
+        )
     return VaeConfig(
         dim=stored["dim"],
         z_dim=stored["z_dim"],

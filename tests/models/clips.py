@@ -21,7 +21,14 @@ SIZES = {
 }
 # Heads are as wide as in the published models: no tensor tells that.
 OPEN = CLIPConfig(
-    vision_dim=160, vision_ffn=24, vision_heads=2, text_dim=128, text_ffn=16, text_heads=2, embed_dim=24, **SIZES
+    vision_dim=160,
+    vision_ffn=24,
+    vision_heads=2,
+    text_dim=128,
+    text_ffn=16,
+    text_heads=2,
+    embed_dim=24,
+    **SIZES,
 )
 OPENAI = CLIPConfig(
     vision_dim=128,
@@ -50,9 +57,14 @@ def model(config: CLIPConfig, seed: int = 0) -> CLIPModel:
         }
 
     given = TorchConfig(
-        vision_config=tower("vision") | {"image_size": config.image_size, "patch_size": config.patch_size},
+        vision_config=tower("vision")
+        | {"image_size": config.image_size, "patch_size": config.patch_size},
         text_config=tower("text")
-        | {"vocab_size": config.vocab_size, "max_position_embeddings": config.text_len, "eos_token_id": 2},
+        | {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.text_len,
+            "eos_token_id": 2,
+        },
         projection_dim=config.embed_dim,
     )
     net = CLIPModel(given).eval()
@@ -81,7 +93,10 @@ def open_clip(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
     }
-    norms = {"vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post"}
+    norms = {
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+    }
     norms |= {"text_model.final_layer_norm": "ln_final"}
     inner = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     inner |= {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
@@ -109,7 +124,9 @@ _LETTERS = "abc1!,'"
 
 
 def vocabulary() -> dict[str, int]:
-    """A small byte-level vocabulary in CLIP's order: symbols, symbols that end a word, merges, special tokens."""
+    """A small byte-level vocabulary in CLIP's order: symbols, symbols that end a word, merges,
+    special tokens.
+    """
     words = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), *map("".join, MERGES)]
     words += [f"<filler{i}>" for i in range(SIZES["vocab_size"] - 2 - len(words))]
     return {word: i for i, word in enumerate([*words, START, END])}

@@ -48,15 +48,20 @@ def config_of(params: dict) -> Qwen2VLConfig:
 
 
 def quantised(params: dict) -> tuple[nnx.GraphDef, dict, dict]:
-    """The int8 net of a reward, its parameters, and plain ones with the kernels that these stand for."""
+    """The int8 net of a reward, its parameters, and plain ones with the kernels that these stand
+    for.
+    """
     graphdef, expected, _ = qwen2_vl.shapes(dataclasses.replace(config_of(params), quantised=True))
 
     def fill(expected: dict, given: dict) -> tuple[dict, dict]:
         if "kernel" in given and expected["kernel"].dtype == np.int8:
             whole, scale = quantise(given["kernel"], np)
-            return given | {"kernel": whole, "scale": scale}, given | {"kernel": whole * scale[..., None, :]}
+            return given | {"kernel": whole, "scale": scale}, given | {
+                "kernel": whole * scale[..., None, :]
+            }
         pairs = {
-            key: fill(expected[key], node) if isinstance(node, dict) else (node, node) for key, node in given.items()
+            key: fill(expected[key], node) if isinstance(node, dict) else (node, node)
+            for key, node in given.items()
         }
         return tuple({key: pair[i] for key, pair in pairs.items()} for i in range(2))
 
@@ -104,8 +109,12 @@ def patches(samples: int, grid, seed: int = 0) -> np.ndarray:
     return tiny.normal(seed, samples, int(np.prod(grid)), PATCH_VALUES)
 
 
-def ids(lengths, grid, placeholder: int = IMAGE, before: int = 3, seed: int = 1, config=CONFIG) -> np.ndarray:
-    """Token ids [B, L]: text, placeholders of the grid, text up to the length of each sample, padding."""
+def ids(
+    lengths, grid, placeholder: int = IMAGE, before: int = 3, seed: int = 1, config=CONFIG
+) -> np.ndarray:
+    """Token ids [B, L]: text, placeholders of the grid, text up to the length of each sample,
+    padding.
+    """
     rng, vision = np.random.default_rng(seed), int(np.prod(grid)) // MERGE**2
     table = np.full((len(lengths), max(lengths)), PADDING)
     for row, length in zip(table, lengths, strict=True):
@@ -115,7 +124,9 @@ def ids(lengths, grid, placeholder: int = IMAGE, before: int = 3, seed: int = 1,
 
 
 def random_weights(model: torch.nn.Module, seed: int = 3) -> None:
-    """Every parameter normal, times 0.3, around one in norms; 0.1 in LoRA, whose product would drown the weights."""
+    """Every parameter normal, times 0.3, around one in norms; 0.1 in LoRA, whose product would
+    drown the weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

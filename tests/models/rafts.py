@@ -1,4 +1,6 @@
-"""SEA-RAFT in torch, from its description (spec/rewards.md 10.2), and its weights by their published names."""
+"""SEA-RAFT in torch, from its description (spec/rewards.md 10.2), and its weights by their
+published names.
+"""
 
 import dataclasses
 
@@ -9,7 +11,14 @@ import torch.nn.functional as F
 from astrolabe_jax.models.sea_raft import SeaRaftConfig
 
 TINY = SeaRaftConfig(
-    dim=8, initial_dim=4, block_dims=(4, 6, 10), blocks=(1, 2, 1), levels=4, radius=2, num_blocks=2, iterations=3
+    dim=8,
+    initial_dim=4,
+    block_dims=(4, 6, 10),
+    blocks=(1, 2, 1),
+    levels=4,
+    radius=2,
+    num_blocks=2,
+    iterations=3,
 )
 
 # Of the fewest parts, with as many iterations as the published one: no tensor tells how many.
@@ -25,13 +34,20 @@ def published(config: SeaRaftConfig) -> dict[str, tuple[int, ...]]:
         found[f"{name}.bias"] = (features,)
 
     def norm(name, features):
-        found.update({f"{name}.{part}": (features,) for part in ("weight", "bias", "running_mean", "running_var")})
+        found.update(
+            {
+                f"{name}.{part}": (features,)
+                for part in ("weight", "bias", "running_mean", "running_var")
+            }
+        )
 
     for net, channels in (("cnet", 6), ("fnet", 3)):
         conv(f"{net}.conv1", channels, config.initial_dim, 7)
         norm(f"{net}.bn1", config.initial_dim)
         width = config.initial_dim
-        for stage, (features, count) in enumerate(zip(config.block_dims, config.blocks, strict=True)):
+        for stage, (features, count) in enumerate(
+            zip(config.block_dims, config.blocks, strict=True)
+        ):
             for i in range(count):
                 block = f"{net}.layer{stage + 1}.{i}"
                 conv(f"{block}.conv1", width, features, 3)
@@ -56,9 +72,19 @@ def published(config: SeaRaftConfig) -> dict[str, tuple[int, ...]]:
     for i in range(config.num_blocks):
         block = f"update_block.refine.{i}"
         conv(f"{block}.dwconv", 3 * dim, 3 * dim, 7, 3 * dim)
-        found |= {f"{block}.norm.weight": (3 * dim,), f"{block}.norm.bias": (3 * dim,), f"{block}.gamma": (3 * dim,)}
-        found |= {f"{block}.pwconv1.weight": (4 * dim, 3 * dim), f"{block}.pwconv1.bias": (4 * dim,)}
-        found |= {f"{block}.pwconv2.weight": (3 * dim, 4 * dim), f"{block}.pwconv2.bias": (3 * dim,)}
+        found |= {
+            f"{block}.norm.weight": (3 * dim,),
+            f"{block}.norm.bias": (3 * dim,),
+            f"{block}.gamma": (3 * dim,),
+        }
+        found |= {
+            f"{block}.pwconv1.weight": (4 * dim, 3 * dim),
+            f"{block}.pwconv1.bias": (4 * dim,),
+        }
+        found |= {
+            f"{block}.pwconv2.weight": (3 * dim, 4 * dim),
+            f"{block}.pwconv2.bias": (3 * dim,),
+        }
         conv(f"{block}.final", 3 * dim, dim, 1)
     return found
 
@@ -92,7 +118,9 @@ class Oracle:
 
     def conv(self, x, name, stride=1, groups=1):
         weight = self.get(f"{name}.weight")
-        return F.conv2d(x, weight, self.get(f"{name}.bias"), stride, weight.shape[-1] // 2, 1, groups)
+        return F.conv2d(
+            x, weight, self.get(f"{name}.bias"), stride, weight.shape[-1] // 2, 1, groups
+        )
 
     def norm(self, x, name):
         mean, var, weight, bias = (
@@ -128,23 +156,37 @@ class Oracle:
             wanted = places / 2**level + offsets
             wanted = 2 * wanted / torch.tensor([w - 1, h - 1]) - 1
             found.append(
-                F.grid_sample(volume.reshape(-1, 1, h, w), wanted, align_corners=True).reshape(batch, height, width, -1)
+                F.grid_sample(volume.reshape(-1, 1, h, w), wanted, align_corners=True).reshape(
+                    batch, height, width, -1
+                )
             )
             if level + 1 < self.config.levels:
-                second = F.interpolate(second, scale_factor=0.5, mode="bilinear", align_corners=False)
+                second = F.interpolate(
+                    second, scale_factor=0.5, mode="bilinear", align_corners=False
+                )
         return torch.cat(found, -1).permute(0, 3, 1, 2)
 
     def update(self, state, context, found, flow):
         prefix = "update_block.encoder"
         found = F.relu(self.conv(F.relu(self.conv(found, f"{prefix}.convc1")), f"{prefix}.convc2"))
         seen = F.relu(self.conv(F.relu(self.conv(flow, f"{prefix}.convf1")), f"{prefix}.convf2"))
-        motion = torch.cat([F.relu(self.conv(torch.cat([found, seen], 1), f"{prefix}.conv")), flow], 1)
+        motion = torch.cat(
+            [F.relu(self.conv(torch.cat([found, seen], 1), f"{prefix}.conv")), flow], 1
+        )
         for i in range(self.config.num_blocks):
             block = f"update_block.refine.{i}"
             x = torch.cat([state, context, motion], 1)
             y = self.conv(x, f"{block}.dwconv", groups=x.shape[1]).permute(0, 2, 3, 1)
-            y = F.layer_norm(y, y.shape[-1:], self.get(f"{block}.norm.weight"), self.get(f"{block}.norm.bias"), 1e-6)
-            y = F.gelu(F.linear(y, self.get(f"{block}.pwconv1.weight"), self.get(f"{block}.pwconv1.bias")))
+            y = F.layer_norm(
+                y,
+                y.shape[-1:],
+                self.get(f"{block}.norm.weight"),
+                self.get(f"{block}.norm.bias"),
+                1e-6,
+            )
+            y = F.gelu(
+                F.linear(y, self.get(f"{block}.pwconv1.weight"), self.get(f"{block}.pwconv1.bias"))
+            )
             y = F.linear(y, self.get(f"{block}.pwconv2.weight"), self.get(f"{block}.pwconv2.bias"))
             x = x + (self.get(f"{block}.gamma") * y).permute(0, 3, 1, 2)
             state = self.conv(x, f"{block}.final")
@@ -154,7 +196,9 @@ class Oracle:
         batch, _, height, width = flow.shape
         mix = weights.reshape(batch, 1, 9, 8, 8, height, width).softmax(2)
         near = F.unfold(8 * flow, 3, padding=1).reshape(batch, 2, 9, 1, 1, height, width)
-        return (mix * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(batch, 2, 8 * height, 8 * width)
+        return (
+            (mix * near).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(batch, 2, 8 * height, 8 * width)
+        )
 
     @torch.no_grad()
     def flow(self, first, second):
@@ -163,7 +207,11 @@ class Oracle:
         down, right = -height % 8, -width % 8
         pads = (right // 2, right - right // 2, down // 2, down - down // 2)
         first, second = (
-            F.pad(2 * torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - 1, pads, mode="replicate")
+            F.pad(
+                2 * torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - 1,
+                pads,
+                mode="replicate",
+            )
             for x in (first, second)
         )
         both = self.conv(self.encoder(torch.cat([first, second], 1), "cnet"), "init_conv")

@@ -1,4 +1,6 @@
-"""CLIP equals that of transformers in both towers; the end token is the only one that a text is read at."""
+"""CLIP equals that of transformers in both towers; the end token is the only one that a text is
+read at.
+"""
 
 import dataclasses
 
@@ -16,7 +18,9 @@ from astrolabe_jax.models.clip import CLIP, VIT_H_14, VIT_L_14, Aesthetic, CLIPC
 from tests.models import clips, tiny
 
 END = clips.SIZES["vocab_size"] - 1
-IDS = np.array([[58, 3, 7, 1, END, 0, 0, 0, 0], [58, END, 0, 0, 0, 0, 0, 0, 0], [58, 9, 8, 7, 6, 5, 4, 3, END]])
+IDS = np.array(
+    [[58, 3, 7, 1, END, 0, 0, 0, 0], [58, END, 0, 0, 0, 0, 0, 0, 0], [58, 9, 8, 7, 6, 5, 4, 3, END]]
+)
 
 
 def loaded(config, tensors, names=tables.hugging_face):
@@ -36,7 +40,9 @@ def pair(request):
     net = clips.model(config)
     given = {name: tensor for name, tensor in clips.tensors(net).items() if name != "logit_scale"}
     graphdef, params = loaded(config, given)
-    run = jax.jit(lambda name, params, x: getattr(layers.merge(graphdef, params), name)(x), static_argnums=0)
+    run = jax.jit(
+        lambda name, params, x: getattr(layers.merge(graphdef, params), name)(x), static_argnums=0
+    )
     return config, net, lambda name, x: np.asarray(run(name, params, x))
 
 
@@ -44,7 +50,9 @@ def test_images_are_read_as_by_transformers(pair):
     config, net, run = pair
     pixels = images(config)
     with torch.no_grad():
-        want = net.get_image_features(torch.from_numpy(pixels).permute(0, 3, 1, 2)).pooler_output.numpy()
+        want = net.get_image_features(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        ).pooler_output.numpy()
     np.testing.assert_allclose(run("vision", pixels), want, atol=1e-5)
 
 
@@ -88,13 +96,17 @@ def test_the_aesthetic_layers_are_one_affine_map_of_the_normalised_features():
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
     matrix, offset = np.eye(config.embed_dim), np.zeros(config.embed_dim)
     for i in range(5):
-        kernel, bias = (np.asarray(params["head"][i][name], np.float64) for name in ("kernel", "bias"))
+        kernel, bias = (
+            np.asarray(params["head"][i][name], np.float64) for name in ("kernel", "bias")
+        )
         matrix, offset = matrix @ kernel, offset @ kernel + bias
     assert matrix.shape == (config.embed_dim, 1)
     np.testing.assert_allclose(scores, (features @ matrix + offset)[:, 0], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("field", "value"), [("vision_heads", 3), ("text_heads", 3), ("patch_size", 5)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("vision_heads", 3), ("text_heads", 3), ("patch_size", 5)]
+)
 def test_sizes_that_do_not_fit_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"CLIPConfig.*{field}"):
         dataclasses.replace(clips.OPEN, **{field: value})
@@ -105,7 +117,9 @@ def test_sixteen_bit_activations_stay_close_to_float32(pair):
     given = {name: tensor for name, tensor in clips.tensors(net).items() if name != "logit_scale"}
     half = dataclasses.replace(config, dtype="bfloat16")
     graphdef, params = loaded(half, given)
-    got = jax.jit(lambda params, x: layers.merge(graphdef, params).vision(x))(params, images(config))
+    got = jax.jit(lambda params, x: layers.merge(graphdef, params).vision(x))(
+        params, images(config)
+    )
     assert got.dtype == jnp.float32
     want = run("vision", images(config))
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
@@ -118,5 +132,8 @@ def test_sixteen_bit_activations_stay_close_to_float32(pair):
 )
 def test_published_parameter_counts(config: CLIPConfig, vision, text):
     _, params = layers.graphdef_of(lambda: CLIP(config, nnx.Rngs(0)))
-    count = {name: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for name in ("vision", "text")}
+    count = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(params[name]))
+        for name in ("vision", "text")
+    }
     assert count == {"vision": vision, "text": text}

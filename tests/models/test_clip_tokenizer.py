@@ -45,7 +45,9 @@ def test_tokens_are_those_of_bpe(tokenizer, text):
     vocabulary = clips.vocabulary()
     want = [vocabulary[clips.START], *bpe(" ".join(text.split())), vocabulary[clips.END]]
     want = want if len(want) <= TEXT_LEN else [*want[: TEXT_LEN - 1], want[-1]]
-    np.testing.assert_array_equal(token_ids(tokenizer, [text], TEXT_LEN)[0], want + [0] * (TEXT_LEN - len(want)))
+    np.testing.assert_array_equal(
+        token_ids(tokenizer, [text], TEXT_LEN)[0], want + [0] * (TEXT_LEN - len(want))
+    )
 
 
 def test_both_forms_of_the_files_are_one_tokenizer(directory, tokenizer, tmp_path):
@@ -70,19 +72,28 @@ def test_limits_in_the_file_do_not_matter(tokenizer, tmp_path):
 @pytest.mark.parametrize("token", ["<|endoftext|>", "<|STARTOFTEXT|>", "<end_of_text>"])
 def test_special_tokens_are_refused(tokenizer, token):
     for refuse in (check_prompt, lambda prompt: token_ids(tokenizer, [prompt], TEXT_LEN)):
-        with pytest.raises(ValueError, match=f"holds '{re.escape(token)}', a special token of CLIP"):
+        with pytest.raises(
+            ValueError, match=f"holds '{re.escape(token)}', a special token of CLIP"
+        ):
             refuse(f"a cat {token} b")
 
 
 def test_files_that_are_no_tokenizer_of_clip_are_named(directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no .*vocab.json; expected tokenizer.json, or vocab.json and merges"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no .*vocab.json; expected tokenizer.json, or vocab.json and merges",
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json cannot be read: .*; copy them again"):
         load_tokenizer(tmp_path)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+    )
     words.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer.json makes \[\] of an empty text; expected a start token"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json makes \[\] of an empty text; expected a start token"
+    ):
         load_tokenizer(tmp_path)
     other = tmp_path / "half"
     other.mkdir()

@@ -16,7 +16,14 @@ FRAMES = 4
 def _velocity(params, adapter, scale=1.0):
     net = merge(tiny.model()[0], params)
     text = net.encode_text(tiny.text(), adapter, scale)
-    return net(tiny.latents(FRAMES), jnp.full((1, FRAMES), 600.0), text, adapter, scale, layout=Layout(block=2))
+    return net(
+        tiny.latents(FRAMES),
+        jnp.full((1, FRAMES), 600.0),
+        text,
+        adapter,
+        scale,
+        layout=Layout(block=2),
+    )
 
 
 @pytest.mark.parametrize("config, count", [(WAN_1_3B, 349_962_240), (WAN_14B, 1_226_833_920)])
@@ -32,7 +39,9 @@ def test_fresh_adapter_is_the_base_exactly():
     for name, (n_in, _) in lora.linear_sizes(tiny.CONFIG).items():
         a = np.asarray(adapter[name]["a"])
         assert 0.8 * n_in**-0.5 < np.abs(a).max() <= n_in**-0.5
-    np.testing.assert_array_equal(jax.jit(_velocity)(params, adapter), jax.jit(_velocity)(params, None))
+    np.testing.assert_array_equal(
+        jax.jit(_velocity)(params, adapter), jax.jit(_velocity)(params, None)
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -53,11 +62,15 @@ def test_merge_leaves_the_base_alone_and_keeps_its_dtype():
     jax.tree.map(np.testing.assert_array_equal, low, before)
     assert merged["blocks"]["ffn"]["fc2"]["kernel"].dtype == jnp.bfloat16
     assert np.any(merged["blocks"]["ffn"]["fc2"]["kernel"] != low["blocks"]["ffn"]["fc2"]["kernel"])
-    np.testing.assert_array_equal(merged["head"]["linear"]["kernel"], low["head"]["linear"]["kernel"])
+    np.testing.assert_array_equal(
+        merged["head"]["linear"]["kernel"], low["head"]["linear"]["kernel"]
+    )
 
 
 def test_every_target_matters():
-    """Each of the ten modules alone changes the output: no name is dropped on the way to its layer."""
+    """Each of the ten modules alone changes the output: no name is dropped on the way to its
+    layer.
+    """
     _, params = tiny.model()
     adapter = tiny.adapter()
     run = jax.jit(_velocity)
@@ -68,7 +81,9 @@ def test_every_target_matters():
 
 
 def test_several_policies_in_one_jitted_step():
-    """Current, old and reference over one base: compiled once, gradients to one of them only, swapped by value."""
+    """Current, old and reference over one base: compiled once, gradients to one of them only,
+    swapped by value.
+    """
     _, params = tiny.model()
     traces = []
 
@@ -92,7 +107,9 @@ def test_several_policies_in_one_jitted_step():
 def test_bfloat16_adapter():
     """Stored in 16 bits, it still trains and gives the same output up to its rounding."""
     _, params = tiny.model()
-    assert {s.dtype for s in jax.tree.leaves(lora.adapter_shapes(tiny.CONFIG, 2, jnp.bfloat16))} == {jnp.bfloat16.dtype}
+    assert {
+        s.dtype for s in jax.tree.leaves(lora.adapter_shapes(tiny.CONFIG, 2, jnp.bfloat16))
+    } == {jnp.bfloat16.dtype}
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.adapter())
     full, half = jax.jit(_velocity)(params, tiny.adapter()), jax.jit(_velocity)(params, low)
     assert 0 < np.abs(full - half).mean() < 0.02 * np.abs(full).mean()

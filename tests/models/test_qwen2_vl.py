@@ -16,7 +16,13 @@ from astrolabe_jax.convert import qwen2_vl
 from astrolabe_jax.convert.engine import nested
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.lora import parameter_count
-from astrolabe_jax.models.qwen2_vl.config import HPSV3, PATCH_VALUES, QWEN2_VL_2B, QWEN2_VL_7B, VIDEOALIGN
+from astrolabe_jax.models.qwen2_vl.config import (
+    HPSV3,
+    PATCH_VALUES,
+    QWEN2_VL_2B,
+    QWEN2_VL_7B,
+    VIDEOALIGN,
+)
 from astrolabe_jax.models.qwen2_vl.linear import quantise
 from astrolabe_jax.models.qwen2_vl.model import RewardNet
 from astrolabe_jax.models.qwen2_vl.rope import mrope_positions, plain_positions, text_table
@@ -34,7 +40,9 @@ def oracle():
     """transformers' model and our parameters with its weights."""
     model = qwen.oracle()
     qwen.random_weights(model)
-    tensors = {name.removeprefix("model."): weight.numpy() for name, weight in model.state_dict().items()}
+    tensors = {
+        name.removeprefix("model."): weight.numpy() for name, weight in model.state_dict().items()
+    }
     config, stacks = qwen2_vl.assemble(tensors, qwen.CONFIG)
     assert config == qwen.CONFIG
     return model.model, nested((path, np.asarray(stack)) for path, stack in stacks.items())
@@ -62,17 +70,28 @@ def test_vision_features(oracle, kind):
     graphdef, _ = qwen.net()
     ours = jax.jit(lambda params: layers.merge(graphdef, params).vision(patches, grid))(params)
     with torch.no_grad():
-        theirs = model.visual(torch.from_numpy(patches.reshape(-1, PATCH_VALUES)), torch.tensor([grid] * 2))
+        theirs = model.visual(
+            torch.from_numpy(patches.reshape(-1, PATCH_VALUES)), torch.tensor([grid] * 2)
+        )
     assert ours.shape == (2, math.prod(grid) // 4, qwen.CONFIG.dim)
     close(ours.reshape(-1, qwen.CONFIG.dim), theirs.pooler_output)
 
 
 def their_hidden(model, ids, patches, grid, positions=None):
-    """All hidden states of samples without padding; positions [3, B, L], or those of the text alone."""
+    """All hidden states of samples without padding; positions [3, B, L], or those of the text
+    alone.
+    """
     kind = "image" if IMAGE in ids else "video"
-    names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}[kind]
+    names = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }[kind]
     given = (torch.from_numpy(patches.reshape(-1, PATCH_VALUES)), torch.tensor([grid] * len(ids)))
-    positions = np.broadcast_to(plain_positions(ids.shape[1]), (3, *ids.shape)) if positions is None else positions
+    positions = (
+        np.broadcast_to(plain_positions(ids.shape[1]), (3, *ids.shape))
+        if positions is None
+        else positions
+    )
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids).long(),
@@ -146,7 +165,10 @@ def test_placeholders_that_are_not_those_of_the_grids_are_refused(row, grids, fa
 
 
 # Of one token for HPSv3, and of three for VideoAlign.
-REWARDS = {"hpsv3": (qwen.HPSV3, "image", [[-2]]), "videoalign": (qwen.VIDEOALIGN, "video", [[-8, -5, -2]])}
+REWARDS = {
+    "hpsv3": (qwen.HPSV3, "image", [[-2]]),
+    "videoalign": (qwen.VIDEOALIGN, "video", [[-8, -5, -2]]),
+}
 
 
 @pytest.fixture(scope="module", params=REWARDS)
@@ -171,7 +193,9 @@ def test_a_score_does_not_depend_on_the_batch_or_on_the_padding(scored):
     assert np.abs(np.diff(together, axis=0)).min() > 1e-3
     atol = 2e-6 * max(1, np.abs(together).max())
     for i in range(2):
-        alone = score(scored, patches[i : i + 1], ids[i : i + 1, : where[i].max() + 1], where[i : i + 1])
+        alone = score(
+            scored, patches[i : i + 1], ids[i : i + 1, : where[i].max() + 1], where[i : i + 1]
+        )
         np.testing.assert_allclose(alone, together[i : i + 1], rtol=0, atol=atol)
     wide = np.pad(ids, [(0, 0), (0, 24)], constant_values=qwen.PADDING)
     np.testing.assert_allclose(score(scored, patches, wide, where), together, rtol=0, atol=atol)
@@ -204,7 +228,9 @@ def test_a_score_is_the_same_on_a_mesh_that_splits_kernels_and_samples(scored, q
     kernel = placed["language"]["blocks"]["down"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
     inputs = tuple(np.concatenate([part, part[:1]]) for part in inputs)
-    run = sharding.on_mesh(mesh, lambda params, *inputs: layers.merge(graphdef, params)(inputs[0], grid, *inputs[1:]))
+    run = sharding.on_mesh(
+        mesh, lambda params, *inputs: layers.merge(graphdef, params)(inputs[0], grid, *inputs[1:])
+    )
     want = np.asarray(scores(graphdef, params, inputs[0], grid, *inputs[1:]))
     got = np.asarray(jax.jit(run)(placed, *sharding.shard_batch(mesh, inputs)))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
@@ -234,7 +260,9 @@ def test_temporal_patches_do_not_see_each_other():
 
 @pytest.mark.parametrize("config", [QWEN2_VL_2B, QWEN2_VL_7B, HPSV3, VIDEOALIGN])
 def test_published_parameter_counts(config):
-    """Published counts have an output layer, which the 2B model shares with its embedding and we do not build."""
+    """Published counts have an output layer, which the 2B model shares with its embedding and we do
+    not build.
+    """
     params = qwen2_vl.shapes(config).params
     output = config.vocab_size * config.dim * (config.dim == QWEN2_VL_7B.dim)
     small = config.dim == QWEN2_VL_2B.dim
@@ -266,8 +294,13 @@ def test_int8_scores_are_those_of_the_kernels_that_they_hold(scored):
 
 def test_sixteen_bit_scores_stay_close(scored):
     _, params, grid, (patches, ids, where) = scored
-    graphdef = qwen2_vl.shapes(dataclasses.replace(qwen.config_of(params), dtype="bfloat16")).graphdef
-    got, want = scores(graphdef, params, patches, grid, ids, where), score(scored, patches, ids, where)
+    graphdef = qwen2_vl.shapes(
+        dataclasses.replace(qwen.config_of(params), dtype="bfloat16")
+    ).graphdef
+    got, want = (
+        scores(graphdef, params, patches, grid, ids, where),
+        score(scored, patches, ids, where),
+    )
     assert got.dtype == jnp.float32
     assert np.abs(np.asarray(got) - want).max() < 0.1 * np.abs(want).max()
 

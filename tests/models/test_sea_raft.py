@@ -42,7 +42,9 @@ def test_flow_is_that_of_the_description(height, width):
 def test_a_pair_does_not_depend_on_the_others():
     first, second = frames(40, 24, 3), frames(40, 24, 3, seed=1)
     together = ours(rafts.TINY)(first, second)
-    np.testing.assert_allclose(ours(rafts.TINY)(first[1:2], second[1:2])[0], together[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        ours(rafts.TINY)(first[1:2], second[1:2])[0], together[1], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_frames_too_small_for_all_levels_have_flow():
@@ -58,24 +60,33 @@ def test_sixteen_bit_activations_stay_close_to_float32():
 
 
 def test_a_lookup_finds_a_shift():
-    """Where the second frame is the first moved by (2, 1), the flow (2, 1) finds each position's own features."""
+    """Where the second frame is the first moved by (2, 1), the flow (2, 1) finds each position's
+    own features.
+    """
     rng = np.random.default_rng(0)
     first = rng.standard_normal((1, 6, 7, 64)).astype(np.float32)
     first /= np.linalg.norm(first, axis=-1, keepdims=True)
     second = np.roll(first, (1, 2), axis=(1, 2))
     flow = np.broadcast_to(np.float32([2, 1]), (1, 6, 7, 2))
-    found = np.asarray(lookup(correlations(first, second, 1), jnp.asarray(flow), 1)).reshape(1, 6, 7, 3, 3)
+    found = np.asarray(lookup(correlations(first, second, 1), jnp.asarray(flow), 1)).reshape(
+        1, 6, 7, 3, 3
+    )
     inside = found[:, :5, :5]
     np.testing.assert_allclose(inside[..., 1, 1], 1 / 8, atol=1e-6)
     np.testing.assert_array_equal(found[:, :, 5:, 1, 1], 0)  # points outside
-    off = np.asarray(lookup(correlations(first, second, 1), jnp.asarray(flow - np.float32([1, 0])), 1))
-    np.testing.assert_allclose(off.reshape(1, 6, 7, 3, 3)[:, :5, :5, 2, 1], 1 / 8, atol=1e-6)  # x is the slow offset
+    off = np.asarray(
+        lookup(correlations(first, second, 1), jnp.asarray(flow - np.float32([1, 0])), 1)
+    )
+    # x is the slow offset
+    np.testing.assert_allclose(off.reshape(1, 6, 7, 3, 3)[:, :5, :5, 2, 1], 1 / 8, atol=1e-6)
 
 
 def test_an_upsampled_constant_is_itself_inside():
     weights = np.random.default_rng(0).standard_normal((1, 5, 6, 576)).astype(np.float32)
     flow = upsampled(jnp.broadcast_to(jnp.float32([0.5, -1.0]), (1, 5, 6, 2)), jnp.asarray(weights))
-    np.testing.assert_allclose(flow[:, 8:-8, 8:-8], np.broadcast_to([4.0, -8.0], (1, 24, 32, 2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        flow[:, 8:-8, 8:-8], np.broadcast_to([4.0, -8.0], (1, 24, 32, 2)), rtol=1e-5
+    )
 
 
 def test_the_published_program_and_its_memory():

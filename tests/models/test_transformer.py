@@ -1,4 +1,6 @@
-"""The DiT's uncached forward: sizes, anchors, masks by exactly zero derivatives, teacher forcing, dtypes."""
+"""The DiT's uncached forward: sizes, anchors, masks by exactly zero derivatives, teacher forcing,
+dtypes.
+"""
 
 import dataclasses
 
@@ -18,7 +20,8 @@ from tests.models import tiny
 
 
 @pytest.mark.parametrize(
-    "config, total, per_block", [(WAN_1_3B, 1_418_996_800, 46_440_704), (WAN_14B, 14_288_491_584, 351_394_304)]
+    "config, total, per_block",
+    [(WAN_1_3B, 1_418_996_800, 46_440_704), (WAN_14B, 14_288_491_584, 351_394_304)],
 )
 def test_parameter_counts(config, total, per_block):
     _, shapes = graphdef_of(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
@@ -36,15 +39,21 @@ def test_sinusoid_keeps_float64_accuracy_off_the_integers():
     t = np.float32([0, 0.37, 421.7, 833.3333, 999.96])
     angle = t.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(128) / 128)
     np.testing.assert_allclose(
-        rope.sinusoid(jnp.asarray(t), 256), np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=3e-7
+        rope.sinusoid(jnp.asarray(t), 256),
+        np.concatenate([np.cos(angle), np.sin(angle)], -1),
+        atol=3e-7,
     )
 
 
 def test_rope_frequency_anchors():
     frame, row, column = rope.frequencies(128)
     assert (len(frame), len(row), len(column)) == (22, 21, 21)
-    np.testing.assert_allclose(frame[[0, 1, -1]], [1, 0.657933224657568, 1.519911082952933e-4], rtol=1e-12)
-    np.testing.assert_allclose(row[[0, 1, -1]], [1, 0.6449466771037624, 10000 ** (-40 / 42)], rtol=1e-12)
+    np.testing.assert_allclose(
+        frame[[0, 1, -1]], [1, 0.657933224657568, 1.519911082952933e-4], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        row[[0, 1, -1]], [1, 0.6449466771037624, 10000 ** (-40 / 42)], rtol=1e-12
+    )
     np.testing.assert_array_equal(row, column)
 
 
@@ -67,18 +76,23 @@ def test_rotation_scores_depend_on_distance_only():
 
     np.testing.assert_allclose(scores(5), scores(1500), atol=2e-5)
     table = rope.rope_table(jnp.arange(1) + 77, (2, 2), 12)
-    np.testing.assert_allclose(rope.rotate(rope.rotate(q, table), rope.inverse(table)), q, atol=1e-6)
+    np.testing.assert_allclose(
+        rope.rotate(rope.rotate(q, table), rope.inverse(table)), q, atol=1e-6
+    )
 
 
 def _frame_influence(layout, frames, teacher_forcing=False):
-    """bool [output frame, input frame]: where the derivative of an output frame by an input frame is not exactly zero.
+    """bool [output frame, input frame]: where the derivative of an output frame by an input frame
+    is not exactly zero.
 
     Returns the influence of the noisy frames and, under teacher forcing, of the clean frames.
     """
     graphdef, params = tiny.model()
     x, clean = tiny.latents(frames), tiny.latents(frames, seed=1)
     # One tangent for each input frame, zero elsewhere.
-    tangents = np.eye(frames, dtype=np.float32).reshape(frames, 1, frames, 1, 1, 1) * tiny.normal(2, *x.shape)
+    tangents = np.eye(frames, dtype=np.float32).reshape(frames, 1, frames, 1, 1, 1) * tiny.normal(
+        2, *x.shape
+    )
 
     @jax.jit
     def influence(params, tangents, clean_tangents):
@@ -88,7 +102,9 @@ def _frame_influence(layout, frames, teacher_forcing=False):
             context = net.context(clean, text, layout=layout) if teacher_forcing else None
             return net(x, jnp.full((1, frames), 500.0), text, layout=layout, context=context)
 
-        moved = jax.vmap(lambda d, c: jax.jvp(forward, (x, clean), (d, c))[1])(tangents, clean_tangents)
+        moved = jax.vmap(lambda d, c: jax.jvp(forward, (x, clean), (d, c))[1])(
+            tangents, clean_tangents
+        )
         return jnp.any(moved != 0, axis=(1, 3, 4, 5)).T
 
     noisy = influence(params, tangents, np.zeros_like(tangents))
@@ -138,27 +154,36 @@ def test_causality_by_exactly_zero_derivatives(frames, block, window, sink, inde
     np.testing.assert_array_equal(influence, _reachable(direct, tiny.CONFIG.num_layers))
 
 
-@pytest.mark.parametrize("layout", [Layout(block=2), Layout(block=2, window=4, sink=1, positions="relative")])
+@pytest.mark.parametrize(
+    "layout", [Layout(block=2), Layout(block=2, window=4, sink=1, positions="relative")]
+)
 def test_teacher_forcing_by_exactly_zero_derivatives(layout):
-    """A noisy block depends on no other noisy block and on no clean frame of its own or a later block."""
+    """A noisy block depends on no other noisy block and on no clean frame of its own or a later
+    block.
+    """
     frames = 8
     noisy, clean = _frame_influence(layout, frames, teacher_forcing=True)
     block = np.arange(frames) // 2
     np.testing.assert_array_equal(noisy, block[:, None] == block[None, :])
     direct = _training_mask(frames, 2, layout.window, layout.sink)
     earlier = block[:, None] > block[None, :]
-    # Layer 1 reads the clean embeddings; layer 2 reads clean features that have themselves mixed once.
+    # Layer 1 reads the clean embeddings; layer 2 reads clean features that have themselves mixed
+    # once.
     want = (direct & earlier) | ((direct & earlier).astype(int) @ direct.astype(int) > 0)
     np.testing.assert_array_equal(clean, want)
 
 
 def test_narrow_window_masks_tokens_not_frames():
-    """Outside a window smaller than the block a token sees itself, not its frame (spec/model.md 7.1)."""
+    """Outside a window smaller than the block a token sees itself, not its frame (spec/model.md
+    7.1).
+    """
     graphdef, params = tiny.model(dataclasses.replace(tiny.CONFIG, num_layers=1))
 
     def corner(x):
         net = merge(graphdef, params)
-        out = net(x, jnp.zeros((1, 3)), net.encode_text(tiny.text()), layout=Layout(block=3, window=1))
+        out = net(
+            x, jnp.zeros((1, 3)), net.encode_text(tiny.text()), layout=Layout(block=3, window=1)
+        )
         return out[0, 0, :, :2, :2].sum()
 
     gradient = jax.jit(jax.grad(corner))(tiny.latents(3))
@@ -174,7 +199,9 @@ def test_timesteps_are_per_frame():
         net = merge(graphdef, params)
         return net(tiny.latents(3), t, net.encode_text(tiny.text()), layout=Layout(block=1))
 
-    base, moved = jax.jit(jax.vmap(forward))(jnp.array([[[900.0, 500.0, 100.0]], [[900.0, 500.0, 700.0]]]))
+    base, moved = jax.jit(jax.vmap(forward))(
+        jnp.array([[[900.0, 500.0, 100.0]], [[900.0, 500.0, 700.0]]])
+    )
     np.testing.assert_array_equal(base[:, :2], moved[:, :2])
     assert np.abs(base[:, 2] - moved[:, 2]).max() > 1e-3
 
@@ -198,7 +225,9 @@ def test_remat_changes_no_gradient():
 
         def loss(params):
             net = merge(graphdef, params)
-            return jnp.sum(net(x, jnp.full((1, 4), 250.0), net.encode_text(tiny.text()), layout=layout) ** 2)
+            return jnp.sum(
+                net(x, jnp.full((1, 4), 250.0), net.encode_text(tiny.text()), layout=layout) ** 2
+            )
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -228,7 +257,9 @@ def test_attention_equals_the_formula():
     logits = np.einsum("bnak,bmak->banm", q, k) / np.sqrt(8)
     weights = np.exp(np.where(mask[None, None], logits, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(attention(q, k, v, mask), np.einsum("banm,bmak->bnak", weights, v), atol=1e-5)
+    np.testing.assert_allclose(
+        attention(q, k, v, mask), np.einsum("banm,bmak->bnak", weights, v), atol=1e-5
+    )
     with pytest.raises(ValueError, match="cudnn attention needs"):
         attention(q, k, v, backend="cudnn")
 
@@ -241,7 +272,10 @@ def test_attention_equals_the_formula():
         ({"sink": -1}, "Layout.sink"),
         ({"window": 5, "sink": 3}, "cannot hold the sink"),
         ({"positions": "rolling"}, "Layout.positions"),
-        ({"window": 12, "sink": 4, "positions": "relative", "faithful_sinks": True}, "faithful_sinks"),
+        (
+            {"window": 12, "sink": 4, "positions": "relative", "faithful_sinks": True},
+            "faithful_sinks",
+        ),
     ],
 )
 def test_layout_refuses(change, culprit):
@@ -266,7 +300,12 @@ def test_layout_refuses_lengths(layout, frames, culprit):
 def test_layout_of_longlive():
     """Worked example of spec/model.md 8.2: window 12, sink 3, blocks of 3."""
     blocks = Layout(block=3, window=12, sink=3).blocks(18)
-    assert [b.ranges for b in blocks[2:]] == [((0, 9),), ((0, 12),), ((0, 3), (6, 15)), ((0, 3), (9, 18))]
+    assert [b.ranges for b in blocks[2:]] == [
+        ((0, 9),),
+        ((0, 12),),
+        ((0, 3), (6, 15)),
+        ((0, 3), (9, 18)),
+    ]
     assert [b.shift for b in blocks] == [0, 0, 0, 0, 3, 6]
 
 

@@ -27,7 +27,11 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def batch():
-    ids = np.random.default_rng(1).integers(2, TEXT.vocab_size, (len(LENGTHS), TEXT.text_len)).astype(np.int32)
+    ids = (
+        np.random.default_rng(1)
+        .integers(2, TEXT.vocab_size, (len(LENGTHS), TEXT.text_len))
+        .astype(np.int32)
+    )
     mask = (np.arange(TEXT.text_len) < np.array(LENGTHS)[:, None]).astype(np.int32)
     return np.where(mask == 1, ids, 0), mask
 
@@ -44,7 +48,8 @@ def test_what_stands_in_the_padding_does_not_matter(encoder, batch):
     ids, mask = batch
     noise = np.random.default_rng(2).integers(0, TEXT.vocab_size, ids.shape)
     np.testing.assert_array_equal(
-        run("embed", params, ids, mask), run("embed", params, np.where(mask == 1, ids, noise).astype(np.int32), mask)
+        run("embed", params, ids, mask),
+        run("embed", params, np.where(mask == 1, ids, noise).astype(np.int32), mask),
     )
 
 
@@ -65,8 +70,12 @@ def test_the_only_positions_are_the_biases_of_each_layer(encoder):
     def change_of_order(edit):
         """How much a permutation of the tokens does, beyond permuting the hidden states."""
         blocks = params["blocks"]
-        edited = params | {"blocks": blocks | {"position_bias": jax.tree.map(edit, blocks["position_bias"])}}
-        straight, permuted = (np.asarray(run("__call__", edited, x, mask))[0] for x in (ids, ids[:, order]))
+        edited = params | {
+            "blocks": blocks | {"position_bias": jax.tree.map(edit, blocks["position_bias"])}
+        }
+        straight, permuted = (
+            np.asarray(run("__call__", edited, x, mask))[0] for x in (ids, ids[:, order])
+        )
         return np.abs(straight[order] - permuted).max(), straight
 
     with_bias, hidden = change_of_order(lambda table: table)

@@ -1,4 +1,6 @@
-"""Wan VAE: streams equal whole clips, causality, sizes, errors. Parity with the published code: tests/golden d_*."""
+"""Wan VAE: streams equal whole clips, causality, sizes, errors. Parity with the published code:
+tests/golden d_*.
+"""
 
 import dataclasses
 import functools
@@ -14,13 +16,20 @@ from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
 
 CONFIG = VaeConfig(
-    dim=2, z_dim=3, dim_mult=(1, 2, 2, 2), num_res_blocks=1, latent_mean=(0.1, 0.0, -0.2), latent_std=(0.5, 1.0, 2.0)
+    dim=2,
+    z_dim=3,
+    dim_mult=(1, 2, 2, 2),
+    num_res_blocks=1,
+    latent_mean=(0.1, 0.0, -0.2),
+    latent_std=(0.5, 1.0, 2.0),
 )
 
 
 @pytest.fixture(scope="module")
 def vae():
-    """Random everywhere: a fresh net's residual branches are zero, and would hide a fault of theirs."""
+    """Random everywhere: a fresh net's residual branches are zero, and would hide a fault of
+    theirs.
+    """
     graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -61,7 +70,9 @@ def test_a_decoded_stream_equals_the_whole_clip(vae, chunks):
 
 @pytest.mark.parametrize("latent_frame", [0, 1, 2])
 def test_no_pixel_depends_on_a_later_latent(vae, latent_frame):
-    """The derivative along a change of one latent frame is exactly zero on every earlier pixel frame."""
+    """The derivative along a change of one latent frame is exactly zero on every earlier pixel
+    frame.
+    """
     latents = jax.random.normal(jax.random.key(4), (1, 4, 3, 2, 1))
     change = jnp.zeros_like(latents).at[:, latent_frame + 1].set(1.0)
 
@@ -82,18 +93,22 @@ def test_a_black_input_has_finite_gradients(vae):
         return jnp.sum(_run(vae[0], params, "encode", pixels)[0] ** 2)
 
     silent = jax.tree.map(jnp.zeros_like, vae[1])
-    for gradient in jax.tree.leaves(jax.grad(energy, argnums=(0, 1))(silent, jnp.zeros((1, 5, 8, 8, 3)))):
+    for gradient in jax.tree.leaves(
+        jax.grad(energy, argnums=(0, 1))(silent, jnp.zeros((1, 5, 8, 8, 3)))
+    ):
         assert jnp.all(jnp.isfinite(gradient))
 
 
 def test_latents_are_normalised(vae):
-    """Encoding subtracts the mean and divides by the std; decoding undoes it, as a net with neither shows."""
+    """Encoding subtracts the mean and divides by the std; decoding undoes it, as a net with neither
+    shows.
+    """
     pixels = jax.random.uniform(jax.random.key(5), (1, 5, 8, 8, 3), minval=-1)
     mean, _ = _run(*vae, "encode_mean", pixels)
     latents, _ = _run(*vae, "encode", pixels)
-    expected = (mean - jnp.asarray(CONFIG.latent_mean)[None, None, None, None]) / jnp.asarray(CONFIG.latent_std)[
-        None, None, None, None
-    ]
+    expected = (mean - jnp.asarray(CONFIG.latent_mean)[None, None, None, None]) / jnp.asarray(
+        CONFIG.latent_std
+    )[None, None, None, None]
     np.testing.assert_allclose(jnp.moveaxis(latents, 2, -1), expected, rtol=1e-5, atol=1e-6)
     plain = dataclasses.replace(CONFIG, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
     graphdef, _ = layers.graphdef_of(lambda: Vae(plain, nnx.Rngs(0)))
@@ -102,11 +117,15 @@ def test_latents_are_normalised(vae):
 
 
 def test_the_published_size():
-    """126,892,531 parameters (spec checkpoints.md section 3) and 32 decoder histories of two frames (A4)."""
+    """126,892,531 parameters (spec checkpoints.md section 3) and 32 decoder histories of two frames
+    (A4).
+    """
     graphdef, params = layers.graphdef_of(lambda: Vae(VaeConfig(), nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 126_892_531
     latents = jax.ShapeDtypeStruct((1, 1, 16, 60, 104), jnp.float32)
-    pixels, stream = jax.eval_shape(lambda p, z: layers.merge(graphdef, p).decode(z), params, latents)
+    pixels, stream = jax.eval_shape(
+        lambda p, z: layers.merge(graphdef, p).decode(z), params, latents
+    )
     assert pixels.shape == (1, 1, 480, 832, 3)
     assert len(stream) == 32 and all(x.shape[1] == 2 for x in stream)
     assert [x.shape[-1] for x in stream[:6]] == [16, 384, 384, 384, 384, 384]

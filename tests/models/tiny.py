@@ -1,4 +1,5 @@
-"""A tiny random DiT for tests: every weight random (the head too, which starts at zero in training), float32.
+"""A tiny random DiT for tests: every weight random (the head too, which starts at zero in
+training), float32.
 
 Numbers come from numpy: drawing them eagerly with jax would compile one program for each shape.
 """
@@ -49,7 +50,9 @@ def model(config: WanConfig = CONFIG):
 
 
 def random_params(params: dict, rng: np.random.Generator) -> dict:
-    """For shapes: every parameter normal, times 0.3, around one in norms and around zero elsewhere."""
+    """For shapes: every parameter normal, times 0.3, around one in norms and around zero
+    elsewhere.
+    """
 
     def draw(path, leaf):
         centre = 1.0 if path[-1].key in ("scale", "gamma") else 0.0
@@ -77,5 +80,6 @@ def adapter(rank: int = 2, seed: int = 50) -> dict:
     """A random adapter whose b is not zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), adapter_shapes(CONFIG, rank)
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32),
+        adapter_shapes(CONFIG, rank),
     )

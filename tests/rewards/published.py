@@ -1,4 +1,6 @@
-"""The published files of the rewards on Qwen2-VL, tiny: weights, tokenizer, and a package that holds the template."""
+"""The published files of the rewards on Qwen2-VL, tiny: weights, tokenizer, and a package that
+holds the template.
+"""
 
 import dataclasses
 import json
@@ -15,27 +17,45 @@ from tests.models import qwen
 from tests.rewards import chats
 
 TEMPLATES = {
-    HPSV3.name: dict(zip(templates.HPSV3.constants, chats.TEMPLATES[chats.HPSV3].split("\n\n\n\n"), strict=True)),
-    VIDEOALIGN.name: {name: chats.TEMPLATES[chats.VIDEOALIGN] for name in templates.VIDEOALIGN.constants},
+    HPSV3.name: dict(
+        zip(templates.HPSV3.constants, chats.TEMPLATES[chats.HPSV3].split("\n\n\n\n"), strict=True)
+    ),
+    VIDEOALIGN.name: {
+        name: chats.TEMPLATES[chats.VIDEOALIGN] for name in templates.VIDEOALIGN.constants
+    },
 }
 TEMPLATES[HPSV3.name]["INSTRUCTION"] += "\n\n\n\n"
 RANK, ALPHA = 2, 4
 SETTINGS = {
     "data_config": {
-        "fps": 2.0, "max_frame_pixels": 200704, "num_frames": None, "sample_type": "uniform",
-        "prompt_template_type": "detailed_special", "eval_dim": ["VQ", "MQ", "TA"],
+        "fps": 2.0,
+        "max_frame_pixels": 200704,
+        "num_frames": None,
+        "sample_type": "uniform",
+        "prompt_template_type": "detailed_special",
+        "eval_dim": ["VQ", "MQ", "TA"],
     },
     "model_config": {},
     "peft_lora_config": {"lora_enable": True, "lora_r": RANK, "lora_alpha": ALPHA},
     "inference_config": {
-        "VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811, "TA_mean": 2.8105, "TA_std": 2.5121,
+        "VQ_mean": 3.6757,
+        "VQ_std": 2.2476,
+        "MQ_mean": 1.1646,
+        "MQ_std": 1.3811,
+        "TA_mean": 2.8105,
+        "TA_std": 2.5121,
     },
-}  # fmt: skip
+}
 
 
 def stand_in(monkeypatch) -> None:
-    """The templates of the tests, and widths that no tensor tells, in place of the published ones."""
-    for name, kind, config in (("HPSV3", HPSV3.name, qwen.HPSV3), ("VIDEOALIGN", VIDEOALIGN.name, qwen.VIDEOALIGN)):
+    """The templates of the tests, and widths that no tensor tells, in place of the published
+    ones.
+    """
+    for name, kind, config in (
+        ("HPSV3", HPSV3.name, qwen.HPSV3),
+        ("VIDEOALIGN", VIDEOALIGN.name, qwen.VIDEOALIGN),
+    ):
         monkeypatch.setattr(rewards, name, getattr(rewards, name)._replace(published=config))
         constants = {variable: templates.sha256(text) for variable, text in TEMPLATES[kind].items()}
         monkeypatch.setattr(templates, name, getattr(templates, name)._replace(constants=constants))
@@ -44,8 +64,9 @@ def stand_in(monkeypatch) -> None:
 def net(kind: str):
     """(config, graph definition, parameters) of the net that the files hold."""
     tokens, config = {
-        HPSV3.name: (chats.HPSV3, qwen.HPSV3), VIDEOALIGN.name: (chats.VIDEOALIGN, qwen.VIDEOALIGN),
-    }[kind]  # fmt: skip
+        HPSV3.name: (chats.HPSV3, qwen.HPSV3),
+        VIDEOALIGN.name: (chats.VIDEOALIGN, qwen.VIDEOALIGN),
+    }[kind]
     places = chat.tokens_of(chats.tokenizer())
     config = dataclasses.replace(config, vocab_size=chats.rows(tokens), **places)
     return config, *qwen.net(config)
@@ -74,7 +95,10 @@ def write(folder: Path, kind: str) -> Given:
     tensors = _with_adapter(tensors) | {"lm_head.weight": tensors["embed_tokens.weight"]}
     torch_files.write(
         file,
-        {f"base_model.model.{_hugging_face(name)}": torch_files.whole(tensor) for name, tensor in tensors.items()},
+        {
+            f"base_model.model.{_hugging_face(name)}": torch_files.whole(tensor)
+            for name, tensor in tensors.items()
+        },
     )
     return Given((file,), None, folder / "package")
 

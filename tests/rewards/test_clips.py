@@ -1,4 +1,6 @@
-"""HPSv2.1 and aesthetics from published files to scores, against transformers' CLIP, PIL and torch."""
+"""HPSv2.1 and aesthetics from published files to scores, against transformers' CLIP, PIL and
+torch.
+"""
 
 import json
 
@@ -33,7 +35,9 @@ def hps(tmp_path_factory):
     """(reward directory, transformers' net of the same weights)."""
     root = tmp_path_factory.mktemp("hps")
     net = clips.model(clips.OPEN)
-    torch_files.write(root / "HPS.pt", {"state_dict": torch_tree(clips.open_clip(clips.tensors(net)))})
+    torch_files.write(
+        root / "HPS.pt", {"state_dict": torch_tree(clips.open_clip(clips.tensors(net)))}
+    )
     clips.write_vocabulary(root)
     texts = {name: (root / name).read_bytes() for name in ("vocab.json", "merges.txt")}
     checkpoint = reward_store.open_checkpoint(HPSV2, [root / "HPS.pt"])
@@ -54,12 +58,19 @@ def laion(tmp_path_factory):
 
 
 def run(scorer, frames, prompts):
-    return {name: np.asarray(value) for name, value in scorer.score(scorer.params, frames, prompts).items()}
+    return {
+        name: np.asarray(value)
+        for name, value in scorer.score(scorer.params, frames, prompts).items()
+    }
 
 
 def standardised(pictures):
     """[N, h, w, 3] in 0..255 -> [N, 3, h, w]."""
-    return ((pictures / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)).transpose(0, 3, 1, 2).astype(np.float32)
+    return (
+        ((pictures / 255 - np.array(CLIP_MEAN)) / np.array(CLIP_STD))
+        .transpose(0, 3, 1, 2)
+        .astype(np.float32)
+    )
 
 
 def letterbox(pictures, size):
@@ -69,7 +80,9 @@ def letterbox(pictures, size):
     if (height, width) != pictures.shape[1:3]:
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
     top, left = (size - height) // 2, (size - width) // 2
-    return F.pad(x, (left, size - width - left, top, size - height - top)).permute(0, 2, 3, 1).numpy()
+    return (
+        F.pad(x, (left, size - width - left, top, size - height - top)).permute(0, 2, 3, 1).numpy()
+    )
 
 
 @pytest.mark.parametrize("shape", [(480, 832), (224, 100), (97, 224), (224, 224), (30, 31)])
@@ -108,14 +121,22 @@ def test_hpsv2_is_the_mean_of_the_best_cosines(hps, videos):
 
 def test_aesthetics_are_means_over_every_eighth_frame(laion, videos):
     directory, net, head = laion
-    got = run(aesthetic.load(("aesthetic",), Setting(ONE, 16.0), str(directory)), videos, PROMPTS)["aesthetic"]
+    got = run(aesthetic.load(("aesthetic",), Setting(ONE, 16.0), str(directory)), videos, PROMPTS)[
+        "aesthetic"
+    ]
     size = clips.OPENAI.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    pixels = processor(list(videos[:, ::8].reshape(-1, HEIGHT, WIDTH, 3)), return_tensors="pt")["pixel_values"]
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    pixels = processor(list(videos[:, ::8].reshape(-1, HEIGHT, WIDTH, 3)), return_tensors="pt")[
+        "pixel_values"
+    ]
     with torch.no_grad():
         x = F.normalize(net.get_image_features(pixels).pooler_output, dim=-1)
         for number in (0, 2, 4, 6, 7):
-            weight, bias = (torch.from_numpy(head[f"layers.{number}.{part}"]) for part in ("weight", "bias"))
+            weight, bias = (
+                torch.from_numpy(head[f"layers.{number}.{part}"]) for part in ("weight", "bias")
+            )
             x = F.linear(x, weight, bias)
     want = x.reshape(4, 2).mean(dim=1).numpy()
     # The random layers enlarge what a level more or less in a pixel does.
@@ -127,12 +148,16 @@ def test_scores_do_not_depend_on_the_batch_or_on_the_devices(hps, laion, videos,
     module, path = {"hpsv2": (hpsv2, hps[0]), "aesthetic": (aesthetic, laion[0])}[kind]
 
     def scores(mesh, frames, prompts, size):
-        loaded = module.load(("r",), Setting(mesh, 16.0), str(path), frame_stride=2, frames_per_batch=size)
+        loaded = module.load(
+            ("r",), Setting(mesh, 16.0), str(path), frame_stride=2, frames_per_batch=size
+        )
         return run(loaded, frames, prompts)["r"]
 
     together = scores(ONE, videos, PROMPTS, 8)
     tolerance = 1e-5 * np.abs(together).max()
-    np.testing.assert_allclose(scores(ONE, videos[2:3], PROMPTS[2:3], 8), together[2:3], atol=tolerance)
+    np.testing.assert_allclose(
+        scores(ONE, videos[2:3], PROMPTS[2:3], 8), together[2:3], atol=tolerance
+    )
     split = scores(mesh_of(fsdp=2), jax.numpy.asarray(videos), PROMPTS, 5)
     np.testing.assert_allclose(split, together, atol=tolerance)
     other = scores(ONE, videos, PROMPTS[::-1], 8)
@@ -144,15 +169,23 @@ def test_weights_are_arguments_and_split_over_fsdp(hps):
     kernel = scorer.params["vision"]["blocks"]["fc1"]["kernel"]
     assert kernel.shape == (3, 160, 24) and kernel.sharding.shard_shape(kernel.shape) == (3, 80, 24)
     zeros = jax.tree.map(np.zeros_like, scorer.params)
-    assert not np.isfinite(np.asarray(scorer.score(zeros, np.zeros((1, 2, 9, 9, 3), np.uint8), ["a"])["r"])).all()
+    assert not np.isfinite(
+        np.asarray(scorer.score(zeros, np.zeros((1, 2, 9, 9, 3), np.uint8), ["a"])["r"])
+    ).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "aesthetic"}, "config.json is of the kind 'aesthetic'; expected 'hpsv2': give another path"),
+        (
+            {"kind": "aesthetic"},
+            "config.json is of the kind 'aesthetic'; expected 'hpsv2': give another path",
+        ),
         ({"net": {}}, "config.json: fields of net that are missing or unknown: embed_dim, eps, "),
-        ({"net/vision_heads": 7}, "config.json: CLIPConfig.vision_dim 160 is not divisible by vision_heads 7"),
+        (
+            {"net/vision_heads": 7},
+            "config.json: CLIPConfig.vision_dim 160 is not divisible by vision_heads 7",
+        ),
         ({"net/embed_dim": 25}, "(?s)weights: .*changed shape: text.projection.kernel is "),
         ({"net/vocab_size": 59}, "changed shape: text.token_embedding.embedding is "),
     ],
@@ -173,10 +206,15 @@ def test_what_is_missing_or_makes_no_sense_is_named(hps, tmp_path):
     def load(path, **options):
         return hpsv2.load(("r",), Setting(ONE, 16.0), str(path), **options)
 
-    with pytest.raises(FileNotFoundError, match=f"no {tmp_path}/config.json; expected .*astrolabe_jax.convert reward "):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"no {tmp_path}/config.json; expected .*astrolabe_jax.convert reward ",
+    ):
         load(tmp_path)
     (tmp_path / "config.json").write_bytes((hps[0] / "config.json").read_bytes())
-    with pytest.raises(FileNotFoundError, match="no whole Orbax store .*weights; convert the reward again"):
+    with pytest.raises(
+        FileNotFoundError, match="no whole Orbax store .*weights; convert the reward again"
+    ):
         load(tmp_path)
     (tmp_path / "weights").symlink_to(hps[0] / "weights")
     with pytest.raises(FileNotFoundError, match="no .*vocab.json"):

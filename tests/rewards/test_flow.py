@@ -19,12 +19,18 @@ UNIT = 0.15 * math.hypot(*SIZE)  # pixels that count as 1
 
 def motion(*lengths):
     """Motion [1, F] of pairs in which every pixel moves so many units to the right."""
-    fields = jnp.stack([jnp.full((*SIZE, 2), jnp.array([UNIT * length, 0.0])) for length in lengths])
+    fields = jnp.stack(
+        [jnp.full((*SIZE, 2), jnp.array([UNIT * length, 0.0])) for length in lengths]
+    )
     return flow.Motion(*(part[None] for part in flow.motion_of(fields)))
 
 
 def published(a, *changes, excess=0.0):
-    magnitude = math.exp(-((a - 0.6) ** 2) / 0.08) * (1 - 0.5 * math.exp(-3 * a)) * (1 - min(max(excess, 0), 1))
+    magnitude = (
+        math.exp(-((a - 0.6) ** 2) / 0.08)
+        * (1 - 0.5 * math.exp(-3 * a))
+        * (1 - min(max(excess, 0), 1))
+    )
     return 1.5 * magnitude + math.exp(-10 * np.mean(changes or [0.0]))
 
 
@@ -40,7 +46,9 @@ def test_without_motion(options):
 @pytest.mark.parametrize("options", [{}, {"published": True}])
 def test_the_formula_by_hand(options):
     assert dynamic(0.6, 0.6, **options) == pytest.approx(published(0.6), rel=1e-5)
-    assert dynamic(0.2, 0.5, 0.1, **options) == pytest.approx(published(0.8 / 3, 0.3, 0.4), rel=1e-5)
+    assert dynamic(0.2, 0.5, 0.1, **options) == pytest.approx(
+        published(0.8 / 3, 0.3, 0.4), rel=1e-5
+    )
     assert dynamic(0.3, **options) == pytest.approx(published(0.3), rel=1e-5)
 
 
@@ -64,17 +72,29 @@ def test_the_largest_twentieth_counts():
 def fields(velocities, rows=12, columns=15):
     """[1, F, h, w, 2] of a frame that moves as a whole."""
     return jnp.asarray(
-        np.broadcast_to(np.float32(velocities)[None, :, None, None], (1, len(velocities), rows, columns, 2))
+        np.broadcast_to(
+            np.float32(velocities)[None, :, None, None], (1, len(velocities), rows, columns, 2)
+        )
     )
 
 
 def turning(angles, rows=24, columns=24):
     """Flow of a picture that turns by each angle about its middle."""
     y, x = np.mgrid[:rows, :columns] - np.array([rows - 1, columns - 1])[:, None, None] / 2
-    return jnp.asarray(np.stack([
-        np.stack([x * (math.cos(t) - 1) - y * math.sin(t), x * math.sin(t) + y * (math.cos(t) - 1)], axis=-1)
-        for t in angles
-    ]).astype(np.float32)[None])  # fmt: skip
+    return jnp.asarray(
+        np.stack(
+            [
+                np.stack(
+                    [
+                        x * (math.cos(t) - 1) - y * math.sin(t),
+                        x * math.sin(t) + y * (math.cos(t) - 1),
+                    ],
+                    axis=-1,
+                )
+                for t in angles
+            ]
+        ).astype(np.float32)[None]
+    )
 
 
 def test_steady_motion_is_smooth_at_any_speed():
@@ -127,13 +147,21 @@ def run(directory, frames, mesh=ONE, names=NAMES, **options):
 def test_scores_are_those_of_the_flow_between_consecutive_frames(directory):
     videos = np.random.default_rng(0).integers(0, 256, (2, 4, 128, 130, 3), np.uint8)
     oracle = rafts.Oracle(rafts.TINIEST, rafts.weights(rafts.TINIEST))
-    seen = oracle.flow(videos[:, :-1].reshape(-1, 128, 130, 3), videos[:, 1:].reshape(-1, 128, 130, 3))
-    parts = flow.Motion(*(part.reshape(2, 3, *part.shape[1:]) for part in flow.motion_of(jnp.asarray(seen))))
+    seen = oracle.flow(
+        videos[:, :-1].reshape(-1, 128, 130, 3), videos[:, 1:].reshape(-1, 128, 130, 3)
+    )
+    parts = flow.Motion(
+        *(part.reshape(2, 3, *part.shape[1:]) for part in flow.motion_of(jnp.asarray(seen)))
+    )
     for options in ({}, {"published": True}):
         got = run(directory, videos, pairs_per_batch=4, **options)
-        np.testing.assert_allclose(got[flow.DYNAMIC], flow.dynamic_degree(parts, **options), atol=1e-4)
+        np.testing.assert_allclose(
+            got[flow.DYNAMIC], flow.dynamic_degree(parts, **options), atol=1e-4
+        )
         np.testing.assert_allclose(got[flow.SMOOTH], flow.smoothness(parts.field), atol=1e-4)
-    lengths = np.minimum(np.hypot(*np.moveaxis(seen, -1, 0)) / (0.15 * math.hypot(128, 130)), 1).reshape(6, -1)
+    lengths = np.minimum(
+        np.hypot(*np.moveaxis(seen, -1, 0)) / (0.15 * math.hypot(128, 130)), 1
+    ).reshape(6, -1)
     top = np.sort(lengths, axis=1)[:, -(128 * 130 // 20) :].mean(axis=1).reshape(2, 3).mean(axis=1)
     changes = np.abs(np.diff(lengths.mean(axis=1).reshape(2, 3), axis=1))
     want = [published(a, *change) for a, change in zip(top, changes, strict=True)]
@@ -158,5 +186,7 @@ def test_one_frame_has_no_motion(directory):
 
 
 def test_options_are_checked(directory):
-    with pytest.raises(ValueError, match="pairs_per_batch is 0; expected a whole number, at least 1"):
+    with pytest.raises(
+        ValueError, match="pairs_per_batch is 0; expected a whole number, at least 1"
+    ):
         run(directory, np.zeros((1, 2, 16, 16, 3), np.uint8), pairs_per_batch=0)

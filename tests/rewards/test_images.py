@@ -1,4 +1,6 @@
-"""Image preparation, against what the published rewards run: PIL, torch, and the processor of Hugging Face."""
+"""Image preparation, against what the published rewards run: PIL, torch, and the processor of
+Hugging Face.
+"""
 
 import functools
 import itertools
@@ -20,10 +22,14 @@ sides = st.integers(1, 90)
 
 
 def noise(*shape, seed=0):
-    """Noise, and the sharpest edges there are: where weights are negative, results leave [0, 255]."""
+    """Noise, and the sharpest edges there are: where weights are negative, results leave [0,
+    255].
+    """
     rng = np.random.default_rng(seed)
     picture = rng.integers(0, 256, shape, dtype=np.uint8)
-    return np.where(rng.random(shape) < 0.5, picture, np.where(picture < 128, 0, 255)).astype(np.uint8)
+    return np.where(rng.random(shape) < 0.5, picture, np.where(picture < 128, 0, 255)).astype(
+        np.uint8
+    )
 
 
 def with_pil(pictures, size):
@@ -38,7 +44,9 @@ def with_pil(pictures, size):
 def with_torch(pictures, size):
     """What torchvision does to tensors of 8 bit."""
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-    x = torch.nn.functional.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+    x = torch.nn.functional.interpolate(
+        x, size=size, mode="bicubic", antialias=True, align_corners=False
+    )
     return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -65,7 +73,8 @@ def test_resizing_at_the_published_size():
     wanted = Image.fromarray(picture[0]).resize((588, 336), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resize(picture, (336, 588), "pil")[0], np.asarray(wanted))
     difference = resize(picture, (336, 588), "torch").astype(int) - with_torch(picture, (336, 588))
-    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 2e-3  # its tables are float32
+    # its tables are float32
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 2e-3
 
 
 @pytest.mark.parametrize("rounding", ["pil", "torch"])
@@ -87,11 +96,17 @@ def test_resizing_refuses_what_is_no_picture():
 
 def test_smart_resize():
     for given_size, size in {
-        (480, 832): (336, 588), (240, 416): (364, 616), (1080, 1920): (336, 588), (512, 512): (448, 448),
-    }.items():  # fmt: skip
+        (480, 832): (336, 588),
+        (240, 416): (364, 616),
+        (1080, 1920): (336, 588),
+        (512, 512): (448, 448),
+    }.items():
         assert images.smart_resize(*given_size) == size
     for size in [(0, 28), (28, 28 * 201), (5601, 28)]:
-        with pytest.raises(ValueError, match=f"frames of {size[0]} x {size[1]} pixels; expected an aspect ratio of at"):
+        with pytest.raises(
+            ValueError,
+            match=f"frames of {size[0]} x {size[1]} pixels; expected an aspect ratio of at",
+        ):
             images.smart_resize(*size)
     assert images.smart_resize(10, 2000, min_pixels=0)[0] == 28
 
@@ -99,11 +114,15 @@ def test_smart_resize():
 @given(st.integers(28, 3000), st.integers(28, 3000), st.integers(1, 600), st.integers(1, 600))
 def test_smart_resize_is_that_of_the_processor(height, width, least, more):
     limits = least * 784, (least + more) * 784
-    assert images.smart_resize(height, width, 28, *limits) == theirs.smart_resize(height, width, 28, *limits)
+    assert images.smart_resize(height, width, 28, *limits) == theirs.smart_resize(
+        height, width, 28, *limits
+    )
 
 
 def test_grayscale():
-    """The float formula wherever its sum is not whole, for every colour of a grid and all its neighbours."""
+    """The float formula wherever its sum is not whole, for every colour of a grid and all its
+    neighbours.
+    """
     axis = np.unique(np.concatenate([np.arange(0, 256, 5), [1, 127, 128, 254, 255]]))
     colours = np.stack(np.meshgrid(axis, axis, axis), axis=-1).astype(np.uint8)
     gray = np.asarray(images.grayscale(jnp.asarray(colours)))
@@ -128,14 +147,18 @@ def prepared(frames):
 def test_patches_of_pictures_are_those_of_the_processor():
     pictures = noise(3, 56, 84, 3)
     limits = {"shortest_edge": 28 * 28, "longest_edge": 10**9}
-    wanted = processor()([Image.fromarray(one) for one in pictures], size=limits, return_tensors="np")
+    wanted = processor()(
+        [Image.fromarray(one) for one in pictures], size=limits, return_tensors="np"
+    )
     assert wanted["image_grid_thw"].tolist() == [list(images.grid_of(1, 56, 84))] * 3
     got = prepared(pictures[:, None])
     np.testing.assert_allclose(got.reshape(-1, 1176), wanted["pixel_values"], atol=2e-6)
 
 
 def test_a_picture_is_prepared_as_hpsv3_does():
-    """Resized by PIL, then patched by the processor, whose own resizing changes nothing any more."""
+    """Resized by PIL, then patched by the processor, whose own resizing changes nothing any
+    more.
+    """
     picture = noise(1, 240, 416, 3)
     size = images.smart_resize(240, 416)
     resized = Image.fromarray(picture[0]).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -146,10 +169,17 @@ def test_a_picture_is_prepared_as_hpsv3_does():
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
 def test_pixels_that_tell_their_place(frames):
-    """Row and column of every patch, and what is inside of it, for values that encode where they come from."""
+    """Row and column of every patch, and what is inside of it, for values that encode where they
+    come from.
+    """
     height, width = 56, 84
-    where = np.stack(np.meshgrid(*map(np.arange, (2, frames, height, width, 3)), indexing="ij"), axis=-1)
-    got = np.asarray(images.patches(jnp.asarray(where @ np.array([10**7, 10**6, 1000 * 10, 30, 1])))) % 10**8
+    where = np.stack(
+        np.meshgrid(*map(np.arange, (2, frames, height, width, 3)), indexing="ij"), axis=-1
+    )
+    got = (
+        np.asarray(images.patches(jnp.asarray(where @ np.array([10**7, 10**6, 1000 * 10, 30, 1]))))
+        % 10**8
+    )
     time = -(-frames // 2)
     rows = itertools.product(range(time), range(2), range(3), range(2), range(2))
     for number, (t, row, column, inner_row, inner_column) in enumerate(rows):
@@ -187,7 +217,9 @@ def test_so_many_frames_as_the_published_code_takes(frames, fps):
 
 
 def test_frames_that_are_not_there():
-    with pytest.raises(ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"):
+    with pytest.raises(
+        ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"
+    ):
         images.frame_indices(9, 10)
     with pytest.raises(ValueError, match="a video of 1 frames; expected at least 2"):
         images.sampled_count(1, 16)

@@ -22,12 +22,20 @@ def group(name, act=lambda: None, params=None):
 
 
 def weights():
-    return {"w": jax.device_put(np.float32(10), jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+    return {
+        "w": jax.device_put(np.float32(10), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    }
 
 
 @pytest.mark.parametrize(
     ("overlap", "params", "waits"),
-    [("none", False, True), ("host", False, False), ("host", True, True), ("all", False, False), ("all", True, False)],
+    [
+        ("none", False, True),
+        ("host", False, False),
+        ("host", True, True),
+        ("all", False, False),
+        ("all", True, False),
+    ],
 )
 def test_what_may_overlap_does_and_nothing_else(overlap, params, waits):
     """The scorer goes on only after the caller has come back from `score`, or has given up."""
@@ -36,7 +44,9 @@ def test_what_may_overlap_does_and_nothing_else(overlap, params, waits):
     finished = []
     scorer = panel._loaded[0].scorer
     panel._loaded[0] = panel._loaded[0]._replace(
-        scorer=scorer._replace(score=lambda *given: (scorer.score(*given), finished.append(True))[0])
+        scorer=scorer._replace(
+            score=lambda *given: (scorer.score(*given), finished.append(True))[0]
+        )
     )
     scores = panel.score(FRAMES, PROMPTS)
     assert bool(finished) == waits
@@ -66,7 +76,10 @@ def test_what_is_under_way_can_be_waited_for():
 @pytest.mark.parametrize("overlap", ["none", "host"])
 def test_a_scorer_that_hangs_is_named(overlap):
     panel = Panel([group("slow", threading.Event().wait)], overlap, timeout=0.2)
-    with pytest.raises(RewardError, match="rewards 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout"):
+    with pytest.raises(
+        RewardError,
+        match="rewards 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout",
+    ):
         panel.score(FRAMES, PROMPTS, range(5, 7))()
     began = time.monotonic()
     panel.settle()  # nor is it waited for again

@@ -26,10 +26,17 @@ def test_pieces_are_of_one_shape_and_give_each_item_its_own(mesh, place):
     @jax.jit
     def difference(params, first, second):
         seen.append(first.shape)
-        return {"by": params * (second.astype("float32") - first.astype("float32")), "of": first[:, 0, 0, 0]}
+        return {
+            "by": params * (second.astype("float32") - first.astype("float32")),
+            "of": first[:, 0, 0, 0],
+        }
 
-    got = mapped(difference, jnp.float32(2), place(frames), np.array([0, 2, 4]), 2, mesh, following=2)
-    np.testing.assert_array_equal(got["by"], 2 * (frames[:, 1::2].astype("float32") - frames[:, ::2]))
+    got = mapped(
+        difference, jnp.float32(2), place(frames), np.array([0, 2, 4]), 2, mesh, following=2
+    )
+    np.testing.assert_array_equal(
+        got["by"], 2 * (frames[:, 1::2].astype("float32") - frames[:, ::2])
+    )
     np.testing.assert_array_equal(got["of"], frames[:, ::2, 0, 0, 0])
     assert seen == [(max(2, mesh.size), 2, 4, 3)]
 
@@ -44,7 +51,10 @@ def test_pictures_are_split_over_the_devices():
 
     for place in (np.asarray, jnp.asarray):
         mapped(note, None, place(frames), np.arange(16), 8, mesh)
-    assert all(place.is_equivalent_to(sharding.batch_sharding(mesh), 4) for place in places) and len(places) == 4
+    assert (
+        all(place.is_equivalent_to(sharding.batch_sharding(mesh), 4) for place in places)
+        and len(places) == 4
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])

@@ -1,4 +1,6 @@
-"""The rewards on Qwen2-VL from their directories: what they score is what the parts make of it one by one."""
+"""The rewards on Qwen2-VL from their directories: what they score is what the parts make of it one
+by one.
+"""
 
 import functools
 import json
@@ -19,7 +21,8 @@ from tests.rewards import chats, published
 PROMPTS = ["a cat", "a very long text about a dog " * 9, "ein Bär"]
 SETTINGS = published.SETTINGS["inference_config"]
 VQ, MQ, TA, OVERALL = (*videoalign.NAMES, videoalign.OVERALL)
-resize = jax.jit(images.resize, static_argnums=(1, 2))  # tests/rewards/test_images.py compares it with torch and PIL
+# tests/rewards/test_images.py compares it with torch and PIL
+resize = jax.jit(images.resize, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +62,25 @@ def judge(kind):
 
 def alone(kind, directory, patches, grid, prompt):
     """What the net says of one sample, without padding or company."""
-    talk = chat.load(directory, TOKENS[kind], {HPSV3.name: chat.IMAGE}.get(kind, chat.VIDEO), chats.rows(TOKENS[kind]))
+    talk = chat.load(
+        directory,
+        TOKENS[kind],
+        {HPSV3.name: chat.IMAGE}.get(kind, chat.VIDEO),
+        chats.rows(TOKENS[kind]),
+    )
     question = chat.ask(talk, prompt, grid)
-    ids = question.ids[: np.flatnonzero(question.ids != talk.tokenizer.token_to_id("<|endoftext|>"))[-1] + 1]
+    ids = question.ids[
+        : np.flatnonzero(question.ids != talk.tokenizer.token_to_id("<|endoftext|>"))[-1] + 1
+    ]
     return np.asarray(judge(kind)(patches[None], grid, ids[None], question.where[None]))[0]
 
 
 def processed(pictures):
     """Rows of the processor of Hugging Face, which looks at each picture twice."""
     limits = {"shortest_edge": 1, "longest_edge": 10**9}
-    return theirs.Qwen2VLImageProcessorPil()(pictures, size=limits, return_tensors="np")["pixel_values"]
+    return theirs.Qwen2VLImageProcessorPil()(pictures, size=limits, return_tensors="np")[
+        "pixel_values"
+    ]
 
 
 def rows_of_video(frames):
@@ -94,14 +106,22 @@ def test_hpsv3_is_the_mean_of_the_best_frames(directories, hpsv3_scores):
     frames, found = hpsv3_scores
     size = images.smart_resize(48, 80)
     for i in range(2):
-        pictures = [Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in frames[i]]
+        pictures = [
+            Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)
+            for frame in frames[i]
+        ]
         rows = processed(pictures).reshape(4, -1, 1176)
         grid = images.grid_of(1, *size)
-        mu, sigma = np.stack([alone("hpsv3", directories["hpsv3"], row, grid, PROMPTS[i]) for row in rows]).T
+        mu, sigma = np.stack(
+            [alone("hpsv3", directories["hpsv3"], row, grid, PROMPTS[i]) for row in rows]
+        ).T
         assert np.ptp(mu) > 1e-3
-        np.testing.assert_allclose(found[hpsv3.NAME][i], mu.max(), rtol=1e-4, atol=1e-5)  # floor(0.3 * 4) is 1
+        # floor(0.3 * 4) is 1
+        np.testing.assert_allclose(found[hpsv3.NAME][i], mu.max(), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[f"{hpsv3.NAME}/mean"][i], mu.mean(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found[f"{hpsv3.NAME}/uncertainty"][i], np.exp(sigma).mean(), rtol=1e-4)
+        np.testing.assert_allclose(
+            found[f"{hpsv3.NAME}/uncertainty"][i], np.exp(sigma).mean(), rtol=1e-4
+        )
     assert all(np.asarray(values).shape == (2,) for values in found.values()) and len(found) == 3
 
 
@@ -123,7 +143,9 @@ def test_hpsv3_on_several_devices_and_of_fewer_frames(directories, hpsv3_scores)
     assert split.identity and split.identity == hpsv3.load((hpsv3.NAME,), setting, path).identity
     for name, values in scores(split, frames, PROMPTS[:2]).items():
         np.testing.assert_allclose(values, found[name], rtol=1e-5, err_msg=name)
-    sparse = hpsv3.load((hpsv3.NAME,), setting, path, frame_stride=2, frames_per_batch=1, dtype="float32")
+    sparse = hpsv3.load(
+        (hpsv3.NAME,), setting, path, frame_stride=2, frames_per_batch=1, dtype="float32"
+    )
     of_half = scores(sparse, frames, PROMPTS[:2])[f"{hpsv3.NAME}/mean"]
     chosen = scores(split, frames[:, ::2], PROMPTS[:2])[f"{hpsv3.NAME}/mean"]
     np.testing.assert_allclose(of_half, chosen, rtol=1e-6)
@@ -156,12 +178,21 @@ def test_videoalign_is_the_normalised_output_at_three_tokens(directories, videoa
         for pictures in (taken, gray[..., None].repeat(3, axis=-1)):
             rows = rows_of_video(np.asarray(resize(pictures, size, "torch")))
             raw = alone(VIDEOALIGN.name, directories[VIDEOALIGN.name], rows, grid, prompt)
-            pairs = [(SETTINGS[f"{aspect}_mean"], SETTINGS[f"{aspect}_std"]) for aspect in ("VQ", "MQ", "TA")]
-            wanted.append([(value - mean) / std for value, (mean, std) in zip(raw, pairs, strict=True)])
+            pairs = [
+                (SETTINGS[f"{aspect}_mean"], SETTINGS[f"{aspect}_std"])
+                for aspect in ("VQ", "MQ", "TA")
+            ]
+            wanted.append(
+                [(value - mean) / std for value, (mean, std) in zip(raw, pairs, strict=True)]
+            )
         colour, without = wanted
-        np.testing.assert_allclose([found[VQ][i], found[TA][i]], [colour[0], colour[2]], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            [found[VQ][i], found[TA][i]], [colour[0], colour[2]], rtol=1e-5, atol=1e-5
+        )
         np.testing.assert_allclose(found[MQ][i], without[1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found[OVERALL][i], (colour[0] + without[1] + colour[2]) / 3, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found[OVERALL][i], (colour[0] + without[1] + colour[2]) / 3, rtol=1e-5, atol=1e-5
+        )
         assert abs(colour[1] - without[1]) > 1e-3
 
 
@@ -172,7 +203,9 @@ def test_videoalign_of_a_video_does_not_depend_on_the_others(load_videoalign, vi
         single = scores(scorer, frames[i : i + 1], PROMPTS[i : i + 1])
         for name, values in single.items():
             assert values.dtype == np.float32
-            np.testing.assert_allclose(values[0], together[name][i], rtol=1e-6, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(
+                values[0], together[name][i], rtol=1e-6, atol=1e-7, err_msg=name
+            )
 
 
 def test_only_alignment_depends_on_the_prompt(load_videoalign, videoaligns):
@@ -194,7 +227,12 @@ def test_videoalign_computes_what_is_asked(load_videoalign, videoaligns, monkeyp
         return evaluate(*given, **more)
 
     monkeypatch.setattr(videoalign.qwen, "evaluate", counted)
-    for names, passes in [((MQ,), [True]), ((VQ, TA), [False]), ((OVERALL, MQ), [True, False]), ((OVERALL,), [0, 1])]:
+    for names, passes in [
+        ((MQ,), [True]),
+        ((VQ, TA), [False]),
+        ((OVERALL, MQ), [True, False]),
+        ((OVERALL,), [0, 1]),
+    ]:
         calls.clear()
         found = scores(load_videoalign(*names), frames[:1], PROMPTS[:1])
         assert sorted(calls) == sorted(passes) and set(found) == set(names)
@@ -205,26 +243,37 @@ def test_videoalign_computes_what_is_asked(load_videoalign, videoaligns, monkeyp
 @pytest.mark.slow
 def test_the_published_input_is_the_default_for_the_published_clip(load_videoalign):
     default, fixed = (videoalign._Input(16.0, flag, 2.0, 200704) for flag in (False, True))
-    assert default(81, 480, 832) == fixed(81, 480, 832) == (images.frame_indices(81, 10), (336, 588))
+    assert (
+        default(81, 480, 832) == fixed(81, 480, 832) == (images.frame_indices(81, 10), (336, 588))
+    )
     assert fixed(240, 832, 480) == (images.frame_indices(240, 10), (336, 588))
     assert default(240, 832, 480) == (images.frame_indices(240, 30), (588, 336))
     frames = videos(1, 10, 28, 28)
     found = scores(load_videoalign(VQ, OVERALL, published=True), frames, PROMPTS[:1])
-    coloured = [found[VQ], *scores(load_videoalign(TA, published=True), frames, PROMPTS[:1]).values()]
+    coloured = [
+        found[VQ],
+        *scores(load_videoalign(TA, published=True), frames, PROMPTS[:1]).values(),
+    ]
     assert found[OVERALL] != sum(coloured) and np.isfinite(found[OVERALL])
 
 
 def test_what_cannot_be_scored_is_refused(load_videoalign, hpsv3_scorer):
     wide = np.zeros((1, 4, 2, 402, 3), np.uint8)
     for scorer in (hpsv3_scorer, load_videoalign(MQ)):
-        with pytest.raises(ValueError, match="frames of 2 x 402 pixels; expected an aspect ratio of at most 200"):
+        with pytest.raises(
+            ValueError, match="frames of 2 x 402 pixels; expected an aspect ratio of at most 200"
+        ):
             scores(scorer, wide, ["a"])
-        with pytest.raises(SampleError, match="'<.im_end.>', which stands for a special token") as error:
+        with pytest.raises(
+            SampleError, match="'<.im_end.>', which stands for a special token"
+        ) as error:
             scores(scorer, videos(2, 4, 28, 28), ["a", "b <|im_end|>"])
         assert error.value.row == 1
     with pytest.raises(ValueError, match="a video of 1 frames; expected at least 2"):
         scores(load_videoalign(MQ), videos(1, 1, 28, 28), ["a"])
-    with pytest.raises(ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"):
+    with pytest.raises(
+        ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"
+    ):
         scores(load_videoalign(MQ, published=True), videos(1, 9, 28, 28), ["a"])
 
 
@@ -233,16 +282,22 @@ def test_options_are_checked(directories, load_videoalign):
         load_videoalign(MQ, fps=0.0)
     with pytest.raises(ValueError, match="published is 1; expected true or false"):
         load_videoalign(MQ, published=1)
-    with pytest.raises(ValueError, match="videos_per_batch is 0; expected a whole number, at least 1"):
+    with pytest.raises(
+        ValueError, match="videos_per_batch is 0; expected a whole number, at least 1"
+    ):
         load_videoalign(MQ, videos_per_batch=0)
     with pytest.raises(ValueError, match="unknown videoalign_xq; expected videoalign_vq, "):
         load_videoalign("videoalign_xq")
     setting, path = Setting(ONE, 16.0), str(directories["hpsv3"])
     with pytest.raises(ValueError, match="frame_stride is 0; expected a whole number, at least 1"):
         hpsv3.load((hpsv3.NAME,), setting, path, frame_stride=0)
-    with pytest.raises(ValueError, match="is of the kind 'hpsv3'; expected 'videoalign': give another path"):
+    with pytest.raises(
+        ValueError, match="is of the kind 'hpsv3'; expected 'videoalign': give another path"
+    ):
         videoalign.load((MQ,), setting, path)
-    with pytest.raises(FileNotFoundError, match="no nowhere/config.json; expected a directory that `python -m"):
+    with pytest.raises(
+        FileNotFoundError, match="no nowhere/config.json; expected a directory that `python -m"
+    ):
         hpsv3.load((hpsv3.NAME,), setting, "nowhere")
 
 

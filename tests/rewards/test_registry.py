@@ -15,7 +15,11 @@ FRAMES = np.arange(3 * 2 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 4, 3)
 def score(names, frames=FRAMES, prompts=PROMPTS, **numbers):
     """All rewards of these names with weight 1."""
     loaded = rewards.load(dict.fromkeys(names, 1.0), None)
-    return {key: values for group in loaded for key, values in rewards.score(group, frames, prompts, **numbers).items()}
+    return {
+        key: values
+        for group in loaded
+        for key, values in rewards.score(group, frames, prompts, **numbers).items()
+    }
 
 
 @pytest.fixture
@@ -26,7 +30,9 @@ def add(monkeypatch):
         module = types.ModuleType(f"fake_{name}")
         module.score, module.check = function, check
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        line = rewards.Reward(target or f"{module.__name__}:score", check and f"{module.__name__}:check")
+        line = rewards.Reward(
+            target or f"{module.__name__}:score", check and f"{module.__name__}:check"
+        )
         monkeypatch.setitem(rewards.TABLE, name, line)
 
     return add
@@ -55,14 +61,18 @@ def test_rewards_of_one_function_cost_one_call(add):
     add("b", both, "fake_a:score")
     scores = score(["b", "a"])
     assert {name: list(values) for name, values in scores.items()} == {
-        "b": [4, 5, 6], "b/part": [7, 8, 9], "a": [1, 2, 3],
-    }  # fmt: skip
+        "b": [4, 5, 6],
+        "b/part": [7, 8, 9],
+        "a": [1, 2, 3],
+    }
     assert calls == [3]
     assert list(score(["a"])) == ["a"]
 
 
 def test_unknown_rewards_are_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown rewards 'vq', 'mq'; known rewards: .*shapes_mq, .*shapes_vq"):
+    with pytest.raises(
+        ValueError, match=r"unknown rewards 'vq', 'mq'; known rewards: .*shapes_mq, .*shapes_vq"
+    ):
         rewards.validate(dict.fromkeys(["vq", "shapes_ta", "mq"], 1.0))
     with pytest.raises(ValueError, match="no reward is configured"):
         rewards.validate({})
@@ -111,7 +121,10 @@ def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
 
 
 def test_modules_are_imported_when_first_used():
-    script = "import sys, astrolabe_jax.rewards; sys.exit(any('moving_shapes' in name for name in sys.modules))"
+    script = (
+        "import sys, astrolabe_jax.rewards; sys.exit(any('moving_shapes' in name for name in "
+        "sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
@@ -123,7 +136,10 @@ def test_modules_are_imported_when_first_used():
         (1.0, r"shape \[\]"),
         ([1.0, np.nan, 3.0], r"'bad' is nan for sample 1 \(prompt 'a dog'\)"),
         ([1.0, -np.inf, np.inf], r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more"),
-        ({"bad": [1, 2, 3], "bad/part": [1, 2, np.nan]}, r"'bad/part' is nan for sample 2 \(prompt 'a cow'\)"),
+        (
+            {"bad": [1, 2, 3], "bad/part": [1, 2, np.nan]},
+            r"'bad/part' is nan for sample 2 \(prompt 'a cow'\)",
+        ),
         ({"good": [1, 2, 3]}, "'bad': its scorer returned only 'good'"),
     ],
 )
@@ -144,7 +160,9 @@ def test_the_shipped_rewards_score_their_world():
     frames = np.stack([render.sample(prompt, np.random.default_rng(0)) for prompt in prompts])
     scores = score(SHIPPED, frames, prompts)
     assert [name for name in scores if "/" not in name] == SHIPPED
-    assert all(values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in SHIPPED))
+    assert all(
+        values.shape == (2,) and values.min() > 0.9 for values in (scores[name] for name in SHIPPED)
+    )
     for reward in ("shapes_ta", "bounce_ta"):
         parts = {name.partition("/")[2] for name in scores if name.startswith(f"{reward}/")}
         assert parts == {"visibility", *vocabulary.Attributes._fields}
@@ -160,7 +178,8 @@ def loader(monkeypatch):
         if path == "nowhere":
             raise FileNotFoundError("nowhere is not there; convert the weights first")
         return rewards.Scorer(
-            lambda params, frames, prompts: {name: params * len(frames) for name in names}, np.ones(3)
+            lambda params, frames, prompts: {name: params * len(frames) for name in names},
+            np.ones(3),
         )
 
     module = types.ModuleType("fake_loader")
@@ -189,7 +208,10 @@ def test_options_reach_the_loader_and_equal_ones_share_a_call(loader):
             {"weight": 1.0, "paht": "a", "path": "a"},
             "config.rewards.tint has unknown options paht; it takes path, gain",
         ),
-        ({"weight": 1.0, "path": "nowhere"}, "config.rewards.tint: nowhere is not there; convert the weights first"),
+        (
+            {"weight": 1.0, "path": "nowhere"},
+            "config.rewards.tint: nowhere is not there; convert the weights first",
+        ),
     ],
 )
 def test_wrong_options_are_named(loader, value, message):
@@ -198,7 +220,9 @@ def test_wrong_options_are_named(loader, value, message):
 
 
 def test_a_reward_without_options_refuses_them():
-    with pytest.raises(ValueError, match="config.rewards.shapes_vq has unknown options gain; it takes none"):
+    with pytest.raises(
+        ValueError, match="config.rewards.shapes_vq has unknown options gain; it takes none"
+    ):
         rewards.validate({"shapes_vq": {"weight": 1.0, "gain": 2.0}})
 
 
@@ -207,5 +231,7 @@ def test_whatever_a_scorer_raises_names_reward_samples_and_place(add):
         raise KeyError("no such thing")
 
     add("bad", broken)
-    with pytest.raises(rewards.RewardError, match=r"'bad' failed on samples 4 to 6: KeyError: .*test_registry"):
+    with pytest.raises(
+        rewards.RewardError, match=r"'bad' failed on samples 4 to 6: KeyError: .*test_registry"
+    ):
         score(["bad"], numbers=range(4, 7))

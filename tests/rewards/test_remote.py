@@ -22,7 +22,9 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 
 @contextlib.contextmanager
 def serving(answer):
-    """Its URL, and what it was asked: answer(number, path, headers, body) -> (status, JSON-able or bytes)."""
+    """Its URL, and what it was asked: answer(number, path, headers, body) -> (status, JSON-able or
+    bytes).
+    """
     asked, busy, lock = [], {"now": 0, "most": 0}, threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -59,7 +61,9 @@ def serving(answer):
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    monkeypatch.setitem(rewards.TABLE, "taste", rewards.Reward(load="astrolabe_jax.rewards.remote:load"))
+    monkeypatch.setitem(
+        rewards.TABLE, "taste", rewards.Reward(load="astrolabe_jax.rewards.remote:load")
+    )
 
 
 def scorer(server, **options):
@@ -78,10 +82,17 @@ def brightness(number, body):
 def test_every_video_is_asked_about_as_the_contract_says():
     with serving(brightness) as server:
         scores = scorer(server).score(None, FRAMES, PROMPTS)
-        asked = sorted((body for _, _, body in server.asked), key=lambda body: PROMPTS.index(body["prompt"]))
+        asked = sorted(
+            (body for _, _, body in server.asked), key=lambda body: PROMPTS.index(body["prompt"])
+        )
     for body, video, prompt in zip(asked, FRAMES, PROMPTS, strict=True):
-        assert body["rewards"] == ["taste", "smell"] and body["prompt"] == prompt and body["fps"] == 16.0
-        np.testing.assert_array_equal([pixels(frame) for frame in body["frames"]], video)  # png loses nothing
+        assert (
+            body["rewards"] == ["taste", "smell"]
+            and body["prompt"] == prompt
+            and body["fps"] == 16.0
+        )
+        # png loses nothing
+        np.testing.assert_array_equal([pixels(frame) for frame in body["frames"]], video)
     np.testing.assert_allclose(scores["taste"], FRAMES.mean((1, 2, 3, 4)), rtol=1e-6)
     assert list(scores["smell"]) == [5, 5, 5]
 
@@ -105,7 +116,9 @@ def test_requests_run_at_once_up_to_a_bound():
 
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_what_may_pass_is_tried_again(status):
-    with serving(lambda number, body: brightness(number, body) if number > 1 else (status, b"busy")) as server:
+    with serving(
+        lambda number, body: brightness(number, body) if number > 1 else (status, b"busy")
+    ) as server:
         scores = scorer(server, concurrency=1, retries=2).score(None, FRAMES[:1], PROMPTS[:1])
         assert len(server.asked) == 3 and list(scores["smell"]) == [5]
 
@@ -114,7 +127,12 @@ def test_what_may_pass_is_tried_again(status):
     ("status", "content", "message", "asked"),
     [
         (400, b"no such reward", "/score refuses the request with status 400: 'no such reward'", 1),
-        (503, b"busy", "/score cannot be had after 3 tries, the last one with status 503: 'busy'", 3),
+        (
+            503,
+            b"busy",
+            "/score cannot be had after 3 tries, the last one with status 503: 'busy'",
+            3,
+        ),
         (200, b"<html>", "/score does not answer in JSON", 1),
         (200, {"score": 1}, "the answer is .*; expected .*with numbers for taste", 1),
         (200, {"scores": {"taste": "good"}}, "expected .* with numbers for taste", 1),
@@ -124,14 +142,18 @@ def test_a_failure_names_reward_sample_and_server(status, content, message, aske
     with serving(lambda number, body: (status, content)) as server:
         value = {"weight": 1.0, "url": f"{server.url}/score", "retries": 2}
         (loaded,) = rewards.load({"taste": value}, SETTING)
-        with pytest.raises(rewards.RewardError, match=f"'taste' failed on sample 7 .prompt 'a cat'.: .*{message}"):
+        with pytest.raises(
+            rewards.RewardError, match=f"'taste' failed on sample 7 .prompt 'a cat'.: .*{message}"
+        ):
             rewards.score(loaded, FRAMES[:1], PROMPTS[:1], [7])
         assert len(server.asked) == asked
 
 
 @pytest.mark.parametrize(("value", "kind"), [("NaN", "nan"), ("Infinity", "inf")])
 def test_a_number_that_is_none_is_refused(value, kind):
-    with serving(lambda number, body: (200, f'{{"scores": {{"taste": {value}}}}}'.encode())) as server:
+    with serving(
+        lambda number, body: (200, f'{{"scores": {{"taste": {value}}}}}'.encode())
+    ) as server:
         (loaded,) = rewards.load({"taste": {"weight": 1.0, "url": server.url}}, SETTING)
         with pytest.raises(rewards.RewardError, match=f"'taste' is {kind} for sample 0"):
             rewards.score(loaded, FRAMES, PROMPTS)
@@ -139,7 +161,9 @@ def test_a_number_that_is_none_is_refused(value, kind):
 
 def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
     with serving(lambda number, body: (time.sleep(0.5), (200, {}))[1]) as server:
-        with pytest.raises(rewards.SampleError, match="after 2 tries, the last one with .*timed out"):
+        with pytest.raises(
+            rewards.SampleError, match="after 2 tries, the last one with .*timed out"
+        ):
             scorer(server, timeout=0.1, retries=1).score(None, FRAMES[:1], PROMPTS[:1])
         url = server.url
     with pytest.raises(rewards.SampleError, match="after 1 tries, the last one with .*refused"):
@@ -147,7 +171,9 @@ def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
 
 
 def test_a_fallback_stands_for_a_video_that_cannot_be_had():
-    with serving(lambda number, body: brightness(number, body) if "dog" in body["prompt"] else (400, b"")) as server:
+    with serving(
+        lambda number, body: brightness(number, body) if "dog" in body["prompt"] else (400, b"")
+    ) as server:
         scores = scorer(server, fallback=-1.0).score(None, FRAMES, PROMPTS)
     assert list(scores["smell"]) == [-1, 5, -1]
 
@@ -193,14 +219,22 @@ def test_unified_reward_asks_about_frames_and_reads_the_score(template):
         return 200, {"choices": [{"message": {"content": replies[number % 3]}}]}
 
     with serving(answer) as server:
-        asked = remote.load_unified(("unifiedreward",), SETTING, template, f"{server.url}/v1", frames=3)
+        asked = remote.load_unified(
+            ("unifiedreward",), SETTING, template, f"{server.url}/v1", frames=3
+        )
         scores = asked.score(None, FRAMES[:1], ["a {cat}"])
         path, _, body = server.asked[0]
-    assert path == "/v1/chat/completions" and body["model"] == "UnifiedReward-7b-v1.5" and body["temperature"] == 0
+    assert (
+        path == "/v1/chat/completions"
+        and body["model"] == "UnifiedReward-7b-v1.5"
+        and body["temperature"] == 0
+    )
     image, text = body["messages"][0]["content"]
     assert text["text"] == "Look at it.\nFinal Score:\nText Caption: [a {cat}]"
     seen = pixels(image["image_url"]["url"].removeprefix("data:image;base64,"))
-    expected = np.asarray(Image.fromarray(FRAMES[0, 0]).resize((512, 512), Image.Resampling.BICUBIC))
+    expected = np.asarray(
+        Image.fromarray(FRAMES[0, 0]).resize((512, 512), Image.Resampling.BICUBIC)
+    )
     np.testing.assert_array_equal(seen, expected)
     np.testing.assert_allclose(scores["unifiedreward"], (4.5 + 3 + 5) / 15, rtol=1e-6)
 

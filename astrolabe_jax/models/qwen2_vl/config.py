@@ -9,10 +9,11 @@ MERGE = 2  # patches along each side of the square that becomes one token
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VLConfig:
-    """Sizes of both towers and the head; the defaults are Qwen2-VL-7B-Instruct. `dim` is D, `head_dim` K.
+    """Sizes of both towers and the head; the defaults are Qwen2-VL-7B-Instruct. `dim` is D,
+    `head_dim` K.
 
-    `head` has the widths of a reward's linears after the last hidden state, with ReLU between them: none for the plain
-    model. A single linear has no bias (VideoAlign), several have (HPSv3).
+    `head` has the widths of a reward's linears after the last hidden state, with ReLU between them:
+    none for the plain model. A single linear has no bias (VideoAlign), several have (HPSv3).
     """
 
     vocab_size: int = 152064
@@ -23,7 +24,8 @@ class Qwen2VLConfig:
     head_dim: int = 128
     eps: float = 1e-6
     rope_theta: float = 1e6
-    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with the frame, row and column
+    # frequencies that turn with the frame, row and column
+    mrope_section: tuple[int, ...] = (16, 24, 24)
     vision_dim: int = 1280
     vision_ffn: int = 5120
     vision_layers: int = 32
@@ -32,7 +34,8 @@ class Qwen2VLConfig:
     head: tuple[int, ...] = ()
     image_token: int = 151655  # ids in whose place the tokens of the vision tower are put
     video_token: int = 151656
-    quantised: bool = False  # the kernels of all layers are int8, with a float32 scale for each output
+    # the kernels of all layers are int8, with a float32 scale for each output
+    quantised: bool = False
     dtype: str = "bfloat16"  # of the activations
     param_dtype: str = "bfloat16"  # but for the head, which is float32
 
@@ -41,16 +44,18 @@ class Qwen2VLConfig:
             ("dim", self.head_dim, "head_dim"),
             ("dim_kv", self.head_dim, "head_dim"),
             ("dim", self.dim_kv, "dim_kv"),
-            ("vision_dim", 4 * self.vision_heads, "4 vision_heads"),  # a quarter of a head turns with the row
+            # a quarter of a head turns with the row
+            ("vision_dim", 4 * self.vision_heads, "4 vision_heads"),
         ):
             if getattr(self, field) % unit:
                 raise ValueError(
-                    f"Qwen2VLConfig.{field} is {getattr(self, field)}; expected a multiple of {name}, {unit}"
+                    f"Qwen2VLConfig.{field} is {getattr(self, field)}; expected a multiple of "
+                    f"{name}, {unit}"
                 )
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(
-                f"Qwen2VLConfig.mrope_section is {self.mrope_section}; expected three numbers whose sum is half of "
-                f"head_dim, {self.head_dim // 2}"
+                f"Qwen2VLConfig.mrope_section is {self.mrope_section}; expected three numbers "
+                f"whose sum is half of head_dim, {self.head_dim // 2}"
             )
 
 

@@ -1,4 +1,6 @@
-"""The decoder of Qwen2-VL without its output layer: embeddings -> hidden states (spec/rewards.md 5.2)."""
+"""The decoder of Qwen2-VL without its output layer: embeddings -> hidden states (spec/rewards.md
+5.2).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +21,25 @@ class Language(nnx.Module):
         self.config = config
         param_dtype = jnp.dtype(config.param_dtype)
         self.embedding = Embedding(
-            config.vocab_size, config.dim, 0.02, dtype=config.dtype, param_dtype=param_dtype, rngs=rngs
+            config.vocab_size,
+            config.dim,
+            0.02,
+            dtype=config.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.blocks = stacked(lambda rngs: Block(config, rngs), config.num_layers, rngs)
         self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
 
-    def __call__(self, ids: jax.Array, vision: jax.Array, where: jax.Array, table: Table) -> jax.Array:
-        """Hidden states [B, n, D] after the final norm, at the tokens `where` [B, n] of the ids [B, L].
+    def __call__(
+        self, ids: jax.Array, vision: jax.Array, where: jax.Array, table: Table
+    ) -> jax.Array:
+        """Hidden states [B, n, D] after the final norm, at the tokens `where` [B, n] of the ids [B,
+        L].
 
-        vision [B, V, D] takes the place of the placeholders among the ids, in order, of which each sample has V.
-        table: the rotary table [B or 1, L, K/2] of the positions. What stands behind a token does not change it, so
-        that padding on the right needs no mask.
+        vision [B, V, D] takes the place of the placeholders among the ids, in order, of which each
+        sample has V. table: the rotary table [B or 1, L, K/2] of the positions. What stands behind
+        a token does not change it, so that padding on the right needs no mask.
         """
         here = (ids == self.config.image_token) | (ids == self.config.video_token)
         x = by_sample(_filled(self.embedding(ids), here, vision.astype(self.config.dtype)))
@@ -45,7 +55,9 @@ class Language(nnx.Module):
 def _filled(x: jax.Array, here: jax.Array, vision: jax.Array) -> jax.Array:
     """x [B, L, D] with the rows of vision [B, V, D] where `here` [B, L] is true, in order."""
     index = jnp.cumsum(here, axis=1) - 1
-    return jnp.where(here[..., None], jnp.take_along_axis(vision, index[..., None], axis=1, mode="clip"), x)
+    return jnp.where(
+        here[..., None], jnp.take_along_axis(vision, index[..., None], axis=1, mode="clip"), x
+    )
 
 
 class Block(nnx.Module):
@@ -66,7 +78,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, table: Table) -> jax.Array:
         y = self.norm1(x)
-        q, k, v = (part(y).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(y).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.q, self.k, self.v)
+        )
         y = attention(rotate(q, table), rotate(k, table), v, causal=True)
         x = x + self.o(y.reshape(x.shape))
         y = self.norm2(x)

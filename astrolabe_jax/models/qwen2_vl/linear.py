@@ -15,12 +15,16 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class Int8Linear(nnx.Module):
-    """y = (x kernel) scale + bias with an int8 kernel [in, out] and a float32 scale [out]; see `quantise`.
+    """y = (x kernel) scale + bias with an int8 kernel [in, out] and a float32 scale [out]; see
+    `quantise`.
 
-    The kernel's whole numbers are exact in 16 bits, and the scale is applied to the sums, in float32.
+    The kernel's whole numbers are exact in 16 bits, and the scale is applied to the sums, in
+    float32.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, param_dtype, rngs: nnx.Rngs
+    ):
         kernel, scale = quantise(_INIT(rngs.params(), (in_features, out_features), jnp.float32))
         self.kernel, self.scale = nnx.Param(kernel), nnx.Param(scale)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
@@ -37,7 +41,8 @@ class Int8Linear(nnx.Module):
 
 
 def quantise(kernel, xp=jnp) -> tuple:
-    """A kernel [..., in, out] -> (int8 kernel, scale [..., out] float32) with kernel = scale int8 up to rounding.
+    """A kernel [..., in, out] -> (int8 kernel, scale [..., out] float32) with kernel = scale int8
+    up to rounding.
 
     The largest number of each output becomes 127. `xp` is jax.numpy or numpy.
     """
@@ -59,8 +64,17 @@ def linear(
     """A linear with parameters as the config says; `quantised` overrides its field."""
     param_dtype = jnp.dtype(config.param_dtype)
     if config.quantised if quantised is None else quantised:
-        return Int8Linear(in_features, out_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
-    return Linear(in_features, out_features, use_bias=use_bias, param_dtype=param_dtype, kernel_init=_INIT, rngs=rngs)
+        return Int8Linear(
+            in_features, out_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
+    return Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        param_dtype=param_dtype,
+        kernel_init=_INIT,
+        rngs=rngs,
+    )
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:

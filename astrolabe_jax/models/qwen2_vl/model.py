@@ -1,4 +1,6 @@
-"""Qwen2-VL as one module, and the reward models made of it: a head at tokens of its own (spec/rewards.md 3.4, 4.3)."""
+"""Qwen2-VL as one module, and the reward models made of it: a head at tokens of its own
+(spec/rewards.md 3.4, 4.3).
+"""
 
 import itertools
 
@@ -22,12 +24,19 @@ class Qwen2VL(nnx.Module):
         self.language = Language(config, rngs)
 
     def hidden(
-        self, patches: jax.Array, grid: Grid, ids: jax.Array, where: jax.Array, table: Table | None = None
+        self,
+        patches: jax.Array,
+        grid: Grid,
+        ids: jax.Array,
+        where: jax.Array,
+        table: Table | None = None,
     ) -> jax.Array:
-        """Hidden states [B, n, D] at the tokens `where` [B, n] of the ids [B, L], padded on the right or not.
+        """Hidden states [B, n, D] at the tokens `where` [B, n] of the ids [B, L], padded on the
+        right or not.
 
-        patches [B, t h w, 1176]: see Vision; each sample has t h w / 4 placeholders among its ids. table: of other
-        positions than 0 to L - 1 in all three rows, from rope.text_table; an argument of the jitted function.
+        patches [B, t h w, 1176]: see Vision; each sample has t h w / 4 placeholders among its ids.
+        table: of other positions than 0 to L - 1 in all three rows, from rope.text_table; an
+        argument of the jitted function.
         """
         table = text_table(self.config, plain_positions(ids.shape[1])) if table is None else table
         return self.language(ids, self.vision(patches, grid), where, table)
@@ -38,15 +47,19 @@ class RewardNet(Qwen2VL):
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         if not config.head:
-            raise ValueError("Qwen2VLConfig.head is empty; expected the widths of a reward's linears")
+            raise ValueError(
+                "Qwen2VLConfig.head is empty; expected the widths of a reward's linears"
+            )
         super().__init__(config, rngs)
         self.head = RewardHead(config, rngs)
 
-    def __call__(self, patches: jax.Array, grid: Grid, ids: jax.Array, where: jax.Array) -> jax.Array:
+    def __call__(
+        self, patches: jax.Array, grid: Grid, ids: jax.Array, where: jax.Array
+    ) -> jax.Array:
         """`hidden`, then the head: float32 [B, n * config.head[-1]].
 
-        HPSv3, one token: the score and the raw uncertainty, the logarithm of a standard deviation. VideoAlign, three
-        tokens: VQ, MQ and TA before their normalisation.
+        HPSv3, one token: the score and the raw uncertainty, the logarithm of a standard deviation.
+        VideoAlign, three tokens: VQ, MQ and TA before their normalisation.
         """
         outputs = self.head(self.hidden(patches, grid, ids, where))
         return outputs.reshape(outputs.shape[0], -1)
@@ -56,10 +69,12 @@ class RewardHead(nnx.Module):
     """Linears with ReLU between them, in float32."""
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
-        self.linears = nnx.List([
-            Linear(n_in, n_out, use_bias=len(config.head) > 1, rngs=rngs)
-            for n_in, n_out in itertools.pairwise((config.dim, *config.head))
-        ])  # fmt: skip
+        self.linears = nnx.List(
+            [
+                Linear(n_in, n_out, use_bias=len(config.head) > 1, rngs=rngs)
+                for n_in, n_out in itertools.pairwise((config.dim, *config.head))
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, n, D] of any dtype -> float32 [B, n, outputs]."""

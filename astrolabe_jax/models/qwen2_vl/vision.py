@@ -1,4 +1,6 @@
-"""The vision tower of Qwen2-VL: patches of images or videos of one grid -> tokens (spec/rewards.md 5.3)."""
+"""The vision tower of Qwen2-VL: patches of images or videos of one grid -> tokens (spec/rewards.md
+5.3).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +15,43 @@ from astrolabe_jax.sharding import by_sample
 
 
 class Vision(nnx.Module):
-    """Blocks that attend within one temporal patch, then the merger of 2 x 2 patches into a token."""
+    """Blocks that attend within one temporal patch, then the merger of 2 x 2 patches into a
+    token.
+    """
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         self.config = config
-        self.patch_embed = linear(PATCH_VALUES, config.vision_dim, config, rngs, use_bias=False, quantised=False)
+        self.patch_embed = linear(
+            PATCH_VALUES, config.vision_dim, config, rngs, use_bias=False, quantised=False
+        )
         self.blocks = stacked(lambda rngs: Block(config, rngs), config.vision_layers, rngs)
         self.merger = Merger(config, rngs)
 
     def __call__(self, patches: jax.Array, grid: Grid) -> jax.Array:
         """Patches [B, t h w, 1176] of the static grid (t, h, w) -> tokens [B, t h w / 4, D].
 
-        A row is a patch in the order channel, frame, row, column; rows are in the order temporal patch, row of tokens,
-        column of tokens, row and column in the token. Raises ValueError for patches that are not those of the grid.
+        A row is a patch in the order channel, frame, row, column; rows are in the order temporal
+        patch, row of tokens, column of tokens, row and column in the token. Raises ValueError for
+        patches that are not those of the grid.
         """
         t, h, w = grid
-        if h % MERGE or w % MERGE or patches.ndim != 3 or patches.shape[1:] != (t * h * w, PATCH_VALUES):
+        if (
+            h % MERGE
+            or w % MERGE
+            or patches.ndim != 3
+            or patches.shape[1:] != (t * h * w, PATCH_VALUES)
+        ):
             raise ValueError(
-                f"patches have the shape {list(patches.shape)}; expected [B, {t * h * w}, {PATCH_VALUES}] for the grid "
-                f"{grid}, with rows and columns that are multiples of {MERGE}"
+                f"patches have the shape {list(patches.shape)}; expected [B, {t * h * w}, "
+                f"{PATCH_VALUES}] for the grid {grid}, with rows and columns that are multiples of "
+                f"{MERGE}"
             )
         config, samples = self.config, patches.shape[0]
         x = by_sample(self.patch_embed(patches.astype(config.dtype)))
         x = x.reshape(samples * t, h * w, config.vision_dim)  # each temporal patch on its own
-        table = tuple(part[None] for part in vision_table(config.vision_dim // config.vision_heads, h, w))
+        table = tuple(
+            part[None] for part in vision_table(config.vision_dim // config.vision_heads, h, w)
+        )
         blockdef, params = nnx.split(self.blocks)
 
         def layer(x, params):
@@ -60,7 +75,9 @@ class Block(nnx.Module):
         self.fc2 = linear(config.vision_ffn, dim, config, rngs)
 
     def __call__(self, x: jax.Array, table: Table) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2)
+        q, k, v = jnp.split(
+            self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2
+        )
         x = x + self.proj(attention(rotate(q, table), rotate(k, table), v).reshape(x.shape))
         y = self.fc1(self.norm2(x))
         return x + self.fc2(y * jax.nn.sigmoid(1.702 * y))
@@ -71,7 +88,9 @@ class Merger(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         wide = MERGE**2 * config.vision_dim
-        self.norm = LayerNorm(config.vision_dim, eps=config.vision_eps, param_dtype=jnp.dtype(config.param_dtype))
+        self.norm = LayerNorm(
+            config.vision_dim, eps=config.vision_eps, param_dtype=jnp.dtype(config.param_dtype)
+        )
         self.fc1 = linear(wide, wide, config, rngs)
         self.fc2 = linear(wide, config.dim, config, rngs)
 

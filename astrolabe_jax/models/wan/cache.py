@@ -1,9 +1,11 @@
-"""The key-value cache of a rollout: a pytree of static shape, written in place, never shifted (streaming.md 4).
+"""The key-value cache of a rollout: a pytree of static shape, written in place, never shifted
+(streaming.md 4).
 
-The first `kept` frames, the sink, keep slots 0 .. kept - 1; every later frame f has slot kept + (f - kept) mod
-(frames - kept), a ring. Until the ring is full the slot of a frame is its number, so a growing window is read as an
-exact-length slice; once it is full every slot holds a visible frame. The order of keys does not matter to attention,
-so neither phase needs a mask. Keys are stored rotated, except those of a moving sink (Layout.sink_moves).
+The first `kept` frames, the sink, keep slots 0 .. kept - 1; every later frame f has slot kept + (f
+- kept) mod (frames - kept), a ring. Until the ring is full the slot of a frame is its number, so a
+growing window is read as an exact-length slice; once it is full every slot holds a visible frame.
+The order of keys does not matter to attention, so neither phase needs a mask. Keys are stored
+rotated, except those of a moving sink (Layout.sink_moves).
 """
 
 from collections.abc import Sequence
@@ -26,15 +28,19 @@ class Cache(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one call writes and reads: block [start, start + frames) in a cache of `slots` frames."""
+    """What one call writes and reads: block [start, start + frames) in a cache of `slots`
+    frames.
+    """
 
     layout: Layout
     frame_tokens: int  # L
     slots: int
     start: int | jax.Array  # traced only once the cache is full, or where it is `partial`
     frames: int  # of the block
-    aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` has shifted them
-    partial: bool = False  # `start` is traced and the cache may not be full: reads are cut by `visible_tokens`
+    # the block is one of layout.blocks; not so where a `restart` has shifted them
+    aligned: bool = True
+    # `start` is traced and the cache may not be full: reads are cut by `visible_tokens`
+    partial: bool = False
 
     @property
     def static(self) -> bool:
@@ -48,8 +54,14 @@ class View(NamedTuple):
 
     @property
     def visible_tokens(self) -> jax.Array | None:
-        """How many of the keys that `read` gives are there, first ones first; None for all of them."""
-        return self.frame_tokens * jnp.minimum(self.start + self.frames, self.slots) if self.partial else None
+        """How many of the keys that `read` gives are there, first ones first; None for all of
+        them.
+        """
+        return (
+            self.frame_tokens * jnp.minimum(self.start + self.frames, self.slots)
+            if self.partial
+            else None
+        )
 
     @property
     def raw_frames(self) -> int:
@@ -60,10 +72,13 @@ class View(NamedTuple):
 
     @property
     def frozen_frames(self) -> int:
-        """Leading frames of the block that only its first pass writes: those in sink slots of the published buffer."""
+        """Leading frames of the block that only its first pass writes: those in sink slots of the
+        published buffer.
+        """
         if not self.layout.faithful_sinks or (self.static and self.start == 0):
             return 0
-        slot = self.start if self.growing else self.slots - self.frames  # once full, the newest block comes last
+        # once full, the newest block comes last
+        slot = self.start if self.growing else self.slots - self.frames
         return min(max(self.layout.sink - slot, 0), self.frames)
 
 
@@ -77,7 +92,8 @@ def init_cache(
 ) -> Cache:
     """An empty cache in config.dtype for a video of `frames` frames.
 
-    It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also those evicted.
+    It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also
+    those evicted.
     """
     layout.check_frames(frames)
     if slots is None:
@@ -105,7 +121,8 @@ def frames_of(cache: Cache, frame_tokens: int) -> int:
 def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
     """Put a block's keys and values [B, P L, A, K] into its slots of one layer.
 
-    With layout.faithful_sinks a later pass of a later block leaves sink slots as they are (spec/model.md 12.6).
+    With layout.faithful_sinks a later pass of a later block leaves sink slots as they are
+    (spec/model.md 12.6).
     """
     length, frozen = view.frame_tokens, view.frozen_frames
     unit = gcd(view.frames if view.growing else _unit(view), frozen)
@@ -140,7 +157,8 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
 
 
 def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int):
-    """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames before `start`.
+    """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames
+    before `start`.
 
     start: frames so far, traced. Places of frames that do not exist hold anything.
     """
@@ -157,7 +175,8 @@ def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, r
 
 
 def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) -> Cache:
-    """Puts stored keys and values [layers, B, n L, A, K] of `frames` [n] into their slots; negative ones are left out.
+    """Puts stored keys and values [layers, B, n L, A, K] of `frames` [n] into their slots; negative
+    ones are left out.
 
     A frame that a later one evicts must not be among them. frames may be traced.
     """
@@ -166,29 +185,45 @@ def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) 
 
     def put(buffer, new):
         framed = (*buffer.shape[:2], -1, frame_tokens, *buffer.shape[3:])
-        into = buffer.reshape(framed).at[:, :, places].set(new.reshape(framed).astype(buffer.dtype), mode="drop")
+        into = (
+            buffer.reshape(framed)
+            .at[:, :, places]
+            .set(new.reshape(framed).astype(buffer.dtype), mode="drop")
+        )
         return into.reshape(buffer.shape)
 
     return Cache(put(cache.k, k), put(cache.v, v))
 
 
 def place_visible(cache: Cache, k, v, layout: Layout, end: int) -> Cache:
-    """As `place_frames`, of a whole video to frame `end`: those frames that a rollout would have left."""
+    """As `place_frames`, of a whole video to frame `end`: those frames that a rollout would have
+    left.
+    """
     length = k.shape[2] // end
-    frames = np.array([f for f in range(end) if f < layout.kept or f >= end - (layout.capacity - layout.kept)])
+    frames = np.array(
+        [f for f in range(end) if f < layout.kept or f >= end - (layout.capacity - layout.kept)]
+    )
     tokens = (frames[:, None] * length + np.arange(length)).reshape(-1)
     return place_frames(cache, k[:, :, tokens], v[:, :, tokens], layout, frames, length)
 
 
 def restart(
-    cache: Cache, layout: Layout, end, keep: Sequence[int], config: WanConfig, latent_hw, every: bool = False
+    cache: Cache,
+    layout: Layout,
+    end,
+    keep: Sequence[int],
+    config: WanConfig,
+    latent_hw,
+    every: bool = False,
 ) -> Cache:
-    """Begins a new count of frames: what lies in place keep[i] becomes frame i, and the next block is frame len(keep).
+    """Begins a new count of frames: what lies in place keep[i] becomes frame i, and the next block
+    is frame len(keep).
 
-    Places are those of the published buffer: the sink, then the frames of the window, oldest first. Where positions
-    are relative the keys move to those of the new count. A growing window does not read the other places, so they are
-    left as they are, unless `every` place is to keep its content, as in the published buffer. `end`: frames so far in
-    the old count; a Python int, or traced once the cache is full.
+    Places are those of the published buffer: the sink, then the frames of the window, oldest first.
+    Where positions are relative the keys move to those of the new count. A growing window does not
+    read the other places, so they are left as they are, unless `every` place is to keep its
+    content, as in the published buffer. `end`: frames so far in the old count; a Python int, or
+    traced once the cache is full.
     """
     h, w = config.grid(latent_hw)
     length, slots = h * w, frames_of(cache, h * w)
@@ -196,23 +231,30 @@ def restart(
     if not len(places):
         return cache
     frames = _frames_in_order(layout, end, slots)
-    tokens = (_slot_of(frames, layout, slots)[places][:, None] * length + jnp.arange(length)[None]).reshape(-1)
+    tokens = (
+        _slot_of(frames, layout, slots)[places][:, None] * length + jnp.arange(length)[None]
+    ).reshape(-1)
     k, v = (part[:, :, tokens] for part in cache)
     if layout.positions == "relative":
         now = np.arange(len(places))
         before = _rotation(layout, frames[places], places, (h, w), config.head_dim)
         after = _rotation(layout, jnp.asarray(now), now, (h, w), config.head_dim)
         k = jax.vmap(rotate, in_axes=(0, None))(k, combine(after, inverse(before)))
-    return Cache(*(jax.lax.dynamic_update_slice(*pair, (0,) * 5) for pair in ((cache.k, k), (cache.v, v))))
+    return Cache(
+        *(jax.lax.dynamic_update_slice(*pair, (0,) * 5) for pair in ((cache.k, k), (cache.v, v)))
+    )
 
 
 def rewrite(cache: Cache, layer, k, v, layout: Layout, end, frame_tokens: int, skip: int) -> Cache:
-    """Put keys and values [B, n L, A, K] of the last n frames into the places of one layer, but for the first `skip`.
+    """Put keys and values [B, n L, A, K] of the last n frames into the places of one layer, but for
+    the first `skip`.
 
     n is min(end, slots): every place that is in use. `end` as in `restart`.
     """
     slots, count = frames_of(cache, frame_tokens), k.shape[1] // frame_tokens
-    place = jnp.argsort(_slot_of(_frames_in_order(layout, end, slots), layout, slots)[:count])[skip:]
+    place = jnp.argsort(_slot_of(_frames_in_order(layout, end, slots), layout, slots)[:count])[
+        skip:
+    ]
     tokens = (place[:, None] * frame_tokens + jnp.arange(frame_tokens)[None]).reshape(-1)
 
     def put(buffer, new):
@@ -231,15 +273,19 @@ def reference_order(
     latent_hw: tuple[int, int],
     rotated: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values [B, slots L, A, K] after a rollout to frame `end`, in the published code's order.
+    """One layer's keys and values [B, slots L, A, K] after a rollout to frame `end`, in the
+    published code's order.
 
-    That order is the sink, then the frames of the window, oldest first, then places that are not in use. rotated: keys
-    rotated at the frames of the present count (the published training class), or un-rotated (its inference class).
+    That order is the sink, then the frames of the window, oldest first, then places that are not in
+    use. rotated: keys rotated at the frames of the present count (the published training class), or
+    un-rotated (its inference class).
     """
     h, w = config.grid(latent_hw)
     length, slots = h * w, frames_of(cache, h * w)
     frames = _frames_in_order(layout, end, slots)
-    tokens = (_slot_of(frames, layout, slots)[:, None] * length + jnp.arange(length)[None]).reshape(-1)
+    tokens = (_slot_of(frames, layout, slots)[:, None] * length + jnp.arange(length)[None]).reshape(
+        -1
+    )
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
     raw = min(layout.kept, slots) * length if layout.sink_moves else 0
     table = rope_table(frames, (h, w), config.head_dim)
@@ -259,7 +305,9 @@ def _frames_in_order(layout, end, slots):
 
 
 def _rotation(layout, frames, places, grid, head_dim):
-    """The rotary table of the keys in `places`, at `frames`: none, where they are those of a moving sink."""
+    """The rotary table of the keys in `places`, at `frames`: none, where they are those of a moving
+    sink.
+    """
     length = grid[0] * grid[1]
     raw = jnp.asarray(np.repeat((places < layout.kept) & layout.sink_moves, length))[:, None]
     cos, sin = rope_table(frames, grid, head_dim)
@@ -268,7 +316,9 @@ def _rotation(layout, frames, places, grid, head_dim):
 
 def _slot_of(frames, layout, slots):
     """Slots of frames [n], all in the cache."""
-    return jnp.where(frames < layout.kept, frames, layout.kept + (frames - layout.kept) % (slots - layout.kept))
+    return jnp.where(
+        frames < layout.kept, frames, layout.kept + (frames - layout.kept) % (slots - layout.kept)
+    )
 
 
 def _slot(frame, layout, slots):

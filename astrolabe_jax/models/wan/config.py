@@ -1,4 +1,6 @@
-"""Sizes of the causal Wan DiT (WanConfig) and the frame layout of a video: blocks, window, sink (Layout)."""
+"""Sizes of the causal Wan DiT (WanConfig) and the frame layout of a video: blocks, window, sink
+(Layout).
+"""
 
 from dataclasses import dataclass
 from math import gcd
@@ -27,21 +29,42 @@ class WanConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
 
     def __post_init__(self):
-        for name in ("dim", "ffn_dim", "num_layers", "num_heads", "freq_dim", "text_dim", "text_len", "in_channels"):
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_layers",
+            "num_heads",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+            "in_channels",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"WanConfig.{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"WanConfig.{name} is {getattr(self, name)}; it must be at least 1"
+                )
         if self.dim % self.num_heads or self.head_dim % 2:
-            raise ValueError(f"WanConfig.dim {self.dim} over num_heads {self.num_heads} must give an even head width")
+            raise ValueError(
+                f"WanConfig.dim {self.dim} over num_heads {self.num_heads} must give an even head "
+                "width"
+            )
         if self.head_dim < 6:
-            raise ValueError(f"head width is {self.head_dim}; rotary positions of three axes need at least 6")
+            raise ValueError(
+                f"head width is {self.head_dim}; rotary positions of three axes need at least 6"
+            )
         if self.freq_dim % 2:
-            raise ValueError(f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width")
+            raise ValueError(
+                f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width"
+            )
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise ValueError(
-                f"WanConfig.patch_size is {self.patch_size}; expected (1, rows, columns): a patch covers one frame"
+                f"WanConfig.patch_size is {self.patch_size}; expected (1, rows, columns): a patch "
+                "covers one frame"
             )
         if self.attention not in ("auto", "xla", "cudnn"):
-            raise ValueError(f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'")
+            raise ValueError(
+                f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -58,7 +81,8 @@ class WanConfig:
         (rows, cols), (_, ph, pw) = latent_hw, self.patch_size
         if rows % ph or cols % pw:
             raise ValueError(
-                f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; change the video size"
+                f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; change the "
+                "video size"
             )
         return rows // ph, cols // pw
 
@@ -68,7 +92,9 @@ WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40)
 
 
 class Block(NamedTuple):
-    """One block of frames and what its queries see; frames count from the first frame of the video."""
+    """One block of frames and what its queries see; frames count from the first frame of the
+    video.
+    """
 
     start: int
     stop: int  # one past the last frame present
@@ -78,18 +104,20 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a video is cut into blocks and how far a block sees (spec/model.md 7 and 8, streaming.md 4). Units: frames.
+    """How a video is cut into blocks and how far a block sees (spec/model.md 7 and 8, streaming.md
+    4). Units: frames.
 
-    A block [c, e) sees itself and the past inside its window: everything if e <= window, else the first `sink` frames
-    and the last window - sink frames up to e. `window` -1 is global: a window of `max_global` frames, the length the
-    models were made for; raise it to see further.
+    A block [c, e) sees itself and the past inside its window: everything if e <= window, else the
+    first `sink` frames and the last window - sink frames up to e. `window` -1 is global: a window
+    of `max_global` frames, the length the models were made for; raise it to see further.
 
-    positions: 'absolute' keeps every frame at its own index, at most 1024. 'relative' moves the sink along with the
-    window, so distances never exceed the window and length is unlimited; with a global window nothing moves.
-    independent_first_frame: frame 0 is a block of its own.
-    faithful_sinks: reproduce the published code where a block meets the sink's slots, because it is smaller than the
-    sink (spec/model.md 12.5 and 12.6) or the window has no room for both (8.2): sink slots not yet generated are read
-    as zero keys, later blocks overwrite those in the way, and only a later block's first pass writes sink slots.
+    positions: 'absolute' keeps every frame at its own index, at most 1024. 'relative' moves the
+    sink along with the window, so distances never exceed the window and length is unlimited; with a
+    global window nothing moves. independent_first_frame: frame 0 is a block of its own.
+    faithful_sinks: reproduce the published code where a block meets the sink's slots, because it is
+    smaller than the sink (spec/model.md 12.5 and 12.6) or the window has no room for both (8.2):
+    sink slots not yet generated are read as zero keys, later blocks overwrite those in the way, and
+    only a later block's first pass writes sink slots.
     """
 
     block: int = 3
@@ -109,15 +137,18 @@ class Layout:
             raise ValueError(f"Layout.sink is {self.sink}; it must not be negative")
         if self.sink and self.capacity < self.sink + self.block and not self.faithful_sinks:
             raise ValueError(
-                f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a block of "
-                f"{self.block}; raise the window to at least {self.sink + self.block}"
+                f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a "
+                f"block of {self.block}; raise the window to at least {self.sink + self.block}"
             )
         if self.positions not in ("absolute", "relative"):
-            raise ValueError(f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'")
+            raise ValueError(
+                f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'"
+            )
         if self.faithful_sinks and self.positions == "relative" and self.sink > self.block:
             raise ValueError(
-                f"Layout.faithful_sinks: the published code with relative positions fails on a sink of {self.sink} "
-                f"frames with blocks of {self.block}; use a sink of at most one block"
+                "Layout.faithful_sinks: the published code with relative positions fails on a "
+                f"sink of {self.sink} frames with blocks of {self.block}; use a sink of at most "
+                "one block"
             )
 
     @property
@@ -127,7 +158,9 @@ class Layout:
 
     @property
     def kept(self) -> int:
-        """First frames that are never evicted: the sink, or with faithful_sinks what a block leaves of it."""
+        """First frames that are never evicted: the sink, or with faithful_sinks what a block leaves
+        of it.
+        """
         if self.faithful_sinks and self.window != -1:
             return max(min(self.sink, self.window - self.block), 0)
         return self.sink
@@ -138,7 +171,9 @@ class Layout:
         return self.positions == "relative" and self.window != -1 and self.kept > 0
 
     def shift(self, end):
-        """Frames by which the sink of the block ending at `end` (int, or traced) is moved forward."""
+        """Frames by which the sink of the block ending at `end` (int, or traced) is moved
+        forward.
+        """
         evicted = end - self.capacity
         return evicted * (evicted > 0)
 
@@ -152,7 +187,9 @@ class Layout:
         return ((0, self.kept), recent)
 
     def blocks(self, frames: int) -> tuple[Block, ...]:
-        """The blocks of a video of `frames` frames; the last may be cut short, its window counts from its full end."""
+        """The blocks of a video of `frames` frames; the last may be cut short, its window counts
+        from its full end.
+        """
         blocks, start = [], 0
         while start < frames:
             end = start + (1 if start == 0 and self.independent_first_frame else self.block)
@@ -167,23 +204,28 @@ class Layout:
         return int(self.independent_first_frame)
 
     def whole(self, frames: int, up: bool = False) -> int:
-        """The most frames that are whole blocks, at most `frames`; `up`: the least, at least `frames` and one block."""
+        """The most frames that are whole blocks, at most `frames`; `up`: the least, at least
+        `frames` and one block.
+        """
         if up:
             blocks = -(-(frames - self.lead) // self.block)
             return max(self.lead + blocks * self.block, self.lead or self.block)
         return max(self.lead + (frames - self.lead) // self.block * self.block, 0)
 
     def check_frames(self, frames: int) -> None:
-        """Raise ValueError unless `frames` is a whole number of blocks the window and the position table can hold."""
+        """Raise ValueError unless `frames` is a whole number of blocks the window and the position
+        table can hold.
+        """
         if frames < 1 or self.whole(frames) != frames:
             raise ValueError(
                 f"{frames} frames are not a whole number of blocks of {self.block}"
-                f"{' after the independent first frame' if self.lead else ''}; the next that fits is "
-                f"{self.whole(max(frames, 1), up=True)}"
+                f"{' after the independent first frame' if self.lead else ''}; the next that fits "
+                f"is {self.whole(max(frames, 1), up=True)}"
             )
         if self.capacity < self.block:
             raise ValueError(
-                f"a window of {self.capacity} frames cannot hold a block of {self.block}; raise the window"
+                f"a window of {self.capacity} frames cannot hold a block of {self.block}; raise "
+                "the window"
             )
         if self.positions == "absolute" and frames > ABSOLUTE_LIMIT:
             raise ValueError(
@@ -192,5 +234,7 @@ class Layout:
             )
 
     def write_unit(self) -> int:
-        """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its end or the sink."""
+        """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its
+        end or the sink.
+        """
         return gcd(self.block, self.capacity - self.kept, abs(self.kept - self.lead))

@@ -1,7 +1,8 @@
 """The causal Wan video DiT: one network for every family, sizes from WanConfig (spec/model.md 3).
 
-Three ways to run it: `__call__`, the uncached block-causal forward over all frames; `context`, the same over a clean
-video, returning the keys and values that a noisy forward reads; `step`, one block against the cache of a rollout.
+Three ways to run it: `__call__`, the uncached block-causal forward over all frames; `context`, the
+same over a clean video, returning the keys and values that a noisy forward reads; `step`, one block
+against the cache of a rollout.
 """
 
 import functools
@@ -22,7 +23,9 @@ from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of every layer, [layers, B, tokens, A, K]: of a prompt, or of a clean video."""
+    """Keys and values of every layer, [layers, B, tokens, A, K]: of a prompt, or of a clean
+    video.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -32,12 +35,16 @@ class Past(NamedTuple):
     """What a window of a long video sees of the frames before it (spec/streaming.md 4)."""
 
     cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
-    start: jax.Array  # frames so far in the cache's count; traced, so that one program serves every window
-    positions: jax.Array | None = None  # rotary, [W] of the window, of which x may be the first frames; None: numbers
+    # frames so far in the cache's count; traced, so that one program serves every window
+    start: jax.Array
+    # rotary, [W] of the window, of which x may be the first frames; None: numbers
+    positions: jax.Array | None = None
 
 
 class Attention(nnx.Module):
-    """The four projections and two norms of an attention layer; the softmax itself is in attention.py."""
+    """The four projections and two norms of an attention layer; the softmax itself is in
+    attention.py.
+    """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         def linear():
@@ -49,12 +56,16 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads
 
     def queries(self, x, lora):
-        """x [B, N, D] -> [B, N, A, K]; the norm runs over the whole width, before the split into heads."""
+        """x [B, N, D] -> [B, N, A, K]; the norm runs over the whole width, before the split into
+        heads.
+        """
         return self._heads(self.norm_q(self.q(x, lora.get("q"))))
 
     def keys_values(self, x, lora):
         """x [B, N, D] -> two of [B, N, A, K]; values are not normalised."""
-        return self._heads(self.norm_k(self.k(x, lora.get("k")))), self._heads(self.v(x, lora.get("v")))
+        return self._heads(self.norm_k(self.k(x, lora.get("k")))), self._heads(
+            self.v(x, lora.get("v"))
+        )
 
     def output(self, y, lora):
         """y [B, N, A, K] -> [B, N, D]."""
@@ -67,7 +78,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """Linear, tanh GELU, Linear."""
 
-    def __init__(self, config: WanConfig, n_in: int, n_hidden: int, kernel_init=XAVIER, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: WanConfig, n_in: int, n_hidden: int, kernel_init=XAVIER, *, rngs: nnx.Rngs
+    ):
         options = {"param_dtype": config.param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         self.fc1 = Linear(n_in, n_hidden, **options)
         self.fc2 = Linear(n_hidden, config.dim, **options)
@@ -88,14 +101,19 @@ class TransformerBlock(nnx.Module):
         self.config = config
 
     def __call__(self, x, e0, text, adapter, attend):
-        """One layer. x [B, N, D], e0 [B, F, 6, D], text (k, v) [B, S, A, K], adapter: this layer's tree, or None.
+        """One layer. x [B, N, D], e0 [B, F, 6, D], text (k, v) [B, S, A, K], adapter: this layer's
+        tree, or None.
 
-        attend(q, k, v) -> (y [B, N, A, K], kept): the self-attention of this way of running; kept is passed through.
+        attend(q, k, v) -> (y [B, N, A, K], kept): the self-attention of this way of running; kept
+        is passed through.
         """
         lora = _lora_by_part(adapter)
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulate_by(self.modulation, e0)
         a = _per_frame(layer_norm(x, self.config.eps), shift1, scale1)
-        q, (k, v) = self.self_attn.queries(a, lora["self_attn"]), self.self_attn.keys_values(a, lora["self_attn"])
+        q, (k, v) = (
+            self.self_attn.queries(a, lora["self_attn"]),
+            self.self_attn.keys_values(a, lora["self_attn"]),
+        )
         y, kept = attend(q, k, v)
         x = x + _gate(self.self_attn.output(y, lora["self_attn"]), gate1)
         q = self.cross_attn.queries(self.norm3(x), lora["cross_attn"])
@@ -126,7 +144,9 @@ class Head(nnx.Module):
 
 
 class WanTransformer(nnx.Module):
-    """The network. Build it through graphdef_of for shapes only, or directly with rngs for random weights."""
+    """The network. Build it through graphdef_of for shapes only, or directly with rngs for random
+    weights.
+    """
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
@@ -136,30 +156,40 @@ class WanTransformer(nnx.Module):
         def stacked(rngs):
             return TransformerBlock(config, rngs=rngs)
 
-        self.patch_embedding = Linear(config.patch_dim, config.dim, param_dtype=config.param_dtype, rngs=rngs)
+        self.patch_embedding = Linear(
+            config.patch_dim, config.dim, param_dtype=config.param_dtype, rngs=rngs
+        )
         self.text_embedding = FeedForward(config, config.text_dim, config.dim, small, rngs=rngs)
         self.time_embedding = FeedForward(config, config.freq_dim, config.dim, small, rngs=rngs)
-        self.time_projection = Linear(config.dim, 6 * config.dim, param_dtype=config.param_dtype, rngs=rngs)
+        self.time_projection = Linear(
+            config.dim, 6 * config.dim, param_dtype=config.param_dtype, rngs=rngs
+        )
         self.blocks = stacked(rngs)
         self.head = Head(config, rngs=rngs)
         self.config = config
 
     def encode_text(self, text, adapter=None, lora_scale=1.0) -> KeyValues:
-        """Cross-attention keys and values of the prompts, made once per prompt and passed to every call.
+        """Cross-attention keys and values of the prompts, made once per prompt and passed to every
+        call.
 
-        text [B, S, E], zero beyond the prompt; fewer than config.text_len rows are padded with zeros. All rows are
-        attended to, as in the published models (spec/model.md 3.3).
+        text [B, S, E], zero beyond the prompt; fewer than config.text_len rows are padded with
+        zeros. All rows are attended to, as in the published models (spec/model.md 3.3).
         """
         rows, limit = text.shape[1], self.config.text_len
         if rows > limit or text.shape[2] != self.config.text_dim:
-            raise ValueError(f"text embeddings are {text.shape}, expected [B, at most {limit}, {self.config.text_dim}]")
+            raise ValueError(
+                f"text embeddings are {text.shape}, expected [B, at most {limit}, "
+                f"{self.config.text_dim}]"
+            )
         text = jnp.pad(text, ((0, 0), (0, limit - rows), (0, 0))).astype(self.config.dtype)
         tokens = self.text_embedding(text, {})
         graphdef, layers = nnx.split(self.blocks.cross_attn)
 
         def body(_, xs):
             layer, adapter = xs
-            return None, nnx.merge(graphdef, layer).keys_values(tokens, _lora_by_part(adapter)["cross_attn"])
+            return None, nnx.merge(graphdef, layer).keys_values(
+                tokens, _lora_by_part(adapter)["cross_attn"]
+            )
 
         _, (k, v) = jax.lax.scan(body, None, (layers, scaled(adapter, lora_scale)))
         return KeyValues(k, v)
@@ -176,43 +206,72 @@ class WanTransformer(nnx.Module):
         context: KeyValues | None = None,
         past: Past | None = None,
     ):
-        """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be short.
+        """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be
+        short.
 
-        x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same adapter.
-        layout: blocks, window and sink; the published training mask has no sink and no `max_global` (spec/model.md
-        7.1). context: from `context`; earlier blocks are then read clean (teacher forcing) and each block sees only
-        itself noisy. past: x are the frames behind it, whole blocks of a longer video (spec/streaming.md 6).
+        x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same
+        adapter. layout: blocks, window and sink; the published training mask has no sink and no
+        `max_global` (spec/model.md 7.1). context: from `context`; earlier blocks are then read
+        clean (teacher forcing) and each block sees only itself noisy. past: x are the frames behind
+        it, whole blocks of a longer video (spec/streaming.md 6).
         """
-        velocity, _ = self._forward(x, t, text, adapter, lora_scale, layout, context, past, keep=False)
+        velocity, _ = self._forward(
+            x, t, text, adapter, lora_scale, layout, context, past, keep=False
+        )
         return velocity
 
     def context(
-        self, clean, text: KeyValues, adapter=None, lora_scale=1.0, *, layout: Layout, t=0.0, past: Past | None = None
+        self,
+        clean,
+        text: KeyValues,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
+        t=0.0,
+        past: Past | None = None,
     ):
-        """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run block-causally at timestep t.
+        """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run
+        block-causally at timestep t.
 
-        They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as they are, or under
-        stop_gradient. t: the rollout's context noise, a scalar or one [B] a sample. past: as in __call__.
+        They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as
+        they are, or under stop_gradient. t: the rollout's context noise, a scalar or one [B] a
+        sample. past: as in __call__.
         """
         t = _of_frames(t, clean)
         _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, past, keep=True)
         return KeyValues(*kept)
 
     def reencode(
-        self, first, recent, t, text: KeyValues, start, adapter=None, lora_scale=1.0, *, layout: Layout
+        self,
+        first,
+        recent,
+        t,
+        text: KeyValues,
+        start,
+        adapter=None,
+        lora_scale=1.0,
+        *,
+        layout: Layout,
     ) -> kv.Cache:
-        """A cache like that of a rollout to frame `start`, from latents alone and in one pass (spec/streaming.md 5.2).
+        """A cache like that of a rollout to frame `start`, from latents alone and in one pass
+        (spec/streaming.md 5.2).
 
-        first [B, kept, C, H, W]: the frames of the sink; recent [B, n, C, H, W]: the n frames before `start`, whole
-        blocks, anything where there are fewer; t, a scalar or [B]: timestep at which they are read. It is not the
-        rollout's cache: that has seen frames that are evicted by now. ValueError unless n is whole blocks, as
-        capacity - sink must be, too.
+        first [B, kept, C, H, W]: the frames of the sink; recent [B, n, C, H, W]: the n frames
+        before `start`, whole blocks, anything where there are fewer; t, a scalar or [B]: timestep
+        at which they are read. It is not the rollout's cache: that has seen frames that are evicted
+        by now. ValueError unless n is whole blocks, as capacity - sink must be, too.
         """
         (batch, count, *_), kept = recent.shape, layout.kept
-        if count % layout.block or (layout.capacity - kept) % layout.block or first.shape[1] != kept:
+        if (
+            count % layout.block
+            or (layout.capacity - kept) % layout.block
+            or first.shape[1] != kept
+        ):
             raise ValueError(
-                f"a window of {layout.capacity} frames with a sink of {kept} cannot be encoded again from "
-                f"{first.shape[1]} + {count} frames: beside the sink it must be whole blocks of {layout.block}"
+                f"a window of {layout.capacity} frames with a sink of {kept} cannot be encoded "
+                f"again from {first.shape[1]} + {count} frames: beside the sink it must be whole "
+                f"blocks of {layout.block}"
             )
         length = math.prod(self.config.grid(recent.shape[3:]))
         cache = kv.empty_cache(self.config, batch, layout.capacity, recent.shape[3:])
@@ -222,7 +281,9 @@ class WanTransformer(nnx.Module):
         frames = start - count + jnp.arange(count)
         past = Past(cache, start - count, jnp.clip(frames, 0))
         t = _of_frames(t, recent)
-        _, made = self._forward(recent, t, text, adapter, lora_scale, layout, None, past, keep=True, recent=0)
+        _, made = self._forward(
+            recent, t, text, adapter, lora_scale, layout, None, past, keep=True, recent=0
+        )
         return kv.place_frames(cache, *made, layout, jnp.where(frames < kept, -1, frames), length)
 
     def step(
@@ -241,29 +302,40 @@ class WanTransformer(nnx.Module):
         aligned: bool = True,
         partial: bool = False,
     ):
-        """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the block's keys written).
+        """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the
+        block's keys written).
 
-        start: first frame of the block. A Python int reads exactly the frames that exist; a traced start is allowed
-        once the cache is full (start + P >= its frames), and anywhere if it may be `partial`ly full. first_pass matters
-        to layout.faithful_sinks only. positions [P]: rotary positions of the frames, their numbers by default. aligned:
-        see kv.View.
+        start: first frame of the block. A Python int reads exactly the frames that exist; a traced
+        start is allowed once the cache is full (start + P >= its frames), and anywhere if it may be
+        `partial`ly full. first_pass matters to layout.faithful_sinks only. positions [P]: rotary
+        positions of the frames, their numbers by default. aligned: see kv.View.
         """
         tokens, grid = self._embed(x)
         frames, length = x.shape[1], grid[0] * grid[1]
         view = kv.View(layout, length, kv.frames_of(cache, length), start, frames, aligned, partial)
         positions = start + jnp.arange(frames) if positions is None else positions
         table = rope_table(positions, grid, self.config.head_dim)
-        stored_table = _stored_table(table, start + jnp.arange(frames), layout) if partial else table
+        stored_table = (
+            _stored_table(table, start + jnp.arange(frames), layout) if partial else table
+        )
         sink_table = self._sink_table(layout, start + frames, grid)
 
         def attend(q, k, v, cache, layer, _):
             k = self._stored_keys(k, stored_table, view.raw_frames, length)
             cache = kv.write(cache, layer, k, v, view, first_pass)
             keys, values = kv.read(cache, layer, view, sink_table)
-            y = attention(rotate(q, table), keys, values, backend=self.config.attention, length=view.visible_tokens)
+            y = attention(
+                rotate(q, table),
+                keys,
+                values,
+                backend=self.config.attention,
+                length=view.visible_tokens,
+            )
             return y, cache, None
 
-        tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
+        tokens, e, cache, _ = self._layers(
+            tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache
+        )
         return self._unembed(self.head(tokens, e), x, grid), cache
 
     def recache(
@@ -280,17 +352,22 @@ class WanTransformer(nnx.Module):
         layout: Layout,
         skip: int = 0,
     ):
-        """Makes the keys of the cache anew, for another prompt: (velocity [B, n, C, H, W], cache); sampling.md 8.
+        """Makes the keys of the cache anew, for another prompt: (velocity [B, n, C, H, W], cache);
+        sampling.md 8.
 
-        x [B, n, C, H, W]: the last n frames before frame `end`, clean, one for every place of the cache that is in use,
-        min(end, its frames); positions [n]: their rotary positions; t [B, n]. They attend to each other without a mask.
-        skip: first places, of the sink, that keep their keys; frames with those places only look on. `end` is a Python
-        int, or traced once the cache is full.
+        x [B, n, C, H, W]: the last n frames before frame `end`, clean, one for every place of the
+        cache that is in use, min(end, its frames); positions [n]: their rotary positions; t [B, n].
+        They attend to each other without a mask. skip: first places, of the sink, that keep their
+        keys; frames with those places only look on. `end` is a Python int, or traced once the cache
+        is full.
         """
         tokens, grid = self._embed(x)
         length, count = grid[0] * grid[1], x.shape[1]
         view = kv.View(layout, length, kv.frames_of(cache, length), end - count, count)
-        table, sink_table = rope_table(positions, grid, self.config.head_dim), self._sink_table(layout, end, grid)
+        table, sink_table = (
+            rope_table(positions, grid, self.config.head_dim),
+            self._sink_table(layout, end, grid),
+        )
         raw = min(layout.kept, count) if layout.sink_moves else 0
 
         def attend(q, k, v, cache, layer, _):
@@ -298,37 +375,56 @@ class WanTransformer(nnx.Module):
             cache = kv.rewrite(cache, layer, stored, v, layout, end, length, skip)
             keys, values = kv.read(cache, layer, view, sink_table)
 
-            def of_frame(queries):  # one frame at a time: all at once would need the scores of the whole window
+            # one frame at a time: all at once would need the scores of the whole window
+            def of_frame(queries):
                 return attention(queries, keys, values, backend=self.config.attention)
 
-            queries = jnp.moveaxis(rotate(q, table).reshape(q.shape[0], count, length, *q.shape[2:]), 1, 0)
+            queries = jnp.moveaxis(
+                rotate(q, table).reshape(q.shape[0], count, length, *q.shape[2:]), 1, 0
+            )
             return jnp.moveaxis(jax.lax.map(of_frame, queries), 0, 1).reshape(q.shape), cache, None
 
-        tokens, e, cache, _ = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache)
+        tokens, e, cache, _ = self._layers(
+            tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache
+        )
         return self._unembed(self.head(tokens, e), x, grid), cache
 
     def _sink_table(self, layout, end, grid):
-        """Rotary table of a moving sink, as the block that ends at `end` sees it; None if it does not move."""
+        """Rotary table of a moving sink, as the block that ends at `end` sees it; None if it does
+        not move.
+        """
         if not layout.sink_moves:
             return None
         return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
     def _forward(self, x, t, text, adapter, lora_scale, layout, context, past, keep, recent=None):
-        """Velocity and, to `keep`, the keys as they are stored and values. recent: see `_attend_window`."""
+        """Velocity and, to `keep`, the keys as they are stored and values. recent: see
+        `_attend_window`.
+        """
         tokens, grid = self._embed(x)
-        attend = self._attend_video if past is None else functools.partial(self._attend_window, past, recent)
+        attend = (
+            self._attend_video
+            if past is None
+            else functools.partial(self._attend_window, past, recent)
+        )
         attend = attend(x.shape[1], grid, layout, keep)
-        tokens, e, _, kept = self._layers(tokens, t, text, scaled(adapter, lora_scale), attend, context=context)
+        tokens, e, _, kept = self._layers(
+            tokens, t, text, scaled(adapter, lora_scale), attend, context=context
+        )
         return self._unembed(self.head(tokens, e), x, grid), kept
 
     def _attend_window(self, past, recent, frames, grid, layout, keep):
-        """The self-attention of `frames` frames behind a past, of which `recent` are there (all that are seen)."""
+        """The self-attention of `frames` frames behind a past, of which `recent` are there (all
+        that are seen).
+        """
         length, head_dim = grid[0] * grid[1], self.config.head_dim
         if frames % layout.block:
             raise ValueError(f"a window of {frames} frames is not whole blocks of {layout.block}")
         recent = max(layout.capacity - layout.kept - layout.block, 0) if recent is None else recent
         numbers = past.start + jnp.arange(frames)
-        table = rope_table(numbers if past.positions is None else past.positions[:frames], grid, head_dim)
+        table = rope_table(
+            numbers if past.positions is None else past.positions[:frames], grid, head_dim
+        )
         stored_table, sink_tables = _stored_table(table, numbers, layout), None
         if layout.sink_moves:
             ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
@@ -361,7 +457,9 @@ class WanTransformer(nnx.Module):
         sink = min(layout.kept, frames) if layout.sink_moves else 0
         sink_tables = None
         if sink:
-            sink_tables = [rope_table(block.shift + jnp.arange(sink), grid, head_dim) for block in blocks]
+            sink_tables = [
+                rope_table(block.shift + jnp.arange(sink), grid, head_dim) for block in blocks
+            ]
 
         def attend(q, k, v, cache, layer, context):
             k = self._stored_keys(k, table, sink, length)
@@ -400,34 +498,52 @@ class WanTransformer(nnx.Module):
         if self.config.remat and cache is None:
             body = jax.checkpoint(body, prevent_cse=False)
         index = jnp.arange(self.config.num_layers)
-        (tokens, cache), kept = jax.lax.scan(body, (tokens, cache), (layers, index, text, adapter, context))
+        (tokens, cache), kept = jax.lax.scan(
+            body, (tokens, cache), (layers, index, text, adapter, context)
+        )
         return tokens, e, cache, kept
 
     def _embed(self, x):
-        """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype, and the patch grid (h, w)."""
+        """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype, and the patch grid
+        (h, w).
+        """
         x = jnp.asarray(x)
         batch, frames, channels, *latent_hw = x.shape
         if channels != self.config.in_channels:
-            raise ValueError(f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, W]")
+            raise ValueError(
+                f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, "
+                "W]"
+            )
         (h, w), (_, p, q) = self.config.grid(tuple(latent_hw)), self.config.patch_size
-        patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)  # channel slowest
-        return self.patch_embedding(patches.reshape(batch, frames * h * w, -1).astype(self.config.dtype)), (h, w)
+        # channel slowest
+        patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)
+        return self.patch_embedding(
+            patches.reshape(batch, frames * h * w, -1).astype(self.config.dtype)
+        ), (h, w)
 
     def _time(self, t):
-        """Timesteps [B, F] -> time embedding e [B, F, D] for the head and e0 [B, F, 6, D] for the blocks."""
+        """Timesteps [B, F] -> time embedding e [B, F, D] for the head and e0 [B, F, 6, D] for the
+        blocks.
+        """
         features = sinusoid(t, self.config.freq_dim).astype(self.config.dtype)
         e = self.time_embedding(features, {}, nnx.silu)
         return e, self.time_projection(nnx.silu(e)).reshape(*e.shape[:2], 6, -1)
 
     def _unembed(self, patches, like, grid):
-        """Patches [B, F h w, p q C], channel fastest, -> latents with the shape and dtype of `like`."""
+        """Patches [B, F h w, p q C], channel fastest, -> latents with the shape and dtype of
+        `like`.
+        """
         batch, frames, channels, *_ = like.shape
         (h, w), (_, p, q) = grid, self.config.patch_size
-        patches = patches.reshape(batch, frames, h, w, p, q, channels).transpose(0, 1, 6, 2, 4, 3, 5)
+        patches = patches.reshape(batch, frames, h, w, p, q, channels).transpose(
+            0, 1, 6, 2, 4, 3, 5
+        )
         return patches.reshape(like.shape).astype(like.dtype)
 
     def _stored_keys(self, k, table, raw_frames, frame_tokens):
-        """Keys as they are cached: rotated, but for the leading frames that belong to a moving sink."""
+        """Keys as they are cached: rotated, but for the leading frames that belong to a moving
+        sink.
+        """
         raw = raw_frames * frame_tokens
         if raw == 0:
             return rotate(k, table)
@@ -441,7 +557,9 @@ def _of_frames(t, x):
 
 
 def _stored_table(table, frames, layout):
-    """The rotary table of keys as they are cached, for `frames` [n] that are traced: a moving sink is not rotated."""
+    """The rotary table of keys as they are cached, for `frames` [n] that are traced: a moving sink
+    is not rotated.
+    """
     if not layout.sink_moves:
         return table
     cos, sin = table
@@ -450,7 +568,9 @@ def _stored_table(table, frames, layout):
 
 
 def _modulation(config, rows, rngs):
-    return (jax.random.normal(rngs.params(), (1, rows, config.dim)) * config.dim**-0.5).astype(config.param_dtype)
+    return (jax.random.normal(rngs.params(), (1, rows, config.dim)) * config.dim**-0.5).astype(
+        config.param_dtype
+    )
 
 
 def _modulate_by(modulation, e):
@@ -460,7 +580,9 @@ def _modulate_by(modulation, e):
 
 
 def _per_frame(x, shift, scale):
-    """x (1 + scale) + shift with one shift and scale for each frame. x [B, F L, D], shift and scale [B, F, 1, D]."""
+    """x (1 + scale) + shift with one shift and scale for each frame. x [B, F L, D], shift and scale
+    [B, F, 1, D].
+    """
     framed = x.reshape(*shift.shape[:2], -1, x.shape[-1])
     return (framed * (1 + scale) + shift).reshape(x.shape)
 
@@ -470,7 +592,9 @@ def _gate(y, gate):
 
 
 def _lora_by_part(adapter):
-    """{'self_attn.q': pair, ...} of one layer -> {'self_attn': {'q': pair}, ...}; empty parts for no adapter."""
+    """{'self_attn.q': pair, ...} of one layer -> {'self_attn': {'q': pair}, ...}; empty parts for
+    no adapter.
+    """
     parts = {"self_attn": {}, "cross_attn": {}, "ffn": {}}
     for name, pair in (adapter or {}).items():
         part, linear = name.split(".")

@@ -4,16 +4,19 @@
     builder.download_and_prepare()
     train = builder.as_data_source("train")   # random access: train[7]["video"], len(train)
 
-or, once this module is imported, `tfds.data_source("moving_shapes", split="train", data_dir="...")`.
-Splits are those of the vocabulary. Text comes back as bytes, as tensorflow-datasets stores it.
+or, once this module is imported, `tfds.data_source("moving_shapes", split="train",
+data_dir="...")`. Splits are those of the vocabulary. Text comes back as bytes, as
+tensorflow-datasets stores it.
 
-Long videos, whose shapes bounce at the borders and change with their scenes, are a config of their own:
+Long videos, whose shapes bounce at the borders and change with their scenes, are a config of their
+own:
 
     builder = MovingShapes(data_dir="...", config="long_videos_per_prompt_1")
 
-or `tfds.data_source("moving_shapes/long_videos_per_prompt_1", ...)`; its `train` and `test` are `long_train` and
-`long_test` of the vocabulary. A `prompt` is a scene string, and `scenes` has each scene's plain prompt and its pixel
-frames. Several videos of a prompt: `config=MovingShapesConfig(long=True, videos_per_prompt=3)`.
+or `tfds.data_source("moving_shapes/long_videos_per_prompt_1", ...)`; its `train` and `test` are
+`long_train` and `long_test` of the vocabulary. A `prompt` is a scene string, and `scenes` has each
+scene's plain prompt and its pixel frames. Several videos of a prompt:
+`config=MovingShapesConfig(long=True, videos_per_prompt=3)`.
 """
 
 import dataclasses
@@ -47,11 +50,13 @@ class MovingShapesConfig(tfds.core.BuilderConfig):
 
 
 def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = False) -> dict:
-    """Video `index` of a split, which depends on nothing else; the videos of a prompt follow one another.
+    """Video `index` of a split, which depends on nothing else; the videos of a prompt follow one
+    another.
 
     Returns:
-      prompt, colour, shape, direction, speed (empty: medium), background: str; video: uint8 `[33, 48, 48, 3]`.
-      For a long one prompt: str; video: uint8 `[249, 48, 48, 3]`; scenes: a list of {prompt: str, frames: int}.
+      prompt, colour, shape, direction, speed (empty: medium), background: str; video: uint8 `[33,
+      48, 48, 3]`. For a long one prompt: str; video: uint8 `[249, 48, 48, 3]`; scenes: a list of
+      {prompt: str, frames: int}.
 
     Raises:
       IndexError: for an index beyond the split; ValueError: for an unknown split.
@@ -59,12 +64,17 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
     prompts = vocabulary.prompts(f"{'long_' * long}{split}")
     if not 0 <= index < len(prompts) * videos_per_prompt:
         raise IndexError(
-            f"video {index} of moving_shapes/{split}, which has {len(prompts)} prompts x {videos_per_prompt} videos"
+            f"video {index} of moving_shapes/{split}, which has {len(prompts)} prompts x "
+            f"{videos_per_prompt} videos"
         )
     prompt = prompts[index // videos_per_prompt]
     rng = np.random.default_rng([SPLITS.index(split) + len(SPLITS) * long, index])
     if not long:
-        return {"prompt": prompt, "video": render.sample(prompt, rng), **vocabulary.parse(prompt)._asdict()}
+        return {
+            "prompt": prompt,
+            "video": render.sample(prompt, rng),
+            **vocabulary.parse(prompt)._asdict(),
+        }
     scenes = vocabulary.long_scenes(f"long_{split}")[index // videos_per_prompt]
     listed = [{"prompt": plain, "frames": frames} for plain, frames in scenes]
     return {"prompt": prompt, "video": render.sample_scenes(scenes, rng), "scenes": listed}
@@ -76,12 +86,14 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
     BUILDER_CONFIGS = [MovingShapesConfig(), MovingShapesConfig(long=True)]
-    # Where to find checksums of downloads: there are none, and the default looks for them with importlib_resources,
-    # which tensorflow-datasets 4.9.10 uses without requiring it.
+    # Where to find checksums of downloads: there are none, and the default looks for them with
+    # importlib_resources, which tensorflow-datasets 4.9.10 uses without requiring it.
     code_path = None
 
     def __init__(self, *, file_format: str | None = None, **kwargs):
-        """As every builder; `file_format` is array_record (default) or parquet, which are read without TensorFlow."""
+        """As every builder; `file_format` is array_record (default) or parquet, which are read
+        without TensorFlow.
+        """
         super().__init__(file_format=file_format, **kwargs)
         if file_format is None and not self.info.initialized:
             self.info.set_file_format("array_record", override=True)

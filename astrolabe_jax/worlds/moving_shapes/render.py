@@ -12,7 +12,9 @@ from astrolabe_jax.worlds.moving_shapes.vocabulary import Attributes
 
 SIZE = 48  # pixels, height and width
 FRAMES = 33  # pixel frames of a short video: 9 latent frames
-RADIUS = 9.0  # a circle's radius and half a square's side plus one; a triangle is inscribed in 1.3 times this circle
+# a circle's radius and half a square's side plus one; a triangle is inscribed in 1.3 times this
+# circle
+RADIUS = 9.0
 # How far a shape reaches from its centroid: left and right, up, down.
 EXTENTS = {
     "circle": (RADIUS, RADIUS, RADIUS),
@@ -20,7 +22,8 @@ EXTENTS = {
     "triangle": (0.65 * 3**0.5 * RADIUS, 1.3 * RADIUS, 0.65 * RADIUS),
 }
 MARGIN = 0.25  # pixels that always remain between a shape and the border
-JITTER = 3.0  # the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
+# the middle of a path puts the shape at most this far from the frame's centre, per axis, in pixels
+JITTER = 3.0
 
 
 def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +35,8 @@ def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
 def sample_start(
     attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER
 ) -> np.ndarray:
-    """Centre (x, y) at frame 0 of a path whose middle is uniform around the frame's centre, as far as it fits.
+    """Centre (x, y) at frame 0 of a path whose middle is uniform around the frame's centre, as far
+    as it fits.
 
     Where `frames` do not fit between the borders, the path begins as one of FRAMES does.
     """
@@ -40,7 +44,9 @@ def sample_start(
     side, up, down = EXTENTS[attributes.shape]
 
     def room(frames):
-        return SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - np.abs(step) * (frames - 1) / 2
+        return (
+            SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - np.abs(step) * (frames - 1) / 2
+        )
 
     straight = frames if (room(frames) >= 0).all() else FRAMES
     spread = rng.uniform(-1, 1, 2) * np.minimum(room(straight), jitter)
@@ -48,7 +54,9 @@ def sample_start(
 
 
 def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray:
-    """Centres `[T, 2]` as (x, y): steady from `start` at the asked velocity, reflected at the borders."""
+    """Centres `[T, 2]` as (x, y): steady from `start` at the asked velocity, reflected at the
+    borders.
+    """
     low, high = bounds(attributes.shape)
     straight = start + np.arange(frames)[:, None] * _step(attributes)
     turn = (straight - low) % (2 * (high - low))
@@ -58,13 +66,17 @@ def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray
 
 def _step(attributes: Attributes) -> np.ndarray:
     """Pixels per frame (x, y)."""
-    return np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
+    return (
+        np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
+    )
 
 
 def edge_distance(shape: str, x, y, xp=np):
-    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y grows downwards.
+    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y
+    grows downwards.
 
-    `xp` is the array module of `x` and `y` (numpy or jax.numpy), so that rewards measure the very shapes drawn here.
+    `xp` is the array module of `x` and `y` (numpy or jax.numpy), so that rewards measure the very
+    shapes drawn here.
     """
     if shape == "circle":
         return xp.sqrt(x * x + y * y) - RADIUS
@@ -87,16 +99,20 @@ def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
     return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
 
 
-def sample(prompt: str, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER) -> np.ndarray:
+def sample(
+    prompt: str, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER
+) -> np.ndarray:
     """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
     return sample_scenes([(prompt, frames)], rng, jitter)
 
 
-def sample_scenes(scenes: Sequence[tuple[str, int]], rng: np.random.Generator, jitter: float = JITTER) -> np.ndarray:
+def sample_scenes(
+    scenes: Sequence[tuple[str, int]], rng: np.random.Generator, jitter: float = JITTER
+) -> np.ndarray:
     """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of (prompt, pixel frames) after one another.
 
-    The shape begins at a random position, and goes on in each scene from where it is, as that scene's prompt says;
-    a bounce before does not count. ValueError for a prompt of another world.
+    The shape begins at a random position, and goes on in each scene from where it is, as that
+    scene's prompt says; a bounce before does not count. ValueError for a prompt of another world.
     """
     centres, parts = None, []
     for prompt, frames in scenes:

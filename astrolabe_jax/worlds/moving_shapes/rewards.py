@@ -1,28 +1,33 @@
 """Five analytic rewards of the moving-shapes world, measured on decoded pixels, each in [0, 1].
 
-    shapes_vq  visual quality: a crisp, clean, on-palette and well visible shape on a clean background
+    shapes_vq  visual quality: a crisp, clean, on-palette and well visible shape on a clean
+               background
     shapes_mq  motion quality: a shape that moves, at constant velocity, without teleport or flicker
     shapes_ta  text alignment: colour, shape, direction, speed and background as the prompt says
-    bounce_mq  the same as shapes_mq for clips of long videos, in which a shape is reflected at the borders
+    bounce_mq  the same as shapes_mq for clips of long videos, in which a shape is reflected at the
+               borders
     bounce_ta  the same as shapes_ta for them
 
-How they conflict. VQ knows neither the prompt nor motion: what serves it best is the shape that a decoder draws most
-sharply, large, in whatever colour stands out, and still. MQ asks for motion, but counts unsteadiness in pixels, so
-that slow motion is the safest; it ignores which colour and how sharp. TA asks for the colour and the speed of the
-prompt, quick motion included, and forgives blur, dirt and jitter as long as the shape can be told.
+How they conflict. VQ knows neither the prompt nor motion: what serves it best is the shape that a
+decoder draws most sharply, large, in whatever colour stands out, and still. MQ asks for motion, but
+counts unsteadiness in pixels, so that slow motion is the safest; it ignores which colour and how
+sharp. TA asks for the colour and the speed of the prompt, quick motion included, and forgives blur,
+dirt and jitter as long as the shape can be told.
 
-How they measure. Per frame, the background is the median of the border and the shape the pixels that differ most
-from it; the coverage of a pixel is its place between the two colours. The covered area is compared with the
-renderer's three shapes, drawn at its centroid and of its size (intersection over union). Over a video, the centroids
-give the velocity. Every part is graded by a rational or exponential fall-off, so that a poor video still has a slope
-to climb, and a reward is the geometric mean of its parts: a weak part cannot be bought off by the others.
-Lengths are pixels of the renderer's own frame size, whatever the size of the frames.
+How they measure. Per frame, the background is the median of the border and the shape the pixels
+that differ most from it; the coverage of a pixel is its place between the two colours. The covered
+area is compared with the renderer's three shapes, drawn at its centroid and of its size
+(intersection over union). Over a video, the centroids give the velocity. Every part is graded by a
+rational or exponential fall-off, so that a poor video still has a slope to climb, and a reward is
+the geometric mean of its parts: a weak part cannot be bought off by the others. Lengths are pixels
+of the renderer's own frame size, whatever the size of the frames.
 
-How they see a bounce. The bounce rewards unfold the path first, with at most two turns per axis, which is as many as
-the fastest shape makes in 36 frames (use them on clips of about that length): behind a turn it goes on as in a mirror
-at the border, so that a proper bounce unfolds to a straight path. A turn elsewhere costs steadiness, up to that of a
-misplaced step of TURN_COST pixels. A clip does not tell a shape that comes back from the border from one that goes the
-wrong way, so the direction is right either way along the asked axis.
+How they see a bounce. The bounce rewards unfold the path first, with at most two turns per axis,
+which is as many as the fastest shape makes in 36 frames (use them on clips of about that length):
+behind a turn it goes on as in a mirror at the border, so that a proper bounce unfolds to a straight
+path. A turn elsewhere costs steadiness, up to that of a misplaced step of TURN_COST pixels. A clip
+does not tell a shape that comes back from the border from one that goes the wrong way, so the
+direction is right either way along the asked axis.
 """
 
 import math
@@ -35,24 +40,41 @@ import numpy as np
 
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 
-# Reward -> its parts and their exponents: a score is the weighted geometric mean of its parts, times the visibility.
+# Reward -> its parts and their exponents: a score is the weighted geometric mean of its parts,
+# times the visibility.
 EXPONENTS = {
     "shapes_vq": {"visibility": 1.0, "crispness": 0.5, "palette": 0.25, "cleanness": 0.25},
-    "shapes_mq": {"visibility": 1.0, "steadiness": 0.3, "motion": 0.3, "colour": 0.15, "form": 0.1, "stillness": 0.15},
-    "shapes_ta": {"visibility": 1.0, "colour": 0.2, "shape": 0.2, "direction": 0.2, "speed": 0.2, "background": 0.2},
+    "shapes_mq": {
+        "visibility": 1.0,
+        "steadiness": 0.3,
+        "motion": 0.3,
+        "colour": 0.15,
+        "form": 0.1,
+        "stillness": 0.15,
+    },
+    "shapes_ta": {
+        "visibility": 1.0,
+        "colour": 0.2,
+        "shape": 0.2,
+        "direction": 0.2,
+        "speed": 0.2,
+        "background": 0.2,
+    },
 }
 EXPONENTS |= {"bounce_mq": EXPONENTS["shapes_mq"], "bounce_ta": EXPONENTS["shapes_ta"]}
 TURN_COST = 1.5  # pixels of a misplaced step, as which a turn far from the border counts
 TURN_SCALE = 4.0  # pixels, twice the distance from the border at which a turn counts as 0.7 of that
 FLOOR = 0.02  # a part of 0 counts as this, so that the others still show in the product
-CHUNK = 8  # videos scored at once: one compilation serves every batch size, and the working set stays in cache
+# videos scored at once: one compilation serves every batch size, and the working set stays in cache
+CHUNK = 8
 
 _AREAS = {
     "circle": math.pi * render.RADIUS**2,
     "square": 4 * (render.RADIUS - 1) ** 2,
     "triangle": 3 * 3**0.5 * (0.65 * render.RADIUS) ** 2,
 }
-_SHARP_EDGE = (1 / 12 + 1 / 2) ** 0.5  # standard deviation of an antialiased edge after _smooth, in pixels
+# standard deviation of an antialiased edge after _smooth, in pixels
+_SHARP_EDGE = (1 / 12 + 1 / 2) ** 0.5
 _COLOURS = np.array(list(vocabulary.COLOURS.values()), np.float32)
 _BACKGROUNDS = np.array(list(vocabulary.BACKGROUNDS.values()), np.float32)
 
@@ -68,14 +90,17 @@ class Asked(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What is seen in one frame (with a leading T: in a video); colours are RGB on the 0..255 scale."""
+    """What is seen in one frame (with a leading T: in a video); colours are RGB on the 0..255
+    scale.
+    """
 
     background: jax.Array  # [3], median of the border
     contrast: jax.Array  # [3], colour of the shape minus background
     centre: jax.Array  # [2], (x, y) in pixels
     area: jax.Array  # [], pixels
     fit: jax.Array  # [3], intersection over union with each of the vocabulary's shapes
-    blur: jax.Array  # [], standard deviation in pixels of the blur that would have widened the renderer's edge so
+    # [], standard deviation in pixels of the blur that would have widened the renderer's edge so
+    blur: jax.Array
     inside_error: jax.Array  # [], RMS deviation from the shape's colour well inside it
     outside_error: jax.Array  # [], RMS deviation from the background well outside the shape
     outside: jax.Array  # [h, w], bool, the pixels well outside the shape
@@ -105,13 +130,19 @@ def _median(values: jax.Array) -> jax.Array:
 
 
 def _segment(planes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Background `[3]`, contrast `[3]` and coverage `[h, w]` in [0, 1] of colour planes `[3, h, w]`."""
-    border = jnp.concatenate([planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]], axis=1)
+    """Background `[3]`, contrast `[3]` and coverage `[h, w]` in [0, 1] of colour planes `[3, h,
+    w]`.
+    """
+    border = jnp.concatenate(
+        [planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]], axis=1
+    )
     background = _median(border)
     offset = planes - background[:, None, None]
 
     def project(contrast):
-        return jnp.clip(jnp.einsum("chw,c->hw", offset, contrast) / jnp.maximum(jnp.sum(contrast**2), 1.0), 0, 1)
+        return jnp.clip(
+            jnp.einsum("chw,c->hw", offset, contrast) / jnp.maximum(jnp.sum(contrast**2), 1.0), 0, 1
+        )
 
     def mean_offset(weight):
         return _ratio(jnp.einsum("hw,chw->c", weight, offset), jnp.sum(weight))
@@ -133,7 +164,8 @@ def _observe(planes: jax.Array) -> Frame:
     """Measures a frame, colour planes float32 `[3, h, w]` on the 0..255 scale."""
     _, height, width = planes.shape
     background, contrast, coverage = _segment(planes)
-    coverage = _smooth(coverage)  # quiets noise, and makes what follows blind to the subpixel phase of an edge
+    # quiets noise, and makes what follows blind to the subpixel phase of an edge
+    coverage = _smooth(coverage)
     mask = jnp.clip(2 * coverage - 0.5, 0, 1)
     area = jnp.sum(mask)
     x, y = jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
@@ -152,24 +184,39 @@ def _observe(planes: jax.Array) -> Frame:
     distances = [distance(shape) for shape in vocabulary.SHAPES]
     fit = jnp.stack([overlap(distance) for distance in distances])
     best = jax.nn.softmax(fit / 0.02)
-    nearest = sum(best[i] * distance for i, distance in enumerate(distances))  # the best shape, without a switch
+    # the best shape, without a switch
+    nearest = sum(best[i] * distance for i, distance in enumerate(distances))
 
-    # The area in transition between the colours is proportional to the width of the edge, whatever its contrast.
+    # The area in transition between the colours is proportional to the width of the edge, whatever
+    # its contrast.
     band = jnp.clip(6.5 - jnp.abs(nearest), 0, 1)
-    sharp = jax.nn.sigmoid(-1.702 / _SHARP_EDGE * nearest)  # a normal cumulative distribution, nearly
+    # a normal cumulative distribution, nearly
+    sharp = jax.nn.sigmoid(-1.702 / _SHARP_EDGE * nearest)
     wider = _ratio(jnp.sum(band * coverage * (1 - coverage)), jnp.sum(band * sharp * (1 - sharp)))
     blur = _SHARP_EDGE * jnp.sqrt(jnp.maximum(wider**2 - 1, 0))
     inside, outside = nearest < -2, nearest > 3
     offset = planes - background[:, None, None]
-    inside_error = _ratio(jnp.sum(inside * jnp.sum((offset - contrast[:, None, None]) ** 2, 0)), jnp.sum(inside))
+    inside_error = _ratio(
+        jnp.sum(inside * jnp.sum((offset - contrast[:, None, None]) ** 2, 0)), jnp.sum(inside)
+    )
     outside_error = _ratio(jnp.sum(outside * jnp.sum(offset**2, 0)), jnp.sum(outside))
     return Frame(
-        background, contrast, centre, area, fit, blur, jnp.sqrt(inside_error), jnp.sqrt(outside_error), outside
+        background,
+        contrast,
+        centre,
+        area,
+        fit,
+        blur,
+        jnp.sqrt(inside_error),
+        jnp.sqrt(outside_error),
+        outside,
     )
 
 
 def _seen(video: Frame) -> jax.Array:
-    """How surely there is a shape at all `[T]`: less demanding than VQ's visibility, which wants a strong one."""
+    """How surely there is a shape at all `[T]`: less demanding than VQ's visibility, which wants a
+    strong one.
+    """
     return jnp.minimum(_norm(video.contrast) / 50, 1) * jnp.minimum(video.area / 80, 1)
 
 
@@ -181,36 +228,52 @@ def _velocity(centres: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _unfold(video: Frame) -> jax.Array:
-    """Centres `[T, 2]` of the path with its turns at the borders taken out: a proper bounce becomes a straight line."""
+    """Centres `[T, 2]` of the path with its turns at the borders taken out: a proper bounce becomes
+    a straight line.
+    """
     weight = _seen(video)
     height, width = video.outside.shape[1:]
     best = jax.nn.softmax(_ratio(weight @ video.fit, jnp.sum(weight)) / 0.02)
     area = _ratio(weight @ video.area, jnp.sum(weight))
-    scale = jnp.sqrt(jnp.maximum(area, 1.0) / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES]))
-    side, up, down = (best * scale) @ jnp.array([render.EXTENTS[shape] for shape in vocabulary.SHAPES])
-    low, high = jnp.array([side, up]) + render.MARGIN, jnp.array([width - side, height - down]) - render.MARGIN
+    scale = jnp.sqrt(
+        jnp.maximum(area, 1.0) / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES])
+    )
+    side, up, down = (best * scale) @ jnp.array(
+        [render.EXTENTS[shape] for shape in vocabulary.SHAPES]
+    )
+    low, high = (
+        jnp.array([side, up]) + render.MARGIN,
+        jnp.array([width - side, height - down]) - render.MARGIN,
+    )
     return jax.vmap(_unfold_axis, (1, None, 0, 0), 1)(video.centre, weight, low, high)
 
 
 def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """Places `[T]` along an axis with up to two turns, at `low` and `high` in either order, taken out.
+    """Places `[T]` along an axis with up to two turns, at `low` and `high` in either order, taken
+    out.
 
-    Turns are tried in all pairs of steps from frame to frame; those are taken that leave the steadiest velocity.
+    Turns are tried in all pairs of steps from frame to frame; those are taken that leave the
+    steadiest velocity.
     """
     step, pair = jnp.diff(place), jnp.sqrt(weight[1:] * weight[:-1])
     none = len(step)  # the step in which a turn happens that does not happen
     index, long = jnp.arange(none + 1), jnp.pad(jnp.abs(step), (0, 1))
     # What a step over a turn is if it goes on behind the border.
-    over_low, over_high = (jnp.pad(2 * border - place[1:] - place[:-1], (0, 1)) for border in (low, high))
+    over_low, over_high = (
+        jnp.pad(2 * border - place[1:] - place[:-1], (0, 1)) for border in (low, high)
+    )
 
     def upto(values):  # sums [k] of the first k, up to none + 1
         return jnp.pad(jnp.cumsum(pair * values), (1, 1), mode="edge").at[0].set(0)
 
     sums = [upto(values) for values in (jnp.ones_like(step), step, step**2)]
 
-    def misplaced(over, at, velocity):  # a turn may be off its border, but not longer than the other steps
+    # a turn may be off its border, but not longer than the other steps
+    def misplaced(over, at, velocity):
         error = jnp.abs(over - velocity)
-        return TURN_COST * error / jnp.sqrt(error**2 + TURN_SCALE**2) + jnp.maximum(long[at] - jnp.abs(velocity), 0)
+        return TURN_COST * error / jnp.sqrt(error**2 + TURN_SCALE**2) + jnp.maximum(
+            long[at] - jnp.abs(velocity), 0
+        )
 
     def best(i):  # of the second turns `index` behind a first one in step i
         apart = [(total[i] + total[-1] - total[1:], total[:-1] - total[i + 1]) for total in sums]
@@ -219,18 +282,22 @@ def _unfold_axis(place: jax.Array, weight: jax.Array, low: jax.Array, high: jax.
         first = misplaced(jnp.where(velocity > 0, over_high[i], over_low[i]), i, velocity)
         second = misplaced(-jnp.where(velocity > 0, over_low, over_high), index, velocity)
         unsteady = square + other - velocity * (moved - back)
-        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)  # even if it is not seen
+        # even if it is not seen
+        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)
         possible = (index > i) | (index == none)
         j = jnp.argmin(jnp.where(possible, unsteady, jnp.inf))
         return unsteady[j], j, velocity[j], first[j], second[j]
 
-    tried = jax.lax.map(best, index)  # one after another: memory does not grow with the square of the length
+    # one after another: memory does not grow with the square of the length
+    tried = jax.lax.map(best, index)
     i = jnp.argmin(tried[0])
     j, velocity, first, second = (values[i] for values in tried[1:])
     index = index[:-1]
     straight = jnp.where((index > i) & (index < j), -step, step)
     for at, error in ((i, first), (j, second)):
-        straight = jnp.where(index == at, velocity + jnp.where(velocity > 0, error, -error), straight)
+        straight = jnp.where(
+            index == at, velocity + jnp.where(velocity > 0, error, -error), straight
+        )
     return place[0] + jnp.pad(jnp.cumsum(straight), (1, 0))
 
 
@@ -249,7 +316,9 @@ def _quality_parts(video: Frame) -> dict[str, jax.Array]:
         "cleanness": jnp.sqrt(_falloff(video.inside_error, 40) * _falloff(video.outside_error, 20)),
     }
     total = jnp.sum(visibility)
-    return {"visibility": jnp.mean(visibility)} | {k: _ratio(visibility @ part, total) for k, part in parts.items()}
+    return {"visibility": jnp.mean(visibility)} | {
+        k: _ratio(visibility @ part, total) for k, part in parts.items()
+    }
 
 
 def _motion_parts(video: Frame, planes: jax.Array) -> dict[str, jax.Array]:
@@ -294,7 +363,9 @@ def _alignment_parts(video: Frame, asked: Asked) -> dict[str, jax.Array]:
 
     return {
         "visibility": jnp.mean(weight),
-        "colour": mean_seen(_falloff(_norm(video.background + video.contrast - asked.colour[None]), 50)),
+        "colour": mean_seen(
+            _falloff(_norm(video.background + video.contrast - asked.colour[None]), 50)
+        ),
         "shape": mean_seen(told * jnp.minimum(fit / 0.9, 1)),
         "direction": ((1 + cosine) / 2) ** 2,
         "speed": _falloff(jnp.log((moved + 0.05) / (asked.speed + 0.05)), 0.4),
@@ -315,10 +386,14 @@ def _score_video(video: jax.Array, asked: Asked) -> dict[str, jax.Array]:
         "bounce_mq": _motion_parts(unfolded, planes),
         "bounce_ta": _alignment_parts(unfolded, asked._replace(direction=way * asked.direction)),
     }
-    parts = jax.tree.map(lambda part: jnp.clip(part, 0, 1), parts)  # weighted means may exceed 1 by rounding
+    # weighted means may exceed 1 by rounding
+    parts = jax.tree.map(lambda part: jnp.clip(part, 0, 1), parts)
     scores = {}
     for name, exponents in EXPONENTS.items():
-        logs = [exponent * jnp.log((parts[name][part] + FLOOR) / (1 + FLOOR)) for part, exponent in exponents.items()]
+        logs = [
+            exponent * jnp.log((parts[name][part] + FLOOR) / (1 + FLOOR))
+            for part, exponent in exponents.items()
+        ]
         scores[name] = jnp.exp(sum(logs))
         scores |= {f"{name}/{part}": value for part, value in parts[name].items()}
     return scores
@@ -329,13 +404,21 @@ _score_chunk = jax.jit(jax.vmap(_score_video))
 
 def _check(frames: np.ndarray, prompts: Sequence[str]) -> None:
     shape = frames.shape
-    if frames.dtype != np.uint8 or len(shape) != 5 or shape[-1] != 3 or shape[0] < 1 or min(shape[1:4]) < 2:
+    if (
+        frames.dtype != np.uint8
+        or len(shape) != 5
+        or shape[-1] != 3
+        or shape[0] < 1
+        or min(shape[1:4]) < 2
+    ):
         raise ValueError(
-            "moving-shapes rewards need at least one uint8 video [B, T, height, width, 3] of at least 2 frames and "
-            f"2x2 pixels, got {frames.dtype} {list(shape)}"
+            "moving-shapes rewards need at least one uint8 video [B, T, height, width, 3] of at "
+            f"least 2 frames and 2x2 pixels, got {frames.dtype} {list(shape)}"
         )
     if len(prompts) != len(frames):
-        raise ValueError(f"moving-shapes rewards got {len(frames)} videos but {len(prompts)} prompts")
+        raise ValueError(
+            f"moving-shapes rewards got {len(frames)} videos but {len(prompts)} prompts"
+        )
 
 
 def _asked(prompts: Sequence[str]) -> Asked:
@@ -358,8 +441,8 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
       prompts: B prompts of the world's vocabulary.
 
     Returns:
-      float32 `[B]` in [0, 1] for each reward, and for each part as `REWARD/PART` (EXPONENTS lists them). A video's
-      values do not depend on the rest of the batch.
+      float32 `[B]` in [0, 1] for each reward, and for each part as `REWARD/PART` (EXPONENTS lists
+      them). A video's values do not depend on the rest of the batch.
 
     Raises:
       ValueError: for frames of another shape or dtype, or for a prompt that is not of this world.
@@ -369,8 +452,16 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     asked = _asked(prompts)
     chunks = []
     for start in range(0, len(frames), CHUNK):
-        rows = np.arange(start, start + CHUNK) % len(frames)  # the last chunk is filled up with the first videos
+        # the last chunk is filled up with the first videos
+        rows = np.arange(start, start + CHUNK) % len(frames)
         planes = np.ascontiguousarray(np.moveaxis(frames[rows], -1, 2))
         chunks.append(_score_chunk(planes, Asked(*(values[rows] for values in asked))))
-    names = [name for reward, parts in EXPONENTS.items() for name in (reward, *(f"{reward}/{p}" for p in parts))]
-    return {name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks])[: len(frames)] for name in names}
+    names = [
+        name
+        for reward, parts in EXPONENTS.items()
+        for name in (reward, *(f"{reward}/{p}" for p in parts))
+    ]
+    return {
+        name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks])[: len(frames)]
+        for name in names
+    }

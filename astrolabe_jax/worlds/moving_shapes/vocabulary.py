@@ -1,19 +1,20 @@
 """The prompts of the moving-shapes world: a combinatorial vocabulary with a held-out split.
 
-A prompt reads "a red circle moving left quickly on a blue background"; without an adverb the speed is medium.
-The held-out split contains every prompt of twelve combinations of colour, shape and background that no training
-prompt has. Each pair of the three occurs in training, so that a held-out prompt asks for something new whose
-parts are known.
+A prompt reads "a red circle moving left quickly on a blue background"; without an adverb the speed
+is medium. The held-out split contains every prompt of twelve combinations of colour, shape and
+background that no training prompt has. Each pair of the three occurs in training, so that a
+held-out prompt asks for something new whose parts are known.
 
-The splits `long_train` (240 prompts) and `long_test` (96) ask for videos of LONG_FRAMES pixel frames: a third of them
-is one prompt as above, whose shape bounces at the borders; the others are two or three scenes of one shape, each with
-its duration except the last:
+The splits `long_train` (240 prompts) and `long_test` (96) ask for videos of LONG_FRAMES pixel
+frames: a third of them is one prompt as above, whose shape bounces at the borders; the others are
+two or three scenes of one shape, each with its duration except the last:
 
-    a red circle moving left on a blue background[4.5s] | a red circle moving right quickly on a blue background
+    a red circle moving left on a blue background[4.5s] | a red circle moving right quickly on a
+    blue background
 
-From scene to scene the direction, the speed or both change, in `long_train` also the colour alone. (`long_test` has
-held-out combinations only, and each shape and background has just one held-out colour.) Durations are multiples of
-SCENE_FRAMES, which is a window of 9 latent frames.
+From scene to scene the direction, the speed or both change, in `long_train` also the colour alone.
+(`long_test` has held-out combinations only, and each shape and background has just one held-out
+colour.) Durations are multiples of SCENE_FRAMES, which is a window of 9 latent frames.
 """
 
 import functools
@@ -29,14 +30,23 @@ COLOURS = {
     "magenta": (220, 50, 210),
     "cyan": (40, 215, 225),
 }
-BACKGROUNDS = {"black": (12, 12, 12), "white": (244, 244, 244), "grey": (128, 128, 128), "blue": COLOURS["blue"]}
+BACKGROUNDS = {
+    "black": (12, 12, 12),
+    "white": (244, 244, 244),
+    "grey": (128, 128, 128),
+    "blue": COLOURS["blue"],
+}
 SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # unit steps (x, y); y grows downwards
-SPEEDS = {"slowly": 0.25, "": 0.5, "quickly": 0.85}  # pixels per frame; the middle speed has no word
+# unit steps (x, y); y grows downwards
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+# pixels per frame; the middle speed has no word
+SPEEDS = {"slowly": 0.25, "": 0.5, "quickly": 0.85}
 
-SCENE_FRAMES = 36  # pixel frames of the shortest scene of a long video, 3 less where the video begins: 9 latent frames
+# pixel frames of the shortest scene of a long video, 3 less where the video begins: 9 latent frames
+SCENE_FRAMES = 36
 LONG_UNITS = 7  # that many shortest scenes make a long video
-LONG_FRAMES = LONG_UNITS * SCENE_FRAMES - 3  # its pixel frames: the first latent frame is one pixel frame, not four
+# its pixel frames: the first latent frame is one pixel frame, not four
+LONG_FRAMES = LONG_UNITS * SCENE_FRAMES - 3
 FPS = 16  # pixel frames a second
 LONG_SPLITS = {"long_train": 240, "long_test": 96}  # videos
 # What a new scene of a long video changes: one line of these, each with its table.
@@ -80,17 +90,19 @@ def parse(prompt: str) -> Attributes:
         return _BY_PROMPT[" ".join(prompt.split())]
     except KeyError:
         raise ValueError(
-            f"not a prompt of the moving-shapes world: {prompt!r}; expected 'a COLOUR SHAPE moving DIRECTION [SPEED] "
-            f"on a BACKGROUND background' with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; directions "
-            f"{', '.join(DIRECTIONS)}; speeds slowly, quickly or none; backgrounds {', '.join(BACKGROUNDS)}; "
-            "shape and background of different colours"
+            f"not a prompt of the moving-shapes world: {prompt!r}; expected 'a COLOUR SHAPE moving "
+            f"DIRECTION [SPEED] on a BACKGROUND background' with colours {', '.join(COLOURS)}; "
+            f"shapes {', '.join(SHAPES)}; directions {', '.join(DIRECTIONS)}; speeds slowly, "
+            f"quickly or none; backgrounds {', '.join(BACKGROUNDS)}; shape and background of "
+            "different colours"
         ) from None
 
 
 def held_out(attributes: Attributes) -> bool:
     """Whether this combination of colour, shape and background is kept from training.
 
-    A diagonal cut through the cube of combinations: two of each colour, four of each shape, three of each background.
+    A diagonal cut through the cube of combinations: two of each colour, four of each shape, three
+    of each background.
     """
     colour, shape, background = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
     place = colour.index(attributes.colour) + 2 * shape.index(attributes.shape)
@@ -98,9 +110,11 @@ def held_out(attributes: Attributes) -> bool:
 
 
 def prompts(split: str) -> list[str]:
-    """All prompts of `train`, `test` (held-out combinations), `long_train` or `long_test`, in a fixed order.
+    """All prompts of `train`, `test` (held-out combinations), `long_train` or `long_test`, in a
+    fixed order.
 
-    Those of the long splits may have scenes (module docstring). Raises ValueError for another split.
+    Those of the long splits may have scenes (module docstring). Raises ValueError for another
+    split.
     """
     if split in LONG_SPLITS:
         return [_to_scenes(video) for video in _long_videos(split)]
@@ -111,20 +125,30 @@ def prompts(split: str) -> list[str]:
 
 
 def long_scenes(split: str) -> list[list[tuple[str, int]]]:
-    """The scenes of each prompt of a long split, (plain prompt, pixel frames); LONG_FRAMES a video."""
+    """The scenes of each prompt of a long split, (plain prompt, pixel frames); LONG_FRAMES a
+    video.
+    """
     return [
-        [(to_prompt(attributes), units * SCENE_FRAMES - 3 * (k == 0)) for k, (attributes, units) in enumerate(video)]
+        [
+            (to_prompt(attributes), units * SCENE_FRAMES - 3 * (k == 0))
+            for k, (attributes, units) in enumerate(video)
+        ]
         for video in _long_videos(split)
     ]
 
 
 def _of_split(split: str) -> list[Attributes]:
-    return [attributes for attributes in _BY_PROMPT.values() if held_out(attributes) == (split == "test")]
+    return [
+        attributes
+        for attributes in _BY_PROMPT.values()
+        if held_out(attributes) == (split == "test")
+    ]
 
 
 @functools.cache
 def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
-    """Videos of one, two and three scenes by turns: attributes and length in multiples of SCENE_FRAMES.
+    """Videos of one, two and three scenes by turns: attributes and length in multiples of
+    SCENE_FRAMES.
 
     All draws are `random.random`, the one function whose values Python promises to keep for a seed.
     """
@@ -134,7 +158,9 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
         return options[int(draw() * len(options))]
 
     def follow(last):
-        options = [[other for other in _changed(last, tables) if other in pool] for tables in CHANGES]
+        options = [
+            [other for other in _changed(last, tables) if other in pool] for tables in CHANGES
+        ]
         return pick(pick([others for others in options if others]))
 
     videos = []
@@ -142,21 +168,33 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
         scenes = [first]
         for _ in range(number % 3):
             scenes.append(follow(scenes[-1]))
-        cuts = (0, *pick(list(itertools.combinations(range(1, LONG_UNITS), number % 3))), LONG_UNITS)
+        cuts = (
+            0,
+            *pick(list(itertools.combinations(range(1, LONG_UNITS), number % 3))),
+            LONG_UNITS,
+        )
         videos.append(tuple(zip(scenes, (b - a for a, b in itertools.pairwise(cuts)), strict=True)))
     return tuple(videos)
 
 
 def _changed(attributes: Attributes, tables: dict[str, dict]) -> list[Attributes]:
     """These attributes with every other value of all that `tables` names."""
-    choices = [[value for value in table if value != getattr(attributes, name)] for name, table in tables.items()]
-    return [attributes._replace(**dict(zip(tables, values, strict=True))) for values in itertools.product(*choices)]
+    choices = [
+        [value for value in table if value != getattr(attributes, name)]
+        for name, table in tables.items()
+    ]
+    return [
+        attributes._replace(**dict(zip(tables, values, strict=True)))
+        for values in itertools.product(*choices)
+    ]
 
 
 def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
     """The scene string of a long video."""
     *first, (last, _) = video
-    timed = [f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first]
+    timed = [
+        f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first
+    ]
     return " | ".join([*timed, to_prompt(last)])
 
 

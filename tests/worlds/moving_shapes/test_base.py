@@ -1,4 +1,6 @@
-"""The shipped base model: small enough to ship, good enough to look at, and poor enough to be worth aligning."""
+"""The shipped base model: small enough to ship, good enough to look at, and poor enough to be worth
+aligning.
+"""
 
 import jax
 import numpy as np
@@ -17,11 +19,21 @@ VIDEOS = 48
 
 @pytest.fixture(scope="module")
 def drawn():
-    """What the base draws for random prompts of the training split: frames [VIDEOS, T, SIZE, SIZE, 3], prompts."""
-    base = bases.load_base("moving_shapes", dtype="float32", param_dtype="float32", remat=False, attention="xla")
-    prompts = list(np.random.default_rng(0).choice(vocabulary.prompts("train"), VIDEOS, replace=False))
-    text = encode.encode_prompts(base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, ONE)
-    draw = noise_from_keys(jax.random.split(jax.random.key(0), VIDEOS), (base.vae.config.z_dim, 6, 6))
+    """What the base draws for random prompts of the training split: frames [VIDEOS, T, SIZE, SIZE,
+    3], prompts.
+    """
+    base = bases.load_base(
+        "moving_shapes", dtype="float32", param_dtype="float32", remat=False, attention="xla"
+    )
+    prompts = list(
+        np.random.default_rng(0).choice(vocabulary.prompts("train"), VIDEOS, replace=False)
+    )
+    text = encode.encode_prompts(
+        base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, ONE
+    )
+    draw = noise_from_keys(
+        jax.random.split(jax.random.key(0), VIDEOS), (base.vae.config.z_dim, 6, 6)
+    )
     latents, _ = jax.jit(
         lambda params, text: rollout(
             base.transformer.graphdef,
@@ -61,12 +73,17 @@ def test_most_videos_show_what_the_prompt_says(scores, part):
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "share"), [("circle", 0.8), ("square", 0.4), ("triangle", 0.8)])
 def test_every_shape_is_told_from_the_two_others(drawn, scores, shape, share):
-    """The asked shape is seen more clearly than either of the others would be; squares have round corners."""
+    """The asked shape is seen more clearly than either of the others would be; squares have round
+    corners.
+    """
     frames, prompts = drawn
     attributes = [vocabulary.parse(prompt) for prompt in prompts]
     asked = [i for i, a in enumerate(attributes) if a.shape == shape]
     others = [
-        rewards.score(frames[asked], [vocabulary.to_prompt(attributes[i]._replace(shape=other)) for i in asked])
+        rewards.score(
+            frames[asked],
+            [vocabulary.to_prompt(attributes[i]._replace(shape=other)) for i in asked],
+        )
         for other in vocabulary.SHAPES
         if other != shape
     ]

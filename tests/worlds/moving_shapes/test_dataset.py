@@ -32,7 +32,9 @@ def assert_equal(record, example):
 
 @pytest.mark.parametrize("file_format", [None, "parquet"])
 def test_what_is_written_comes_back_at_random(tmp_path, few, file_format):
-    dataset.MovingShapes(data_dir=tmp_path, file_format=file_format).download_and_prepare(download_config=few)
+    dataset.MovingShapes(data_dir=tmp_path, file_format=file_format).download_and_prepare(
+        download_config=few
+    )
     builder = dataset.MovingShapes(data_dir=tmp_path)  # finds the format on disk
     for split in dataset.SPLITS:
         source = builder.as_data_source(split)
@@ -43,9 +45,14 @@ def test_what_is_written_comes_back_at_random(tmp_path, few, file_format):
 
 def test_it_is_served_by_name(tmp_path, few):
     source = tfds.data_source(
-        "moving_shapes", split="test", data_dir=tmp_path, download_and_prepare_kwargs={"download_config": few}
+        "moving_shapes",
+        split="test",
+        data_dir=tmp_path,
+        download_and_prepare_kwargs={"download_config": few},
     )
-    assert [record["prompt"].decode() for record in source] == vocabulary.prompts("test")[:PER_SPLIT]
+    assert [record["prompt"].decode() for record in source] == vocabulary.prompts("test")[
+        :PER_SPLIT
+    ]
 
 
 def test_a_prompt_may_have_several_videos(tmp_path, few):
@@ -61,22 +68,30 @@ def test_a_prompt_may_have_several_videos(tmp_path, few):
 
 @pytest.mark.parametrize("file_format", [None, "parquet"])
 def test_long_videos_come_back_with_their_scenes(tmp_path, few, file_format):
-    builder = dataset.MovingShapes(data_dir=tmp_path, config="long_videos_per_prompt_1", file_format=file_format)
+    builder = dataset.MovingShapes(
+        data_dir=tmp_path, config="long_videos_per_prompt_1", file_format=file_format
+    )
     builder.download_and_prepare(download_config=few)
     for split in dataset.SPLITS:
         source, scenes = builder.as_data_source(split), vocabulary.long_scenes(f"long_{split}")
-        assert [record["prompt"].decode() for record in source] == vocabulary.prompts(f"long_{split}")[:PER_SPLIT]
+        assert [record["prompt"].decode() for record in source] == vocabulary.prompts(
+            f"long_{split}"
+        )[:PER_SPLIT]
         for index in (2, 0):
             record, example = source[index], dataset.example(split, index, long=True)
             assert record["video"].shape == (vocabulary.LONG_FRAMES, render.SIZE, render.SIZE, 3)
             assert (record["video"] == example["video"]).all()
             read = [prompt.decode() for prompt in record["scenes"]["prompt"]]
             assert list(zip(read, record["scenes"]["frames"], strict=True)) == scenes[index]
-            assert [(scene["prompt"], scene["frames"]) for scene in example["scenes"]] == scenes[index]
+            assert [(scene["prompt"], scene["frames"]) for scene in example["scenes"]] == scenes[
+                index
+            ]
 
 
 def test_examples_are_the_splits_prompts_and_their_videos():
-    prompts = [dataset.example("test", i)["prompt"] for i in range(0, len(vocabulary.prompts("test")), 20)]
+    prompts = [
+        dataset.example("test", i)["prompt"] for i in range(0, len(vocabulary.prompts("test")), 20)
+    ]
     assert prompts == vocabulary.prompts("test")[::20]
     example = dataset.example("test", 7)
     assert example["video"].shape == (render.FRAMES, render.SIZE, render.SIZE, 3)
@@ -88,13 +103,17 @@ def test_examples_are_the_splits_prompts_and_their_videos():
 def test_no_two_videos_share_their_random_draws(monkeypatch):
     monkeypatch.setattr(render, "sample", lambda prompt, rng: rng.random())
     monkeypatch.setattr(render, "sample_scenes", lambda scenes, rng: rng.random())
-    places = [(split, i, long) for split in ("train", "test") for i in range(3) for long in (False, True)]
+    places = [
+        (split, i, long) for split in ("train", "test") for i in range(3) for long in (False, True)
+    ]
     drawn = [dataset.example(split, i, long=long)["video"] for split, i, long in places]
     assert len(set(drawn)) == len(drawn)
 
 
 def test_bad_requests_are_named():
-    with pytest.raises(IndexError, match=r"video 144 of moving_shapes/test, which has 144 prompts x 1 videos"):
+    with pytest.raises(
+        IndexError, match=r"video 144 of moving_shapes/test, which has 144 prompts x 1 videos"
+    ):
         dataset.example("test", 144)
     with pytest.raises(ValueError, match="'validation'"):
         dataset.example("validation", 0)

@@ -42,7 +42,11 @@ def blurred(frames, sigma):
     reach = int(np.ceil(3 * sigma))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-3)) ** 2).astype(np.float32)
     height, width = frames.shape[2:4]
-    padded = np.pad(frames.astype(np.float32), [(0, 0), (0, 0), (reach, reach), (reach, reach), (0, 0)], mode="edge")
+    padded = np.pad(
+        frames.astype(np.float32),
+        [(0, 0), (0, 0), (reach, reach), (reach, reach), (0, 0)],
+        mode="edge",
+    )
     rows = sum(tap * padded[:, :, i : i + height] for i, tap in enumerate(taps / taps.sum()))
     columns = sum(tap * rows[:, :, :, i : i + width] for i, tap in enumerate(taps / taps.sum()))
     return np.rint(columns).astype(np.uint8)
@@ -60,7 +64,9 @@ def shaken(prompts, amplitude):
     for prompt in prompts:
         attributes = vocabulary.parse(prompt)
         centres = render.bounce(attributes, render.sample_start(attributes, rng), render.FRAMES)
-        videos.append(render.render(attributes, centres + amplitude * rng.normal(size=centres.shape)))
+        videos.append(
+            render.render(attributes, centres + amplitude * rng.normal(size=centres.shape))
+        )
     return np.stack(videos)
 
 
@@ -84,11 +90,15 @@ def change(prompt, field, seed=0):
     attributes = vocabulary.parse(prompt)
     others = [attributes._replace(**{field: value}) for value in TABLES[field]]
     others = [other for other in others if other != attributes and other.colour != other.background]
-    return vocabulary.to_prompt(others[np.random.default_rng([seed, len(prompt)]).integers(len(others))])
+    return vocabulary.to_prompt(
+        others[np.random.default_rng([seed, len(prompt)]).integers(len(others))]
+    )
 
 
 def assert_descending(reward, versions, prompts=PROMPTS, margin=0.0, slack=0.0):
-    """Means of a reward fall by more than `margin` from version to version, and no video rises by over `slack`."""
+    """Means of a reward fall by more than `margin` from version to version, and no video rises by
+    over `slack`.
+    """
     scores = [rewards.score(version, prompts)[reward] for version in versions]
     for better, worse in zip(scores[:-1], scores[1:], strict=True):
         assert worse.mean() < better.mean() - margin
@@ -109,9 +119,13 @@ def test_a_score_is_the_product_of_its_parts(reward):
     floor = rewards.FLOOR
     scores = rewards.score(noisy(blurred(TRUTH, 1.0), 20), PROMPTS[::-1])
     parts = {part: scores[f"{reward}/{part}"] for part in rewards.EXPONENTS[reward]}
-    product = np.prod([((parts[p] + floor) / (1 + floor)) ** e for p, e in rewards.EXPONENTS[reward].items()], axis=0)
+    product = np.prod(
+        [((parts[p] + floor) / (1 + floor)) ** e for p, e in rewards.EXPONENTS[reward].items()],
+        axis=0,
+    )
     np.testing.assert_allclose(scores[reward], product, rtol=1e-4)
-    assert sum(rewards.EXPONENTS[reward].values()) == pytest.approx(2)  # visibility, and a mean of the others
+    # visibility, and a mean of the others
+    assert sum(rewards.EXPONENTS[reward].values()) == pytest.approx(2)
 
 
 # Any input
@@ -157,7 +171,11 @@ def test_a_score_does_not_depend_on_the_batch():
 @pytest.mark.parametrize(
     ("frames", "prompts", "message"),
     [
-        (TRUTH[:2].astype(np.float32), PROMPTS[:2], r"uint8 video .* got float32 \[2, 33, 48, 48, 3\]"),
+        (
+            TRUTH[:2].astype(np.float32),
+            PROMPTS[:2],
+            r"uint8 video .* got float32 \[2, 33, 48, 48, 3\]",
+        ),
         (TRUTH[0], PROMPTS[:1], r"got uint8 \[33, 48, 48, 3\]"),
         (TRUTH[:2, :1], PROMPTS[:2], "at least 2 frames"),
         (TRUTH[:0], [], "at least one"),
@@ -179,7 +197,9 @@ def test_each_wrong_attribute_lowers_alignment_and_only_its_own_part(field):
     assert (wrong["shapes_ta"] < SCORES["shapes_ta"] - 0.15).all()
     assert (wrong[f"shapes_ta/{field}"] < 0.5).all()
     for other in set(Attributes._fields) - {field}:
-        np.testing.assert_allclose(wrong[f"shapes_ta/{other}"], SCORES[f"shapes_ta/{other}"], atol=1e-6)
+        np.testing.assert_allclose(
+            wrong[f"shapes_ta/{other}"], SCORES[f"shapes_ta/{other}"], atol=1e-6
+        )
 
 
 def test_alignment_falls_with_every_further_wrong_attribute():
@@ -205,12 +225,20 @@ def test_nearer_is_better_for_speed_direction_and_colour():
     speeds = [parts(video, quick)["speed"] for video in videos.values()]
     assert speeds[0] > speeds[1] + 0.2 > speeds[2] + 0.3
     directions = [
-        parts(render.sample(quick.replace("left", way), np.random.default_rng(0)), quick)["direction"]
+        parts(render.sample(quick.replace("left", way), np.random.default_rng(0)), quick)[
+            "direction"
+        ]
         for way in ("left", "up", "right")
     ]
     assert directions[0] > directions[1] + 0.5 > directions[2] + 0.6
-    red, blue = videos[quick].astype(float), render.sample(quick.replace("red", "blue"), np.random.default_rng(0))
-    mixed = [np.rint((1 - share) * red + share * blue).astype(np.uint8) for share in (0, 0.1, 0.3, 0.6, 1)]
+    red, blue = (
+        videos[quick].astype(float),
+        render.sample(quick.replace("red", "blue"), np.random.default_rng(0)),
+    )
+    mixed = [
+        np.rint((1 - share) * red + share * blue).astype(np.uint8)
+        for share in (0, 0.1, 0.3, 0.6, 1)
+    ]
     colours = np.array([parts(video, quick)["colour"] for video in mixed])
     assert (np.diff(colours) < -0.02).all()
 
@@ -245,23 +273,34 @@ def test_quality_sees_dirt_blotches_and_colours_off_the_palette():
     blotchy = np.where(shape, np.clip(TRUTH + texture, 0, 255), TRUTH).astype(np.uint8)
     brown = np.where(shape, np.array([140, 100, 60]), TRUTH).astype(np.uint8)
     tinted = np.where(shape, TRUTH, np.array([190, 150, 90])).astype(np.uint8)
-    for version, part in [(dirty, "cleanness"), (blotchy, "cleanness"), (brown, "palette"), (tinted, "palette")]:
+    for version, part in [
+        (dirty, "cleanness"),
+        (blotchy, "cleanness"),
+        (brown, "palette"),
+        (tinted, "palette"),
+    ]:
         scores = rewards.score(version, PROMPTS)
         assert (scores["shapes_vq"] < SCORES["shapes_vq"] - 0.05).all()
         assert (scores[f"shapes_vq/{part}"] < 0.8).all()
 
 
 def test_only_the_renderers_edge_is_fully_crisp():
-    crispness = [rewards.score(blurred(TRUTH, s), PROMPTS)["shapes_vq/crispness"] for s in (0, 0.5, 1, 2, 4)]
+    crispness = [
+        rewards.score(blurred(TRUTH, s), PROMPTS)["shapes_vq/crispness"] for s in (0, 0.5, 1, 2, 4)
+    ]
     assert crispness[0].min() > 0.98 and crispness[0].min() - crispness[1].max() > 0.02
-    assert all((worse < better).all() for better, worse in zip(crispness[:-1], crispness[1:], strict=True))
+    assert all(
+        (worse < better).all() for better, worse in zip(crispness[:-1], crispness[1:], strict=True)
+    )
 
 
 # Motion quality
 
 
 def test_motion_falls_with_shaking():
-    assert_descending("shapes_mq", [shaken(PROMPTS, a) for a in (0, 0.1, 0.3, 1, 3)], margin=0.03, slack=0.05)
+    assert_descending(
+        "shapes_mq", [shaken(PROMPTS, a) for a in (0, 0.1, 0.3, 1, 3)], margin=0.03, slack=0.05
+    )
 
 
 @pytest.mark.parametrize("damage", ["static", "shuffled", "teleporting", "choppy", "reversing"])
@@ -286,7 +325,11 @@ def test_motion_sees_flicker_of_colour_size_shape_and_background():
         frames = []
         for i, prompt in enumerate(PROMPTS):
             attributes = vocabulary.parse(prompt)
-            changed = {field: other for field, other in changes.items() if getattr(attributes, field) != other}
+            changed = {
+                field: other
+                for field, other in changes.items()
+                if getattr(attributes, field) != other
+            }
             start = render.sample_start(attributes, np.random.default_rng(i))
             centres = render.bounce(attributes, start, render.FRAMES)
             frames.append(render.render(attributes._replace(**changed), centres))
@@ -302,7 +345,9 @@ def test_motion_sees_flicker_of_colour_size_shape_and_background():
         assert scores["shapes_mq"].max() < 0.92 and scores[f"shapes_mq/{part}"].max() < 0.6
     for shape in vocabulary.SHAPES:
         changed = [i for i, prompt in enumerate(PROMPTS) if f" {shape} " not in prompt]
-        scores = rewards.score(flickering(steady, video({"shape": shape}))[changed], [PROMPTS[i] for i in changed])
+        scores = rewards.score(
+            flickering(steady, video({"shape": shape}))[changed], [PROMPTS[i] for i in changed]
+        )
         assert scores["shapes_mq/form"].max() < 0.7
 
 
@@ -341,12 +386,14 @@ def test_mediocre_videos_are_neither_hopeless_nor_done():
 
 def test_the_rewards_conflict():
     static = rewards.score(np.repeat(TRUTH[:, 16:17], render.FRAMES, axis=1), PROMPTS)
-    assert (static["shapes_vq"] > 0.98).all() and (static["shapes_mq"] < 0.4).all()  # VQ is content without motion
+    # VQ is content without motion
+    assert (static["shapes_vq"] > 0.98).all() and (static["shapes_mq"] < 0.4).all()
     other = rewards.score(TRUTH, [change(change(prompt, "colour"), "speed") for prompt in PROMPTS])
     assert (other["shapes_vq"] == SCORES["shapes_vq"]).all()  # VQ and MQ do not know the prompt
     assert (other["shapes_mq"] == SCORES["shapes_mq"]).all() and (other["shapes_ta"] < 0.7).all()
     soft = rewards.score(blurred(TRUTH, 1.5), PROMPTS)
-    assert (soft["shapes_mq"] > 0.98).all() and (soft["shapes_vq"] < 0.75).all()  # MQ is content with blur
+    # MQ is content with blur
+    assert (soft["shapes_mq"] > 0.98).all() and (soft["shapes_vq"] < 0.75).all()
     quick = [p for p in vocabulary.prompts("train") if "quickly" in p][::20]
     slow = [prompt.replace("quickly", "slowly") for prompt in quick]
 
@@ -355,7 +402,9 @@ def test_the_rewards_conflict():
         return frames[:, np.arange(render.FRAMES) // 2 * 2]
 
     asked, safe = rewards.score(choppy(quick), quick), rewards.score(choppy(slow), quick)
-    assert (asked["shapes_mq"] < safe["shapes_mq"]).all() and (asked["shapes_ta"] > safe["shapes_ta"]).all()
+    assert (asked["shapes_mq"] < safe["shapes_mq"]).all() and (
+        asked["shapes_ta"] > safe["shapes_ta"]
+    ).all()
 
 
 # Bounces
@@ -371,7 +420,9 @@ def swap(prompt, words):
 
 
 def bouncing(turn, frames=CLIP):
-    """Attributes and centres [T, 2] for every shape, direction and speed, coming to the border in frame `turn`."""
+    """Attributes and centres [T, 2] for every shape, direction and speed, coming to the border in
+    frame `turn`.
+    """
     rng = np.random.default_rng(0)
     made = []
     for attributes in vocabulary.all_attributes():
@@ -380,7 +431,11 @@ def bouncing(turn, frames=CLIP):
         low, high = render.bounds(attributes.shape)
         unit = np.array(vocabulary.DIRECTIONS[attributes.direction])
         border = np.where(unit > 0, high, low)
-        place = np.where(unit == 0, rng.uniform(low, high), border - turn * unit * vocabulary.SPEEDS[attributes.speed])
+        place = np.where(
+            unit == 0,
+            rng.uniform(low, high),
+            border - turn * unit * vocabulary.SPEEDS[attributes.speed],
+        )
         made.append((attributes, render.bounce(attributes, np.clip(place, low, high), frames)))
     return made
 
@@ -398,9 +453,19 @@ BOUNCED = scored(BOUNCING)
 def test_the_first_three_rewards_are_those_of_the_first_version():
     """By values recorded before there were others (equal to the bit on that machine)."""
     prompts = (vocabulary.prompts("train") + vocabulary.prompts("test"))[::207]
-    videos = np.stack([render.sample(p, np.random.default_rng(i)) for i, p in enumerate(prompts)]).astype(float)
-    pattern = 7 * np.arange(33)[:, None, None, None] + 5 * np.arange(48)[:, None, None] + 3 * np.arange(48)[:, None]
-    rough = np.rint(0.7 * videos + 0.2 * videos[::-1] + (pattern % 23)[None]).clip(0, 255).astype(np.uint8)
+    videos = np.stack(
+        [render.sample(p, np.random.default_rng(i)) for i, p in enumerate(prompts)]
+    ).astype(float)
+    pattern = (
+        7 * np.arange(33)[:, None, None, None]
+        + 5 * np.arange(48)[:, None, None]
+        + 3 * np.arange(48)[:, None]
+    )
+    rough = (
+        np.rint(0.7 * videos + 0.2 * videos[::-1] + (pattern % 23)[None])
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
     recorded = {
         "shapes_vq": [0.59971845, 0.5363967, 0.52016747, 0.54410684],
         "shapes_mq": [0.7990137, 0.8372364, 0.8254837, 0.7513648],
@@ -414,12 +479,16 @@ def test_the_first_three_rewards_are_those_of_the_first_version():
 @pytest.mark.parametrize("frames", [CLIP, pytest.param(render.FRAMES, marks=pytest.mark.slow)])
 def test_a_bounce_scores_like_a_straight_path(frames):
     """Wherever it happens in the clip; quick shapes that turn near an end turn twice."""
-    starts = [(a, render.sample_start(a, np.random.default_rng(i))) for i, (a, _) in enumerate(BOUNCING)]
+    starts = [
+        (a, render.sample_start(a, np.random.default_rng(i))) for i, (a, _) in enumerate(BOUNCING)
+    ]
     straight = scored([(a, render.bounce(a, start, render.FRAMES)) for a, start in starts])
     for turn in (0, 0.6, 2.5, 9.1, frames / 2, frames - 3.2, frames - 1.3):
         bounced = scored(bouncing(turn, frames))
         for name in BOUNCE:
-            assert bounced[name].min() > 0.97 and np.abs(bounced[name] - straight[name]).max() < 0.03, turn
+            assert (
+                bounced[name].min() > 0.97 and np.abs(bounced[name] - straight[name]).max() < 0.03
+            ), turn
 
 
 @pytest.mark.parametrize("damage", ["none", "blurred", "noisy", "shaken", "flickering"])
@@ -485,11 +554,16 @@ def test_alignment_with_bounces_sees(damage, least):
 
 def test_a_turn_costs_more_the_farther_it_is_from_the_border():
     def early(pixels):
-        shift = [(a, c - pixels * np.array(vocabulary.DIRECTIONS[a.direction])) for a, c in BOUNCING]
+        shift = [
+            (a, c - pixels * np.array(vocabulary.DIRECTIONS[a.direction])) for a, c in BOUNCING
+        ]
         return scored(shift)["bounce_mq"]
 
     scores = [early(pixels) for pixels in (0, 0.5, 1, 2, 4, 8)]
-    assert all((worse < better - 0.002).all() for better, worse in zip(scores[:-1], scores[1:], strict=True))
+    assert all(
+        (worse < better - 0.002).all()
+        for better, worse in zip(scores[:-1], scores[1:], strict=True)
+    )
     assert scores[1].min() > 0.96 and scores[2].min() > 0.92  # forgiven by and by
 
 

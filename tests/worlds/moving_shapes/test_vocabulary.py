@@ -17,8 +17,12 @@ def test_prompt_and_attributes_are_inverse():
 
 def test_prompts_read_as_documented():
     attributes = vocabulary.Attributes("red", "circle", "left", "quickly", "blue")
-    assert vocabulary.to_prompt(attributes) == "a red circle moving left quickly on a blue background"
-    assert vocabulary.parse("a  red circle moving left on a blue background\n") == attributes._replace(speed="")
+    assert (
+        vocabulary.to_prompt(attributes) == "a red circle moving left quickly on a blue background"
+    )
+    assert vocabulary.parse(
+        "a  red circle moving left on a blue background\n"
+    ) == attributes._replace(speed="")
 
 
 def test_no_shape_hides_in_its_background():
@@ -30,7 +34,10 @@ def test_no_shape_hides_in_its_background():
         len(vocabulary.SPEEDS),
     ]
     assert len(vocabulary.all_attributes()) == 23 * 3 * 4 * 3
-    assert len(vocabulary.all_attributes()) == combinations[0] * combinations[1] * combinations[2] * combinations[3]
+    assert (
+        len(vocabulary.all_attributes())
+        == combinations[0] * combinations[1] * combinations[2] * combinations[3]
+    )
 
 
 def test_splits_are_disjoint_and_complete():
@@ -42,7 +49,10 @@ def test_splits_are_disjoint_and_complete():
 
 def test_the_held_out_split_asks_for_unseen_triples_of_seen_pairs():
     def seen(split, *fields):
-        return {tuple(getattr(vocabulary.parse(p), field) for field in fields) for p in vocabulary.prompts(split)}
+        return {
+            tuple(getattr(vocabulary.parse(p), field) for field in fields)
+            for p in vocabulary.prompts(split)
+        }
 
     triple = ("colour", "shape", "background")
     assert len(seen("test", *triple)) == 12
@@ -50,12 +60,16 @@ def test_the_held_out_split_asks_for_unseen_triples_of_seen_pairs():
     for pair in itertools.combinations(vocabulary.Attributes._fields, 2):
         assert seen("test", *pair) <= seen("train", *pair)
     for field in triple:  # the held-out combinations favour no word
-        counts = collections.Counter(getattr(vocabulary.parse(p), field) for p in vocabulary.prompts("test"))
+        counts = collections.Counter(
+            getattr(vocabulary.parse(p), field) for p in vocabulary.prompts("test")
+        )
         assert len(set(counts.values())) == 1
 
 
 def test_words_are_those_of_the_training_prompts():
-    assert vocabulary.words() == sorted({word for p in vocabulary.prompts("train") for word in p.split()})
+    assert vocabulary.words() == sorted(
+        {word for p in vocabulary.prompts("train") for word in p.split()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,13 +83,17 @@ def test_words_are_those_of_the_training_prompts():
     ],
 )
 def test_other_prompts_are_refused_with_the_vocabulary(prompt):
-    with pytest.raises(ValueError, match=r"expected 'a COLOUR SHAPE.*red, green.*circle, square, triangle") as error:
+    with pytest.raises(
+        ValueError, match=r"expected 'a COLOUR SHAPE.*red, green.*circle, square, triangle"
+    ) as error:
         vocabulary.parse(prompt)
     assert repr(prompt) in str(error.value)
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"'validation'.*'train', 'test', 'long_train', 'long_test'"):
+    with pytest.raises(
+        ValueError, match=r"'validation'.*'train', 'test', 'long_train', 'long_test'"
+    ):
         vocabulary.prompts("validation")
 
 
@@ -92,21 +110,30 @@ def test_scene_strings_are_those_of_the_sampler(split, count):
         assert [scene.prompt for scene in read] == [plain for plain, _ in video]
         assert not any(scene.cut for scene in read)
         ends = list(itertools.accumulate(scene.blocks for scene in read[:-1]))
-        assert [4 * 3 * end - 3 for end in ends] == list(itertools.accumulate(n for _, n in video[:-1]))
+        assert [4 * 3 * end - 3 for end in ends] == list(
+            itertools.accumulate(n for _, n in video[:-1])
+        )
         assert all(end % 3 == 0 for end in ends)
         assert sum(frames for _, frames in video) == vocabulary.LONG_FRAMES == 249
 
 
 @pytest.mark.parametrize(("split", "count"), LONG)
 def test_long_videos_are_plain_or_change_as_documented(split, count):
-    videos = [[vocabulary.parse(plain) for plain, _ in video] for video in vocabulary.long_scenes(split)]
+    videos = [
+        [vocabulary.parse(plain) for plain, _ in video] for video in vocabulary.long_scenes(split)
+    ]
     assert collections.Counter(map(len, videos)) == {1: count // 3, 2: count // 3, 3: count // 3}
-    assert all(vocabulary.held_out(scene) == (split == "long_test") for video in videos for scene in video)
+    assert all(
+        vocabulary.held_out(scene) == (split == "long_test") for video in videos for scene in video
+    )
     pairs = [pair for video in videos for pair in itertools.pairwise(video)]
     changed = collections.Counter(
-        tuple(name for name, a, b in zip(last._fields, last, new, strict=True) if a != b) for last, new in pairs
+        tuple(name for name, a, b in zip(last._fields, last, new, strict=True) if a != b)
+        for last, new in pairs
     )
-    allowed = {tuple(tables) for tables in vocabulary.CHANGES} - ({("colour",)} if split == "long_test" else set())
+    allowed = {tuple(tables) for tables in vocabulary.CHANGES} - (
+        {("colour",)} if split == "long_test" else set()
+    )
     assert set(changed) == allowed and min(changed.values()) > len(pairs) / 8
     for field in vocabulary.Attributes._fields:  # varied
         counts = collections.Counter(getattr(scene, field) for video in videos for scene in video)
@@ -115,5 +142,8 @@ def test_long_videos_are_plain_or_change_as_documented(split, count):
 
 def test_long_lists_stay_what_they_are():
     """Runs are repeated with them: no release of Python or numpy may change a list."""
-    digests = [hashlib.sha256("\n".join(vocabulary.prompts(split)).encode()).hexdigest() for split, _ in LONG]
+    digests = [
+        hashlib.sha256("\n".join(vocabulary.prompts(split)).encode()).hexdigest()
+        for split, _ in LONG
+    ]
     assert [digest[:16] for digest in digests] == ["8179681f88648ae0", "ab1c1f5bb1bb26a7"]
