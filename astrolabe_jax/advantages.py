@@ -247,7 +247,7 @@ def start_epoch(
 
 
 def after_step(state: ResetState, kl: float) -> ResetState:
-    """The controller after an optimiser step whose mean KL was `kl`: above the threshold it asks
+    """The controller after an optimizer step whose mean KL was `kl`: above the threshold it asks
     for a reset (7.5).
     """
     return state._replace(pending=state.pending or bool(kl > state.threshold))

@@ -97,7 +97,7 @@ def _generation(config: ConfigDict) -> None:
     # score the window as it continues (window_stream), alone, or all (full)
     config.streaming.reward = "window_stream"
     # frames that are scored at once: a window has the mean of its clips; 0: the whole window
-    config.streaming.clip = 0
+    config.streaming.score_frames = 0
     # progressive: the video that goes on: uniform (random), best or first
     config.streaming.continuation = "uniform"
     # progressive: make the keys in sight anew before each window
@@ -120,8 +120,8 @@ def _generation(config: ConfigDict) -> None:
     # a text file with one prompt a line, or world:NAME/SPLIT
     config.prompts.train = "world:moving_shapes/train"
     config.prompts.test = "world:moving_shapes/test"  # prompts of the evaluation
-    config.prompts.groups = 6  # G, prompts per epoch
-    config.prompts.candidates = 8  # K, videos per prompt
+    config.prompts.prompts_per_epoch = 6  # G, prompts per epoch
+    config.prompts.samples_per_prompt = 8  # K, videos per prompt
     # Sampling batches that ask for the same prompts, so that an epoch has G / repeated prompts with
     # `repeated` times K videos each. 1: all groups are distinct; -1: every batch of the epoch.
     config.prompts.repeated = 1
@@ -189,21 +189,21 @@ def _objective(config: ConfigDict) -> None:
     # an adapter to start from: a file, a PEFT or diffusers directory, a run's; empty: fresh
     config.lora.init = ""
 
-    config.optimiser = ConfigDict()
-    config.optimiser.learning_rate = 1e-3
-    config.optimiser.b1 = 0.9
-    config.optimiser.b2 = 0.999
-    config.optimiser.eps = 1e-8
-    config.optimiser.weight_decay = 1e-4
-    config.optimiser.clip_norm = 1.0  # global gradient norm
-    config.optimiser.microbatch = 12  # videos per forward and backward pass, over all devices
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 1.0  # global gradient norm
+    config.optimizer.microbatch = 12  # videos per forward and backward pass, over all devices
     # passes over an epoch's samples, each with fresh noise and levels
-    config.optimiser.inner_epochs = 1
-    config.optimiser.steps_per_pass = 1  # optimiser steps per pass; gradients accumulate in between
+    config.optimizer.inner_epochs = 1
+    config.optimizer.steps_per_pass = 1  # optimizer steps per pass; gradients accumulate in between
     # behaviour policy <- d old + (1-d) current: type0, type1, type2 or constant
-    config.optimiser.old_decay = "type1"
-    config.optimiser.old_decay_constant = 0.9  # d for constant
-    config.optimiser.ema_cap = 0.9  # largest decay of the evaluation average
+    config.optimizer.old_decay = "type1"
+    config.optimizer.old_decay_constant = 0.9  # d for constant
+    config.optimizer.ema_cap = 0.9  # largest decay of the evaluation average
 
 
 def _running(config: ConfigDict) -> None:
@@ -269,7 +269,7 @@ def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
 
 def samples(config: ConfigDict) -> int:
     """Videos per epoch, N = G K."""
-    return config.prompts.groups * config.prompts.candidates
+    return config.prompts.prompts_per_epoch * config.prompts.samples_per_prompt
 
 
 def reward_weights(config: ConfigDict) -> dict[str, float]:
@@ -296,7 +296,7 @@ def eval_frames(config: ConfigDict) -> int:
 
 def clip_length(config: ConfigDict) -> int:
     """Latent frames of a long video that are scored at once."""
-    return config.streaming.clip or config.streaming.window
+    return config.streaming.score_frames or config.streaming.window
 
 
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
@@ -344,7 +344,7 @@ def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
     more devices than prompts, several devices hold the same past. ValueError unless groups,
     candidates and devices fit each other.
     """
-    groups, candidates = config.prompts.groups, config.prompts.candidates
+    groups, candidates = config.prompts.prompts_per_epoch, config.prompts.samples_per_prompt
     if config.streaming.sampling == "sequence":  # every video is a stream of its own
         return 1, groups * candidates
     streams = devices * config.streaming.prompts_per_device
@@ -357,7 +357,7 @@ def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
     ):
         return 1, streams
     raise ValueError(
-        f"config.prompts.groups is {groups}; expected a multiple of {streams} "
+        f"config.prompts.prompts_per_epoch is {groups}; expected a multiple of {streams} "
         f"(streaming.prompts_per_device on each of {devices} devices), or a divisor of it that "
         f"splits the {candidates} candidates evenly"
     )
@@ -404,7 +404,7 @@ _CHOICES = {
     "kl.reduction": ("epoch", "microbatch"),
     "kl.reset_bounds": ("corrected", "published"),
     "lora.dtype": ("float32", "bfloat16"),
-    "optimiser.old_decay": ("type0", "type1", "type2", "constant"),
+    "optimizer.old_decay": ("type0", "type1", "type2", "constant"),
     "eval.policy": ("ema", "current"),
 }
 # field -> least and largest value
@@ -421,21 +421,21 @@ _BOUNDS = {
     "video.fps": (1, math.inf),
     "video.decode_chunk": (1, math.inf),
     "streaming.window": (0, math.inf),
-    "streaming.clip": (0, math.inf),
+    "streaming.score_frames": (0, math.inf),
     "streaming.prompts_per_device": (1, math.inf),
-    "prompts.groups": (1, math.inf),
-    "prompts.candidates": (1, math.inf),
+    "prompts.prompts_per_epoch": (1, math.inf),
+    "prompts.samples_per_prompt": (1, math.inf),
     "prompts.tuned_for": (0, math.inf),
     "loss.kl_weight": (0, math.inf),
     "kl.reset_epochs": (1, math.inf),
     "lora.rank": (1, math.inf),
-    "optimiser.learning_rate": (0, math.inf),
-    "optimiser.weight_decay": (0, math.inf),
-    "optimiser.microbatch": (1, math.inf),
-    "optimiser.inner_epochs": (1, math.inf),
-    "optimiser.steps_per_pass": (1, math.inf),
-    "optimiser.old_decay_constant": (0, 1),
-    "optimiser.ema_cap": (0, 1),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.microbatch": (1, math.inf),
+    "optimizer.inner_epochs": (1, math.inf),
+    "optimizer.steps_per_pass": (1, math.inf),
+    "optimizer.old_decay_constant": (0, 1),
+    "optimizer.ema_cap": (0, 1),
     "train.epochs": (1, math.inf),
     "train.eval_every": (0, math.inf),
     "train.checkpoint_every": (1, math.inf),
@@ -452,8 +452,8 @@ _POSITIVE = (
     "loss.mix_beta",
     "kl.reset_threshold",
     "lora.alpha",
-    "optimiser.eps",
-    "optimiser.clip_norm",
+    "optimizer.eps",
+    "optimizer.clip_norm",
 )
 # -1, or at least 1
 _OR_MINUS_ONE = (
@@ -494,7 +494,7 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{'optimiser.b1': 0.9, ...}, every field once, tuples as lists, so that it survives JSON."""
+    """{'optimizer.b1': 0.9, ...}, every field once, tuples as lists, so that it survives JSON."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -523,7 +523,7 @@ def _field_faults(config: ConfigDict) -> Iterator[str]:
                 f"config.{field} is {flat[field]}; expected at least 1, or -1 (see its comment in "
                 "config.py)"
             )
-    for field in ("optimiser.b1", "optimiser.b2"):
+    for field in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= flat[field] < 1:
             yield f"config.{field} is {flat[field]}; expected a number in [0, 1)"
     steps = list(config.sampler.steps)
@@ -589,33 +589,34 @@ def _finite(weight: Any) -> bool:
 
 
 def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
-    prompts, optimiser = config.prompts, config.optimiser
+    prompts, optimizer = config.prompts, config.optimizer
     count = samples(config)
     epoch = (
-        f"the {count} videos of an epoch (prompts.groups x candidates, {prompts.groups} x "
-        f"{prompts.candidates})"
+        f"the {count} videos of an epoch (prompts.prompts_per_epoch x candidates, "
+        f"{prompts.prompts_per_epoch} x {prompts.samples_per_prompt})"
     )
     if count % config.sampler.batch:
         yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
-    elif prompts.groups % (repeated := repeats(config)):
+    elif prompts.prompts_per_epoch % (repeated := repeats(config)):
         yield (
             f"config.prompts.repeated asks for {repeated} batches with the same prompts; expected "
-            f"a divisor of prompts.groups, {prompts.groups}; change it or sampler.batch"
+            f"a divisor of prompts.prompts_per_epoch, {prompts.prompts_per_epoch}; change it or "
+            "sampler.batch"
         )
-    elif config.advantages.std == "prompt" and prompts.candidates * repeated == 1:
+    elif config.advantages.std == "prompt" and prompts.samples_per_prompt * repeated == 1:
         yield (
-            "config.prompts.candidates is 1 with advantages.std 'prompt': one video does not "
-            "deviate from its mean; expected at least 2, or advantages.std='global'"
+            "config.prompts.samples_per_prompt is 1 with advantages.std 'prompt': one video does "
+            "not deviate from its mean; expected at least 2, or advantages.std='global'"
         )
-    if count % (optimiser.microbatch * optimiser.steps_per_pass):
+    if count % (optimizer.microbatch * optimizer.steps_per_pass):
         yield (
-            f"config.optimiser.microbatch is {optimiser.microbatch}; expected {epoch} to be a "
-            f"whole number of them in each of the {optimiser.steps_per_pass} steps of a pass"
+            f"config.optimizer.microbatch is {optimizer.microbatch}; expected {epoch} to be a "
+            f"whole number of them in each of the {optimizer.steps_per_pass} steps of a pass"
         )
     yield from _mesh_faults(config, devices)
     for field, size in (
         ("sampler.batch", config.sampler.batch),
-        ("optimiser.microbatch", optimiser.microbatch),
+        ("optimizer.microbatch", optimizer.microbatch),
     ):
         if size % devices:
             yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
@@ -646,10 +647,12 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
                 "streaming.window"
             )
         return
-    if streaming.clip and (streaming.clip % model.block or streaming.window % streaming.clip):
+    if streaming.score_frames and (
+        streaming.score_frames % model.block or streaming.window % streaming.score_frames
+    ):
         yield (
-            f"config.streaming.clip is {streaming.clip}; expected whole blocks of {model.block}, "
-            f"and the window of {streaming.window} to be whole clips"
+            f"config.streaming.score_frames is {streaming.score_frames}; expected whole blocks of "
+            f"{model.block}, and the window of {streaming.window} to be whole clips"
         )
     try:
         count, streams = rounds(config, devices)
@@ -659,7 +662,7 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
     each = samples(config) // (count * streams)
     for field, size in (
         ("sampler.batch", config.sampler.batch),
-        ("optimiser.microbatch", config.optimiser.microbatch),
+        ("optimizer.microbatch", config.optimizer.microbatch),
     ):
         at_once = size if size % devices else piece(config, size, devices)
         if streaming.sampling == "clip" and (

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, processes, sharding
+from astrolabe_jax import encode, sharding
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
@@ -21,6 +21,7 @@ from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys, rollout
+from astrolabe_jax.runtime import multihost
 from astrolabe_jax.types import PromptBatch
 
 
@@ -118,7 +119,7 @@ def judge(
     def counted(action: Callable) -> Any:
         with progress.phase("rewards"):
             try:
-                return processes.together(action)
+                return multihost.together(action)
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
@@ -142,7 +143,7 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequenc
         others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(
             f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not "
-            "finite; they were not scored; lower optimiser.learning_rate or use model.dtype=float32"
+            "finite; they were not scored; lower optimizer.learning_rate or use model.dtype=float32"
         )
 
 

@@ -4,9 +4,9 @@
 
 from absl import app, flags
 
-from astrolabe_jax import processes, recipes
+from astrolabe_jax.runtime import cli, multihost
 
-CONFIG = recipes.define()
+CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of the run; the run in it is continued", required=True
 )
@@ -26,25 +26,26 @@ def main(argv: list[str]) -> None:
     on).
     """
     if len(argv) > 1:
-        recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    recipes.set_up()
+        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+    cli.set_up()
     try:
-        processes.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        multihost.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
     except ValueError as error:
-        recipes.fail(error, 2)
-    from astrolabe_jax import prepare, stop, train  # after joining: no array may exist before it
+        cli.fail(error, 2)
+    from astrolabe_jax import prepare, train  # after joining: no array may exist before it
+    from astrolabe_jax.runtime import preemption
 
-    with processes.ending_together(), stop.listening() as check:
+    with multihost.ending_together(), preemption.listening() as check:
         try:
             run = prepare.prepare(CONFIG.value, WORKDIR.value)
             point = train.resume(run)
         except (ValueError, OSError) as error:
-            recipes.fail(error, 2)
+            cli.fail(error, 2)
         try:
             train.train(run, point, check)
         except train.REFUSED as error:
-            recipes.fail(error, 1)
+            cli.fail(error, 1)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=recipes.parse)
+    app.run(main, flags_parser=cli.parse)

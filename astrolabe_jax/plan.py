@@ -19,17 +19,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import (
-    encode,
-    generate,
-    recipes,
-    report,
-    rewards,
-    segments,
-    sharding,
-    stream,
-    update,
-)
+from astrolabe_jax import encode, generate, report, rewards, segments, sharding, stream, update
 from astrolabe_jax.config import piece, repeats, rounds, samples, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -38,6 +28,7 @@ from astrolabe_jax.decode import decode, decode_chunk
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.prepare import Run, geometry, numerics, story_of
 from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.runtime import cli
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
@@ -108,7 +99,7 @@ def trace(run: Run) -> dict[str, Any]:
     made |= videos
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
     step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, mesh)
-    texts = _shape(config.prompts.groups // repeats(config), *prompt)
+    texts = _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt)
 
     cut = (
         run.starts
@@ -126,7 +117,7 @@ def trace(run: Run) -> dict[str, Any]:
     after = jax.eval_shape(update.blend_old, after, _shape())
     made["train step"] = (
         metrics["sample_loss"],
-        (samples(config) // config.optimiser.steps_per_pass,),
+        (samples(config) // config.optimizer.steps_per_pass,),
     )
     for name, (out, expected) in made.items():
         if out.shape != expected:
@@ -173,7 +164,7 @@ def _streams(
     seen = clip and config.streaming.reward != "window_alone"  # as they go on
     videos, learnt = (
         piece(config, batch, mesh.size)
-        for batch in (config.sampler.batch, config.optimiser.microbatch)
+        for batch in (config.sampler.batch, config.optimizer.microbatch)
     )
     count = rounds(config, mesh.size)[1] if clip else learnt
     step, chunk = story_of(config, run.layout, "a", block).steps[0], min(video.decode_chunk, block)
@@ -230,7 +221,7 @@ def _history(run: Run, streams: segments.Streams) -> update.History | None:
 
 
 def _step_batch(run: Run) -> update.Batch:
-    """The samples of the first optimiser step."""
+    """The samples of the first optimizer step."""
     whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size)
     shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
     numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
@@ -265,8 +256,8 @@ def planned_devices(config: ConfigDict) -> int:
 def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -> None:
     """Prints the opening summary of the run and what was traced; status 2 if it cannot be."""
     if len(argv) > 1:
-        recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    recipes.set_up()
+        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+    cli.set_up()
     config = config.value
     try:
         run = abstract_run(config, devices.value or planned_devices(config))
@@ -285,13 +276,13 @@ def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -
                 flush=True,
             )
     except (ValueError, OSError) as error:
-        recipes.fail(error, 2)
+        cli.fail(error, 2)
 
 
 if __name__ == "__main__":
     given = (
-        recipes.define(),
+        cli.define(),
         flags.DEFINE_integer("devices", None, "of the run; by default the recipe's", lower_bound=1),
     )
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, *given), flags_parser=recipes.parse)
+    app.run(lambda argv: main(argv, *given), flags_parser=cli.parse)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, processes, prompts, rewards, scenes, sharding
+from astrolabe_jax import checkpoint, prompts, rewards, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -25,8 +25,10 @@ from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rewards.panel import Panel
 from astrolabe_jax.rollout import Sampler
-from astrolabe_jax.scenes import Rules, Story
+from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
+from astrolabe_jax.streaming import scenes
+from astrolabe_jax.streaming.scenes import Rules, Story
 from astrolabe_jax.types import Purpose
 from astrolabe_jax.update import training_layout
 
@@ -62,11 +64,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     All processes of a run call it, and read the same files. Raises ValueError or OSError whose
     message names the field, file or line at fault, and the next step; on all processes, if on one.
     """
-    run = processes.together(lambda: _read(config, Path(workdir)))
+    run = multihost.together(lambda: _read(config, Path(workdir)))
     mine = run.identity | {"workdir": str(workdir)}
-    first = processes.by_first(lambda: mine)
-    processes.together(lambda: _refuse_other_settings(first, mine))
-    processes.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
+    first = multihost.by_first(lambda: mine)
+    multihost.together(lambda: _refuse_other_settings(first, mine))
+    multihost.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
     return run
 
 
@@ -78,7 +80,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
         "train": _prompts(
-            config, "train", tokenizer, sizes, config.prompts.groups // repeats(config)
+            config, "train", tokenizer, sizes, config.prompts.prompts_per_epoch // repeats(config)
         ),
         "test": _prompts(config, "test", tokenizer, sizes, 1),
     }
@@ -344,7 +346,7 @@ def _prompts(
         if len(lines) < least:
             raise ValueError(
                 f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} "
-                "different ones; add prompts or lower config.prompts.groups"
+                "different ones; add prompts or lower config.prompts.prompts_per_epoch"
             )
     return lines
 

@@ -36,13 +36,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 import astrolabe_jax
-from astrolabe_jax import pictures, processes
 from astrolabe_jax.config import flatten, piece, repeats, reward_weights, rounds, samples
-from astrolabe_jax.convert.files import read_jsonl, write_atomic, writing
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import empty_cache
 from astrolabe_jax.prepare import Run
+from astrolabe_jax.runtime import media, multihost
+from astrolabe_jax.runtime.files import read_jsonl, write_atomic, writing
 from astrolabe_jax.types import Evaluation, PromptBatch
 
 TICK_SECONDS = 10.0  # a long phase reports this often
@@ -161,7 +161,7 @@ class Metrics:
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
         self._path, self._events = workdir / "metrics.jsonl", None
         self._logs, self._purged = workdir / "tensorboard", epoch + 1
-        self.records = processes.by_first(lambda: self._open(keep))
+        self.records = multihost.by_first(lambda: self._open(keep))
 
     def _open(self, keep: Callable[[dict], bool]) -> list[dict]:
         found = read_jsonl(self._path)
@@ -185,7 +185,7 @@ class Metrics:
         epoch.
         """
         self.records.append(record)
-        processes.by_first(lambda: self._write(record))
+        multihost.by_first(lambda: self._write(record))
 
     def _write(self, record: dict[str, Any]) -> None:
         line = _line(record).encode()
@@ -228,8 +228,8 @@ def warnings(run: Run) -> list[str]:
     return [
         f"warning: an epoch has {count} videos, the recipe's {config.prompts.tuned_for}: its "
         "learning rate and KL weight were chosen for those; go back to them "
-        f"(config.prompts.groups x candidates), or choose rates for {count} and say so with "
-        f"--config.prompts.tuned_for={count}"
+        f"(config.prompts.prompts_per_epoch x candidates), or choose rates for {count} and say so "
+        f"with --config.prompts.tuned_for={count}"
     ]
 
 
@@ -255,7 +255,7 @@ def memory(run: Run) -> dict[str, int]:
             for leaf in jax.tree.leaves(nets)
         ),
         "four policies": 4 * _bytes(run.adapter),
-        "optimiser": 2 * _bytes(run.adapter),
+        "optimizer": 2 * _bytes(run.adapter),
     }
     return whole | {name: size // devices for name, size in split.items()}
 
@@ -269,7 +269,7 @@ def _streams(run: Run) -> tuple[int, int]:
     config, devices, streaming = run.config, run.mesh.size, run.config.streaming
     videos, learnt = (
         piece(config, batch, devices)
-        for batch in (config.sampler.batch, config.optimiser.microbatch)
+        for batch in (config.sampler.batch, config.optimizer.microbatch)
     )
     if streaming.sampling == "sequence":
         return max(videos, learnt), videos
@@ -334,8 +334,8 @@ def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
     """Videos [B, T, height, width, 3] uint8 as 00.mp4, 01.mp4, ... and film strips 00.png, ..."""
     directory.mkdir(parents=True, exist_ok=True)
     for i, video in enumerate(frames):
-        pictures.write_mp4(directory / f"{i:02d}.mp4", video, fps)
-        pictures.write_png(directory / f"{i:02d}.png", pictures.strip(video))
+        media.write_mp4(directory / f"{i:02d}.mp4", video, fps)
+        media.write_png(directory / f"{i:02d}.png", media.strip(video))
 
 
 def write_contact_sheet(
@@ -359,13 +359,13 @@ def write_contact_sheet(
             )
             for i in range(len(shown))
         ]
-        columns[heading] = ([pictures.read_png(path) for path in shown], captions)
+        columns[heading] = ([media.read_png(path) for path in shown], captions)
     means = ", ".join(f"{heading} {np.mean(e['total']):.3f}" for heading, e in evaluations.items())
     title = f"{name}: mean total reward on held-out prompts {means}"
     path = workdir / "samples" / "contact_sheet.png"
     if columns:
         count = len(next(iter(columns.values()))[0])
-        pictures.write_png(path, pictures.contact_sheet(title, batch.texts[:count], columns))
+        media.write_png(path, media.contact_sheet(title, batch.texts[:count], columns))
     return path
 
 
@@ -389,7 +389,7 @@ def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
         "losses": lines("total_loss", "policy_loss", "kl_loss"),
         "deviations": lines("kl_div", "old_deviate", "old_kl_div"),
     }
-    write_atomic(workdir / "curves.png", pictures.curves(panels, log=("deviations",)))
+    write_atomic(workdir / "curves.png", media.curves(panels, log=("deviations",)))
     return workdir / "curves.png"
 
 
@@ -506,13 +506,13 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         else f"{config.model.window} frames, sink {config.model.sink}"
     )
     steps = " ".join(f"{t:.4g}" for t in run.sampler.steps)
-    prompts_, optimiser = config.prompts, config.optimiser
-    updates = optimiser.inner_epochs * optimiser.steps_per_pass
+    prompts_, optimizer = config.prompts, config.optimizer
+    updates = optimizer.inner_epochs * optimizer.steps_per_pass
     sizes_ = memory(run)
     sampled, trained = (
-        piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimiser.microbatch)
+        piece(config, batch, mesh.size) for batch in (config.sampler.batch, optimizer.microbatch)
     )
-    accumulated = samples(config) // (optimiser.steps_per_pass * trained)
+    accumulated = samples(config) // (optimizer.steps_per_pass * trained)
     # A run that is only planned does not know its prompts.
     of_train, of_test = (
         f" of {len(lines)}" if lines else "" for lines in (run.train_prompts, run.test_prompts)
@@ -539,9 +539,9 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} "
         "timesteps",
         "epoch": (
-            f"{samples(config)} videos ({prompts_.groups // repeats(config)} prompts{of_train}, "
-            f"{prompts_.candidates * repeats(config)} each), {updates} optimiser steps at "
-            f"{optimiser.learning_rate:g}"
+            f"{samples(config)} videos ({prompts_.prompts_per_epoch // repeats(config)} "
+            f"prompts{of_train}, {prompts_.samples_per_prompt * repeats(config)} each), {updates} "
+            f"optimizer steps at {optimizer.learning_rate:g}"
         ),
         "pieces": (
             f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // mesh.size} "
@@ -561,7 +561,10 @@ def describe(run: Run, devices: str) -> dict[str, str]:
 
 def _windows(run: Run) -> str:
     streaming, starts = run.config.streaming, run.starts
-    distinct, clips = len(set(starts)), f", clips of {streaming.clip}" if streaming.clip else ""
+    distinct, clips = (
+        len(set(starts)),
+        f", clips of {streaming.score_frames}" if streaming.score_frames else "",
+    )
     places = (
         f"{starts[0]}" if distinct == 1 else f"one of {distinct} frames {starts[0]} to {starts[-1]}"
     )

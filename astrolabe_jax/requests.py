@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from astrolabe_jax import prompts, rewards
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
-from astrolabe_jax.pictures import read_png, read_video, resized
-from astrolabe_jax.scenes import (
+from astrolabe_jax.runtime.media import read_png, read_video, resized
+from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
     Shot,

@@ -37,25 +37,26 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, prepare, prompts, recipes, rewards, sharding
+from astrolabe_jax import encode, prepare, prompts, rewards, sharding
 from astrolabe_jax import stream as streams
 from astrolabe_jax.config import flatten, validate_sampling
 from astrolabe_jax.convert.base import Base
-from astrolabe_jax.convert.files import read_jsonl, write_atomic
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.generate import finite
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.tokenizer import token_ids
-from astrolabe_jax.pictures import Mp4Writer
 from astrolabe_jax.report import TICK_SECONDS, clock, say
 from astrolabe_jax.requests import Asked, Given, Request, Terms, read_given, read_requests
 from astrolabe_jax.rewards.panel import Panel
 from astrolabe_jax.rollout import noise_from_keys
-from astrolabe_jax.scenes import Rules, Shot, cache_slots
-from astrolabe_jax.stop import Stopped, listening
+from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.files import read_jsonl, write_atomic
+from astrolabe_jax.runtime.media import Mp4Writer
+from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.stream import Policy
+from astrolabe_jax.streaming.scenes import Rules, Shot, cache_slots
 from astrolabe_jax.types import PromptBatch, Purpose
 
 # Sections of the config that a video depends on; of `sampler` all but the batch.
@@ -463,8 +464,8 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
     one message each.
     """
     if len(argv) > 1:
-        recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    recipes.set_up()
+        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+    cli.set_up()
     options = {name: flag.value for name, flag in given.items()}
     config, directory = options["config"], Path(options["output_dir"])
     try:
@@ -490,14 +491,14 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         (directory / "videos").mkdir(parents=True, exist_ok=True)
         model = load(config, adapter, first, score=asked.score)
     except (ValueError, OSError) as error:
-        recipes.fail(error, 2)
+        cli.fail(error, 2)
     say(_opening(model, requests))
     with listening() as check:
         try:
             run(model, requests, directory, options["score"], check)
         # a reward, a full disk, a broken adapter
         except (ValueError, OSError, FloatingPointError) as error:
-            recipes.fail(error, 1)
+            cli.fail(error, 1)
         except Stopped as stopped:
             say(
                 f"{stopped}: the videos that are done are in {directory}; run the same command to "
@@ -521,7 +522,7 @@ def define() -> dict[str, flags.FlagHolder]:
     """The flags of this program."""
     text = flags.DEFINE_string
     given = {
-        "config": recipes.define(),
+        "config": cli.define(),
         "prompt": text("prompt", None, "one prompt, or scenes: 'a cat[5s] | a dog[10s#]'"),
         "prompt_file": text(
             "prompt_file",
@@ -551,4 +552,4 @@ def define() -> dict[str, flags.FlagHolder]:
 
 if __name__ == "__main__":
     flag_holders = define()
-    app.run(lambda argv: main(argv, flag_holders), flags_parser=recipes.parse)
+    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)

@@ -27,7 +27,7 @@ from astrolabe_jax.prepare import Run, story_of
 from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys
-from astrolabe_jax.scenes import Step, Story
+from astrolabe_jax.streaming.scenes import Step, Story
 from astrolabe_jax.types import PromptBatch, Purpose
 from astrolabe_jax.update import Batch, History, TrainState, Work
 
@@ -397,9 +397,9 @@ def _judged(
     count = -(-pixels.shape[1] // stride)
     lacking, first = stride * count - pixels.shape[1], start + streaming.window - count
     waiting = []
-    for begin, stop in windows(count, streaming.clip or count):
+    for begin, stop in windows(count, streaming.score_frames or count):
         clip = pixels[:, max(stride * begin - lacking, 0) : stride * stop - lacking]
-        prompts = cast.at((first + begin if streaming.clip else start) // run.layout.block)
+        prompts = cast.at((first + begin if streaming.score_frames else start) // run.layout.block)
         waiting.append(judge(run, clip, prompts, numbers, progress))
 
     def mean() -> Scores:
@@ -458,7 +458,9 @@ def work_on(
     config, streaming = run.config, run.config.streaming
     if streaming.sampling == "clip":
         count, number = rounds(config, run.mesh.size)
-        turn = int(order[0]) // (config.prompts.groups * config.prompts.candidates // count)
+        turn = int(order[0]) // (
+            config.prompts.prompts_per_epoch * config.prompts.samples_per_prompt // count
+        )
         yield Work(
             history=_history(run, cast, pasts, turn, start)
             if start or streaming.backprop == "detach"
@@ -544,7 +546,7 @@ def gathered(run: Run, streams: list[Streams]) -> Streams | None:
     if not streams:
         return None
     count, number = rounds(run.config, run.mesh.size)
-    copies = count * number // run.config.prompts.groups
+    copies = count * number // run.config.prompts.prompts_per_epoch
     return _gathered(streams, copies, places=_saved_places(run))
 
 
@@ -553,7 +555,7 @@ def dealt(run: Run, saved: Streams | None) -> list[Streams]:
     if saved is None:
         return []
     count, number = rounds(run.config, run.mesh.size)
-    copies = count * number // run.config.prompts.groups
+    copies = count * number // run.config.prompts.prompts_per_epoch
     return _dealt(saved, count, copies, mesh=run.mesh)
 
 
@@ -561,7 +563,11 @@ def shapes(run: Run, start: int, progressive: bool) -> Streams | None:
     """Of what `gathered` gives at frame `start`: shapes, dtypes and shardings."""
     if not start:
         return None
-    layout, (_, *latent), groups = run.layout, run.latent_shape, run.config.prompts.groups
+    layout, (_, *latent), groups = (
+        run.layout,
+        run.latent_shape,
+        run.config.prompts.prompts_per_epoch,
+    )
     net, vae = run.base.transformer, run.base.vae
     cache = jax.eval_shape(
         lambda: kv.empty_cache(net.config, groups, layout.capacity, tuple(latent[1:]))
@@ -619,7 +625,7 @@ def untouched(
 
 def _saved_places(run: Run):
     """Shardings of saved streams, along axis 0 and axis 1."""
-    if run.config.prompts.groups % run.mesh.size:
+    if run.config.prompts.prompts_per_epoch % run.mesh.size:
         return (sharding.replicated(run.mesh),) * 2
     return sharding.batch_sharding(run.mesh), sharding.batch_sharding(run.mesh, axis=1)
 

@@ -19,7 +19,7 @@ from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Block, Layout, WanConfig
 from astrolabe_jax.models.wan.transformer import KeyValues
 from astrolabe_jax.rollout import Sampler, Trace
-from astrolabe_jax.scenes import Change, Step
+from astrolabe_jax.streaming.scenes import Change, Step
 
 
 class Policy(NamedTuple):

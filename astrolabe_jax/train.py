@@ -14,16 +14,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages as adv
-from astrolabe_jax import checkpoint, processes, prompts, report, segments, sharding
+from astrolabe_jax import checkpoint, prompts, report, segments, sharding
 from astrolabe_jax.config import repeats, samples
-from astrolabe_jax.convert.files import read_json
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.generate import Texts, encode_texts, generate, joined
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Metrics, Progress, say
 from astrolabe_jax.rewards import RewardError
-from astrolabe_jax.stop import Stopped
+from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime.files import read_json
+from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
 from astrolabe_jax.update import (
     Samples,
@@ -130,7 +131,7 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
             if _to_be_saved(config, point):
                 with progress.phase("checkpoint"):
                     saved = _save(run, point, progress)
-        summary = processes.by_first(lambda: _finished(run)) if began == count else None
+        summary = multihost.by_first(lambda: _finished(run)) if began == count else None
         summary = summary or _finish(run, point, metrics, progress)
         say(report.closing(run.workdir, summary))
         return summary
@@ -152,7 +153,12 @@ def _epoch(
     progress.take()
     wanted, number = config.prompts, segments.drawing(run, epoch)
     batch = prompts.draw(
-        run.train_prompts, config.seed, number, wanted.groups, wanted.candidates, repeats(config)
+        run.train_prompts,
+        config.seed,
+        number,
+        wanted.prompts_per_epoch,
+        wanted.samples_per_prompt,
+        repeats(config),
     )
     loss_noise = prompts.sample_keys(batch, config.seed, Purpose.LOSS, epoch)
     drawn = (_segment if run.starts else _videos)(run, point, batch, progress)
@@ -176,7 +182,7 @@ def _epoch(
             state, reset = after, adv.after_step(reset, figures["kl_loss"])
             steps.append(figures)
         taken = int(state.step)
-        settings = config.optimiser
+        settings = config.optimizer
         state = blend_old(state, old_decay(settings.old_decay, taken, settings.old_decay_constant))
         streams = drawn.go_on(state.old, result.total) if drawn.go_on else []
     distinct = len(set(batch.index.tolist()))
@@ -199,7 +205,7 @@ def _epoch(
         "seconds": progress.take(),
     }
     table = _table(batch, rewards, result)
-    processes.by_first(lambda: report.write_scores(run.workdir, epoch + 1, table))
+    multihost.by_first(lambda: report.write_scores(run.workdir, epoch + 1, table))
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds), streams), record
 
 
@@ -436,7 +442,7 @@ def _evaluate_if_due(
     name = {0: "before", run.config.train.epochs: "after"}.get(epoch)
     if name:
         place = run.workdir / "samples" / name
-        processes.by_first(lambda: report.write_samples(place, frames, run.config.video.fps))
+        multihost.by_first(lambda: report.write_samples(place, frames, run.config.video.fps))
     _add_evaluation(metrics, "evaluation", epoch, result)
     say(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
 
@@ -464,4 +470,4 @@ def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dic
         everything = evaluations | ({"ceiling": real[0]} if 0 in real else {})
         return report.write_summary(run.workdir, run.config, everything, progress.seconds)
 
-    return processes.by_first(write)
+    return multihost.by_first(write)

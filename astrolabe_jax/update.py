@@ -1,4 +1,4 @@
-"""Stage update: an epoch's samples -> optimiser steps on the adapter `current`.
+"""Stage update: an epoch's samples -> optimizer steps on the adapter `current`.
 
 Every policy is an adapter over one frozen base. A step noises each sample to one level, predicts
 its clean latent with `current`, `old` and `reference` from the same x_t, and accumulates the
@@ -32,7 +32,7 @@ CLIP_EPSILON = 1e-6  # added to the gradient norm it divides by, as torch does
 
 
 class TrainState(NamedTuple):
-    """What training changes: adapter trees (models/lora.py) in config.lora.dtype, the optimiser,
+    """What training changes: adapter trees (models/lora.py) in config.lora.dtype, the optimizer,
     and its step count.
     """
 
@@ -40,8 +40,8 @@ class TrainState(NamedTuple):
     old: dict  # behaviour policy: samples, and supplies the loss's second prediction
     reference: dict  # what the KL keeps `current` close to
     ema: dict  # average of `current` for evaluation
-    optimiser: Any
-    step: jax.Array  # [] int32, optimiser steps taken
+    optimizer: Any
+    step: jax.Array  # [] int32, optimizer steps taken
 
 
 class Samples(NamedTuple):
@@ -79,7 +79,7 @@ class Work(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The samples of one optimiser step as m microbatches, or pieces of them, of B."""
+    """The samples of one optimizer step as m microbatches, or pieces of them, of B."""
 
     latents: jax.Array  # [m, B, F, C, H, W]
     r: jax.Array  # [m, B]
@@ -202,11 +202,11 @@ def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Forwa
     )
 
 
-def make_optimiser(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW of config.optimiser with a constant rate and decoupled decay (section 9); clipping is
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW of config.optimizer with a constant rate and decoupled decay (section 9); clipping is
     in the train step.
     """
-    settings = config.optimiser
+    settings = config.optimizer
     return optax.adamw(
         settings.learning_rate,
         settings.b1,
@@ -229,7 +229,7 @@ def first_state(config: ConfigDict, adapter: dict) -> TrainState:
         adapter,
         adapter,
         adapter,
-        make_optimiser(config).init(adapter),
+        make_optimizer(config).init(adapter),
         np.zeros((), np.int32),
     )
 
@@ -240,7 +240,7 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class TrainStep:
-    """One optimiser step: step(state, params, text [G, S, E], batch: Batch) -> (state, metrics);
+    """One optimizer step: step(state, params, text [G, S, E], batch: Batch) -> (state, metrics);
     state is donated.
 
     layout: of the rollout. noise(key, (F, C, H, W)) draws one sample's noise. Gradients accumulate
@@ -261,7 +261,7 @@ class TrainStep:
         mesh: Mesh,
         noise: Callable[[jax.Array, tuple[int, ...]], jax.Array] = standard_normal,
     ):
-        forward, optimiser = training_forward(config, graphdef, layout), make_optimiser(config)
+        forward, optimizer = training_forward(config, graphdef, layout), make_optimizer(config)
         terms_of = partial(sample_terms, config, forward, noise)
 
         def begin(current):
@@ -287,7 +287,7 @@ class TrainStep:
             norm = optax.tree.norm(grads)
             terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
             sample_loss = terms["total_loss"]
-            new = apply_gradient(config, optimiser, state, grads, norm)
+            new = apply_gradient(config, optimizer, state, grads, norm)
             moved = optax.tree.norm(
                 jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current)
             )
@@ -382,17 +382,17 @@ def noised(history: History, noise: Callable, micro: Batch) -> History:
 
 
 def apply_gradient(
-    config: ConfigDict, optimiser: optax.GradientTransformation, state: TrainState, grads, norm
+    config: ConfigDict, optimizer: optax.GradientTransformation, state: TrainState, grads, norm
 ) -> TrainState:
     """Clip by the global norm, AdamW, evaluation average (sections 8 and 9)."""
-    scale = jnp.minimum(1.0, config.optimiser.clip_norm / (norm + CLIP_EPSILON))
+    scale = jnp.minimum(1.0, config.optimizer.clip_norm / (norm + CLIP_EPSILON))
     grads = jax.tree.map(lambda grad, leaf: (grad * scale).astype(leaf.dtype), grads, state.current)
-    updates, moments = optimiser.update(grads, state.optimiser, state.current)
+    updates, moments = optimizer.update(grads, state.optimizer, state.current)
     current = optax.apply_updates(state.current, updates)
     # The first step starts the average from its result.
-    decay = jnp.where(state.step == 0, 0.0, ema_decay(state.step, config.optimiser.ema_cap))
+    decay = jnp.where(state.step == 0, 0.0, ema_decay(state.step, config.optimizer.ema_cap))
     ema = average(state.ema, current, decay)
-    return state._replace(current=current, ema=ema, optimiser=moments, step=state.step + 1)
+    return state._replace(current=current, ema=ema, optimizer=moments, step=state.step + 1)
 
 
 def average(mean, new, decay):
@@ -409,14 +409,14 @@ def average(mean, new, decay):
 
 
 def ema_decay(step, cap: float) -> jax.Array:
-    """Decay of the evaluation average at the optimiser step with index `step`, from 0 (section
+    """Decay of the evaluation average at the optimizer step with index `step`, from 0 (section
     8).
     """
     return jnp.minimum((1 + step) / (10 + step), cap)
 
 
 def old_decay(kind: str, step: int, constant: float) -> float:
-    """Weight that the behaviour policy keeps after an epoch that ended at optimiser step `step`
+    """Weight that the behaviour policy keeps after an epoch that ended at optimizer step `step`
     (section 8).
 
     kind: 'type0' on-policy, 'type1' Astrolabe's schedule, 'type2' DiffusionNFT's slow start, or
@@ -426,7 +426,7 @@ def old_decay(kind: str, step: int, constant: float) -> float:
         return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
     decays = {"type0": 0.0, "type1": min(0.001 * step, 0.5), "constant": constant}
     if kind not in decays:
-        raise ValueError(f"optimiser.old_decay is {kind!r}; use {', '.join([*decays, 'type2'])}")
+        raise ValueError(f"optimizer.old_decay is {kind!r}; use {', '.join([*decays, 'type2'])}")
     return decays[kind]
 
 
@@ -455,7 +455,7 @@ def levels(config: ConfigDict) -> tuple[float, ...]:
 
 
 class Plan(NamedTuple):
-    """One pass over an epoch's samples; arrays [optimiser steps, m, B]."""
+    """One pass over an epoch's samples; arrays [optimizer steps, m, B]."""
 
     order: np.ndarray  # which sample
     t: np.ndarray  # float32, its timestep
@@ -475,12 +475,12 @@ def plan_pass(
     each has another level, and a sample goes through all levels in as many passes. 'batch': one
     random level per microbatch.
     """
-    settings, table = config.optimiser, np.asarray(levels(config), np.float32)
+    settings, table = config.optimizer, np.asarray(levels(config), np.float32)
     count, size = len(mask), settings.microbatch
     if count % (size * settings.steps_per_pass):
         raise ValueError(
-            f"{count} samples do not fill {settings.steps_per_pass} optimiser steps "
-            f"(optimiser.steps_per_pass) with whole microbatches of {size} (optimiser.microbatch)"
+            f"{count} samples do not fill {settings.steps_per_pass} optimizer steps "
+            f"(optimizer.steps_per_pass) with whole microbatches of {size} (optimizer.microbatch)"
         )
     order = _order(config, _random_bits(config, epoch, 2 * turn, count), devices)
     if config.loss.timestep_draw == "stratified":
@@ -513,7 +513,7 @@ def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:
         np.argsort(by_stream, axis=1, kind="stable") + each * np.arange(count * streams)[:, None]
     )
     # videos of a stream that are together
-    share = piece(config, config.optimiser.microbatch, devices) // streams
+    share = piece(config, config.optimizer.microbatch, devices) // streams
     return order.reshape(count, streams, -1, share).transpose(2, 0, 1, 3).reshape(-1)
 
 
@@ -535,7 +535,7 @@ def update(
     epoch: int,
     parts: Callable[[np.ndarray, TrainState, Batch, int], Iterable[Work]] | None = None,
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
-    """The optimiser steps of an epoch: yields the state and the metrics (floats) after each.
+    """The optimizer steps of an epoch: yields the state and the metrics (floats) after each.
     `state` is donated.
 
     train_step: with the same config and mesh. epoch: from 0; errors count epochs and steps from 1,
@@ -545,7 +545,7 @@ def update(
     gradient or result is not finite; the step is not taken.
     """
     text = sharding.replicate(mesh, samples.text)
-    for turn in range(config.optimiser.inner_epochs):
+    for turn in range(config.optimizer.inner_epochs):
         plan = cut(config, plan_pass(config, epoch, turn, samples.mask, mesh.size), mesh.size)
         for i, (order, t, kl_weight) in enumerate(
             zip(*plan, strict=True), start=turn * len(plan.order)
@@ -592,7 +592,7 @@ def _checked(metrics, order, place):
         culprits = ", ".join(f"sample {order[j]}: {sample_loss[j]}" for j in bad[:8])
         raise FloatingPointError(
             f"{place}: the loss of {bad.size} of {len(order)} samples is not finite ({culprits}); "
-            "the step was not taken; lower optimiser.learning_rate or use model.dtype=float32"
+            "the step was not taken; lower optimizer.learning_rate or use model.dtype=float32"
         )
     for name, what in (
         ("grad_norm", "the gradient norm"),
@@ -601,6 +601,6 @@ def _checked(metrics, order, place):
         if not np.isfinite(metrics[name]):
             raise FloatingPointError(
                 f"{place}: {what} is {metrics[name]} although every sample's loss is finite; the "
-                "step was not taken; lower optimiser.learning_rate"
+                "step was not taken; lower optimizer.learning_rate"
             )
     return {name: float(value) for name, value in metrics.items()}

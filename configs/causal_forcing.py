@@ -19,7 +19,7 @@ what each has to hold. Time: not measured. Expected, of the paper's full run (Ta
 HPSv3 9.48 -> 10.84, motion quality 1.69 -> 1.80; not measured here.
 """
 
-from astrolabe_jax.published import recipe
+from configs.published import recipe
 
 
 def get_config(variant: str = ""):

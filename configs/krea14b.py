@@ -18,7 +18,7 @@ batches are those of 8 to 48 GPUs; `plan` says what each has to hold, mesh.fsdp 
 base. Time: not measured. Expected, of the paper: pictures only, no numbers.
 """
 
-from astrolabe_jax.published import recipe
+from configs.published import recipe
 
 
 def get_config(variant: str = ""):

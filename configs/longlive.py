@@ -21,7 +21,7 @@ GPUs; `plan` says what each has to hold. Time: not measured. Expected, of the pa
 (Table 1, 48 H200): HPSv3 9.38 -> 11.03, motion quality 1.51 -> 1.64; not measured here.
 """
 
-from astrolabe_jax.published import recipe
+from configs.published import recipe
 
 
 def get_config(variant: str = ""):

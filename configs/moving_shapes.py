@@ -26,8 +26,8 @@ def get_config(variant: str = ""):
     config.rewards.shapes_vq = 1.0
     config.rewards.shapes_mq = 1.0
     config.rewards.shapes_ta = 1.0
-    config.optimiser.inner_epochs = 2
-    config.optimiser.steps_per_pass = 4
+    config.optimizer.inner_epochs = 2
+    config.optimizer.steps_per_pass = 4
     config.eval.videos = 144  # every held-out prompt once
     if variant:
         name, *switches = variant.split(",")

@@ -18,7 +18,7 @@ each has to hold. Time: not measured. Expected, of the paper's full run (Table 1
 9.36 -> 10.72, motion quality 1.65 -> 1.71; not measured here.
 """
 
-from astrolabe_jax.published import recipe
+from configs.published import recipe
 
 
 def get_config(variant: str = ""):

@@ -5,15 +5,15 @@ import numpy as np
 
 
 def assert_same_state(state, want, atol=2e-6) -> None:
-    """Gradients, which the moments carry, and what a first optimiser step made of them; both states
+    """Gradients, which the moments carry, and what a first optimizer step made of them; both states
     on the host.
     """
-    for a, b in zip(jax.tree.leaves(state.optimiser), jax.tree.leaves(want.optimiser), strict=True):
+    for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(want.optimizer), strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
     # Where the gradient is near zero, Adam's first step is its sign: compare where it is not.
     for name in state.current:
         for half in "ab":
-            moment = want.optimiser[0].mu[name][half]
+            moment = want.optimizer[0].mu[name][half]
             clear = np.abs(moment) > 1e-3 * np.abs(moment).max()
             for policy in ("current", "ema"):
                 a, b = (getattr(s, policy)[name][half][clear] for s in (state, want))

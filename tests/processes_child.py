@@ -7,17 +7,17 @@ import signal
 import sys
 import time
 
-from astrolabe_jax import processes, stop
+from astrolabe_jax.runtime import multihost, preemption
 
 
 def texts(me):
-    return [processes.anywhere(text) for text in ("", "b" * me, f"c{me}", "dé" * 300 * me)]
+    return [multihost.anywhere(text) for text in ("", "b" * me, f"c{me}", "dé" * 300 * me)]
 
 
 def errors(me):
     told = []
     for failing in (0, 1):
-        for function in (processes.together, processes.by_first):
+        for function in (multihost.together, multihost.by_first):
             try:
                 told.append(function(lambda failing=failing: {"by": me, "of": 1 // (me - failing)}))
             except (ArithmeticError, OSError) as error:
@@ -26,11 +26,11 @@ def errors(me):
 
 
 def signals(me):
-    with stop.listening() as check:
+    with preemption.listening() as check:
         for i in range(1000):
             try:
                 check()
-            except stop.Stopped as stopped:
+            except preemption.Stopped as stopped:
                 return [str(stopped), i]
             if me == 1 and i == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -39,14 +39,14 @@ def signals(me):
 
 
 def one_fails(me):
-    with processes.ending_together():
-        processes.anywhere(f"{me}")
+    with multihost.ending_together():
+        multihost.anywhere(f"{me}")
         if me == 1:
             raise ValueError("process 1 has no more to say")
-        return processes.by_first(lambda: "nobody hears this")
+        return multihost.by_first(lambda: "nobody hears this")
 
 
 if __name__ == "__main__":
     port, me, case = sys.argv[1:]
-    processes.join(False, f"127.0.0.1:{port}", 2, int(me))
+    multihost.join(False, f"127.0.0.1:{port}", 2, int(me))
     print("result", globals()[case](int(me)), flush=True)

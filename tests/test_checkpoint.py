@@ -39,7 +39,7 @@ def make_state(seed):
     }
     return {
         "current": adapter,
-        "optimiser": optax.adamw(1e-3).init(adapter),
+        "optimizer": optax.adamw(1e-3).init(adapter),
         "step": jnp.int32(seed),
     }
 

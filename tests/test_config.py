@@ -48,16 +48,16 @@ def test_every_published_list_of_steps_is_valid(steps):
         ({"seed": -1}, "config.seed is -1; expected at least 0"),
         ({"train.epochs": 0}, "config.train.epochs is 0; expected at least 1"),
         (
-            {"optimiser.ema_cap": 1.5},
-            "config.optimiser.ema_cap is 1.5; expected at least 0 and at most 1",
+            {"optimizer.ema_cap": 1.5},
+            "config.optimizer.ema_cap is 1.5; expected at least 0 and at most 1",
         ),
-        ({"optimiser.b2": 1.0}, r"config.optimiser.b2 is 1.0; expected a number in \[0, 1\)"),
+        ({"optimizer.b2": 1.0}, r"config.optimizer.b2 is 1.0; expected a number in \[0, 1\)"),
         ({"advantages.clip": 0.0}, "config.advantages.clip is 0.0; expected a positive number"),
         (
-            {"optimiser.clip_norm": float("nan")},
-            "config.optimiser.clip_norm is nan; expected a positive number",
+            {"optimizer.clip_norm": float("nan")},
+            "config.optimizer.clip_norm is nan; expected a positive number",
         ),
-        ({"optimiser.learning_rate": float("nan")}, "config.optimiser.learning_rate is nan"),
+        ({"optimizer.learning_rate": float("nan")}, "config.optimizer.learning_rate is nan"),
         ({"model.window": 0}, "config.model.window is 0; expected at least 1, or -1"),
         (
             {"sampler.steps": (500, 750)},
@@ -86,19 +86,23 @@ def test_every_published_list_of_steps_is_valid(steps):
         ),
         (
             {"prompts.repeated": 4},
-            "config.prompts.repeated asks for 4 batches .* divisor of prompts.groups, 6",
+            "config.prompts.repeated asks for 4 batches .* divisor of prompts.prompts_per_epoch, 6",
         ),
-        ({"optimiser.microbatch": 36}, "config.optimiser.microbatch is 36; expected the 48 videos"),
-        ({"optimiser.steps_per_pass": 5}, "in each of the 5 steps of a pass"),
+        ({"optimizer.microbatch": 36}, "config.optimizer.microbatch is 36; expected the 48 videos"),
+        ({"optimizer.steps_per_pass": 5}, "in each of the 5 steps of a pass"),
         (
             {"mesh.fsdp": 2},
             "config.mesh has data -1 x fsdp 2; expected their product to be the 1 devices",
         ),
         (
-            {"advantages.std": "prompt", "prompts.groups": 48, "prompts.candidates": 1},
+            {
+                "advantages.std": "prompt",
+                "prompts.prompts_per_epoch": 48,
+                "prompts.samples_per_prompt": 1,
+            },
             (
-                "config.prompts.candidates is 1 with advantages.std 'prompt'.*expected at least 2, "
-                "or adv"
+                "config.prompts.samples_per_prompt is 1 with advantages.std 'prompt'.*expected at "
+                "least 2, or adv"
             ),
         ),
         (
@@ -123,28 +127,28 @@ def test_a_field_at_fault_is_named(changes, expected):
             ),
         ),
         (
-            {"streaming.clip": 4},
+            {"streaming.score_frames": 4},
             (
-                "config.streaming.clip is 4; expected whole blocks of 3, and the window of 9 to be "
-                "whole"
+                "config.streaming.score_frames is 4; expected whole blocks of 3, and the window of "
+                "9 to be whole"
             ),
         ),
         (
-            {"streaming.clip": 6},
+            {"streaming.score_frames": 6},
             (
-                "config.streaming.clip is 6; expected whole blocks of 3, and the window of 9 to be "
-                "whole"
+                "config.streaming.score_frames is 6; expected whole blocks of 3, and the window of "
+                "9 to be whole"
             ),
         ),
         (
             {"streaming.prompts_per_device": 4},
-            "config.prompts.groups is 6; expected a multiple of 4 .*prompts_per_dev",
+            "config.prompts.prompts_per_epoch is 6; expected a multiple of 4 .*prompts_per_dev",
         ),
         (
             {"sampler.batch": 16},
             "config.sampler.batch is 16, 16 at once .*expected the same number of videos, a divi",
         ),
-        ({"optimiser.microbatch": 12}, "config.optimiser.microbatch is 12, 12 at once"),
+        ({"optimizer.microbatch": 12}, "config.optimizer.microbatch is 12, 12 at once"),
         (
             {"streaming.prompts_per_device": 2, "mesh.samples_per_device": 1},
             (
@@ -234,9 +238,9 @@ def test_a_field_of_windows_at_fault_is_named(changes, expected):
         "streaming.window": 9,
         "video.frames": 69,
         "sampler.batch": 8,
-        "optimiser.microbatch": 8,
+        "optimizer.microbatch": 8,
     }
-    good["optimiser.steps_per_pass"] = 1
+    good["optimizer.steps_per_pass"] = 1
     check(**good)
     with pytest.raises(ValueError, match=expected):
         check(**good | changes)
@@ -247,14 +251,14 @@ def test_prompts_of_windows_must_fit_the_devices():
         "streaming.window": 9,
         "video.frames": 69,
         "sampler.batch": 24,
-        "optimiser.microbatch": 24,
+        "optimizer.microbatch": 24,
     }
-    good["optimiser.steps_per_pass"] = 1
+    good["optimizer.steps_per_pass"] = 1
     check(devices=3, **good)
     check(devices=12, **good)  # two devices for each prompt
     with pytest.raises(
         ValueError,
-        match="config.prompts.groups is 6; expected a multiple of 8 .* each of 8 devices",
+        match="prompts.prompts_per_epoch is 6; expected a multiple of 8 .* each of 8 devices",
     ):
         check(devices=8, **good)
 
@@ -317,9 +321,9 @@ def test_attention_that_the_machine_cannot_compute_is_refused():
 def test_misspelt_fields_are_refused():
     config = get_config()
     with pytest.raises(AttributeError, match="learning_rate"):
-        config.optimiser.learnig_rate = 1.0
+        config.optimizer.learnig_rate = 1.0
     with pytest.raises(KeyError):
-        config.update_from_flattened_dict({"optimiser.learnig_rate": 1.0})
+        config.update_from_flattened_dict({"optimizer.learnig_rate": 1.0})
 
 
 def test_every_reference_switch_changes_the_config_and_only_its_fields():

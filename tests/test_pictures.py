@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from astrolabe_jax.pictures import Mp4Writer, read_video, write_mp4
+from astrolabe_jax.runtime.media import Mp4Writer, read_video, write_mp4
 
 
 def moving(count):

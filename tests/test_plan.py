@@ -25,7 +25,7 @@ def base(tmp_path_factory):
     [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}, runs.PROGRESSIVE],
 )
 def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
-    config = runs.small_config(base, **changes | {"prompts.groups": 4})
+    config = runs.small_config(base, **changes | {"prompts.prompts_per_epoch": 4})
     run, planned = (
         prepare.prepare(config, tmp_path / "run"),
         plan.abstract_run(config, jax.device_count()),
@@ -41,10 +41,10 @@ def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
 def test_the_traced_programs_are_those_of_an_epoch(base, tmp_path):
     """The shapes of the plan are those that an epoch hands from stage to stage."""
     config = runs.small_config(
-        base, **{"optimiser.steps_per_pass": 2, "optimiser.microbatch": 4, "mesh.fsdp": 2}
+        base, **{"optimizer.steps_per_pass": 2, "optimizer.microbatch": 4, "mesh.fsdp": 2}
     )
     with pytest.raises(
-        ValueError, match="config.optimiser.microbatch is 4; expected a multiple of the 8 devices"
+        ValueError, match="config.optimizer.microbatch is 4; expected a multiple of the 8 devices"
     ):
         plan.abstract_run(config, 8)
     shapes = plan.trace(plan.abstract_run(config, 4))
@@ -79,7 +79,7 @@ def test_the_traced_programs_of_windows(base, changes, past, pixels):
     """A block of the streams (of sequences, those of an update), of what forks from them, and the
     train step.
     """
-    fields = runs.WINDOWS | {"sampler.batch": 8, "optimiser.microbatch": 4} | changes
+    fields = runs.WINDOWS | {"sampler.batch": 8, "optimizer.microbatch": 4} | changes
     shapes = plan.trace(plan.abstract_run(runs.small_config(base, **fields), 2))
     want = {
         "text encoder": ((8, 16, 16), "float32"),
@@ -94,7 +94,7 @@ def test_the_traced_programs_of_windows(base, changes, past, pixels):
 def test_the_memory_of_streams_is_that_of_their_arrays(base, tmp_path):
     """Two pasts, and four videos that fork from them; on two devices."""
     config = runs.small_config(
-        base, **runs.WINDOWS | {"sampler.batch": 4, "optimiser.microbatch": 4}
+        base, **runs.WINDOWS | {"sampler.batch": 4, "optimizer.microbatch": 4}
     )
     run = runs.prepared(config, tmp_path / "run", 2)
     past = segments.begin(run, 2)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from astrolabe_jax import processes
+from astrolabe_jax.runtime import multihost
 
 
 def free_port() -> int:
@@ -83,12 +83,12 @@ def test_an_error_on_one_ends_the_other():
 
 
 def test_one_process_asks_nobody():
-    processes.join(False, None, None, None)
-    assert processes.anywhere("") == "" and processes.anywhere("a") == "a"
+    multihost.join(False, None, None, None)
+    assert multihost.anywhere("") == "" and multihost.anywhere("a") == "a"
     value = object()
-    assert processes.together(lambda: value) is value and processes.by_first(lambda: value) is value
-    with pytest.raises(ZeroDivisionError), processes.ending_together():
-        processes.by_first(lambda: 1 // 0)
+    assert multihost.together(lambda: value) is value and multihost.by_first(lambda: value) is value
+    with pytest.raises(ZeroDivisionError), multihost.ending_together():
+        multihost.by_first(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_one_process_asks_nobody():
 )
 def test_wrong_flags_are_named(arguments, expected):
     with pytest.raises(ValueError, match=expected):
-        processes.join(*arguments)
+        multihost.join(*arguments)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from astrolabe_jax import plan, prepare, published, report, rewards
+from astrolabe_jax import plan, prepare, report, rewards
 from astrolabe_jax.config import (
     REFERENCE_SWITCHES,
     flatten,
@@ -19,7 +19,7 @@ from astrolabe_jax.config import (
     with_reference,
 )
 from astrolabe_jax.convert import base as bases
-from configs import causal_forcing, krea14b, longlive, self_forcing
+from configs import causal_forcing, krea14b, longlive, published, self_forcing
 from tests.meshes import mesh_of
 from tests.tiny_base import write_tiny_base
 
@@ -114,11 +114,11 @@ COMMON = {
     "advantages.std": "global",
     "lora.rank": 256,
     "lora.alpha": 256.0,
-    "optimiser.weight_decay": 1e-4,
-    "optimiser.clip_norm": 1.0,
-    "optimiser.old_decay": "type1",
-    "optimiser.inner_epochs": 1,
-    "optimiser.steps_per_pass": 1,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.old_decay": "type1",
+    "optimizer.inner_epochs": 1,
+    "optimizer.steps_per_pass": 1,
     "prompts.train": "dataset/vidprom/train.txt",
     "prompts.test": "dataset/vidprom/test.txt",
     "seed": 42,
@@ -156,12 +156,12 @@ def test_a_published_run_is_what_the_specification_says(name):
         "model.window": window,
         "model.sink": sink,
         "loss.kl_weight": float(kl_weight),
-        "optimiser.learning_rate": float(learning_rate),
+        "optimizer.learning_rate": float(learning_rate),
         "train.eval_every": int(every),
-        "prompts.groups": groups,
-        "prompts.candidates": candidates,
+        "prompts.prompts_per_epoch": groups,
+        "prompts.samples_per_prompt": candidates,
         "sampler.batch": each * int(devices),
-        "optimiser.microbatch": each * int(devices),
+        "optimizer.microbatch": each * int(devices),
         "mesh.samples_per_device": each,
         "eval.videos": 20 * eval_batch * int(devices),
         "lora.init": "checkpoints/longlive_models/models/lora.pt" if "lora" in special else "",
@@ -257,11 +257,11 @@ def test_the_papers_run(family, devices):
         "kl.main_reward": "hpsv3",
         "loss.mix_beta": 1.0,
         "loss.kl_weight": 1e-4,
-        "optimiser.learning_rate": 1e-5,
-        "optimiser.old_decay": "constant",
-        "optimiser.old_decay_constant": 0.9,
-        "prompts.groups": 48,
-        "prompts.candidates": 24,
+        "optimizer.learning_rate": 1e-5,
+        "optimizer.old_decay": "constant",
+        "optimizer.old_decay_constant": 0.9,
+        "prompts.prompts_per_epoch": 48,
+        "prompts.samples_per_prompt": 24,
         "advantages.clip": 5.0,
         "advantages.std": "global",
         "lora.rank": 256,
@@ -398,7 +398,7 @@ def test_other_numbers_of_devices_work_on_pieces_that_fit_them(name):
         )
         if name == STREAMING and devices == 24:  # 16 prompts, whose pasts are on one device each
             refused = (
-                "config.prompts.groups is 16; expected a multiple of 24 "
+                "config.prompts.prompts_per_epoch is 16; expected a multiple of 24 "
                 ".streaming.prompts_per_device on each of"
             )
         if refused:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from astrolabe_jax import recipes
+from astrolabe_jax.runtime import cli
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
 
@@ -25,7 +25,7 @@ def product() -> str:
 def test_float32_is_not_multiplied_in_less(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
-    recipes.set_up()
+    cli.set_up()
     assert "HIGHEST" in product()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
@@ -33,5 +33,5 @@ def test_float32_is_not_multiplied_in_less(settings, monkeypatch, tmp_path):
 def test_the_environment_has_the_last_word(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "tensorfloat32")
-    recipes.set_up()
+    cli.set_up()
     assert "HIGHEST" not in product()

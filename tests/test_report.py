@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astrolabe_jax import pictures, report
+from astrolabe_jax import report
 from astrolabe_jax.config import get_config
+from astrolabe_jax.runtime import media
 from astrolabe_jax.types import PromptBatch
 
 
@@ -198,16 +199,16 @@ def test_the_same_frames_give_the_same_bytes(tmp_path):
         [f"{i}.mp4" for i in range(8)],
     )
     for name in names:
-        pictures.write_mp4(tmp_path / name, video, 16)
+        media.write_mp4(tmp_path / name, video, 16)
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
 
 
 def test_a_strip_shows_the_first_and_the_last_frame():
     video = moving()
-    strip = pictures.strip(video)
+    strip = media.strip(video)
     assert np.array_equal(strip[:, :48], video[0]) and np.array_equal(strip[:, -49:-1], video[-1])
     assert (strip[:, 48] == 255).all() and strip.shape == (48, 7 * 49, 3)
-    assert pictures.strip(video[:2]).shape == (48, 2 * 49, 3)
+    assert media.strip(video[:2]).shape == (48, 2 * 49, 3)
 
 
 def test_the_contact_sheet_holds_every_strip_enlarged(tmp_path):
@@ -219,12 +220,12 @@ def test_the_contact_sheet_holds_every_strip_enlarged(tmp_path):
     }
     for heading, frames in videos.items():
         report.write_samples(tmp_path / "samples" / heading, frames, 16)
-    sheet = pictures.read_png(report.write_contact_sheet(tmp_path, "demo", batch, results))
+    sheet = media.read_png(report.write_contact_sheet(tmp_path, "demo", batch, results))
     for heading, frames in videos.items():
         for i, video in enumerate(frames):
-            strip = pictures.strip(video)
+            strip = media.strip(video)
             assert np.array_equal(
-                pictures.read_png(tmp_path / "samples" / heading / f"{i:02d}.png"), strip
+                media.read_png(tmp_path / "samples" / heading / f"{i:02d}.png"), strip
             )
             large = strip.repeat(2, 0).repeat(2, 1)
             places = [

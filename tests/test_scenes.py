@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.scenes import (
+from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
     is_plain,

@@ -9,7 +9,7 @@ import pytest
 from astrolabe_jax import rollout as R
 from astrolabe_jax import stream as S
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.scenes import Rules, Scene, cache_slots, shots
+from astrolabe_jax.streaming.scenes import Rules, Scene, cache_slots, shots
 from tests.meshes import ONE, mesh_of
 from tests.models import tiny
 

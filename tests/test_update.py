@@ -1,6 +1,6 @@
 """update.py: the train step's invariances, its agreement with the rollout, its plan of an epoch.
 
-Its agreement with the published optimiser step is an entry of the golden runner (fh_nft_step.npz).
+Its agreement with the published optimizer step is an entry of the golden runner (fh_nft_step.npz).
 """
 
 import functools
@@ -33,8 +33,8 @@ def make_config(**fields):
     """The defaults at test size; fields as 'loss.kind' with the dot written __."""
     config = get_config()
     config.lora.rank, config.lora.alpha = 2, 2.0
-    config.optimiser.microbatch = SAMPLES
-    config.optimiser.learning_rate = 1e-2
+    config.optimizer.microbatch = SAMPLES
+    config.optimizer.learning_rate = 1e-2
     config.loss.kl_weight = 0.1
     config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in fields.items()}
@@ -185,7 +185,7 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
     @jax.jit
     @jax.value_and_grad
     def loss(adapters, params):
-        state = update.TrainState(**adapters, ema=None, optimiser=None, step=0)
+        state = update.TrainState(**adapters, ema=None, optimizer=None, step=0)
         terms = update.sample_terms(
             config, forward, update.standard_normal, state, params, tiny.text(2), one_micro()
         )
@@ -282,11 +282,11 @@ def test_a_non_finite_sample_leaves_the_state_alone():
 def broken_moments():
     """A state whose loss and gradient are finite, but not the policy that Adam makes of them."""
     state = jax.device_get(make_state(make_config()))
-    adam, *rest = state.optimiser
+    adam, *rest = state.optimizer
     name = next(iter(adam.mu))
     spoilt_a = spoilt(adam.mu[name]["a"], 0, np.inf)
     adam = adam._replace(mu=adam.mu | {name: adam.mu[name] | {"a": spoilt_a}})
-    return state._replace(optimiser=(adam, *rest))
+    return state._replace(optimizer=(adam, *rest))
 
 
 def test_a_non_finite_adapter_leaves_the_state_alone():
@@ -309,7 +309,7 @@ def cut_config(reduction, draw, limit):
         "loss__timestep_draw": draw,
         "mesh__samples_per_device": limit,
     }
-    return make_config(optimiser__microbatch=2 * SAMPLES, optimiser__steps_per_pass=2, **fields)
+    return make_config(optimizer__microbatch=2 * SAMPLES, optimizer__steps_per_pass=2, **fields)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_devices_that_hold_less_take_the_same_steps_in_pieces(devices, limit, re
 )
 def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, each, limit):
     config = make_config(
-        optimiser__microbatch=devices * each,
+        optimizer__microbatch=devices * each,
         kl__reduction="microbatch",
         loss__timestep_draw="batch",
     )
@@ -365,7 +365,7 @@ def run_epoch(config, samples, state=None, mesh=ONE):
 
 
 def test_an_epoch_takes_every_step_of_every_pass():
-    config = make_config(optimiser__steps_per_pass=2, optimiser__inner_epochs=2)
+    config = make_config(optimizer__steps_per_pass=2, optimizer__inner_epochs=2)
     steps = run_epoch(config, make_samples(2 * SAMPLES))
     assert [int(state.step) for state, _ in steps] == [2, 3, 4, 5]
     assert all(np.isfinite(value) for _, metrics in steps for value in metrics.values())
@@ -375,7 +375,7 @@ def test_passes_draw_fresh_noise():
     """Two policies that do not move, compared on the same samples at the same level: only the noise
     differs.
     """
-    config = make_config(optimiser__inner_epochs=2, sampler__steps=(1000,))
+    config = make_config(optimizer__inner_epochs=2, sampler__steps=(1000,))
     first, second = (metrics["old_kl_div"] for _, metrics in run_epoch(config, make_samples()))
     assert abs(first - second) > 1e-4
 
@@ -384,7 +384,7 @@ def test_repeated_steps_pull_predictions_towards_good_samples():
     samples = make_samples()._replace(r=np.ones(SAMPLES, np.float32))
     trace = [
         metrics["policy_loss"]
-        for _, metrics in run_epoch(make_config(optimiser__inner_epochs=12), samples)
+        for _, metrics in run_epoch(make_config(optimizer__inner_epochs=12), samples)
     ]
     # each mean has every sample at every level
     assert np.mean(trace[-4:]) < 0.98 * np.mean(trace[:4])
@@ -402,13 +402,13 @@ def applied(config, norm):
     """State before and after a step with a gradient of ones whose norm is said to be `norm`."""
     before = make_state(config)
     grads = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), before.current)
-    step = jax.jit(functools.partial(update.apply_gradient, config, update.make_optimiser(config)))
+    step = jax.jit(functools.partial(update.apply_gradient, config, update.make_optimizer(config)))
     return before, step(before, grads, jnp.float32(norm))
 
 
 def test_bfloat16_adapters_stay_bfloat16():
     before, after = applied(make_config(lora__dtype="bfloat16"), 1.0)
-    for part in (after.current, after.optimiser[0].mu, after.optimiser[0].nu):
+    for part in (after.current, after.optimizer[0].mu, after.optimizer[0].nu):
         assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(part))
     assert all(
         np.any(a != b)
@@ -418,8 +418,8 @@ def test_bfloat16_adapters_stay_bfloat16():
 
 @pytest.mark.parametrize("norm, scale", [(0.25, 1.0), (5.0, 0.1)])
 def test_gradients_are_clipped_by_their_global_norm(norm, scale):
-    _, after = applied(make_config(optimiser__clip_norm=0.5), norm)
-    for leaf in jax.tree.leaves(after.optimiser[0].mu):  # (1 - b1) gradient
+    _, after = applied(make_config(optimizer__clip_norm=0.5), norm)
+    for leaf in jax.tree.leaves(after.optimizer[0].mu):  # (1 - b1) gradient
         np.testing.assert_allclose(leaf, 0.1 * scale, rtol=1e-5)
 
 
@@ -439,12 +439,12 @@ def plan(config, epoch=0, turn=0, count=24, mask=None):
 
 
 def test_a_pass_visits_every_sample_once_in_an_order_of_its_own():
-    config = make_config(optimiser__microbatch=4, optimiser__steps_per_pass=3)
+    config = make_config(optimizer__microbatch=4, optimizer__steps_per_pass=3)
     first = plan(config)
     assert first.order.shape == first.t.shape == first.kl_weight.shape == (3, 2, 4)
     np.testing.assert_array_equal(np.sort(first.order.reshape(-1)), np.arange(24))
     np.testing.assert_array_equal(plan(config).order, first.order)
-    reseeded = make_config(seed=1, optimiser__microbatch=4, optimiser__steps_per_pass=3)
+    reseeded = make_config(seed=1, optimizer__microbatch=4, optimizer__steps_per_pass=3)
     others = [plan(config, epoch=1), plan(config, turn=1), plan(reseeded)]
     assert all(np.any(other.order != first.order) for other in others)
 
@@ -457,7 +457,7 @@ def levels_by_sample(config, turn, count=24):
 
 
 def test_stratified_levels_are_balanced_over_neighbours_and_over_passes():
-    config = make_config(optimiser__microbatch=4)
+    config = make_config(optimizer__microbatch=4)
     table = np.sort(np.asarray(update.levels(config), np.float32))
     passes = np.stack([levels_by_sample(config, turn) for turn in range(8)])
     for turn in range(8):
@@ -468,7 +468,7 @@ def test_stratified_levels_are_balanced_over_neighbours_and_over_passes():
         np.testing.assert_array_equal(np.sort(cycle, axis=0), np.tile(table[:, None], (1, 24)))
     assert np.any(passes[:4] != passes[4:])
     counts = np.unique(
-        levels_by_sample(make_config(optimiser__microbatch=1), 0, count=6), return_counts=True
+        levels_by_sample(make_config(optimizer__microbatch=1), 0, count=6), return_counts=True
     )[1]
     assert counts.max() <= 2  # 6 samples over 4 levels
 
@@ -479,7 +479,7 @@ def test_nothing_is_learnt_without_noise():
 
 
 def test_batch_levels_are_one_to_a_microbatch():
-    config = make_config(optimiser__microbatch=4, loss__timestep_draw="batch")
+    config = make_config(optimizer__microbatch=4, loss__timestep_draw="batch")
     drawn = np.concatenate([plan(config, epoch).t.reshape(-1, 4) for epoch in range(20)])
     assert np.all(drawn == drawn[:, :1])
     assert set(drawn[:, 0]) == set(np.asarray(update.levels(config), np.float32))
@@ -494,7 +494,7 @@ def test_levels_warped_or_raw():
 def test_kl_weights_by_epoch_or_microbatch():
     mask = np.arange(24) < 6
     for reduction, size in (("epoch", 24), ("microbatch", 4)):
-        config = make_config(optimiser__microbatch=4, kl__reduction=reduction)
+        config = make_config(optimizer__microbatch=4, kl__reduction=reduction)
         drawn = plan(config, mask=mask)
         chosen = mask[drawn.order.reshape(-1)].reshape(-1, size)
         assert np.all(drawn.kl_weight.reshape(-1, size)[~chosen] == 0)
@@ -504,8 +504,8 @@ def test_kl_weights_by_epoch_or_microbatch():
 
 
 def test_plan_refuses_incomplete_microbatches():
-    with pytest.raises(ValueError, match="24 samples .*optimiser.microbatch"):
-        plan(make_config(optimiser__microbatch=5))
+    with pytest.raises(ValueError, match="24 samples .*optimizer.microbatch"):
+        plan(make_config(optimizer__microbatch=5))
 
 
 # Averages and copies of policies.
@@ -526,7 +526,7 @@ def test_decays_of_the_behaviour_policy():
             update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")
         ]
         np.testing.assert_allclose(got, (*want, 0.9), rtol=1e-12)
-    with pytest.raises(ValueError, match="optimiser.old_decay"):
+    with pytest.raises(ValueError, match="optimizer.old_decay"):
         update.old_decay("type3", 0, 0.9)
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.files import INDEX, read_json, write_atomic, write_safetensors
 from astrolabe_jax.convert.parts import (
     PARTS,
     SIZES,
@@ -43,6 +42,7 @@ from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.runtime.files import INDEX, read_json, write_atomic, write_safetensors
 
 SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
 

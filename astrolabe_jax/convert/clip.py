@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Substitutions, Transform, renamed
-from astrolabe_jax.convert.files import Lazy
 from astrolabe_jax.convert.reward_store import Kind
 from astrolabe_jax.models.clip import CLIP, VIT_H_14, VIT_L_14, Aesthetic, CLIPConfig
+from astrolabe_jax.runtime.files import Lazy
 
 # OpenCLIP -> Hugging Face.
 HUGGING_FACE: Substitutions = (

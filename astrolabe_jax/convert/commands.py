@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax.convert import base, engine, lora, parts, store
-from astrolabe_jax.convert.files import Lazy, read_json, write_atomic, write_safetensors
 from astrolabe_jax.convert.sources import Source, open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
+from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
 
 POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 

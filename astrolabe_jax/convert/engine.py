@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from astrolabe_jax.convert.files import Lazy
+from astrolabe_jax.runtime.files import Lazy
 
 Shape = tuple[int, ...]
 # regular expressions and what to put in their place, one after the other

@@ -18,16 +18,16 @@ import numpy as np
 
 from astrolabe_jax.convert import engine, wan
 from astrolabe_jax.convert.engine import LINEAR, Rule
-from astrolabe_jax.convert.files import (
+from astrolabe_jax.convert.weights import CONTAINERS, open_weights
+from astrolabe_jax.models.lora import TARGETS, adapter_shapes
+from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
+from astrolabe_jax.runtime.files import (
     Lazy,
     read_json,
     safetensors_metadata,
     write_atomic,
     write_safetensors,
 )
-from astrolabe_jax.convert.weights import CONTAINERS, open_weights
-from astrolabe_jax.models.lora import TARGETS, adapter_shapes
-from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
 
 PEFT_CONFIG, PEFT_WEIGHTS = (
     "adapter_config.json",

@@ -15,7 +15,6 @@ import numpy as np
 
 from astrolabe_jax.convert import engine, reward_store
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Stack
-from astrolabe_jax.convert.files import Lazy, read_json
 from astrolabe_jax.convert.lora import merged
 from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.convert.reward_store import Checkpoint
@@ -23,6 +22,7 @@ from astrolabe_jax.convert.weights import open_weights
 from astrolabe_jax.models.qwen2_vl.config import PATCH, QWEN2_VL_7B, Qwen2VLConfig
 from astrolabe_jax.models.qwen2_vl.linear import quantise
 from astrolabe_jax.models.qwen2_vl.model import Qwen2VL, RewardNet
+from astrolabe_jax.runtime.files import Lazy, read_json
 
 OUTPUT = "lm_head.weight"  # [vocabulary, D]: published, and of no use where no token is predicted
 _NEWER = (r"^(embed_tokens|layers|norm)\b", r"language_model.\1")

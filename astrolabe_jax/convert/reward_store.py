@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.files import read_json, write_atomic
 from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
+from astrolabe_jax.runtime.files import read_json, write_atomic
 
 CONFIG, WEIGHTS = "config.json", "weights"
 DTYPES = ("float32", "bfloat16")  # of the activations

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from astrolabe_jax.convert import clip, qwen2_vl, reward_store, sea_raft, templates
 from astrolabe_jax.convert.commands import Progress
-from astrolabe_jax.convert.files import INDEX, read_json
 from astrolabe_jax.convert.reward_store import Checkpoint, Kind
 from astrolabe_jax.models import clip_tokenizer
 from astrolabe_jax.models.qwen2_vl import config as sizes
 from astrolabe_jax.models.qwen2_vl.model import RewardNet
 from astrolabe_jax.rewards import chat
+from astrolabe_jax.runtime.files import INDEX, read_json
 
 HPSV3 = Kind("hpsv3", RewardNet, sizes.HPSV3)
 VIDEOALIGN = Kind("videoalign", RewardNet, sizes.VIDEOALIGN)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrolabe_jax.convert import base, engine, parts, store
-from astrolabe_jax.convert.files import Lazy, read_json
 from astrolabe_jax.convert.weights import open_weights
+from astrolabe_jax.runtime.files import Lazy, read_json
 
 HEAD = 128  # width of a head of every published transformer
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from astrolabe_jax.convert.engine import Stack, flatten, nested
-from astrolabe_jax.convert.files import read_json
+from astrolabe_jax.runtime.files import read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.convert.files import Lazy
+from astrolabe_jax.runtime.files import Lazy
 
 STORAGES = {
     "torch DoubleStorage": np.float64,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from astrolabe_jax.convert.files import INDEX, Lazy, read_safetensors, read_sharded
 from astrolabe_jax.convert.torch_file import read_torch
+from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded
 
 # By the end of a file's name.
 READERS = {

@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from astrolabe_jax import pictures, recipes, rewards, sharding
-from astrolabe_jax.convert.files import read_json, write_atomic
+from astrolabe_jax import rewards, sharding
 from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.runtime import cli, media
+from astrolabe_jax.runtime.files import read_json, write_atomic
 
 MIB = 2**20
 
@@ -87,18 +88,18 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
     score.
     """
     if len(argv) > 1:
-        recipes.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
-    recipes.set_up()
+        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+    cli.set_up()
     config, prompt, path = given["config"].value, given["prompt"].value, Path(given["video"].value)
     try:
-        frames = pictures.read_video(path, config.video.fps)
+        frames = media.read_video(path, config.video.fps)
         rewards.validate(config.rewards)
         rewards.check_prompt(list(config.rewards), prompt)
         began = time.monotonic()
         setting = rewards.Setting(sharding.make_mesh(config.mesh), config.video.fps)
         groups = rewards.load(config.rewards, setting)
     except (ValueError, OSError) as error:
-        recipes.fail(error, 2)
+        cli.fail(error, 2)
     print(
         f"{path}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at "
         f"{config.video.fps} a second; rewards loaded in {time.monotonic() - began:.1f} s on "
@@ -109,7 +110,7 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
         try:
             scores, (first, again) = measured(group, frames, prompt)
         except rewards.RewardError as error:
-            recipes.fail(error, 1)
+            cli.fail(error, 1)
         memory = f"weights {Panel([group]).weights / MIB:,.0f} MiB, peak {peak() / MIB:,.0f}"
         print(f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; {memory}")
         for name, score in scores.items():
@@ -125,7 +126,7 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
 
 if __name__ == "__main__":
     holders = {
-        "config": recipes.define(),
+        "config": cli.define(),
         "video": flags.DEFINE_string("video", None, "a video file", required=True),
         "prompt": flags.DEFINE_string("prompt", None, "what it should show", required=True),
         "golden": flags.DEFINE_string("golden", None, "file of recorded scores to compare with"),
@@ -135,4 +136,4 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, holders), flags_parser=recipes.parse)
+    app.run(lambda argv: main(argv, holders), flags_parser=cli.parse)

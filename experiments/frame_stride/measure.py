@@ -19,9 +19,10 @@ import numpy as np
 from absl import app, flags
 from scipy.stats import spearmanr
 
-from astrolabe_jax import prompts, recipes, report, rewards
+from astrolabe_jax import prompts, report, rewards
 from astrolabe_jax.generate import encode_texts, generate
 from astrolabe_jax.prepare import prepare
+from astrolabe_jax.runtime import cli
 from astrolabe_jax.types import Purpose
 
 _REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
@@ -32,11 +33,13 @@ _STRIDES = flags.DEFINE_list(
 
 
 def main(config: flags.FlagHolder) -> None:
-    recipes.set_up()
+    cli.set_up()
     with tempfile.TemporaryDirectory() as workdir:
         run = prepare(config.value, workdir)
     given = run.config.prompts
-    batch = prompts.draw(run.train_prompts, run.config.seed, 0, given.groups, given.candidates, 1)
+    batch = prompts.draw(
+        run.train_prompts, run.config.seed, 0, given.prompts_per_epoch, given.samples_per_prompt, 1
+    )
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
     progress = report.Progress({}, lambda: None)
     videos = generate(
@@ -75,6 +78,6 @@ def compared(scores: np.ndarray, whole: np.ndarray, groups: np.ndarray) -> dict[
 
 
 if __name__ == "__main__":
-    holder = recipes.define()
+    holder = cli.define()
     flags.mark_flags_as_required(["config", "options"])
-    app.run(lambda argv: main(holder), flags_parser=recipes.parse)
+    app.run(lambda argv: main(holder), flags_parser=cli.parse)

@@ -36,8 +36,8 @@ from astrolabe_jax.convert import engine, parts
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler, noise_from_keys
-from astrolabe_jax.scenes import Rules, Scene, shots
 from astrolabe_jax.schedule import Schedule, warp
+from astrolabe_jax.streaming.scenes import Rules, Scene, shots
 
 CHECKPOINT, VAE, BASE = "self_forcing_dmd.pt", "Wan2.1_VAE.pth", "base"
 HEIGHT, WIDTH, CHANNELS = 480, 832, 16

@@ -14,14 +14,15 @@ import tempfile
 import numpy as np
 from absl import app, flags
 
-from astrolabe_jax import recipes, report, sharding
+from astrolabe_jax import report, sharding
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.evaluate import evaluate
 from astrolabe_jax.prepare import prepare
+from astrolabe_jax.runtime import cli
 
 
 def main(paths: list[str], config: flags.FlagHolder) -> None:
-    recipes.set_up()
+    cli.set_up()
     with tempfile.TemporaryDirectory() as workdir:
         run = prepare(config.value, workdir)
         progress = report.Progress({}, lambda: None)
@@ -42,6 +43,6 @@ def main(paths: list[str], config: flags.FlagHolder) -> None:
 
 
 if __name__ == "__main__":
-    given = recipes.define()
+    given = cli.define()
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv[1:], given), flags_parser=recipes.parse)
+    app.run(lambda argv: main(argv[1:], given), flags_parser=cli.parse)

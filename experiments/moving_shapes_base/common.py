@@ -15,7 +15,7 @@ from absl import flags, logging
 from flax import serialization
 from optax.contrib import MuonDimensionNumbers, muon
 
-from astrolabe_jax.convert.files import write_atomic
+from astrolabe_jax.runtime.files import write_atomic
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 
 
@@ -50,7 +50,7 @@ def check_recipe(directory: Path, stage: str, names: Mapping[str, object]) -> No
         )
 
 
-def optimiser(
+def optimizer(
     muon_rate: float, adam_rate: float, steps: int, kernel_ndim: int, end: float = 0.02
 ) -> optax.GradientTransformation:
     """Muon for kernels and Adam for the rest, with warm-up and cosine decay to `end` of the peaks.
@@ -83,7 +83,7 @@ def optimiser(
 
 
 def descent(
-    of_params: Callable, optimiser: optax.GradientTransformation, average_decay: float
+    of_params: Callable, optimizer: optax.GradientTransformation, average_decay: float
 ) -> Callable:
     """Jitted `(params, moments, average), *args -> (state, metrics)` that descends
     `of_params(params, *args)`.
@@ -95,7 +95,7 @@ def descent(
     def update(state, *args):
         params, moments, average = state
         gradients, metrics = jax.grad(of_params, has_aux=True)(params, *args)
-        changes, moments = optimiser.update(gradients, moments, params)
+        changes, moments = optimizer.update(gradients, moments, params)
         params = optax.apply_updates(params, changes)
         return (
             params,

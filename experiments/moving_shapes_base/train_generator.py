@@ -41,7 +41,7 @@ TEACHER_STEPS, TEACHER_RATE = 2400, 8e-3
 CAPTION_NOISE = {"colour": 0.2, "shape": 0.0, "direction": 0.0, "speed": 0.3, "background": 0.0}
 STUDENT_NOISE = {"colour": 0.5, "shape": 0.0, "direction": 0.0, "speed": 0.3, "background": 0.0}
 NO_NOISE = dict.fromkeys(CAPTION_NOISE, 0.0)
-# optimiser steps, peak rate, caption noise
+# optimizer steps, peak rate, caption noise
 STUDENT_ROUNDS = ((600, 4e-3, NO_NOISE), (250, 2e-3, STUDENT_NOISE))
 TEXT_LEN = 16
 LAYOUT = Layout(block=3)
@@ -149,14 +149,14 @@ def _noise_levels(key, batch: int, frames: int) -> jax.Array:
 
 def _regression(nets, peak_rate: float, steps: int):
     """Jitted step with averaged weights on the velocity error."""
-    optimiser = common.optimiser(peak_rate, peak_rate / 4, steps, kernel_ndim=2)
+    optimizer = common.optimizer(peak_rate, peak_rate / 4, steps, kernel_ndim=2)
 
     def of_params(params, x, sigma, clean, target, ids, mask):
         velocity = _velocity(nets, params, clean, ids, mask)(x, 1000 * sigma)
         loss = jnp.mean((velocity - target) ** 2)
         return loss, {"loss": loss}
 
-    return optimiser, common.descent(of_params, optimiser, AVERAGE_DECAY)
+    return optimizer, common.descent(of_params, optimizer, AVERAGE_DECAY)
 
 
 def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int = 3) -> dict:
@@ -180,8 +180,8 @@ def train_teacher(nets, latents, prompts, tokenizer, directory: Path, seed: int 
             state, time.add_noise(clean, noise, sigma), sigma, clean, noise - clean, ids, mask
         )
 
-    optimiser, update = _regression(nets, TEACHER_RATE, TEACHER_STEPS)
-    state = (params, optimiser.init(params), params)
+    optimizer, update = _regression(nets, TEACHER_RATE, TEACHER_STEPS)
+    state = (params, optimizer.init(params), params)
     return common.train(directory / "teacher.state", state, partial(step, update), TEACHER_STEPS)[2]
 
 
@@ -242,8 +242,8 @@ def train_student(
 
     params = teacher
     for i, (steps, rate, chances) in enumerate(STUDENT_ROUNDS):
-        optimiser, update = _regression(nets, rate, steps)
-        state = (params, optimiser.init(params), params)
+        optimizer, update = _regression(nets, rate, steps)
+        state = (params, optimizer.init(params), params)
         path = directory / f"student{i + 1}.state"
         params = common.train(path, state, partial(step, update, seed + 100 * i, chances), steps)[2]
     return params

@@ -22,8 +22,8 @@ from experiments.moving_shapes_base import common
 DIRECTORY = flags.DEFINE_string(
     "directory", "runs/moving_shapes_base", "where states and results go"
 )
-STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimiser steps of the whole autoencoder")
-DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 2000, "optimiser steps of the decoder alone")
+STEPS = flags.DEFINE_integer("vae_steps", 1500, "optimizer steps of the whole autoencoder")
+DECODER_STEPS = flags.DEFINE_integer("decoder_steps", 2000, "optimizer steps of the decoder alone")
 # length of the cosine decay; the decoder starts its own where the whole net stops
 RATE_STEPS = 2700
 # Short clips first, for many scenes at little cost; then full ones, without which the net does not
@@ -76,7 +76,7 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
     """Trains or resumes; returns the graph definition and the averaged parameters."""
     common.check_recipe(directory, "vae", globals())
     graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(seed)))
-    optimiser = common.optimiser(2e-3, 2e-3, RATE_STEPS, kernel_ndim=5)
+    optimizer = common.optimizer(2e-3, 2e-3, RATE_STEPS, kernel_ndim=5)
 
     def step(state, i):
         rng, short = np.random.default_rng([seed, i]), i < SHORT_STEPS
@@ -89,9 +89,9 @@ def train(directory: Path, steps: int, seed: int = 0) -> tuple[nnx.GraphDef, dic
     def of_params(params, pixels, key):
         return loss(layers.merge(graphdef, params), pixels, key)
 
-    update = common.descent(of_params, optimiser, AVERAGE_DECAY)
+    update = common.descent(of_params, optimizer, AVERAGE_DECAY)
     state = common.train(
-        directory / "vae.state", (params, optimiser.init(params), params), step, steps
+        directory / "vae.state", (params, optimizer.init(params), params), step, steps
     )
     return graphdef, state[2]
 
@@ -107,7 +107,7 @@ def train_decoder(
     """
     frozen = {name: params[name] for name in ("encoder", "conv1")}
     moving = {name: params[name] for name in ("conv2", "decoder")}
-    optimiser = common.optimiser(1.5e-3, 1.5e-3, steps, kernel_ndim=5, end=0.0)
+    optimizer = common.optimizer(1.5e-3, 1.5e-3, steps, kernel_ndim=5, end=0.0)
 
     def of_decoder(moving, frozen, pixels, key):
         vae = layers.merge(graphdef, frozen | moving)
@@ -119,11 +119,11 @@ def train_decoder(
         pixels = to_float(common.clips(common.ALL_PROMPTS, FULL_BATCH, rng, cuts=True))
         return update(state, frozen, pixels, jax.random.fold_in(jax.random.key(seed), i))
 
-    update = common.descent(of_decoder, optimiser, AVERAGE_DECAY)
+    update = common.descent(of_decoder, optimizer, AVERAGE_DECAY)
     return (
         frozen
         | common.train(
-            directory / "decoder.state", (moving, optimiser.init(moving), moving), step, steps
+            directory / "decoder.state", (moving, optimizer.init(moving), moving), step, steps
         )[2]
     )
 

@@ -29,13 +29,13 @@ CANDIDATES, WINDOW = 24, 21
 SIZES = {
     "prompts.train": "world:moving_shapes/train",  # of one scene
     "prompts.test": "world:moving_shapes/test",
-    "prompts.groups": 1,
-    "prompts.candidates": CANDIDATES,
-    "optimiser.microbatch": CANDIDATES,
-    "optimiser.steps_per_pass": 1,
+    "prompts.prompts_per_epoch": 1,
+    "prompts.samples_per_prompt": CANDIDATES,
+    "optimizer.microbatch": CANDIDATES,
+    "optimizer.steps_per_pass": 1,
     "sampler.batch": CANDIDATES,
     "streaming.window": WINDOW,
-    "streaming.clip": 0,
+    "streaming.score_frames": 0,
     "streaming.selection": "last",
     "streaming.prompts_per_device": 1,
     # the past is not decoded, so that its time is that of the rollout
@@ -80,7 +80,12 @@ def measure(config: ConfigDict, start: int, times: int = 3) -> dict[str, dict[st
 def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
     wanted, progress = run.config.prompts, Progress({}, lambda: None, lambda line: None)
     batch = prompts.draw(
-        run.train_prompts, run.config.seed, epoch, wanted.groups, wanted.candidates, 1
+        run.train_prompts,
+        run.config.seed,
+        epoch,
+        wanted.prompts_per_epoch,
+        wanted.samples_per_prompt,
+        1,
     )
     keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, epoch)
     cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)

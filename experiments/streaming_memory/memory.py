@@ -49,10 +49,10 @@ VARIANTS = {  # streaming.sampling, streaming.backprop
 SIZES = {
     "lora.init": "",
     "streaming.selection": "choices",
-    "prompts.groups": 1,
-    "prompts.candidates": 24,
+    "prompts.prompts_per_epoch": 1,
+    "prompts.samples_per_prompt": 24,
     "sampler.batch": 24,
-    "optimiser.microbatch": 24,
+    "optimizer.microbatch": 24,
     "mesh.samples_per_device": 1,
 }
 
@@ -92,7 +92,7 @@ class Program(NamedTuple):
 class Peak(NamedTuple):
     """Bytes on the device while a program runs."""
 
-    held: int  # arrays that are there anyway: nets, policies, optimiser, gradient, latents, pasts
+    held: int  # arrays that are there anyway: nets, policies, optimizer, gradient, latents, pasts
     program: Program
 
     @property
@@ -113,8 +113,12 @@ def shipped(start: int) -> ConfigDict:
     """The embedded world's long videos with windows like the 1.3B's, for `setting`."""
     config = moving_shapes_long.get_config()
     config.model.remat = True
-    config.optimiser.steps_per_pass = 1
-    config.streaming.window, config.streaming.clip, config.streaming.prompts_per_device = 21, 0, 1
+    config.optimizer.steps_per_pass = 1
+    config.streaming.window, config.streaming.score_frames, config.streaming.prompts_per_device = (
+        21,
+        0,
+        1,
+    )
     config.video.frames = 4 * (start + 20) + 1
     return config
 
@@ -220,8 +224,8 @@ def step_arguments(run: Run) -> tuple:
         run.config.streaming.window,
     )
     state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
-    size = piece(config, config.optimiser.microbatch, 1)
-    number = config.optimiser.microbatch // size
+    size = piece(config, config.optimizer.microbatch, 1)
+    number = config.optimizer.microbatch // size
     frames = window if config.streaming.backprop == "detach" else kept_frames(run)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (number, size)))
     each = _shape(number, size)
@@ -233,7 +237,9 @@ def step_arguments(run: Run) -> tuple:
         each,
         key,
     )
-    text = _shape(config.prompts.groups, run.base.text.config.text_len, net.config.text_dim)
+    text = _shape(
+        config.prompts.prompts_per_epoch, run.base.text.config.text_len, net.config.text_dim
+    )
     part = (None, None)  # which part of the video, and its share of the loss
     if config.streaming.sampling == "sequence" and config.streaming.backprop == "detach":
         part = (_number(), _shape())
@@ -261,8 +267,8 @@ def held_bytes(run: Run) -> dict[str, int]:
     state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
     latents = (
         4
-        * config.prompts.groups
-        * config.prompts.candidates
+        * config.prompts.prompts_per_epoch
+        * config.prompts.samples_per_prompt
         * kept_frames(run)
         * np.prod(run.latent_shape[1:])
     )

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from astrolabe_jax.convert.files import Lazy
 from astrolabe_jax.convert.torch_file import TorchFileError, read_torch
+from astrolabe_jax.runtime.files import Lazy
 
 ALLOWED = (TorchFileError, OSError)
 

@@ -14,10 +14,10 @@ from transformers import CLIPConfig as TorchConfig
 from transformers import CLIPModel
 
 from astrolabe_jax.convert import clip, engine
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.clip import CLIP, VIT_H_14, VIT_L_14, Aesthetic, CLIPConfig
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.convert import torch_files
 from tests.models import clips
 

@@ -23,7 +23,7 @@ from astrolabe_jax import checkpoint
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import lora, parts, store
 from astrolabe_jax.convert.__main__ import main
-from astrolabe_jax.convert.files import DTYPES, read_safetensors, write_safetensors
+from astrolabe_jax.runtime.files import DTYPES, read_safetensors, write_safetensors
 from astrolabe_jax.update import TrainState
 from tests import tiny_base
 from tests.convert import torch_files
@@ -317,7 +317,7 @@ def workdir(tmp_path):
     identity = {"config.lora.rank": 2, "config.lora.alpha": 3.0}
     for epoch, factor in ((9, 0), (10, 1)):
         adapters = jax.tree.map(lambda leaf, by=factor: jnp.asarray(by * leaf), policies)
-        state = TrainState(**adapters, optimiser=(), step=jnp.int32(1))
+        state = TrainState(**adapters, optimizer=(), step=jnp.int32(1))
         checkpoint.save(tmp_path / "run", epoch, {"train": state}, {}, identity, keep=2)
     return tmp_path / "run"
 

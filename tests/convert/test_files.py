@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from astrolabe_jax.convert.files import (
+from astrolabe_jax.runtime.files import (
     INDEX,
     Lazy,
     read_safetensors,

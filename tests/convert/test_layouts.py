@@ -11,9 +11,9 @@ import pytest
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands, describe, parts
 from astrolabe_jax.convert.engine import ConversionError
-from astrolabe_jax.convert.files import INDEX, read_safetensors, write_safetensors
 from astrolabe_jax.convert.sources import open_part
 from astrolabe_jax.models.tokenizer import word_tokenizer
+from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.convert import torch_files
 from tests.models import tiny

@@ -14,12 +14,12 @@ import torch
 import transformers
 
 from astrolabe_jax.convert import commands, engine, lora, parts
-from astrolabe_jax.convert.files import read_safetensors, write_safetensors
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.models import tiny
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from astrolabe_jax.convert import engine, qwen2_vl, store
-from astrolabe_jax.convert.files import INDEX, Lazy, write_safetensors
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.qwen2_vl.config import (
     HPSV3,
@@ -26,6 +25,7 @@ from astrolabe_jax.models.qwen2_vl.config import (
     Qwen2VLConfig,
 )
 from astrolabe_jax.models.qwen2_vl.linear import quantise
+from astrolabe_jax.runtime.files import INDEX, Lazy, write_safetensors
 from tests.convert import torch_files
 from tests.models import qwen
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from astrolabe_jax.convert.files import Lazy
 from astrolabe_jax.convert.torch_file import TorchFileError, read_torch
+from astrolabe_jax.runtime.files import Lazy
 from tests.convert import fuzz
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from astrolabe_jax.convert import clip, engine, reward_store
 from astrolabe_jax.convert.clip import HPSV2
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.models.clip import CLIP
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.meshes import ONE
 from tests.models import clips
 

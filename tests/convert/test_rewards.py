@@ -11,10 +11,10 @@ import pytest
 from astrolabe_jax.convert import engine, reward_store, store
 from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.convert.clip import AESTHETIC, HPSV2
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.convert.rewards import HPSV3, TOKENS, VIDEOALIGN
 from astrolabe_jax.convert.sea_raft import SEA_RAFT
 from astrolabe_jax.rewards import chat
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.convert import torch_files
 from tests.convert.test_clip import predictor, torch_tree
 from tests.meshes import ONE

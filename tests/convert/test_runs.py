@@ -10,7 +10,7 @@ import pytest
 
 from astrolabe_jax import prepare
 from astrolabe_jax.convert import commands, lora, parts
-from astrolabe_jax.convert.files import read_safetensors, write_safetensors
+from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.convert import torch_files
 from tests.e2e import runs

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from astrolabe_jax.convert import engine, sea_raft
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.sea_raft import SeaRaft, SeaRaftConfig
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.convert import torch_files
 from tests.models import rafts
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert import files
 from astrolabe_jax.convert.weights import read_weights
+from astrolabe_jax.runtime import files
 from tests.convert import torch_files
 from tests.tiny_base import write_tiny_base
 

@@ -14,7 +14,8 @@ import sys
 
 from absl import app
 
-from astrolabe_jax import main, recipes
+from astrolabe_jax import main
+from astrolabe_jax.runtime import cli
 
 
 def arm(where: str) -> None:
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     where = sys.argv.pop(1)
     if where != "-":
         (arm if ":" in where else tell)(where)
-    app.run(main.main, flags_parser=recipes.parse)
+    app.run(main.main, flags_parser=cli.parse)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare, stop, train
+from astrolabe_jax import prepare, train
 from astrolabe_jax.report import Progress
+from astrolabe_jax.runtime import preemption
 from configs import moving_shapes
 from tests.meshes import mesh_of
 
@@ -26,14 +27,14 @@ SMALL = {
     "video.width": 16,
     "sampler.steps": (1000, 500),
     "sampler.batch": 8,
-    "prompts.groups": 2,
-    "prompts.candidates": 4,
+    "prompts.prompts_per_epoch": 2,
+    "prompts.samples_per_prompt": 4,
     "lora.rank": 2,
     "lora.alpha": 2.0,
-    "optimiser.learning_rate": 1e-2,
-    "optimiser.inner_epochs": 1,
-    "optimiser.steps_per_pass": 1,
-    "optimiser.microbatch": 8,
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.inner_epochs": 1,
+    "optimizer.steps_per_pass": 1,
+    "optimizer.microbatch": 8,
     "train.epochs": 4,
     "train.checkpoint_every": 2,
     "eval.videos": 8,
@@ -85,7 +86,7 @@ def prepared(config, workdir: Path, devices: int = 1):
 def start(config, workdir: Path):
     """A run in this process, as main does it: the summary, or None if it was stopped."""
     run = prepare.prepare(config, workdir)
-    with stop.listening() as check:
+    with preemption.listening() as check:
         return train.train(run, train.resume(run), check)
 
 

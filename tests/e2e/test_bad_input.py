@@ -100,8 +100,12 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
         ),
         ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0"),
         (
-            {"prompts.groups": 8, "prompts.candidates": 1, "advantages.std": "prompt"},
-            "config.prompts.candidates is 1",
+            {
+                "prompts.prompts_per_epoch": 8,
+                "prompts.samples_per_prompt": 1,
+                "advantages.std": "prompt",
+            },
+            "config.prompts.samples_per_prompt is 1",
         ),
         ({"lora.init": "nowhere"}, "config.lora.init: .*nowhere"),
     ],

@@ -51,11 +51,11 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
     ("arguments", "expected"),
     [
         (
-            ["--config.optimiser.learnig_rate=1"],
+            ["--config.optimizer.learnig_rate=1"],
             'unknown config field learnig_rate: did you mean "learning_rate" instead of '
             '"learnig_rate"?',
         ),
-        (["--config.optimizer.b1=1"], 'unknown config field optimizer: did you mean "optimiser"'),
+        (["--config.optimser.b1=1"], 'unknown config field optimser: did you mean "optimizer"'),
         (["--config.seed=abc"], "config.seed=abc"),
         (
             ["--config.rewards.beauty=1"],

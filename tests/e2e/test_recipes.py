@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from astrolabe_jax import published
+from configs import published
 from tests.e2e import runs
 
 SHRUNK = {
@@ -17,10 +17,10 @@ SHRUNK = {
     "lora.init": "",
     "train.epochs": 1,
     "eval.videos": 20,
-    "prompts.groups": 4,
-    "prompts.candidates": 4,
+    "prompts.prompts_per_epoch": 4,
+    "prompts.samples_per_prompt": 4,
     "sampler.batch": 16,
-    "optimiser.microbatch": 16,
+    "optimizer.microbatch": 16,
     "mesh.samples_per_device": 1,
     "prompts.train": "world:moving_shapes/train",
     "prompts.test": "world:moving_shapes/test",

@@ -37,7 +37,7 @@ def test_everything_a_person_looks_at_is_there(straight, capsys):
                     stream.average_rate == config.video.fps and len(frames) == config.video.frames
                 )
     assert {"jax", "flax", "python", "astrolabe_jax"} <= set(summary["versions"])
-    assert summary["seed"] == 0 and summary["config"]["prompts.groups"] == 2
+    assert summary["seed"] == 0 and summary["config"]["prompts.prompts_per_epoch"] == 2
     assert {"rollout", "decode", "rewards", "update", "evaluation/rollout"} <= set(
         summary["seconds"]
     )
@@ -59,7 +59,7 @@ def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
     nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
     assert sizes["base"] == held(nets)
     assert sizes["four policies"] == held(point.state[:4])
-    assert sizes["optimiser"] == held(point.state.optimiser) - point.state.optimiser[0].count.nbytes
+    assert sizes["optimizer"] == held(point.state.optimizer) - point.state.optimizer[0].count.nbytes
     assert str(len(run.train_prompts)) in report.opening(run)
 
 
@@ -251,7 +251,7 @@ def test_the_published_behaviour_runs(base, tmp_path):
         "loss.kl_weight": 1e-2,
         "kl.reset_epochs": 1,
     }
-    changes |= {"sampler.batch": 8, "prompts.groups": 4, "eval.ceiling": True}
+    changes |= {"sampler.batch": 8, "prompts.prompts_per_epoch": 4, "eval.ceiling": True}
     config = runs.small_config(
         base, "reference", **changes, **{"train.epochs": 3, "train.checkpoint_every": 1}
     )

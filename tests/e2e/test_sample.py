@@ -14,9 +14,10 @@ import av
 import numpy as np
 import pytest
 
-from astrolabe_jax import requests, sample, stop
+from astrolabe_jax import requests, sample
 from astrolabe_jax.convert.lora import save_peft
-from astrolabe_jax.pictures import read_video, write_mp4, write_png
+from astrolabe_jax.runtime import preemption
+from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from tests.e2e import runs
 from tests.models import tiny
 
@@ -136,7 +137,7 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
 
     def stopped_in_the_second_batch():
         if next(checks) == 3:
-            raise stop.Stopped("SIGTERM")
+            raise preemption.Stopped("SIGTERM")
 
     with monkeypatch.context() as patch:
         patch.setattr(

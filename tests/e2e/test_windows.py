@@ -26,7 +26,7 @@ COMPILED = (
     "model",
     "sampler",
     "lora",
-    "optimiser",
+    "optimizer",
     "advantages",
     "streaming.prefix",
     "streaming.backprop",
@@ -216,7 +216,7 @@ def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evic
 @pytest.mark.parametrize(
     ("changes", "devices"),
     [
-        ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimiser.microbatch": 4}, 1),
+        ({"streaming.prompts_per_device": 1, "sampler.batch": 4, "optimizer.microbatch": 4}, 1),
         ({"mesh.samples_per_device": 4}, 1),
         ({}, 2),
         ({}, 4),  # more devices than prompts
@@ -284,7 +284,7 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
     """The same videos of six frames, cut into other clips."""
     shown, scores = {}, {}
     for window in (2, 3, 6):
-        changes = {"eval.frames": 0, "streaming.window": 6, "streaming.clip": window}
+        changes = {"eval.frames": 0, "streaming.window": 6, "streaming.score_frames": window}
         config = runs.small_config(base, **runs.WINDOWS | ONE | changes)
         run = runs.prepared(config, tmp_path / str(window), 1)
         scores[window], shown[window] = evaluate.evaluate(
@@ -327,7 +327,7 @@ def test_a_window_has_the_mean_of_its_clips(made, changes, start):
         monkeypatch.setattr(segments, "judge", kept)
         made(changes, starts=(start,))
         frames, numbers, _ = calls.pop()
-        cut = made(changes | {"streaming.clip": 2}, starts=(start,))
+        cut = made(changes | {"streaming.score_frames": 2}, starts=(start,))
     length = 4 * (4 + start * (changes.get("streaming.reward") == "full"))
     length -= 3 * (start == 0 or "streaming.reward" in changes)
     assert frames.shape[1] == length and len(calls) > 1
@@ -352,7 +352,7 @@ def test_every_video_is_chosen_now_and_then(made):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_do_not_change_progressive_streams(made, devices):
     """With a rate of 0, since a first step of Adam takes the sign of rounding for a gradient."""
-    still = {"optimiser.learning_rate": 0.0, "optimiser.weight_decay": 0.0}
+    still = {"optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
     changes = {"streaming.mode": "progressive", "streaming.continuation": "first", **still}
     one, other = (made(changes, epochs=3, devices=count) for count in (1, devices))
     for a, b in zip(one.drawn, other.drawn, strict=True):

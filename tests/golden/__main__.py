@@ -8,13 +8,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def main(arguments: list[str]) -> int:
-    from astrolabe_jax import recipes
+    from astrolabe_jax.runtime import cli
     from tests.golden.runner import run
 
     if len(arguments) != 1:
         print("usage: python -m tests.golden DIR", file=sys.stderr)
         return 2
-    recipes.set_up()  # float32 on an accelerator too
+    cli.set_up()  # float32 on an accelerator too
     failed = total = 0
     for line in run(Path(arguments[0])):
         print(line, flush=True)

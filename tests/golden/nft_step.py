@@ -1,4 +1,4 @@
-"""fh_*: one optimiser step of the published training loop, from two microbatches to the blended
+"""fh_*: one optimizer step of the published training loop, from two microbatches to the blended
 behaviour policy.
 """
 
@@ -62,7 +62,7 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
         policy: from_peft(file.under(f"init/{policy}/"), shapes) for policy in file.groups("init/")
     }
     current, old = initial["default"], initial["old"]
-    optimiser = update.make_optimiser(config)
+    optimizer = update.make_optimizer(config)
     step = jnp.asarray(file[f"{name}/global_step"], jnp.int32)
     micros = [
         {key: file[f"{name}/micro{i}/{key}"] for key in INPUTS}
@@ -74,7 +74,7 @@ def _variant(file: GoldenFile, dit: Dit, name: str, settings: dict) -> Variant:
         micro["r"] = advantages.optimality(micro["advantages"], config.advantages.clip)
     layout = training_layout(settings["mask_block"], -1, micros[0]["x0"].shape[1])
     forward = update.training_forward(config, dit.graphdef, layout)
-    state = update.TrainState(current, old, current, current, optimiser.init(current), step)
+    state = update.TrainState(current, old, current, current, optimizer.init(current), step)
     variant = Variant(config, forward, dit.params, state, micros)
     if settings["select_kl"]:
         candidates = [initial["old_ref"]] if "old_ref" in initial else [current, old]
@@ -108,14 +108,14 @@ def _config(stored: dict, variant: str) -> ConfigDict:
         "sampler.sigma_source": "lookup",
         "lora.rank": stored["lora"]["r"],
         "lora.alpha": float(stored["lora"]["alpha"]),
-        "optimiser.learning_rate": stored["lr"],
-        "optimiser.b1": stored["betas"][0],
-        "optimiser.b2": stored["betas"][1],
-        "optimiser.eps": stored["eps"],
-        "optimiser.weight_decay": stored["weight_decay"],
-        "optimiser.clip_norm": float(stored["max_grad_norm"]),
-        "optimiser.ema_cap": stored["ema_decay"],
-        "optimiser.old_decay": f"type{stored['decay_type']}",
+        "optimizer.learning_rate": stored["lr"],
+        "optimizer.b1": stored["betas"][0],
+        "optimizer.b2": stored["betas"][1],
+        "optimizer.eps": stored["eps"],
+        "optimizer.weight_decay": stored["weight_decay"],
+        "optimizer.clip_norm": float(stored["max_grad_norm"]),
+        "optimizer.ema_cap": stored["ema_decay"],
+        "optimizer.old_decay": f"type{stored['decay_type']}",
     }
     config.update_from_flattened_dict(fields)
     return config
@@ -152,10 +152,10 @@ def _step_entries(
 
     @functools.cache
     def after():
-        norm, optimiser = optax.tree.norm(gradient()), update.make_optimiser(config)
-        new = update.apply_gradient(config, optimiser, state, gradient(), norm)
+        norm, optimizer = optax.tree.norm(gradient()), update.make_optimizer(config)
+        new = update.apply_gradient(config, optimizer, state, gradient(), norm)
         decay = update.old_decay(
-            config.optimiser.old_decay, int(new.step), config.optimiser.old_decay_constant
+            config.optimizer.old_decay, int(new.step), config.optimizer.old_decay_constant
         )
         return new._replace(old=update.average(new.old, new.current, decay))
 
@@ -167,7 +167,7 @@ def _step_entries(
         # the stored ones, where there are any
         gradients = to_peft(gradient()) | file.under(f"{name}/grad/")
         settled = {
-            key: _settled(ours[key], want[key], gradients[key], config.optimiser.learning_rate)
+            key: _settled(ours[key], want[key], gradients[key], config.optimizer.learning_rate)
             for key in ours.keys() & want.keys()
         }
         return ours | settled

@@ -97,7 +97,7 @@ def _selective_kl(file: GoldenFile, case: str) -> Iterator[Entry]:
 
 def _controllers(file: GoldenFile, prefix: str, settings: dict) -> dict[str, np.ndarray]:
     """All epochs in the order of the training loop: reset test, ranks, risk, mask, then the
-    optimiser steps.
+    optimizer steps.
     """
     risk, reset = advantages.RiskState(), advantages.ResetState(KL_THRESHOLD)
     rows = []

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from astrolabe_jax import scenes, schedule, stream
+from astrolabe_jax import schedule, stream
 from astrolabe_jax.models.wan.cache import init_cache, reference_order
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler, Trace, noise_from_array, rollout
 from astrolabe_jax.schedule import Schedule
 from astrolabe_jax.stream import Policy
+from astrolabe_jax.streaming import scenes
 from tests.golden.dit import Dit
 from tests.golden.entry import EXACT, ROLLOUT, TABLE, Entry, Unsupported
 from tests.golden.files import GoldenFile

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from astrolabe_jax.scenes import parse_published
+from astrolabe_jax.streaming.scenes import parse_published
 from tests.golden.entry import EXACT, Entry
 from tests.golden.files import GoldenFile
 

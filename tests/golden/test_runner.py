@@ -512,7 +512,7 @@ def step_file(path: Path, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_outputs_of_an_optimiser_step_may_be_left_out(folder):
+def test_outputs_of_an_optimizer_step_may_be_left_out(folder):
     """Without the stored gradient, and with only one prediction to tell which policy the reference
     is.
     """

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from astrolabe_jax.convert import engine, qwen2_vl, rewards, templates
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.convert.rewards import HPSV3, VIDEOALIGN, Given
 from astrolabe_jax.rewards import chat
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.convert import torch_files
 from tests.models import qwen
 from tests.rewards import chats

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import reward_store
-from astrolabe_jax.convert.files import write_safetensors
 from astrolabe_jax.convert.sea_raft import SEA_RAFT
 from astrolabe_jax.rewards import Setting, flow
+from astrolabe_jax.runtime.files import write_safetensors
 from tests.meshes import ONE, mesh_of
 from tests.models import rafts
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from astrolabe_jax import scenes
+from astrolabe_jax.streaming import scenes
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 
 

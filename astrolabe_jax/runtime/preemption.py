@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from astrolabe_jax import processes
+from astrolabe_jax.runtime import multihost
 
 
 class Stopped(Exception):
@@ -34,7 +34,7 @@ def listening() -> Iterator[Callable[[], None]]:
             signal.signal(known, handler)
 
     def check():
-        if name := processes.anywhere("".join(received[:1])):
+        if name := multihost.anywhere("".join(received[:1])):
             raise Stopped(name)
 
     before = {number: signal.getsignal(number) for number in signals}

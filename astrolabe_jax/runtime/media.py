@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from astrolabe_jax.convert.files import atomic, write_atomic, writing
+from astrolabe_jax.runtime.files import atomic, write_atomic, writing
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files

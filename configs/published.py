@@ -142,11 +142,11 @@ COMMON = {
     "lora.rank": 256,
     "lora.alpha": 256.0,
     "lora.dtype": "float32",
-    "optimiser.weight_decay": 1e-4,
-    "optimiser.clip_norm": 1.0,
-    "optimiser.inner_epochs": 1,
-    "optimiser.steps_per_pass": 1,
-    "optimiser.old_decay": "type1",
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.inner_epochs": 1,
+    "optimizer.steps_per_pass": 1,
+    "optimizer.old_decay": "type1",
     "eval.ceiling": False,  # there are no real videos of these prompts
     # Ours: the number of epochs is not published (its checkpoints are of the order of 10^2 steps).
     # A checkpoint after every epoch, where 30 was published: an epoch is hundreds of videos, and a
@@ -192,10 +192,10 @@ VARIANTS = {
         {
             **_SELECTIVE,
             "loss.mix_beta": 1.0,
-            "optimiser.old_decay": "constant",
-            "optimiser.old_decay_constant": 0.9,
-            "prompts.groups": 48,
-            "prompts.candidates": 24,
+            "optimizer.old_decay": "constant",
+            "optimizer.old_decay_constant": 0.9,
+            "prompts.prompts_per_epoch": 48,
+            "prompts.samples_per_prompt": 24,
         },
     ),
 }
@@ -341,9 +341,9 @@ def recipe(family: str, argument: str = "") -> ConfigDict:
     )
     config.name = row.name
     config.loss.kl_weight = row.kl_weight
-    config.optimiser.learning_rate = row.learning_rate
+    config.optimizer.learning_rate = row.learning_rate
     config.train.eval_every = row.eval_every
-    config.prompts.tuned_for = config.prompts.groups * config.prompts.candidates
+    config.prompts.tuned_for = config.prompts.prompts_per_epoch * config.prompts.samples_per_prompt
     for name, weight in rewards.items():
         config.rewards[name] = (
             {WEIGHT: weight, "path": REWARDS[name]} if name in REWARDS else weight
@@ -365,10 +365,10 @@ def _batches(row: Row) -> dict[str, int]:
     preset = PRESETS[FAMILIES[row.family].preset][row.devices]
     batch = preset.per_device * row.devices
     return {
-        "prompts.groups": preset.groups,
-        "prompts.candidates": preset.candidates,
+        "prompts.prompts_per_epoch": preset.groups,
+        "prompts.samples_per_prompt": preset.candidates,
         "sampler.batch": batch,
-        "optimiser.microbatch": batch,
+        "optimizer.microbatch": batch,
         "eval.videos": EVAL_BATCHES * batch,
         "mesh.samples_per_device": preset.per_device,
     }
