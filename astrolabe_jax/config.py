@@ -300,16 +300,18 @@ def clip_length(config: ConfigDict) -> int:
 
 
 def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
-    """Frames at which a window of a video of `frames` latent frames may begin, ascending; () if
-    none is trained.
+    """Return the frames at which a window of a video of `frames` latent frames may begin, ascending.
 
-    A frame that `starts` has twice is there twice. Raises ValueError for a window that is not whole
-    blocks, or does not lie in the video.
+    A whole video is the window that begins at frame 0. A frame that `starts` has twice is there
+    twice.
+
+    Raises:
+      ValueError: for a window that is not whole blocks, or does not lie in the video.
     """
     streaming, block = config.streaming, config.model.block
     window, last = streaming.window, frames - streaming.window
     if not window:
-        return ()
+        return (0,)
     choices = {
         "first": (0,),
         "last": (last - last % block,),
@@ -336,17 +338,25 @@ def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
     return starts
 
 
+def shares_prefix(config: ConfigDict) -> bool:
+    """Return whether the videos of a prompt share its past; else each is sampled from frame 0 on."""
+    return bool(config.streaming.window) and config.streaming.sampling == "clip"
+
+
 def rounds(config: ConfigDict, devices: int) -> tuple[int, int]:
-    """How an epoch's prompts are taken in turn when windows are trained: (rounds, streams of a
-    round).
+    """Return how an epoch's videos are taken in turn: (rounds, streams of a round).
 
     A stream is the past of one prompt, on one device, with its share of the prompt's videos. With
-    more devices than prompts, several devices hold the same past. ValueError unless groups,
-    candidates and devices fit each other.
+    more devices than prompts, several devices hold the same past. Where nothing is shared, every
+    video is a stream of its own.
+
+    Raises:
+      ValueError: unless prompts, samples and devices fit each other.
     """
     groups, candidates = config.prompts.prompts_per_epoch, config.prompts.samples_per_prompt
-    if config.streaming.sampling == "sequence":  # every video is a stream of its own
-        return 1, groups * candidates
+    if not shares_prefix(config):
+        streams = piece(config, config.sampler.batch, devices)
+        return max(groups * candidates // streams, 1), streams
     streams = devices * config.streaming.prompts_per_device
     if groups % streams == 0:
         return groups // streams, streams

@@ -1,70 +1,90 @@
-"""Stage decode: latents -> frames through the Wan VAE, streamed in time (vae_and_text.md A4)."""
+"""Stage decode: latents -> frames through the Wan VAE, streamed in time, and frames -> latents.
+
+Both directions go chunk by chunk with a memory, so that besides the result nothing grows with the
+length of a video, and the result is the same for every chunk length (docs/models.md, VAE). Every
+device decodes its own samples with a whole copy of the VAE.
+"""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
 from astrolabe_jax import sharding
+from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Stream
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"))
-def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int, mesh: Mesh) -> jax.Array:
-    """Latents [B, F, C, H, W] -> frames [B, T, height, width, 3] uint8, the same for every `chunk`.
+def decode_video(
+    vae: Net, latents: jax.Array, state: Stream | None, chunk: int
+) -> tuple[list[jax.Array], Stream | None]:
+    """Decode the next latents [B, F, C, H, W] of a video, `chunk` latent frames at a time.
 
-    `chunk` latent frames are decoded at a time: besides the frames themselves, memory does not grow
-    with the length. The first chunk takes the remainder, so that two shapes are compiled at most.
-    Samples are split over all devices of the mesh; every device decodes its own with a whole copy
-    of the VAE.
+    Args:
+      state: the decoder's memory, None for the first frames. Its memory is taken.
+
+    Returns:
+      frames uint8 [B, T, height, width, 3] of one chunk after another, and the memory behind them.
     """
-    return sharding.on_mesh(mesh, _decode)(graphdef, params, latents, chunk)
+    frames = []
+    for first in range(0, latents.shape[1], chunk):
+        part = latents[:, first : first + chunk]
+        decoded, state = decode_chunk(vae.graphdef, vae.params, part, state)
+        frames.append(decoded)
+    return frames, state
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="stream")
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def decode_chunk(
-    graphdef: Any, params: dict, latents: jax.Array, stream: Stream | None, *, mesh: Mesh
-):
-    """The next latents [B, n, C, H, W] of a video -> (frames [B, T, height, width, 3] uint8,
-    stream).
+    graphdef: Any, params: dict, latents: jax.Array, state: Stream | None
+) -> tuple[jax.Array, Stream]:
+    """Decode one chunk; see `decode_video`."""
+    model = layers.merge(graphdef, params)
+    pixels, state = model.decode(sharding.by_sample(latents), state)
+    return jax.tree.map(sharding.by_sample, (to_uint8(pixels), state))
 
-    stream: None for the first chunk, then what the last call gave. The chunks together are the
-    frames of `decode`.
+
+def encode_video(
+    vae: Net, frames: np.ndarray, state: Stream | None, chunk: int, mesh: jax.sharding.Mesh
+) -> tuple[jax.Array, Stream | None]:
+    """Encode the next frames uint8 [B, T, height, width, 3] of a video.
+
+    Args:
+      state: the encoder's memory, None for the first frames, of which the first is a latent frame
+        of its own. Its memory is taken.
+      chunk: latent frames at a time.
+
+    Returns:
+      latents [B, F, C, H, W] on the mesh, and the memory behind them.
     """
+    stride = vae.config.temporal_stride
+    latents = []
+    begin = 0
+    while begin < frames.shape[1]:
+        count = stride * chunk - (stride - 1 if state is None else 0)
+        part = sharding.shard_batch(mesh, frames[:, begin : begin + count])
+        encoded, state = encode_chunk(vae.graphdef, vae.params, part, state)
+        latents.append(encoded)
+        begin += count
+    return jnp.concatenate(latents, axis=1), state
 
-    def step(params, latents, stream):
-        pixels, stream = layers.merge(graphdef, params).decode(sharding.by_sample(latents), stream)
-        return jax.tree.map(sharding.by_sample, (to_uint8(pixels), stream))
 
-    return sharding.on_mesh(mesh, step)(params, latents, stream)
-
-
-def _decode(graphdef, params, latents, chunk):
-    latents, model = sharding.by_sample(latents), layers.merge(graphdef, params)
-    count = latents.shape[1]
-    first = (count - 1) % chunk + 1
-    pixels, stream = model.decode(latents[:, :first])
-    frames = to_uint8(pixels)
-    if first == count:
-        return sharding.by_sample(frames)
-
-    def step(stream, latents):
-        pixels, stream = layers.merge(graphdef, params).decode(latents, stream)
-        return stream, to_uint8(pixels)
-
-    rest = latents[:, first:]
-    rest = jnp.moveaxis(rest.reshape(rest.shape[0], -1, chunk, *rest.shape[2:]), 1, 0)
-    _, chunks = jax.lax.scan(step, stream, rest)
-    chunks = jnp.moveaxis(chunks, 0, 1)
-    rest = chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
-    return sharding.by_sample(jnp.concatenate([frames, rest], axis=1))
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+def encode_chunk(
+    graphdef: Any, params: dict, frames: jax.Array, state: Stream | None
+) -> tuple[jax.Array, Stream]:
+    """Encode one chunk; see `encode_video`."""
+    pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
+    latents, state = layers.merge(graphdef, params).encode(pixels, state)
+    return sharding.by_sample(latents), state
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] -> uint8, clipped; truncated, not rounded, as the published code does
-    (sampling.md 11.13).
+    """Return pixels in [-1, 1] as uint8: clipped, and truncated, not rounded.
+
+    The published code does the same (docs/published.md).
     """
     return (jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)

@@ -1,170 +1,145 @@
-"""Scores a policy on held-out prompts: always the same prompts and noise, so that before and after
-are comparable.
-"""
+"""Scores a policy on held-out prompts: always the same prompts and noise, before and after."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from astrolabe_jax import prompts, segments, sharding
+from astrolabe_jax import prompts
 from astrolabe_jax.advantages import total_reward
 from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
-from astrolabe_jax.generate import encode_texts, generate, joined, judge, score
-from astrolabe_jax.models import layers
-from astrolabe_jax.prepare import Run, story_of
+from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.report import Progress
-from astrolabe_jax.rewards.panel import Scores
-from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
+from astrolabe_jax.run import Run, timeline_of
+from astrolabe_jax.streaming import windows
+from astrolabe_jax.streaming.windows import WaitForScores
+from astrolabe_jax.types import Evaluation, PromptBatch, RngStream, Timeline
 
 
 def held_out(run: Run) -> PromptBatch:
-    """The videos of every evaluation of this run."""
+    """Return the videos of every evaluation of this run."""
     return prompts.held_out(run.test_prompts, run.config.seed, run.config.eval.videos)
 
 
 def evaluate(
-    run: Run, adapter: dict, progress: Progress, what: str
+    run: Run, adapter: dict, progress: Progress, label: str
 ) -> tuple[Evaluation, np.ndarray]:
-    """Scores of every held-out video, and the frames [eval.shown, T, height, width, 3] of the first
-    ones.
+    """Return the scores of every held-out video, and the frames of the first ones.
+
+    The frames are [eval.shown, T, height, width, 3] uint8.
     """
-    batch, shown, parts, frames = held_out(run), run.config.eval.shown, [], []
-    keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
-
-    def keep(scores: Any, pixels: np.ndarray) -> None:
-        parts.append(scores)
-        if sum(map(len, frames)) < shown:
+    batch = held_out(run)
+    length = _length(run)
+    videos = windows.encode_videos(run, batch, RngStream.HELD_OUT, 0, length, progress)
+    waiting = []
+    frames = []
+    for pixels, scores in windows.score_videos(run, adapter, videos, length, progress, label):
+        waiting.append(scores)
+        if sum(map(len, frames)) < run.config.eval.shown:
             frames.append(pixels)
-
-    if run.starts:
-        length = _length(run)
-        cast = segments.cast_of(run, batch, keys, length, progress)
-        for pixels, scores in segments.watch(run, adapter, batch, cast, length, progress, what):
-            keep(scores, pixels)
-        return _total_of_windows(run, parts), np.concatenate(frames)[:shown]
-    texts = encode_texts(run, batch, progress)
-    for videos in generate(run, adapter, batch, texts, keys, progress, what):
-        keep(videos.scores, videos.frames)
-    return _total(run, parts), np.concatenate(frames)[:shown]
+    return _evaluation(run, waiting), np.concatenate(frames)[: run.config.eval.shown]
 
 
 def ceiling(run: Run, progress: Progress) -> Evaluation | None:
-    """Scores of real videos of the held-out prompts after a round trip through the VAE; None where
-    there are none.
+    """Return the scores of real videos of the held-out prompts after a round trip through the VAE.
 
     A policy that imitates real videos perfectly would score this: its decoder can draw no better.
+    None where there are no real videos.
     """
     world = prompts.world_of(run.config.prompts.test)
     if world is None or not run.config.eval.ceiling:
         return None
-    batch, size, parts = (
-        held_out(run),
-        piece(run.config, run.config.sampler.batch, run.mesh.size),
-        [],
-    )
-    for start in range(0, len(batch.texts), size):
-        part = batch.part(slice(start, start + size))
-        videos = np.stack([world.sample(*_draw(run, part, j)) for j in range(len(part.texts))])
-        padded = videos[np.resize(np.arange(len(videos)), size)]
-        parts.append(
-            (_ceiling_of_windows if run.starts else _ceiling_of_videos)(
-                run, part, padded, start, progress
-            )
+    batch = held_out(run)
+    length = _length(run)
+    size = piece(run.config, run.config.sampler.batch, run.mesh.size)
+    waiting = []
+    for first in range(0, len(batch.texts), size):
+        part = batch.take(np.arange(first, min(first + size, len(batch.texts))))
+        timelines = [timeline_of(run.config, run.layout, text, length) for text in part.texts]
+        real = np.stack(
+            [
+                world.sample(_scenes(run, timeline), _generator(run, part, j))
+                for j, timeline in enumerate(timelines)
+            ]
         )
-    return (_total_of_windows if run.starts else _total)(run, parts)
+        waiting.append(_score_real(run, timelines, real, first, progress))
+    return _evaluation(run, waiting)
 
 
-def _ceiling_of_videos(
-    run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress
-) -> Callable[[], Scores]:
+def _score_real(
+    run: Run, timelines: Sequence[Timeline], videos: np.ndarray, first: int, progress: Progress
+) -> list[WaitForScores]:
+    """Begin to score real videos [B, T, height, width, 3] after a round trip, clip by clip.
+
+    first: number of the first one among the held-out videos.
+    """
     vae = run.base.vae
-    with progress.phase("encode"):
-        latents, _ = _encode(
-            vae.graphdef, vae.params, sharding.shard_batch(run.mesh, videos), None, mesh=run.mesh
-        )
-        latents = jax.block_until_ready(latents)
-    return score(run, latents, part, progress, first).scores
-
-
-def _ceiling_of_windows(
-    run: Run, part: PromptBatch, videos: np.ndarray, first: int, progress: Progress
-) -> list:
-    vae, stride = run.base.vae, run.base.vae.config.temporal_stride
-    stories = [story_of(run.config, run.layout, text, _length(run)) for text in part.texts]
-    encoder = decoder = None
-    scores = []
-    for begin, stop in segments.windows(_length(run), clip_length(run.config)):
-        clip = videos[:, max(stride * begin - stride + 1, 0) : stride * stop - stride + 1]
+    stride = vae.config.temporal_stride
+    chunk = run.config.video.decode_chunk
+    size = piece(run.config, run.config.sampler.batch, run.mesh.size)
+    padded = videos[np.resize(np.arange(len(videos)), size)]
+    numbers = range(first, first + len(videos))
+    length = _length(run)
+    encoder = None
+    decoder = None
+    waiting = []
+    for begin, end in windows.split(length, clip_length(run.config) or length):
+        clip = padded[:, max(stride * begin - stride + 1, 0) : stride * end - stride + 1]
         with progress.phase("encode"):
-            placed = sharding.shard_batch(run.mesh, clip)
-            latents, encoder = _encode(vae.graphdef, vae.params, placed, encoder, mesh=run.mesh)
+            latents, encoder = encode_video(vae, clip, encoder, end - begin, run.mesh)
         with progress.phase("decode"):
-            frames, decoder = segments.decoded(run, latents, decoder)
-        block = segments.blocks_of(run, begin, stop)[0]
-        texts = [story.prompts[story.steps[block].scene] for story in stories]
-        numbers = range(first, first + len(texts))
-        scores.append(judge(run, segments.on_host(frames)[: len(texts)], texts, numbers, progress))
-    return scores
+            windows.refuse_non_finite(latents, [t.prompts[0] for t in timelines], numbers)
+            decoded, decoder = decode_video(vae, latents, decoder, chunk)
+            frames = windows.to_host(decoded)[: len(videos)]
+        texts = [_prompt_at(timeline, begin) for timeline in timelines]
+        waiting.append(windows.score_async(run, frames, texts, numbers, progress))
+    return waiting
+
+
+def _prompt_at(timeline: Timeline, frame: int) -> str:
+    """Return the prompt of a latent frame."""
+    block = [plan for plan in timeline.blocks if plan.frame <= frame][-1]
+    return timeline.prompts[block.scene]
 
 
 def _length(run: Run) -> int:
-    """Latent frames of a held-out video."""
+    """Return the latent frames of a held-out video."""
     return run.base.vae.config.latent_frames(eval_frames(run.config))
 
 
-def _draw(
-    run: Run, batch: PromptBatch, j: int
-) -> tuple[list[tuple[str, int]], np.random.Generator]:
-    """The scenes of a real video, each a prompt and its pixel frames, and what its path is drawn
-    from.
-    """
-    rng = np.random.default_rng([run.config.seed, Purpose.REAL, batch.index[j], batch.candidate[j]])
-    if not run.starts:
-        return [(batch.texts[j], run.config.video.frames)], rng
-    story, stride = (
-        story_of(run.config, run.layout, batch.texts[j], _length(run)),
-        run.base.vae.config.temporal_stride,
-    )
-    ends = [*(stride * change - stride + 1 for change in story.changes), eval_frames(run.config)]
-    return [(p, int(n)) for p, n in zip(story.prompts, np.diff([0, *ends]), strict=True)], rng
+def _scenes(run: Run, timeline: Timeline) -> list[tuple[str, int]]:
+    """Return the scenes of a real video: each a prompt and its pixel frames."""
+    stride = run.base.vae.config.temporal_stride
+    starts = [stride * change - stride + 1 for change in timeline.changes]
+    counts = np.diff([0, *starts, eval_frames(run.config)])
+    return [(p, int(n)) for p, n in zip(timeline.prompts, counts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _encode(
-    graphdef: Any, params: dict, frames: jax.Array, stream: Any, *, mesh: Mesh
-) -> tuple[jax.Array, Any]:
-    """The next frames [B, T, height, width, 3] uint8 -> latents [B, F, C, H, W], samples split over
-    all devices.
-    """
-
-    def encode(params, frames, stream):
-        pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
-        latents, stream = layers.merge(graphdef, params).encode(pixels, stream)
-        return sharding.by_sample(latents), stream
-
-    return sharding.on_mesh(mesh, encode)(params, frames, stream)
+def _generator(run: Run, batch: PromptBatch, j: int) -> np.random.Generator:
+    """Return what the path of a real video is drawn from."""
+    seed = [run.config.seed, RngStream.REAL, batch.index[j], batch.candidate[j]]
+    return np.random.default_rng(seed)
 
 
-def _total(run: Run, parts: Sequence[Callable[[], Scores]]) -> Evaluation:
-    scores, weights = joined(parts), reward_weights(run.config)
-    values = {name: scores[name].astype(np.float64) for name in weights}
-    return values | {"total": total_reward(values, weights)}
+def _evaluation(run: Run, waiting: Sequence[Sequence[WaitForScores]]) -> Evaluation:
+    """Return the means over the clips of each video, and what single clips have (types.Evaluation).
 
-
-def _total_of_windows(run: Run, parts: list[list[Callable[[], Scores]]]) -> Evaluation:
-    """Means over the windows of a video; `late` is the total over those in its second half,
-    total/FRAME that of one.
+    waiting: for each piece of the held-out videos, the scores of its clips.
     """
     length = _length(run)
-    windows = [_total(run, pieces) for pieces in zip(*parts, strict=True)]
-    begins = [first for first, _ in segments.windows(length, clip_length(run.config))]
-    late = [
-        w["total"] for first, w in zip(begins, windows, strict=True) if 2 * first >= length
-    ] or [windows[-1]["total"]]
-    result = {name: np.mean([window[name] for window in windows], axis=0) for name in windows[0]}
-    result |= {"late": np.mean(late, axis=0)}
-    return result | {f"total/{first}": w["total"] for first, w in zip(begins, windows, strict=True)}
+    clips = [_total(run, pieces) for pieces in zip(*waiting, strict=True)]
+    if len(clips) == 1:
+        return clips[0]
+    begins = [begin for begin, _ in windows.split(length, clip_length(run.config))]
+    late = [clip["total"] for begin, clip in zip(begins, clips, strict=True) if 2 * begin >= length]
+    evaluation = {name: np.mean([clip[name] for clip in clips], axis=0) for name in clips[0]}
+    evaluation["late"] = np.mean(late or [clips[-1]["total"]], axis=0)
+    by_clip = {f"total/{begin}": clip["total"] for begin, clip in zip(begins, clips, strict=True)}
+    return evaluation | by_clip
+
+
+def _total(run: Run, pieces: Sequence[WaitForScores]) -> Evaluation:
+    """Return the rewards of one clip of all videos, and their weighted sum."""
+    scores = windows.joined(pieces)
+    weights = reward_weights(run.config)
+    values = {name: scores[name].astype(np.float64) for name in weights}
+    return values | {"total": total_reward(values, weights)}

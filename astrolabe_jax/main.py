@@ -32,17 +32,22 @@ def main(argv: list[str]) -> None:
         multihost.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
     except ValueError as error:
         cli.fail(error, 2)
-    from astrolabe_jax import prepare, train  # after joining: no array may exist before it
+    # after joining: no array may exist before it
+    import jax
+
+    from astrolabe_jax import train
+    from astrolabe_jax.run import prepare
     from astrolabe_jax.runtime import preemption
 
     with multihost.ending_together(), preemption.listening() as check:
         try:
-            run = prepare.prepare(CONFIG.value, WORKDIR.value)
-            point = train.resume(run)
+            run = prepare(CONFIG.value, WORKDIR.value)
+            jax.set_mesh(run.mesh)
+            state = train.resume(run)
         except (ValueError, OSError) as error:
             cli.fail(error, 2)
         try:
-            train.train(run, point, check)
+            train.train(run, state, check)
         except train.REFUSED as error:
             cli.fail(error, 1)
 

@@ -11,7 +11,7 @@ are checked. The memory is that of the opening summary: without activations.
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,40 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, generate, report, rewards, segments, sharding, stream, update
-from astrolabe_jax.config import piece, repeats, rounds, samples, validate, window_starts
+from astrolabe_jax import encode, minibatches, report, rewards, sharding, update
+from astrolabe_jax.config import (
+    piece,
+    repeats,
+    rounds,
+    samples,
+    shares_prefix,
+    validate,
+    window_starts,
+)
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
-from astrolabe_jax.decode import decode, decode_chunk
+from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.prepare import Run, geometry, numerics, story_of
 from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.run import Run, geometry, numerics, timeline_of
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.streaming import streams, windows
+from astrolabe_jax.types import (
+    Array,
+    LossPart,
+    PrefixContext,
+    PromptBatch,
+    StreamState,
+    VideoBatch,
+)
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
     """The run of `config` on so many devices, with shapes in place of its arrays, and without
     prompts and directory.
 
-    Raises ValueError or OSError as prepare.prepare does. Weights of rewards need not be there.
+    Raises ValueError or OSError as run.prepare does. Weights of rewards need not be there.
     """
     validate(config, rewards.TABLE, devices, jax.default_backend())
     parts = _sizes(config)
@@ -81,159 +98,176 @@ def _sizes(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def trace(run: Run) -> dict[str, Any]:
-    """Traces every program of an epoch (those of an evaluation are among them): name -> shapes that
-    come out.
+class Traced(NamedTuple):
+    """What came out of a program, and the shape that the next stage expects."""
 
-    Raises ValueError if they are not those that the next stage expects.
+    output: Array
+    expected: tuple[int, ...]
+
+
+def trace(run: Run) -> dict[str, Array]:
+    """Trace every program of an epoch, an evaluation's among them: name -> what comes out.
+
+    Raises:
+      ValueError: if its shape is not the one that the next stage expects.
     """
-    config, mesh, text = run.config, run.mesh, run.base.text
-    adapter = sharding.replicate(mesh, run.adapter)
-    tokens = _shape(encode.call_size(mesh), text.config.text_len, dtype=jnp.int32)
-    embeddings = jax.eval_shape(
-        functools.partial(encode.embed, text.graphdef, mesh=mesh), text.params, tokens, tokens
-    )
-    prompt, width = embeddings.shape[1:], run.base.transformer.config.text_dim
-    made = {"text encoder": (embeddings, (tokens.shape[0], text.config.text_len, width))}
-    videos, history = (_streams if run.starts else _videos)(run, adapter, prompt)
-    made |= videos
-    state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
-    step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, mesh)
-    texts = _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt)
-
-    cut = (
-        run.starts
-        and config.streaming.sampling == "sequence"
-        and config.streaming.backprop == "detach"
-    )
-    work = update.Work((0, config.streaming.window) if cut else None, 0)
-
-    def take(state, params, texts, batch, history):
-        return step(state, params, texts, batch, lambda *_: [work._replace(history=history)])
-
-    after, metrics = jax.eval_shape(
-        take, state, run.base.transformer.params, texts, _step_batch(run), history
-    )
-    after = jax.eval_shape(update.blend_old, after, _shape())
-    made["train step"] = (
-        metrics["sample_loss"],
-        (samples(config) // config.optimizer.steps_per_pass,),
-    )
-    for name, (out, expected) in made.items():
-        if out.shape != expected:
+    with jax.sharding.use_abstract_mesh(run.mesh):
+        traced = _trace(run)
+    for name, (output, expected) in traced.items():
+        if output.shape != expected:
             raise ValueError(
-                f"{name}: it gives {out.shape}, expected {expected}; this is a fault of the program"
+                f"{name}: it gives {output.shape}, expected {expected}; this is a fault of the "
+                "program"
             )
-    if [(x.shape, x.dtype) for x in jax.tree.leaves(after)] != [
-        (x.shape, x.dtype) for x in jax.tree.leaves(state)
-    ]:
+    return {name: output for name, (output, _) in traced.items()}
+
+
+def _trace(run: Run) -> dict[str, Traced]:
+    config = run.config
+    text = run.base.text
+    tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
+    embed = functools.partial(encode.embed, text.graphdef)
+    embeddings = jax.eval_shape(embed, text.params, tokens, tokens)
+    width = run.base.transformer.config.text_dim
+    traced = {"text encoder": Traced(embeddings, (tokens.shape[0], text.config.text_len, width))}
+    prompt = embeddings.shape[1:]
+    adapter = sharding.replicate(run.mesh, run.adapter)
+    videos = piece(config, config.sampler.batch, run.mesh.size)
+    prefix = None
+    state = None
+    if config.streaming.window:
+        count = _streams_at_once(run)
+        made = _trace_blocks(run, adapter, prompt, count, None)
+        expected = (count, config.model.block, *run.latent_shape[1:])
+        traced["past"] = Traced(made.latents, expected)
+        prefix = _prefix_shapes(run, made.state)
+        if shares_prefix(config):
+            each = videos // count
+            decoder = made.state.decoder if windows.decodes(run) else None
+            past = made.state._replace(decoder=decoder)
+            state = jax.eval_shape(lambda past: streams.fork(past, each), past)
+    made = _trace_blocks(run, adapter, prompt, videos, state)
+    traced["rollout"] = Traced(made.latents, (videos, made.frames, *run.latent_shape[1:]))
+    video = config.video
+    shape = (videos, made.pixel_frames, video.height, video.width, 3)
+    traced["decoder"] = Traced(made.pixels, shape)
+    traced["train step"] = _trace_step(run, adapter, prompt, prefix)
+    return traced
+
+
+def _streams_at_once(run: Run) -> int:
+    """Return the streams that advance together: of a round, or those that an update goes along."""
+    if shares_prefix(run.config):
+        return rounds(run.config, run.mesh.size)[1]
+    return piece(run.config, run.config.optimizer.microbatch, run.mesh.size)
+
+
+class _Blocks(NamedTuple):
+    """Traced blocks of some videos."""
+
+    latents: Array  # [B, F, C, H, W]
+    pixels: Array  # [B, T, height, width, 3]
+    state: StreamState
+    frames: int  # F
+    pixel_frames: int  # T
+
+
+def _trace_blocks(
+    run: Run, adapter: dict, prompt: tuple[int, ...], count: int, state: StreamState | None
+) -> _Blocks:
+    """Trace the sampling and decoding of `count` videos.
+
+    One block stands for all where windows are trained; else every block of the video is traced.
+
+    Args:
+      prompt: (S, E).
+      state: of the videos; None: they begin.
+    """
+    traced = bool(run.config.streaming.window)
+    frames = run.config.model.block if traced else run.latent_shape[0]
+    timeline = timeline_of(run.config, run.layout, "a", frames)
+    batch = PromptBatch(("a",) * count, np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
+    chunk = min(run.config.video.decode_chunk, frames)
+
+    def run_blocks(params, vae_params, adapter, embeddings, keys, state):
+        net = run.base.transformer._replace(params=params)
+        own = run._replace(base=run.base._replace(transformer=net))
+        policy = own.policy(adapter)
+        videos = VideoBatch(batch, (timeline,) * count, {"a": 0}, embeddings, keys, traced)
+        state = windows.begin(own, count, frames) if state is None else state
+        blocks = range(len(timeline.blocks))
+        latents, after = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
+        vae = run.base.vae._replace(params=vae_params)
+        part = latents[:, :chunk] if traced else latents
+        pixels, decoder = decode_video(vae, part, state.decoder, chunk)
+        return latents, jnp.concatenate(pixels, axis=1), after._replace(decoder=decoder)
+
+    params = run.base.transformer.params
+    shapes = (params, run.base.vae.params, adapter, _shape(1, *prompt), _keys(count), state)
+    latents, pixels, after = jax.eval_shape(run_blocks, *shapes)
+    vae = run.base.vae.config
+    begins = state is None or state.decoder is None
+    decoded = chunk if traced else frames
+    pixel_frames = vae.pixel_frames(decoded) if begins else vae.temporal_stride * decoded
+    return _Blocks(latents, pixels, after, frames, pixel_frames)
+
+
+def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
+    """Return what the loss reads of these streams, at the last start."""
+    streaming = run.config.streaming
+    start = max(run.starts)
+    context = PrefixContext(_shape(dtype=jnp.int32), _shape(streaming.window, dtype=jnp.int32))
+    if streaming.backprop == "full":
+        if not start or not shares_prefix(run.config):
+            return None
+        return context._replace(whole=_shape(state.first.shape[0], start, *run.latent_shape[1:]))
+    if streaming.prefix == "rollout_old":
+        return context._replace(cache=state.cache)
+    first = _shape(state.first.shape[0], run.layout.kept, *run.latent_shape[1:])
+    return context._replace(first=first, recent=state.recent)
+
+
+def _trace_step(
+    run: Run, adapter: dict, prompt: tuple[int, ...], prefix: PrefixContext | None
+) -> Traced:
+    """Trace an optimizer step; ValueError if it changes the shapes of the state."""
+    config = run.config
+    state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
+    step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
+    texts = _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt)
+    window = config.streaming.window
+    cut = window and not shares_prefix(config) and config.streaming.backprop == "detach"
+    frames = (0, window) if cut else None
+
+    def take(state, params, texts, batch, prefix):
+        parts = [LossPart(frames, 0, prefix)]
+        return step(state, params, texts, batch, lambda *_: parts)
+
+    params = run.base.transformer.params
+    after, metrics = jax.eval_shape(take, state, params, texts, _step_batch(run), prefix)
+    after = jax.eval_shape(update.blend_old, after, _shape())
+    before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    if [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] != before:
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    return {name: out for name, (out, _) in made.items()}
+    expected = (samples(config) // config.optimizer.steps_per_pass,)
+    return Traced(metrics["sample_loss"], expected)
 
 
-def _videos(
-    run: Run, adapter: dict, prompt: tuple[int, ...]
-) -> tuple[dict[str, tuple[Any, tuple[int, ...]]], None]:
-    """What comes out where whole videos are sampled, and what is expected; the loss has no
-    history.
-    """
-    config, mesh, vae, video = run.config, run.mesh, run.base.vae, run.config.video
-    batch = piece(config, config.sampler.batch, mesh.size)
-    sample = functools.partial(generate.sample, run)
-    latents = jax.eval_shape(
-        sample, run.base.transformer.params, adapter, _shape(batch, *prompt), _keys(batch)
-    )
-    draw = functools.partial(decode, vae.graphdef, chunk=video.decode_chunk, mesh=mesh)
-    frames = jax.eval_shape(draw, vae.params, latents)
-    shape = (batch, vae.config.pixel_frames(run.latent_shape[0]), video.height, video.width, 3)
-    return {"rollout": (latents, (batch, *run.latent_shape)), "decoder": (frames, shape)}, None
-
-
-def _streams(
-    run: Run, adapter: dict, prompt: tuple[int, ...]
-) -> tuple[dict[str, tuple[Any, tuple[int, ...]]], update.History | None]:
-    """As `_videos`: of a block of the streams, of one of the videos behind them, and of its frames;
-    and the history.
-
-    Where every video is sampled from frame 0, the streams are those that an update goes along with.
-    """
-    config, video, mesh, latent = run.config, run.config.video, run.mesh, run.latent_shape[1:]
-    clip, block = config.streaming.sampling == "clip", config.model.block
-    seen = clip and config.streaming.reward != "window_alone"  # as they go on
-    videos, learnt = (
-        piece(config, batch, mesh.size)
-        for batch in (config.sampler.batch, config.optimizer.microbatch)
-    )
-    count = rounds(config, mesh.size)[1] if clip else learnt
-    step, chunk = story_of(config, run.layout, "a", block).steps[0], min(video.decode_chunk, block)
-
-    def of_block(nets, adapter, embeddings, keys, streams):
-        params, vae = nets
-        transformer = run.base.transformer._replace(params=params)
-        policy = segments.policy_of(
-            run._replace(base=run.base._replace(transformer=transformer)), adapter
-        )
-        scale, graphdef = policy.lora_scale, policy.graphdef
-        text = stream.encode_text(graphdef, params, adapter, scale, embeddings, mesh=mesh)
-        latents, streams = segments.block(policy, text, keys, streams, step, latent)
-        frames, memory = decode_chunk(
-            run.base.vae.graphdef, vae, latents[:, :chunk], streams.vae, mesh=mesh
-        )
-        return latents, frames, streams._replace(vae=memory if seen else None)
-
-    def sampled(number, streams):
-        nets = run.base.transformer.params, run.base.vae.params
-        return jax.eval_shape(
-            of_block, nets, adapter, _shape(number, *prompt), _keys(number), streams
-        )
-
-    past, _, streams = sampled(count, jax.eval_shape(lambda: segments.begin(run, count)))
-    if clip:
-        begun = jax.eval_shape(
-            lambda streams: segments.fork(run, streams, videos // count), streams
-        )
-    else:
-        begun = jax.eval_shape(lambda: segments.begin(run, videos))
-    latents, frames, _ = sampled(videos, begun)
-    pixels = run.base.vae.config.temporal_stride * chunk
-    # the first latent frame of a video is one pixel's
-    pixels -= 0 if seen else run.base.vae.config.temporal_stride - 1
-    made = {
-        "past": (past, (count, block, *latent)),
-        "rollout": (latents, (videos, block, *latent)),
-        "decoder": (frames, (videos, pixels, video.height, video.width, 3)),
-    }
-    return made, _history(run, streams)
-
-
-def _history(run: Run, streams: segments.Streams) -> update.History | None:
-    """What the loss reads of these streams, at the last start."""
-    streaming, start = run.config.streaming, max(run.starts)
-    history = update.History(_shape(dtype=jnp.int32), _shape(streaming.window, dtype=jnp.int32))
-    if streaming.backprop == "full":
-        whole = _shape(streams.first.shape[0], start, *run.latent_shape[1:])
-        return history._replace(whole=whole) if start and streaming.sampling == "clip" else None
-    if streaming.prefix == "rollout_old":
-        return history._replace(cache=streams.cache)
-    return history._replace(first=streams.first, recent=streams.recent)
-
-
-def _step_batch(run: Run) -> update.Batch:
-    """The samples of the first optimizer step."""
-    whole = update.plan_pass(run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size)
-    shape = update.cut(run.config, whole, run.mesh.size).order.shape[1:]
-    numbers, indices = _shape(*shape), _shape(*shape, dtype=jnp.int32)
-    clip = run.starts and run.config.streaming.sampling == "clip"
-    frames = run.config.streaming.window if clip else run.latent_shape[0]
-    return update.Batch(
-        _shape(*shape, frames, *run.latent_shape[1:]),
-        numbers,
-        numbers,
-        indices,
-        numbers,
-        _keys(*shape),
+def _step_batch(run: Run) -> update.StepBatch:
+    """Return the shapes of the samples of the first optimizer step."""
+    mask = np.ones(samples(run.config), bool)
+    plan = minibatches.plan_pass(run.config, 0, 0, mask, run.mesh.size)
+    shape = minibatches.cut(run.config, plan, run.mesh.size).order.shape[1:]
+    frames = run.window if shares_prefix(run.config) else run.latent_shape[0]
+    return update.StepBatch(
+        latents=_shape(*shape, frames, *run.latent_shape[1:]),
+        r=_shape(*shape),
+        kl_weight=_shape(*shape),
+        prompt=_shape(*shape, dtype=jnp.int32),
+        t=_shape(*shape),
+        key=_keys(*shape),
     )
 
 
@@ -269,7 +303,9 @@ def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -
         for name, out in trace(run).items():
             print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
         if config.streaming.window and config.streaming.mode == "progressive":
-            held = jax.tree.leaves(segments.shapes(run, config.streaming.window, progressive=True))
+            held = jax.tree.leaves(
+                windows.stream_shapes(run, config.streaming.window, progressive=True)
+            )
             size = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in held)
             print(
                 f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more",

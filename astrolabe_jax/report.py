@@ -40,7 +40,7 @@ from astrolabe_jax.config import flatten, piece, repeats, reward_weights, rounds
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import empty_cache
-from astrolabe_jax.prepare import Run
+from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import media, multihost
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic, writing
 from astrolabe_jax.types import Evaluation, PromptBatch

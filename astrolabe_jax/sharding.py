@@ -112,6 +112,17 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(place, batch)
 
 
+def place_batch(batch: Any, axis: int = 0) -> Any:
+    """Return `shard_batch` over the mesh of `jax.set_mesh`; without one the batch as it is.
+
+    Where the batch is traced (plan.py) it is constrained to that sharding.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
+        return jax.tree.map(functools.partial(by_sample, axis=axis), batch)
+    mesh = jax.sharding.get_mesh()
+    return batch if mesh.empty else shard_batch(mesh, batch, axis)
+
+
 def check_batch(mesh: Mesh, samples: int, name: str) -> None:
     """ValueError unless `samples`, the size of what `name` says, can be split over all devices of
     the mesh.
@@ -150,12 +161,13 @@ def gathered(param: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(param, P())
 
 
-def by_sample(x: jax.Array) -> jax.Array:
-    """Activations [B, ...] with whole samples on every device, under `on_mesh`; elsewhere as they
-    are.
+def by_sample(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Return activations with whole samples, along `axis`, on every device, under a mesh.
+
+    The mesh is that of `jax.set_mesh`, or of `on_mesh`; without one x is returned as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(AXES))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
 def to_host(tree: Any) -> Any:

@@ -1,18 +1,17 @@
-"""Stage scenes: prompts that change in the middle of a video -> what the sampler does before and in
-each block.
+"""Prompts that change in the middle of a video -> its timeline of blocks.
 
 A scene string is a list of prompts: "a cat[5s] | a dog[10s#] | a bird". `|` separates scenes, [5s]
-gives a scene's length, and # a hard cut at its end (spec/sampling.md 7). Everything here is text
-and whole numbers on the host; the arrays follow in rollout.py.
+gives a scene's length, and # a hard cut at its end (docs/sampling.md, Scene strings). Everything
+here is text and whole numbers on the host; streams.py follows the timeline with arrays.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from astrolabe_jax.models.wan.config import Block, Layout
+from astrolabe_jax.types import BlockPlan, CacheChange, Timeline
 
 DEFAULT_SECONDS = 10.5  # of a scene without a duration
 DEFAULT_BLOCKS = 14  # the same in the published code, which counts 14 blocks whatever their size
@@ -117,83 +116,39 @@ def _error(text: str, at: int, what: str, why: str) -> ValueError:
 
 
 def scenes_by_length(scenes: Sequence[Scene], blocks: int) -> list[int]:
-    """The scene of each of `blocks` blocks; the last scene takes what is left (spec/sampling.md
-    7.2).
-    """
+    """Return the scene of each of `blocks` blocks; the last scene takes what is left."""
     boundaries = [sum(scene.blocks for scene in scenes[: k + 1]) for k in range(len(scenes) - 1)]
-    return [sum(boundary <= q for boundary in boundaries) for q in range(blocks)]
+    return [sum(boundary <= block for boundary in boundaries) for block in range(blocks)]
 
 
 def scenes_by_frame(switches: Sequence[int], starts: Sequence[int]) -> list[int]:
-    """The scene of each block, by its first frame: scene k + 1 begins at the first block at or
-    behind switches[k].
+    """Return the scene of each block, by the first frames `starts` of the blocks.
 
-    At most one scene a block, as published (spec/sampling.md 8).
+    Scene k + 1 begins at the first block at or behind switches[k]; at most one scene begins in a
+    block, as published (docs/published.md).
     """
-    scene, found = 0, []
+    scene = 0
+    scenes = []
     for start in starts:
         scene += scene < len(switches) and start >= switches[scene]
-        found.append(scene)
-    return found
-
-
-class Change(NamedTuple):
-    """What happens to the cache before a block. Places are those of models/wan/cache.restart."""
-
-    end: int  # frames so far, in the cache's count
-    keep: tuple[int, ...] | None = None  # places that begin a new count; None: the count goes on
-    # frames of the video whose keys are made anew, one for each place in use
-    frames: tuple[int, ...] = ()
-    positions: tuple[int, ...] = ()  # their rotary positions
-    skip: int = 0  # first places, of the sink, that keep their keys nevertheless
-    # published: the other places keep their content, too, which a later flush may take
-    every: bool = False
-
-
-class Step(NamedTuple):
-    """One block of a video."""
-
-    frame: int  # its first frame in the video
-    count: int
-    scene: int
-    start: int  # its first frame in the cache's count, which a change may begin anew
-    positions: tuple[int, ...]  # rotary positions of its frames
-    aligned: bool  # see models/wan/cache.View
-    cut: bool  # behind a hard cut
-    change: Change | None
-
-
-class Story(NamedTuple):
-    """What a video of one length tells: its prompts, and what the sampler does in each block."""
-
-    prompts: tuple[str, ...]  # of its scenes
-    steps: tuple[Step, ...]
-
-    @property
-    def changes(self) -> list[int]:
-        """The frames at which a prompt takes over from another."""
-        return [
-            after.frame
-            for before, after in itertools.pairwise(self.steps)
-            if before.scene != after.scene
-        ]
+        scenes.append(scene)
+    return scenes
 
 
 class Rules(NamedTuple):
-    """How scenes follow each other; config.scenes."""
+    """How scenes follow each other; config.scenes (docs/streaming.md, Scene changes)."""
 
-    # flush (spec/sampling.md 7.3), recache (8), or cut: every boundary is a hard cut
-    transition: str = "flush"
+    transition: str = "flush"  # flush, recache, or cut: every boundary is a hard cut
     cut: str = "sink"  # what a hard cut keeps: the sink, or nothing
     global_sink: bool = True  # recache: the sink keeps the keys of the first prompt
-    published: bool = False  # reproduce the published flush (sampling.md 11.3 to 11.5)
+    published: bool = False  # reproduce the published strings and flush (docs/published.md)
 
 
 class Shot(NamedTuple):
     """A part of a video that shares nothing with what came before it."""
 
-    prompts: tuple[str, ...]  # of its scenes
-    steps: tuple[Step, ...]
+    timeline: Timeline  # its first blocks may be given
+    given: int  # latent frames that are there before
     latent_frames: int  # given ones included
     frames: int  # pixel frames that are shown; the last block may have more
 
@@ -207,19 +162,27 @@ def shots(
     frames: int = 0,
     given: int = 0,
 ) -> list[Shot]:
-    """The shots of a video: a hard cut that keeps nothing begins a new one.
+    """Return the shots of a video: a hard cut that keeps nothing begins a new one.
 
-    Scenes last as many blocks as go into their durations, the last one of a shot lasts until the
-    shot has all its seconds to the frame, behind `given` latent frames that are there before.
-    `frames`: pixel frames of the whole video;
-    0 for what the durations give. Raises ValueError if that is over before the last scene begins,
-    or for a video that the layout cannot hold.
+    Scenes last as many blocks as go into their durations. The last scene of a shot lasts until the
+    shot has all its seconds to the frame.
+
+    Args:
+      frames: pixel frames of the whole video; 0 for what the durations give.
+      given: latent frames that the first shot begins with.
+
+    Raises:
+      ValueError: if the frames are over before the last scene begins, or for a video that the
+        layout cannot hold.
     """
     last = len(scenes) - 1
     ends = [k for k, scene in enumerate(scenes) if k == last or _starts_anew(scene, layout, rules)]
-    made, begin, left = [], 0, frames
+    shots = []
+    begin = 0
+    left = frames
     for end in ends:
-        part, before = scenes[begin : end + 1], 0 if begin else given
+        part = scenes[begin : end + 1]
+        before = 0 if begin else given
         shown = left if frames and end == last else _shown(part, layout, fps, stride, before)
         left -= shown
         count = layout.whole(1 + math.ceil((shown - 1) / stride), up=True)
@@ -236,45 +199,49 @@ def shots(
             )
         cuts = [scene.cut or rules.transition == "cut" for scene in part]
         slots = cache_slots(layout, rules, count)
-        steps = timeline(blocks, scenes_by_length(part, len(blocks)), cuts, layout, slots, rules)
-        made.append(Shot(tuple(scene.prompt for scene in part), tuple(steps), count, shown))
+        scene_of = scenes_by_length(part, len(blocks))
+        plans = given_blocks(layout, before) + plan_blocks(
+            blocks, scene_of, cuts, layout, slots, rules
+        )
+        timeline = Timeline(tuple(scene.prompt for scene in part), tuple(plans))
+        shots.append(Shot(timeline, before, count, shown))
         begin = end + 1
-    return made
+    return shots
 
 
-def story(text: str, frames: int, layout: Layout, rules: Rules, fps: int, stride: int = 4) -> Story:
-    """A prompt, or scene string, over the first `frames` latent frames of a video; the last scene
-    takes what is left.
-
-    Raises ValueError for a string that cannot be read.
-    """
-    scenes = (parse_published if rules.published else parse)(text, layout.block, fps, stride)
+def timeline_of(scenes: Sequence[Scene], frames: int, layout: Layout, rules: Rules) -> Timeline:
+    """Return the timeline of `frames` latent frames; the last scene takes what is left."""
     blocks = layout.blocks(frames)
     cuts = [scene.cut or rules.transition == "cut" for scene in scenes]
-    slots = layout.capacity
-    steps = timeline(blocks, scenes_by_length(scenes, len(blocks)), cuts, layout, slots, rules)
-    return Story(tuple(scene.prompt for scene in scenes), tuple(steps))
+    scene_of = scenes_by_length(scenes, len(blocks))
+    plans = plan_blocks(blocks, scene_of, cuts, layout, layout.capacity, rules)
+    return Timeline(tuple(scene.prompt for scene in scenes), tuple(plans))
+
+
+def given_blocks(layout: Layout, frames: int) -> list[BlockPlan]:
+    """Return the blocks of the first `frames` latent frames, of scene 0."""
+    blocks = layout.blocks(frames)
+    return plan_blocks(blocks, [0] * len(blocks), [], layout, layout.capacity, Rules())
 
 
 def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given: int) -> int:
-    """Pixel frames of a shot: its seconds behind the given frames, but at least all the blocks that
-    go into them.
+    """Return the pixel frames of a shot: its seconds behind the given frames.
+
+    It has at least the frames of all the blocks that go into the durations.
     """
     before = 1 + stride * (given - 1) if given else 0
     blocks = sum(scene.blocks for scene in scenes)
-    least = (
-        given + layout.block * blocks
-        if given or not layout.lead
-        else layout.lead + layout.block * (blocks - 1)
-    )
-    return max(
-        before + round(sum(scene.seconds for scene in scenes) * fps), 1 + stride * (least - 1)
-    )
+    least = given + layout.block * blocks
+    if layout.lead and not given:
+        least = layout.lead + layout.block * (blocks - 1)
+    seconds = sum(scene.seconds for scene in scenes)
+    return max(before + round(seconds * fps), 1 + stride * (least - 1))
 
 
 def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:
-    """Frames of the cache for a shot; the published buffer, whose last places a flush takes, has
-    its full size.
+    """Return the frames of the cache for a video of so many latent frames.
+
+    The published buffer, whose last places a flush takes, has its full size.
     """
     if rules.published:
         return latent_frames if layout.window == -1 else layout.window
@@ -282,78 +249,96 @@ def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:
 
 
 def _starts_anew(scene: Scene, layout: Layout, rules: Rules) -> bool:
-    """Whether nothing is kept behind a scene."""
+    """Return whether nothing is kept behind a scene."""
     cut = scene.cut or rules.transition == "cut"
     nothing = rules.cut == "nothing" or (layout.positions == "relative" and layout.kept == 0)
     return cut and nothing and not rules.published
 
 
-def timeline(
+# A frame in the cache's count: its number in the video, and its rotary position.
+_Held = tuple[int, int]
+
+
+def plan_blocks(
     blocks: Sequence[Block],
     scene_of: Sequence[int],
     cuts: Sequence[bool],
     layout: Layout,
     slots: int,
     rules: Rules,
-) -> list[Step]:
-    """What the sampler does: a Step for each of the blocks that it makes, which may begin behind
-    given frames.
-
-    scene_of: the scene of each block. cuts: whether each scene ends in a hard cut. slots: frames of
-    the cache.
+) -> list[BlockPlan]:
+    """Return a plan for each of the blocks, which may begin behind given frames.
 
     A flush keeps the first frame and the last two. A hard cut keeps the sink alone where positions
     are relative; where they are absolute it is a flush, and the block behind it stands at positions
     45 to 47. The published flush takes the last two places of the buffer for the last two frames,
     and its hard cut does nothing where positions are relative.
+
+    Args:
+      scene_of: the scene of each block.
+      cuts: whether each scene ends in a hard cut.
+      slots: frames of the cache.
     """
-    # (frame of the video, position) by the cache's count
-    held = [(frame, frame) for frame in range(blocks[0].start)]
-    steps = []
-    for q, (block, scene) in enumerate(zip(blocks, scene_of, strict=True)):
-        change, cut, frames = None, False, range(block.start, block.stop)
-        if q and scene != scene_of[q - 1]:
-            cut = cuts[scene_of[q - 1]]
+    relative = layout.positions == "relative"
+    held = [(frame, frame) for frame in range(blocks[0].start)] if blocks else []
+    plans = []
+    for number, (block, scene) in enumerate(zip(blocks, scene_of, strict=True)):
+        change = None
+        cut = False
+        if number and scene != scene_of[number - 1]:
+            cut = cuts[scene_of[number - 1]]
             change = _change(held, layout, slots, cut, rules)
-            if change.keep is not None:
-                places = _in_places(held, layout, slots)
-                held = [places[place] for place in change.keep if place < len(places)]
-                # published: places that hold no frame
-                held += [(-1, -1)] * (len(change.keep) - len(held))
-        start, relative = len(held), layout.positions == "relative"
-        positions = [start + i if relative else frame for i, frame in enumerate(frames)]
+            held = _held_after(held, change, layout, slots)
+        start = len(held)
+        frames = range(block.start, block.stop)
+        positions = list(range(start, start + len(frames))) if relative else list(frames)
         if cut and not relative:
             positions[-len(CUT_FRAMES) :] = CUT_FRAMES[-len(positions) :]
         aligned = (start - layout.lead) % layout.block == 0
-        steps.append(
-            Step(block.start, len(frames), scene, start, tuple(positions), aligned, cut, change)
+        plans.append(
+            BlockPlan(
+                block.start, len(frames), scene, start, tuple(positions), aligned, cut, change
+            )
         )
-        held += zip(frames, positions, strict=True)
-    return steps
+        held = held + list(zip(frames, positions, strict=True))
+    return plans
 
 
-def _in_places(held: list, layout: Layout, slots: int) -> list:
-    """What lies in the places of the published buffer that are in use: the sink, then the window,
-    oldest first.
+def _held_after(held: list[_Held], change: CacheChange, layout: Layout, slots: int) -> list[_Held]:
+    """Return what the cache holds after a change."""
+    if change.keep is None:
+        return held
+    places = _in_places(held, layout, slots)
+    kept = [places[place] for place in change.keep if place < len(places)]
+    # published: places that hold no frame
+    return kept + [(-1, -1)] * (len(change.keep) - len(kept))
+
+
+def _in_places(held: list[_Held], layout: Layout, slots: int) -> list[_Held]:
+    """Return what lies in the places of the published buffer that are in use.
+
+    These are the sink, then the window, oldest first.
     """
     if len(held) <= slots:
         return held
     return held[: layout.kept] + held[len(held) - (slots - layout.kept) :]
 
 
-def _change(held: list, layout: Layout, slots: int, cut: bool, rules: Rules) -> Change:
-    end, used = len(held), min(len(held), slots)
+def _change(held: list[_Held], layout: Layout, slots: int, cut: bool, rules: Rules) -> CacheChange:
+    """Return what a new prompt does to a cache that holds these frames."""
+    end = len(held)
+    used = min(end, slots)
     if cut and layout.positions == "relative" and not rules.published:
-        return Change(end, tuple(range(min(layout.kept, used))))
+        return CacheChange(end, tuple(range(min(layout.kept, used))))
     if rules.transition == "flush" or cut:
         if not rules.published:
-            return Change(end, tuple(sorted({0, max(used - 2, 0), used - 1})))
+            return CacheChange(end, tuple(sorted({0, max(used - 2, 0), used - 1})))
         if slots < 3:
             raise ValueError(
                 f"the published flush keeps 3 frames, the window has {slots}; widen "
                 "config.model.window"
             )
-        return Change(end, (0, slots - 2, slots - 1), every=True)
+        return CacheChange(end, (0, slots - 2, slots - 1), every=True)
     if any(frame < 0 for frame, _ in held):
         raise ValueError(
             "a re-cache behind a published flush that took empty places; use "
@@ -362,4 +347,4 @@ def _change(held: list, layout: Layout, slots: int, cut: bool, rules: Rules) -> 
     protected = rules.global_sink and layout.window != -1 and end > layout.window
     again = held[end - used :] if layout.window != -1 else _in_places(held, layout, slots)
     frames, positions = zip(*again, strict=True)
-    return Change(end, None, frames, positions, layout.kept if protected else 0)
+    return CacheChange(end, None, frames, positions, layout.kept if protected else 0)

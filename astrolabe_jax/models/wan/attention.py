@@ -1,18 +1,26 @@
 """Dense attention behind one function, and the block-causal attention of the uncached forward.
 
 Block-causal attention is run block by block on static slices of the keys, so that no mask exists
-and a fused kernel applies; the result is exact (spec/model.md 7).
+and a fused kernel applies; the result is exact (docs/models.md, Block-causal attention).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.models.wan.config import Block, Layout
+from astrolabe_jax.models.wan.config import Block, Layout, WanConfig
 from astrolabe_jax.models.wan.rope import rotate
+
+
+class KeyValues(NamedTuple):
+    """Keys and values [B, tokens, A, K], or [layers, B, tokens, A, K] of every layer."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 def attention(
@@ -22,136 +30,178 @@ def attention(
     mask=None,
     backend: str = "auto",
     length=None,
-    remat: bool = False,
     causal: bool = False,
 ) -> jax.Array:
-    """Softmax attention, scale 1/sqrt(K). q [B, N, A, K], k and v [B, M, A, K], mask bool [N, M] or
-    None.
+    """Return softmax attention [B, N, A, K] with scale 1/sqrt(K).
 
-    k and v may have fewer heads, each of which then serves as many consecutive heads of q. causal:
-    token i of q sees the first i + 1 keys. length: see the first `length` keys only; a traced
-    scalar, or None for all. remat: make the scores [B, A, N, M] anew in the backward pass, where
-    'xla' would keep those of all calls of a layer at once; cudnn never does.
+    Args:
+      q: queries [B, N, A, K].
+      k, v: [B, M, A, K]. They may have fewer heads, each of which then serves as many consecutive
+        heads of q.
+      mask: bool [N, M], or None.
+      backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto'.
+      length: see the first `length` keys only; a traced scalar, or None for all.
+      causal: token i of q sees the first i + 1 keys.
 
-    backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto', which takes
-    cudnn where it can.
+    Raises:
+      ValueError: for cudnn with a mask or with numbers that are not of 16 bits.
     """
+    backend = choose_backend(backend, q, mask)
+    mask = None if mask is None else jnp.asarray(mask)[None, None]
+    if length is not None:
+        length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        implementation=backend,
+        is_causal=causal,
+        key_value_seq_lengths=length,
+    )
+
+
+def choose_backend(backend: str, q: jax.Array, mask) -> Literal["xla", "cudnn"]:
+    """Return the back end that runs: 'auto' takes cudnn where it can. Arguments as in `attention`."""
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and mask is None
     if backend == "auto":
         on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-        backend = "cudnn" if on_gpu and fused else "xla"
+        return "cudnn" if on_gpu and fused else "xla"
     if backend == "cudnn" and not fused:
         raise ValueError(
             f"cudnn attention needs 16-bit inputs and no mask, got {q.dtype}"
             f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'"
         )
-    mask = None if mask is None else jnp.asarray(mask)[None, None]
-    length = (
-        None if length is None else jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
-    )
-    run = functools.partial(jax.nn.dot_product_attention, implementation=backend, is_causal=causal)
-    if remat and backend == "xla":
+    return "cudnn" if backend == "cudnn" else "xla"
+
+
+def rematerialized(q, k, v, mask=None, backend: str = "auto", length=None) -> jax.Array:
+    """Return `attention` whose scores [B, A, N, M] are computed anew in the backward pass.
+
+    'xla' would keep the scores of all calls of a layer at once; cudnn never keeps them.
+    """
+    backend = choose_backend(backend, q, mask)
+    run = functools.partial(attention, backend=backend)
+    if backend == "xla":
         run = jax.checkpoint(run)
-    return run(q, k, v, mask=mask, key_value_seq_lengths=length)
+    return run(q, k, v, mask, length=length)
+
+
+def attention_of(config: WanConfig) -> Callable[..., jax.Array]:
+    """Return the attention of a training forward: (q, k, v, mask, length) as in `attention`."""
+    run = rematerialized if config.remat else attention
+    return functools.partial(run, backend=config.attention)
 
 
 def block_causal_attention(
-    q,
-    k,
-    v,
+    q: jax.Array,
+    keys_values: KeyValues,
     blocks: Sequence[Block],
-    frame_tokens: int,
-    *,
-    context=None,
-    sink: int = 0,
-    sink_tables=None,
-    backend: str = "auto",
-    remat: bool = False,
+    attend: Callable[..., jax.Array],
+    context: KeyValues | None = None,
+    sink_tables: Sequence[tuple[jax.Array, jax.Array]] | None = None,
 ) -> jax.Array:
-    """Attention of each block's queries to the frames it sees. q, k, v [B, F L, A, K] -> [B, F L,
-    A, K].
+    """Return attention [B, F L, A, K] of each block's queries to the frames that it sees.
 
-    context: (k, v) of the clean stream, same shape; frames before a block are then read from it,
-    and only the block itself from k and v (spec/model.md 7.3). sink_tables: where the keys of the
-    first `sink` frames are un-rotated, one rotary table of those frames for each block; else None.
+    Args:
+      q: [B, F L, A, K]; keys_values: two of the same shape.
+      blocks: of all F frames.
+      attend: as `attention_of` returns it.
+      context: keys and values of the clean stream, same shape. Frames before a block are then read
+        from it, and only the block itself from keys_values (docs/streaming.md, Clean context).
+      sink_tables: where the keys of the sink's frames are stored without rotation, the rotary table
+        of these frames for each block; else None.
     """
-    own, outputs = (k, v), []
+    frame_tokens = q.shape[1] // blocks[-1].stop
+    sink = sink_tables[0][0].shape[0] // frame_tokens if sink_tables else 0
+    outputs = []
     for i, block in enumerate(blocks):
         ranges, mask = _ranges_and_mask(block, frame_tokens)
-        keys, values = [], []
-        for lo, hi in _cut(ranges, block.start, sink if sink_tables else 0):
-            tokens = slice(lo * frame_tokens, hi * frame_tokens)
-            k_source, v_source = context if context is not None and lo < block.start else own
-            piece = k_source[:, tokens]
-            if sink_tables and lo < sink:
-                piece = rotate(piece, tuple(table[tokens] for table in sink_tables[i]))
+        keys = []
+        values = []
+        for low, high in _cut(ranges, block.start, sink):
+            tokens = slice(low * frame_tokens, high * frame_tokens)
+            source = context if context is not None and low < block.start else keys_values
+            piece = source.k[:, tokens]
+            if sink_tables and low < sink:
+                cos, sin = sink_tables[i]
+                piece = rotate(piece, (cos[tokens], sin[tokens]))
             keys.append(piece)
-            values.append(v_source[:, tokens])
+            values.append(source.v[:, tokens])
         queries = q[:, block.start * frame_tokens : block.stop * frame_tokens]
-        keys, values = jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
-        outputs.append(attention(queries, keys, values, mask, backend, remat=remat))
+        keys = jnp.concatenate(keys, axis=1)
+        values = jnp.concatenate(values, axis=1)
+        outputs.append(attend(queries, keys, values, mask))
     return jnp.concatenate(outputs, axis=1)
 
 
-def window_attention(
-    q,
-    k,
-    v,
-    past,
-    start,
-    layout: Layout,
-    frame_tokens: int,
-    *,
-    context=None,
-    sink_tables=None,
-    backend: str = "auto",
-    remat: bool = False,
-) -> jax.Array:
-    """Attention of the blocks of a window that begins at frame `start` of a video
-    (spec/streaming.md 6.1).
+class PastKeys(NamedTuple):
+    """Keys and values of one layer that a window sees of the frames before it."""
 
-    q, k, v [B, W L, A, K]; past: keys and values [b, (kept + n) L, A, K] of the sink and of the n
-    frames before the window, as cache.past_frames gives them, where b divides B: row i is the past
-    of samples i B/b to (i + 1) B/b - 1. start: traced, so that one program serves every window.
-    Keys are rotated but for those of a moving sink, for which sink_tables has the rotary table of
-    each block. context: keys and values of the clean stream, for all but the last block; earlier
-    blocks of the window are then read from it.
+    keys_values: KeyValues  # [b, (sink + n) L, A, K]: the sink, then the n frames before the window
+    start: jax.Array  # [] int32, frames before the window; traced, one program serves every window
+    frame_tokens: int  # L
+
+
+def window_attention(
+    q: jax.Array,
+    keys_values: KeyValues,
+    past: PastKeys,
+    layout: Layout,
+    attend: Callable[..., jax.Array],
+    context: KeyValues | None = None,
+    sink_tables: Sequence[tuple[jax.Array, jax.Array]] | None = None,
+) -> jax.Array:
+    """Return attention [B, W L, A, K] of the blocks of a window behind a past.
 
     A block's keys stand in the order sink, then newest frame first, so that those which exist are
-    the first ones: the kernel's sequence length leaves out the rest, and no mask is needed.
+    the first ones: the kernel's sequence length leaves out the rest, and no mask is needed
+    (docs/streaming.md, Order of keys).
+
+    Args:
+      q: [B, W L, A, K]; keys_values: two of the same shape. Keys are rotated but for those of a
+        moving sink.
+      past: b divides B; row i is the past of samples i B/b to (i + 1) B/b - 1.
+      attend: as `attention_of` returns it.
+      context: keys and values of the clean stream, for all but the last block; earlier blocks of
+        the window are then read from it.
+      sink_tables: where the sink moves, the rotary table of its frames for each block; else None.
     """
-    block, kept = layout.block, layout.kept
-    frames, recent = q.shape[1] // frame_tokens, past[0].shape[1] // frame_tokens - kept
-    own, clean, before = (
-        [_by_frame(part, frame_tokens) for part in pair]
-        for pair in ((k, v), context or (k, v), past)
-    )
-    before = [jnp.repeat(part, q.shape[0] // part.shape[0], axis=0) for part in before]
+    length = past.frame_tokens
+    block = layout.block
+    sink = layout.kept
+    recent = past.keys_values.k.shape[1] // length - sink
+    clean = keys_values if context is None else context
+    repeats = q.shape[0] // past.keys_values.k.shape[0]
     outputs = []
-    for j in range(frames // block):
-        first, stop = j * block, (j + 1) * block
-        # frames besides the sink, own block included
-        count = min(layout.capacity - kept, recent + stop)
-        visible = jnp.clip(start + stop, 1, kept + count)
+    for j in range(q.shape[1] // length // block):
+        first = j * block
+        stop = first + block
+        # frames besides the sink, the block itself included
+        count = min(layout.capacity - sink, recent + stop)
+        visible = jnp.clip(past.start + stop, 1, sink + count)
 
-        def keys_of(own, clean, before, first=first, stop=stop, count=count):
-            seen = [before[:, kept:], clean[:, :first], own[:, first:stop]]
-            pieces = [jnp.concatenate(seen, axis=1)[:, -count:][:, ::-1]]
-            if kept:
-                started = jnp.concatenate(
-                    [before[:, :kept], clean[:, : min(first, kept)], own[:, first:stop]], axis=1
-                )
-                pieces.insert(0, started[:, _sink_places(start, kept, started.shape[1])])
-            return _by_token(jnp.concatenate(pieces, axis=1))
+        def seen(own, clean, before, first=first, stop=stop, count=count):
+            own = _by_frame(own, length)[:, first:stop]
+            clean = _by_frame(clean, length)
+            before = jnp.repeat(_by_frame(before, length), repeats, axis=0)
+            frames = jnp.concatenate([before[:, sink:], clean[:, :first], own], axis=1)
+            newest_first = frames[:, -count:][:, ::-1]
+            if not sink:
+                return _by_token(newest_first)
+            start = [before[:, :sink], clean[:, : min(first, sink)], own]
+            start = jnp.concatenate(start, axis=1)
+            places = _sink_places(past.start, sink, start.shape[1])
+            return _by_token(jnp.concatenate([start[:, places], newest_first], axis=1))
 
-        keys, values = (keys_of(*parts) for parts in zip(own, clean, before, strict=True))
+        keys = seen(keys_values.k, clean.k, past.keys_values.k)
+        values = seen(keys_values.v, clean.v, past.keys_values.v)
         if sink_tables:
-            sink = kept * frame_tokens
-            keys = jnp.concatenate([rotate(keys[:, :sink], sink_tables[j]), keys[:, sink:]], axis=1)
-        queries = q[:, first * frame_tokens : stop * frame_tokens]
-        outputs.append(
-            attention(queries, keys, values, None, backend, visible * frame_tokens, remat)
-        )
+            tokens = sink * length
+            rotated = rotate(keys[:, :tokens], sink_tables[j])
+            keys = jnp.concatenate([rotated, keys[:, tokens:]], axis=1)
+        queries = q[:, first * length : stop * length]
+        outputs.append(attend(queries, keys, values, None, length=visible * length))
     return jnp.concatenate(outputs, axis=1)
 
 

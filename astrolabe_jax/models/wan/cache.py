@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from astrolabe_jax.models.wan.attention import KeyValues
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.rope import combine, inverse, rope_table, rotate
 
@@ -28,19 +29,23 @@ class Cache(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one call writes and reads: block [start, start + frames) in a cache of `slots`
-    frames.
-    """
+    """What one call writes and reads: block [start, start + frames) in a cache of `slots` frames."""
 
     layout: Layout
     frame_tokens: int  # L
     slots: int
-    start: int | jax.Array  # traced only once the cache is full, or where it is `partial`
+    # First frame, in the cache's count. A Python int reads exactly the frames that exist; a traced
+    # one is allowed once the cache is full, and anywhere if the view is `partial`.
+    start: int | jax.Array
     frames: int  # of the block
-    # the block is one of layout.blocks; not so where a `restart` has shifted them
-    aligned: bool = True
-    # `start` is traced and the cache may not be full: reads are cut by `visible_tokens`
-    partial: bool = False
+    aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` moved them
+    partial: bool = False  # `start` is traced and the cache may not be full
+    positions: jax.Array | None = None  # [frames] rotary positions; None: the frames' numbers
+
+    @property
+    def end(self) -> int | jax.Array:
+        """One past the block's last frame."""
+        return self.start + self.frames
 
     @property
     def static(self) -> bool:
@@ -50,18 +55,14 @@ class View(NamedTuple):
     @property
     def growing(self) -> bool:
         """Whether every frame up to the block's end still has its own slot."""
-        return self.static and self.start + self.frames <= self.slots
+        return self.static and self.end <= self.slots
 
     @property
     def visible_tokens(self) -> jax.Array | None:
         """How many of the keys that `read` gives are there, first ones first; None for all of
         them.
         """
-        return (
-            self.frame_tokens * jnp.minimum(self.start + self.frames, self.slots)
-            if self.partial
-            else None
-        )
+        return self.frame_tokens * jnp.minimum(self.end, self.slots) if self.partial else None
 
     @property
     def raw_frames(self) -> int:
@@ -156,7 +157,9 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 
-def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int):
+def past_frames(
+    cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int
+) -> KeyValues:
     """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames
     before `start`.
 
@@ -171,7 +174,7 @@ def past_frames(cache: Cache, layer, layout: Layout, start, frame_tokens: int, r
         framed = part.reshape(part.shape[0], slots, frame_tokens, *part.shape[2:])
         return framed[:, places].reshape(part.shape[0], -1, *part.shape[2:])
 
-    return take(cache.k), take(cache.v)
+    return KeyValues(take(cache.k), take(cache.v))
 
 
 def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) -> Cache:
@@ -245,21 +248,19 @@ def restart(
     )
 
 
-def rewrite(cache: Cache, layer, k, v, layout: Layout, end, frame_tokens: int, skip: int) -> Cache:
-    """Put keys and values [B, n L, A, K] of the last n frames into the places of one layer, but for
-    the first `skip`.
+def rewrite(cache: Cache, layer, k, v, view: View, skip: int) -> Cache:
+    """Put keys and values [B, n L, A, K] into every place of one layer that is in use.
 
-    n is min(end, slots): every place that is in use. `end` as in `restart`.
+    view: the last n frames, n = min(end, slots). The first `skip` places keep what they hold.
     """
-    slots, count = frames_of(cache, frame_tokens), k.shape[1] // frame_tokens
-    place = jnp.argsort(_slot_of(_frames_in_order(layout, end, slots), layout, slots)[:count])[
-        skip:
-    ]
-    tokens = (place[:, None] * frame_tokens + jnp.arange(frame_tokens)[None]).reshape(-1)
+    length = view.frame_tokens
+    slots = _slot_of(_frames_in_order(view.layout, view.end, view.slots), view.layout, view.slots)
+    place = jnp.argsort(slots[: view.frames])[skip:]
+    tokens = (place[:, None] * length + jnp.arange(length)[None]).reshape(-1)
 
     def put(buffer, new):
         new = new[None, :, tokens].astype(buffer.dtype)
-        return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, skip * frame_tokens, 0, 0))
+        return jax.lax.dynamic_update_slice(buffer, new, (layer, 0, skip * length, 0, 0))
 
     return Cache(put(cache.k, k), put(cache.v, v))
 
@@ -343,7 +344,7 @@ def _visible_slots(view):
     """Slot ranges that hold the frames the block sees."""
     if not view.growing:
         return ((0, view.slots),)
-    end = view.start + view.frames
+    end = view.end
     if view.layout.faithful_sinks:
         end = min(max(end, view.layout.sink), view.slots)
     return view.layout.visible(end)

@@ -1,12 +1,14 @@
-"""The causal Wan video DiT: one network for every family, sizes from WanConfig (spec/model.md 3).
+"""The causal Wan video DiT: one network for every family, sizes from WanConfig (docs/models.md).
 
-Three ways to run it: `__call__`, the uncached block-causal forward over all frames; `context`, the
-same over a clean video, returning the keys and values that a noisy forward reads; `step`, one block
-against the cache of a rollout.
+There are three ways to run it. `__call__` is the uncached block-causal forward over all frames.
+`context` is the same over a clean video; it returns the keys and values that a noisy forward reads.
+`step` runs one block against the key-value cache of a rollout.
+
+Adapters are given in the form of `lora.scaled`, or as None for the base.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,29 +17,26 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm
-from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
-from astrolabe_jax.models.wan.attention import attention, block_causal_attention, window_attention
+from astrolabe_jax.models.wan.attention import (
+    KeyValues,
+    PastKeys,
+    attention,
+    attention_of,
+    block_causal_attention,
+    window_attention,
+)
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of every layer, [layers, B, tokens, A, K]: of a prompt, or of a clean
-    video.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-
 class Past(NamedTuple):
-    """What a window of a long video sees of the frames before it (spec/streaming.md 4)."""
+    """What a window of a long video sees of the frames before it (docs/streaming.md, Prefix)."""
 
-    cache: kv.Cache  # of a rollout to frame `start`: for each prompt, or for each sample
-    # frames so far in the cache's count; traced, so that one program serves every window
-    start: jax.Array
-    # rotary, [W] of the window, of which x may be the first frames; None: numbers
+    cache: kv.Cache  # of a rollout to frame `start`: one row a prompt, or one a sample
+    start: jax.Array  # [] int32, frames so far in the cache's count; traced: one program for all
+    # [W] int32 rotary positions of the window, of which x may be the first frames; None: the
+    # numbers of the frames
     positions: jax.Array | None = None
 
 
@@ -168,14 +167,21 @@ class WanTransformer(nnx.Module):
         self.head = Head(config, rngs=rngs)
         self.config = config
 
-    def encode_text(self, text, adapter=None, lora_scale=1.0) -> KeyValues:
-        """Cross-attention keys and values of the prompts, made once per prompt and passed to every
-        call.
+    def encode_text(self, text, adapter=None) -> KeyValues:
+        """Return the cross-attention keys and values of prompts, to be passed to every call.
 
-        text [B, S, E], zero beyond the prompt; fewer than config.text_len rows are padded with
-        zeros. All rows are attended to, as in the published models (spec/model.md 3.3).
+        They are [layers, B, text_len, A, K]. All rows are attended to, as in the published models
+        (docs/models.md, Text).
+
+        Args:
+          text: embeddings [B, S, E], zero beyond the prompt; fewer than config.text_len rows are
+            padded with zeros.
+
+        Raises:
+          ValueError: for more rows, or another width.
         """
-        rows, limit = text.shape[1], self.config.text_len
+        rows = text.shape[1]
+        limit = self.config.text_len
         if rows > limit or text.shape[2] != self.config.text_dim:
             raise ValueError(
                 f"text embeddings are {text.shape}, expected [B, at most {limit}, "
@@ -187,11 +193,10 @@ class WanTransformer(nnx.Module):
 
         def body(_, xs):
             layer, adapter = xs
-            return None, nnx.merge(graphdef, layer).keys_values(
-                tokens, _lora_by_part(adapter)["cross_attn"]
-            )
+            lora = _lora_by_part(adapter)["cross_attn"]
+            return None, nnx.merge(graphdef, layer).keys_values(tokens, lora)
 
-        _, (k, v) = jax.lax.scan(body, None, (layers, scaled(adapter, lora_scale)))
+        _, (k, v) = jax.lax.scan(body, None, (layers, adapter))
         return KeyValues(k, v)
 
     def __call__(
@@ -200,46 +205,51 @@ class WanTransformer(nnx.Module):
         t,
         text: KeyValues,
         adapter=None,
-        lora_scale=1.0,
         *,
         layout: Layout,
         context: KeyValues | None = None,
         past: Past | None = None,
     ):
-        """Velocity [B, F, C, H, W] (dtype of x) of a block-causal forward; the last block may be
-        short.
+        """Return the velocity [B, F, C, H, W] (dtype of x) of a block-causal forward.
 
-        x [B, F, C, H, W] noisy latents; t [B, F] in [0, 1000]; text: from encode_text with the same
-        adapter. layout: blocks, window and sink; the published training mask has no sink and no
-        `max_global` (spec/model.md 7.1). context: from `context`; earlier blocks are then read
-        clean (teacher forcing) and each block sees only itself noisy. past: x are the frames behind
-        it, whole blocks of a longer video (spec/streaming.md 6).
+        Args:
+          x: noisy latents [B, F, C, H, W]; the last block may be short.
+          t: timesteps [B, F] in [0, 1000].
+          text: from `encode_text` with the same adapter.
+          layout: blocks, window and sink.
+          context: from `context`. Earlier blocks are then read clean (teacher forcing), and each
+            block sees only itself noisy.
+          past: x are the frames behind it, whole blocks of a longer video.
         """
-        velocity, _ = self._forward(
-            x, t, text, adapter, lora_scale, layout, context, past, keep=False
-        )
-        return velocity
+        tokens, grid = self._embed(x)
+        attend = self._training_attention(x.shape[1], grid, layout, past)
+        tokens, e, _, _ = self._layers(tokens, t, text, adapter, attend, context=context)
+        return self._unembed(self.head(tokens, e), x, grid)
 
     def context(
         self,
         clean,
         text: KeyValues,
         adapter=None,
-        lora_scale=1.0,
         *,
         layout: Layout,
         t=0.0,
         past: Past | None = None,
-    ):
-        """Keys and values [layers, B, F L, A, K] of a clean video [B, F, C, H, W] run
-        block-causally at timestep t.
+    ) -> KeyValues:
+        """Return keys and values [layers, B, F L, A, K] of a clean video, run block-causally.
 
-        They equal what a rollout of the same frames leaves in its cache. Pass them to __call__ as
-        they are, or under stop_gradient. t: the rollout's context noise, a scalar or one [B] a
-        sample. past: as in __call__.
+        They equal what a rollout of the same frames leaves in its cache. Pass them to `__call__` as
+        they are, or under stop_gradient.
+
+        Args:
+          clean: latents [B, F, C, H, W].
+          t: timestep at which they are read, the rollout's context noise: a scalar, or [B].
+          past: as in `__call__`.
         """
-        t = _of_frames(t, clean)
-        _, kept = self._forward(clean, t, text, adapter, lora_scale, layout, None, past, keep=True)
+        tokens, grid = self._embed(clean)
+        attend = self._training_attention(clean.shape[1], grid, layout, past, keep=True)
+        t = _every_frame(t, clean)
+        _, _, _, kept = self._layers(tokens, t, text, adapter, attend)
         return KeyValues(*kept)
 
     def reencode(
@@ -250,79 +260,66 @@ class WanTransformer(nnx.Module):
         text: KeyValues,
         start,
         adapter=None,
-        lora_scale=1.0,
         *,
         layout: Layout,
     ) -> kv.Cache:
-        """A cache like that of a rollout to frame `start`, from latents alone and in one pass
-        (spec/streaming.md 5.2).
+        """Return a cache like that of a rollout to frame `start`, from latents alone, in one pass.
 
-        first [B, kept, C, H, W]: the frames of the sink; recent [B, n, C, H, W]: the n frames
-        before `start`, whole blocks, anything where there are fewer; t, a scalar or [B]: timestep
-        at which they are read. It is not the rollout's cache: that has seen frames that are evicted
-        by now. ValueError unless n is whole blocks, as capacity - sink must be, too.
+        It is not the rollout's cache: that one has seen frames that are evicted by now
+        (docs/streaming.md, Re-encoding).
+
+        Args:
+          first: [B, sink, C, H, W], the frames of the sink.
+          recent: [B, n, C, H, W], the n frames before `start`, whole blocks; anything where there
+            are fewer.
+          t: timestep at which they are read, a scalar or [B].
+
+        Raises:
+          ValueError: unless n is whole blocks, as the window less the sink must be, too.
         """
-        (batch, count, *_), kept = recent.shape, layout.kept
-        if (
-            count % layout.block
-            or (layout.capacity - kept) % layout.block
-            or first.shape[1] != kept
-        ):
+        batch, count = recent.shape[:2]
+        sink = layout.kept
+        whole = count % layout.block == 0 and (layout.capacity - sink) % layout.block == 0
+        if not whole or first.shape[1] != sink:
             raise ValueError(
-                f"a window of {layout.capacity} frames with a sink of {kept} cannot be encoded "
+                f"a window of {layout.capacity} frames with a sink of {sink} cannot be encoded "
                 f"again from {first.shape[1]} + {count} frames: beside the sink it must be whole "
                 f"blocks of {layout.block}"
             )
         length = math.prod(self.config.grid(recent.shape[3:]))
         cache = kv.empty_cache(self.config, batch, layout.capacity, recent.shape[3:])
-        if kept:
-            sink = self.context(first, text, adapter, lora_scale, layout=layout, t=t)
-            cache = kv.place_frames(cache, *sink, layout, np.arange(kept), length)
+        if sink:
+            made = self.context(first, text, adapter, layout=layout, t=t)
+            cache = kv.place_frames(cache, *made, layout, np.arange(sink), length)
         frames = start - count + jnp.arange(count)
         past = Past(cache, start - count, jnp.clip(frames, 0))
-        t = _of_frames(t, recent)
-        _, made = self._forward(
-            recent, t, text, adapter, lora_scale, layout, None, past, keep=True, recent=0
-        )
-        return kv.place_frames(cache, *made, layout, jnp.where(frames < kept, -1, frames), length)
+        tokens, grid = self._embed(recent)
+        attend = self._training_attention(count, grid, layout, past, keep=True, recent=0)
+        t = _every_frame(t, recent)
+        _, _, _, made = self._layers(tokens, t, text, adapter, attend)
+        frames = jnp.where(frames < sink, -1, frames)
+        return kv.place_frames(cache, *made, layout, frames, length)
 
-    def step(
-        self,
-        x,
-        t,
-        text: KeyValues,
-        cache: kv.Cache,
-        start,
-        adapter=None,
-        lora_scale=1.0,
-        *,
-        layout: Layout,
-        first_pass=True,
-        positions=None,
-        aligned: bool = True,
-        partial: bool = False,
-    ):
-        """One pass of one block through the cache: (velocity [B, P, C, H, W], cache with the
-        block's keys written).
+    def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
+        """Run one block through the cache once.
 
-        start: first frame of the block. A Python int reads exactly the frames that exist; a traced
-        start is allowed once the cache is full (start + P >= its frames), and anywhere if it may be
-        `partial`ly full. first_pass matters to layout.faithful_sinks only. positions [P]: rotary
-        positions of the frames, their numbers by default. aligned: see kv.View.
+        Returns the velocity [B, P, C, H, W] and the cache with the block's keys written.
+
+        Args:
+          x: latents [B, P, C, H, W] of the block; t: timesteps [B, P].
+          view: where the block stands in the cache.
+          first: whether this is the block's first pass; it matters to faithful sinks only.
         """
         tokens, grid = self._embed(x)
-        frames, length = x.shape[1], grid[0] * grid[1]
-        view = kv.View(layout, length, kv.frames_of(cache, length), start, frames, aligned, partial)
-        positions = start + jnp.arange(frames) if positions is None else positions
+        frames = view.start + jnp.arange(view.frames)
+        positions = frames if view.positions is None else view.positions
         table = rope_table(positions, grid, self.config.head_dim)
-        stored_table = (
-            _stored_table(table, start + jnp.arange(frames), layout) if partial else table
-        )
-        sink_table = self._sink_table(layout, start + frames, grid)
+        stored_table = _stored_table(table, frames, view.layout) if view.partial else table
+        sink_table = self._sink_table(view.layout, view.end, grid)
 
         def attend(q, k, v, cache, layer, _):
-            k = self._stored_keys(k, stored_table, view.raw_frames, length)
-            cache = kv.write(cache, layer, k, v, view, first_pass)
+            k = _stored_keys(k, stored_table, view.raw_frames * view.frame_tokens)
+            cache = kv.write(cache, layer, k, v, view, first)
             keys, values = kv.read(cache, layer, view, sink_table)
             y = attention(
                 rotate(q, table),
@@ -333,151 +330,123 @@ class WanTransformer(nnx.Module):
             )
             return y, cache, None
 
-        tokens, e, cache, _ = self._layers(
-            tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache
-        )
+        tokens, e, cache, _ = self._layers(tokens, t, text, adapter, attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
 
-    def recache(
-        self,
-        x,
-        t,
-        text: KeyValues,
-        cache: kv.Cache,
-        end,
-        positions,
-        adapter=None,
-        lora_scale=1.0,
-        *,
-        layout: Layout,
-        skip: int = 0,
-    ):
-        """Makes the keys of the cache anew, for another prompt: (velocity [B, n, C, H, W], cache);
-        sampling.md 8.
+    def recache(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, skip=0):
+        """Compute the keys of the cache anew, for another prompt (docs/streaming.md, Scene changes).
 
-        x [B, n, C, H, W]: the last n frames before frame `end`, clean, one for every place of the
-        cache that is in use, min(end, its frames); positions [n]: their rotary positions; t [B, n].
-        They attend to each other without a mask. skip: first places, of the sink, that keep their
-        keys; frames with those places only look on. `end` is a Python int, or traced once the cache
-        is full.
+        Returns the velocity [B, n, C, H, W] and the cache. The frames attend to each other without
+        a mask.
+
+        Args:
+          x: [B, n, C, H, W], clean, one frame for every place of the cache that is in use.
+          t: timesteps [B, n].
+          view: the n frames as one block, with their rotary positions. Its start is a Python int,
+            or traced once the cache is full.
+          skip: first places, of the sink, that keep their keys; the frames with those places only
+            look on.
         """
         tokens, grid = self._embed(x)
-        length, count = grid[0] * grid[1], x.shape[1]
-        view = kv.View(layout, length, kv.frames_of(cache, length), end - count, count)
-        table, sink_table = (
-            rope_table(positions, grid, self.config.head_dim),
-            self._sink_table(layout, end, grid),
-        )
-        raw = min(layout.kept, count) if layout.sink_moves else 0
+        length = view.frame_tokens
+        table = rope_table(view.positions, grid, self.config.head_dim)
+        sink_table = self._sink_table(view.layout, view.end, grid)
+        raw = min(view.layout.kept, view.frames) if view.layout.sink_moves else 0
 
         def attend(q, k, v, cache, layer, _):
-            stored = self._stored_keys(k, table, raw, length)
-            cache = kv.rewrite(cache, layer, stored, v, layout, end, length, skip)
+            cache = kv.rewrite(cache, layer, _stored_keys(k, table, raw * length), v, view, skip)
             keys, values = kv.read(cache, layer, view, sink_table)
 
-            # one frame at a time: all at once would need the scores of the whole window
-            def of_frame(queries):
+            def one_frame(queries):  # all at once would need the scores of the whole window
                 return attention(queries, keys, values, backend=self.config.attention)
 
-            queries = jnp.moveaxis(
-                rotate(q, table).reshape(q.shape[0], count, length, *q.shape[2:]), 1, 0
-            )
-            return jnp.moveaxis(jax.lax.map(of_frame, queries), 0, 1).reshape(q.shape), cache, None
+            framed = rotate(q, table).reshape(q.shape[0], view.frames, length, *q.shape[2:])
+            y = jax.lax.map(one_frame, jnp.moveaxis(framed, 1, 0))
+            return jnp.moveaxis(y, 0, 1).reshape(q.shape), cache, None
 
-        tokens, e, cache, _ = self._layers(
-            tokens, t, text, scaled(adapter, lora_scale), attend, cache=cache
-        )
+        tokens, e, cache, _ = self._layers(tokens, t, text, adapter, attend, cache=cache)
         return self._unembed(self.head(tokens, e), x, grid), cache
 
     def _sink_table(self, layout, end, grid):
-        """Rotary table of a moving sink, as the block that ends at `end` sees it; None if it does
-        not move.
-        """
+        """Return the rotary table of a moving sink for the block that ends at frame `end`, or None."""
         if not layout.sink_moves:
             return None
         return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
-    def _forward(self, x, t, text, adapter, lora_scale, layout, context, past, keep, recent=None):
-        """Velocity and, to `keep`, the keys as they are stored and values. recent: see
-        `_attend_window`.
-        """
-        tokens, grid = self._embed(x)
-        attend = (
-            self._attend_video
-            if past is None
-            else functools.partial(self._attend_window, past, recent)
-        )
-        attend = attend(x.shape[1], grid, layout, keep)
-        tokens, e, _, kept = self._layers(
-            tokens, t, text, scaled(adapter, lora_scale), attend, context=context
-        )
-        return self._unembed(self.head(tokens, e), x, grid), kept
+    def _training_attention(
+        self, frames: int, grid, layout: Layout, past: Past | None, keep: bool = False, recent=None
+    ) -> Callable:
+        """Return the self-attention of a forward without a cache of its own.
 
-    def _attend_window(self, past, recent, frames, grid, layout, keep):
-        """The self-attention of `frames` frames behind a past, of which `recent` are there (all
-        that are seen).
+        keep: also return the keys as a rollout stores them, and values. recent: see
+        `_window_attention`.
         """
-        length, head_dim = grid[0] * grid[1], self.config.head_dim
+        if past is None:
+            run = self._video_attention(frames, grid, layout)
+        else:
+            run = self._window_attention(frames, grid, layout, past, recent)
+
+        def attend(q, k, v, cache, layer, context):
+            y, stored = run(q, k, v, layer, context)
+            return y, cache, (stored, v) if keep else None
+
+        return attend
+
+    def _window_attention(self, frames, grid, layout, past: Past, recent: int | None) -> Callable:
+        """Return the self-attention of `frames` frames behind a past.
+
+        recent: frames that are read of the past besides the sink; None: all that are in sight.
+        """
         if frames % layout.block:
             raise ValueError(f"a window of {frames} frames is not whole blocks of {layout.block}")
-        recent = max(layout.capacity - layout.kept - layout.block, 0) if recent is None else recent
+        length = grid[0] * grid[1]
+        if recent is None:
+            recent = max(layout.capacity - layout.kept - layout.block, 0)
         numbers = past.start + jnp.arange(frames)
-        table = rope_table(
-            numbers if past.positions is None else past.positions[:frames], grid, head_dim
-        )
-        stored_table, sink_tables = _stored_table(table, numbers, layout), None
+        positions = numbers if past.positions is None else past.positions[:frames]
+        table = rope_table(positions, grid, self.config.head_dim)
+        stored_table = _stored_table(table, numbers, layout)
+        sink_tables = None
         if layout.sink_moves:
             ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
             sink_tables = [self._sink_table(layout, end, grid) for end in ends]
 
-        def attend(q, k, v, cache, layer, context):
+        def run(q, k, v, layer, context):
             k = rotate(k, stored_table)
             before = kv.past_frames(past.cache, layer, layout, past.start, length, recent)
             y = window_attention(
                 rotate(q, table),
-                k,
-                v,
-                before,
-                past.start,
+                KeyValues(k, v),
+                PastKeys(before, past.start, length),
                 layout,
-                length,
-                context=context,
-                sink_tables=sink_tables,
-                backend=self.config.attention,
-                remat=self.config.remat,
+                attention_of(self.config),
+                context,
+                sink_tables,
             )
-            return y, cache, (k, v) if keep else None
+            return y, k
 
-        return attend
+        return run
 
-    def _attend_video(self, frames, grid, layout, keep):
-        """The self-attention of a whole video of `frames` frames."""
-        blocks, length, head_dim = layout.blocks(frames), grid[0] * grid[1], self.config.head_dim
-        table = rope_table(jnp.arange(frames), grid, head_dim)
+    def _video_attention(self, frames, grid, layout) -> Callable:
+        """Return the self-attention of a whole video of `frames` frames."""
+        blocks = layout.blocks(frames)
+        length = grid[0] * grid[1]
+        table = rope_table(jnp.arange(frames), grid, self.config.head_dim)
         sink = min(layout.kept, frames) if layout.sink_moves else 0
         sink_tables = None
         if sink:
-            sink_tables = [
-                rope_table(block.shift + jnp.arange(sink), grid, head_dim) for block in blocks
-            ]
+            starts = [block.shift + jnp.arange(sink) for block in blocks]
+            sink_tables = [rope_table(start, grid, self.config.head_dim) for start in starts]
 
-        def attend(q, k, v, cache, layer, context):
-            k = self._stored_keys(k, table, sink, length)
+        def run(q, k, v, layer, context):
+            k = _stored_keys(k, table, sink * length)
+            attend = attention_of(self.config)
             y = block_causal_attention(
-                rotate(q, table),
-                k,
-                v,
-                blocks,
-                length,
-                context=context,
-                sink=sink,
-                sink_tables=sink_tables,
-                backend=self.config.attention,
-                remat=self.config.remat,
+                rotate(q, table), KeyValues(k, v), blocks, attend, context, sink_tables
             )
-            return y, cache, (k, v) if keep else None
+            return y, k
 
-        return attend
+        return run
 
     def _layers(self, tokens, t, text, adapter, attend, *, cache=None, context=None):
         """Scan over the layers. The cache, if any, is carried, so that it is updated in place."""
@@ -540,19 +509,17 @@ class WanTransformer(nnx.Module):
         )
         return patches.reshape(like.shape).astype(like.dtype)
 
-    def _stored_keys(self, k, table, raw_frames, frame_tokens):
-        """Keys as they are cached: rotated, but for the leading frames that belong to a moving
-        sink.
-        """
-        raw = raw_frames * frame_tokens
-        if raw == 0:
-            return rotate(k, table)
-        rotated = rotate(k[:, raw:], tuple(part[raw:] for part in table))
-        return jnp.concatenate([k[:, :raw], rotated], axis=1)
+
+def _stored_keys(k, table, raw: int):
+    """Return keys as they are cached: rotated, but for the first `raw` tokens, of a moving sink."""
+    if raw == 0:
+        return rotate(k, table)
+    cos, sin = table
+    return jnp.concatenate([k[:, :raw], rotate(k[:, raw:], (cos[raw:], sin[raw:]))], axis=1)
 
 
-def _of_frames(t, x):
-    """A timestep, a scalar or [B], for every frame of x [B, F, ...]."""
+def _every_frame(t, x):
+    """Return a timestep, a scalar or [B], for every frame of x: [B, F]."""
     return jnp.broadcast_to(jnp.asarray(t, jnp.float32).reshape(-1, 1), x.shape[:2])
 
 

@@ -1,6 +1,4 @@
-"""From a config and a directory to a run: everything is read and checked here, before anything is
-compiled.
-"""
+"""From a config and a directory to a run: everything is read and checked before compilation."""
 
 import contextlib
 import functools
@@ -28,33 +26,53 @@ from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
-from astrolabe_jax.streaming.scenes import Rules, Story
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.streaming.scenes import Rules, Scene
+from astrolabe_jax.types import Policy, RngStream, Timeline
 from astrolabe_jax.update import training_layout
 
 
 class Run(NamedTuple):
-    """What stays the same from the first epoch to the last."""
+    """What stays the same from the first epoch to the last.
+
+    A run that is only planned (plan.py) has shapes in place of arrays, and no prompts.
+    """
 
     config: ConfigDict
     workdir: Path
     identity: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
     base: Base  # with its parameters on the mesh
-    layout: Layout
-    sampler: Sampler
-    mesh: Mesh
-    latent_shape: tuple[int, int, int, int]  # F, C, H, W
+    layout: Layout  # blocks, window, sink
+    sampler: Sampler  # denoising steps
+    mesh: Mesh | jax.sharding.AbstractMesh
+    latent_shape: tuple[int, int, int, int]  # (F, C, H, W), F to the end of the last window
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
     adapter: dict  # of every policy before the first epoch; on the host
-    # latent frames at which a trained window may begin; () where whole videos are trained
-    starts: tuple[int, ...]
+    starts: tuple[int, ...]  # latent frames at which a trained window may begin; whole videos: 0
     panel: Panel  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
         """alpha / R."""
         return self.config.lora.alpha / self.config.lora.rank
+
+    @property
+    def window(self) -> int:
+        """Latent frames that an epoch trains on: the window, or the whole video."""
+        return self.config.streaming.window or self.latent_shape[0]
+
+    def policy(self, adapter: dict) -> Policy:
+        """Return what videos are sampled from."""
+        net = self.base.transformer
+        return Policy(
+            net.params,
+            adapter,
+            net.graphdef,
+            net.config,
+            self.layout,
+            self.sampler,
+            self.lora_scale,
+        )
 
 
 def prepare(config: ConfigDict, workdir: Path | str) -> Run:
@@ -148,14 +166,16 @@ def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
     """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are
     read.
     """
-    with blame("config.base"):
+    with error_prefix("config.base"):
         sizes = bases.configs(config.base, config.model.size, **numerics(config))
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
 def load_base(config: ConfigDict, mesh: Mesh) -> Base:
     """The base model of a config, with its parameters on the mesh. Raises ValueError or OSError."""
-    with blame("config.base and config.transformer" if config.transformer else "config.base"):
+    with error_prefix(
+        "config.base and config.transformer" if config.transformer else "config.base"
+    ):
         return bases.load_base(
             config.base,
             size=config.model.size,
@@ -183,20 +203,21 @@ def geometry(
     Raises ValueError, naming the fields, where they do not fit each other.
     """
     layout, sampler, size = layout_of(config), sampler_of(config), latent_size(config, sizes)
-    with blame("config.video.frames"):
+    with error_prefix("config.video.frames"):
         frames = sizes["vae"].latent_frames(config.video.frames)
-    with blame("config.video.frames and config.model"):
+    with error_prefix("config.video.frames and config.model"):
         layout.check_frames(frames)
-    last = max(window_starts(config, frames), default=None)
-    with blame("config.loss.mask_block"):
-        training_layout(config, layout).check_frames(config.streaming.window or frames)
-    return layout, sampler, (frames if last is None else last + config.streaming.window, *size)
+    last = max(window_starts(config, frames))
+    window = config.streaming.window or frames
+    with error_prefix("config.loss.mask_block"):
+        training_layout(config, layout).check_frames(window)
+    return layout, sampler, (last + window, *size)
 
 
 def layout_of(config: ConfigDict) -> Layout:
     """Blocks, window and sink."""
     model = config.model
-    with blame("config.model"):
+    with error_prefix("config.model"):
         return Layout(
             model.block,
             model.window,
@@ -213,98 +234,112 @@ def sampler_of(config: ConfigDict) -> Sampler:
     settings = config.sampler
     schedule = Schedule(shift=settings.shift)
     steps = tuple(float(t) for t in settings.steps)
-    with blame("config.sampler"):
+    with error_prefix("config.sampler"):
         steps = warp(steps, schedule) if settings.warp else steps
         return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
 
 
 def rules_of(config: ConfigDict) -> Rules:
-    """How scenes follow each other."""
-    scenes = config.scenes
-    return Rules(scenes.transition, scenes.cut, scenes.global_sink, scenes.published)
+    """Return how scenes follow each other."""
+    settings = config.scenes
+    return Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
 
 
-def story_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Story:
-    """What a prompt tells in the first `frames` latent frames of a long video."""
-    return scenes.story(prompt, frames, layout, rules_of(config), config.video.fps)
+def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Timeline:
+    """Return the timeline of the first `frames` latent frames of a video of `prompt`.
+
+    Where windows are trained, a prompt may be a scene string; elsewhere it is taken literally.
+    """
+    parts = scenes_of(config, layout, prompt)
+    return scenes.timeline_of(parts, frames, layout, rules_of(config))
+
+
+def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[Scene]:
+    """Return the scenes of a prompt, see `timeline_of`."""
+    if not config.streaming.window:
+        return [Scene(prompt, 0.0, 0, False)]
+    parse = scenes.parse_published if config.scenes.published else scenes.parse
+    return parse(prompt, layout.block, config.video.fps)
 
 
 def _window_starts(
-    config: ConfigDict, layout: Layout, sizes: Mapping[str, Any], lists: Mapping[str, Sequence[str]]
+    config: ConfigDict,
+    layout: Layout,
+    sizes: Mapping[str, Any],
+    lists: Mapping[str, Sequence[str]],
 ) -> tuple[int, ...]:
-    """Where windows may begin: nowhere does a prompt of the training list change inside of one
-    (streaming.md 9).
+    """Return where windows may begin: in none does a prompt of the training list change.
 
     Raises ValueError for scenes that cannot be trained on, with the line at fault.
     """
     frames = sizes["vae"].latent_frames(config.video.frames)
     starts = window_starts(config, frames)
-    if not starts:
-        return ()
-    with blame("config.eval.frames"):
+    if not config.streaming.window:
+        return starts
+    with error_prefix("config.eval.frames"):
         shown = sizes["vae"].latent_frames(eval_frames(config))
         layout.check_frames(shown)
     for name, length in (("train", frames), ("test", shown)):
         first = None
         for number, line in enumerate(lists[name], start=1):
-            with blame(f"config.prompts.{name}: line {number}"):
-                told = story_of(config, layout, line, length)
-                first = first or told
-                _check_story(config, told, first, length)
+            with error_prefix(f"config.prompts.{name}: line {number}"):
+                timeline = timeline_of(config, layout, line, length)
+                first = first or timeline
+                _check_timeline(config, timeline, first, length)
                 if name == "train":
-                    starts = _without_change(config, starts, told)
+                    starts = _without_change(config, starts, timeline)
     return starts
 
 
-def _check_story(config: ConfigDict, told: Story, first: Story, frames: int) -> None:
-    """ValueError for a story that streams cannot tell together with others, such as that of the
-    first line.
-    """
+def _check_timeline(config: ConfigDict, timeline: Timeline, first: Timeline, frames: int) -> None:
+    """Raise ValueError for a timeline that cannot be sampled with others, such as `first`."""
     streaming = config.streaming
-    if told.steps[-1].scene != len(told.prompts) - 1:
+    if timeline.blocks[-1].scene != len(timeline.prompts) - 1:
         raise ValueError(
             f"the {frames} latent frames of a video are over before its last scene; raise "
             "config.video.frames, or for held-out videos config.eval.frames"
         )
-    if told.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
+    if timeline.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
         raise ValueError(
             "its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'"
         )
-    if any(step.change and step.change.keep is not None for step in told.steps) and (
-        streaming.prefix != "rollout_old" or streaming.recache_on_update
-    ):
+    reencodes = streaming.prefix != "rollout_old" or streaming.recache_on_update
+    restarts = any(
+        block.change is not None and block.change.keep is not None for block in timeline.blocks
+    )
+    if restarts and reencodes:
         raise ValueError(
             "a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be "
             "made anew; expected scenes.transition 'recache', or streaming.prefix 'rollout_old' "
             "without recache_on_update"
         )
-    if _places(told) != _places(first):
+    if _places(timeline) != _places(first):
         raise ValueError(
-            f"its prompt changes at the latent frames {told.changes}, that of line 1 at "
+            f"its prompt changes at the latent frames {timeline.changes}, that of line 1 at "
             f"{first.changes}; flushes and hard cuts must come at the same frames in all lines; or "
             "use scenes.transition 'recache' and no #"
         )
 
 
-def _places(told: Story) -> list:
-    """Where the blocks stand in the cache, and what it keeps before them: alike for all that is
-    sampled together.
-    """
-    keeps = [step.change and step.change.keep for step in told.steps]
+def _places(timeline: Timeline) -> list:
+    """Return where the blocks stand in the cache, and what it keeps before them."""
     return [
-        (step.start, step.positions, step.aligned, keep)
-        for step, keep in zip(told.steps, keeps, strict=True)
+        (block.start, block.positions, block.aligned, block.change and block.change.keep)
+        for block in timeline.blocks
     ]
 
 
-def _without_change(config: ConfigDict, starts: tuple[int, ...], told: Story) -> tuple[int, ...]:
+def _without_change(
+    config: ConfigDict, starts: tuple[int, ...], timeline: Timeline
+) -> tuple[int, ...]:
+    """Return those starts from which no prompt of a timeline changes inside of the window."""
     window = config.streaming.window
-    left = tuple(s for s in starts if not any(s < change < s + window for change in told.changes))
+    changes = timeline.changes
+    left = tuple(s for s in starts if not any(s < change < s + window for change in changes))
     if not left or (left != starts and config.streaming.mode == "progressive"):
         raise ValueError(
-            f"its prompt changes at the latent frames {told.changes}, inside of a window of "
-            f"{window} from {next(s for s in starts if s not in left)}; let scenes begin where "
-            "windows do"
+            f"its prompt changes at the latent frames {changes}, inside of a window of {window} "
+            f"from {next(s for s in starts if s not in left)}; let scenes begin where windows do"
         )
     return left
 
@@ -326,22 +361,19 @@ def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int,
 def _prompts(
     config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int
 ) -> tuple[str, ...]:
-    def parts(line: str) -> Sequence[str]:
-        """The prompts of a line, which has scenes where windows of long videos are trained."""
-        return (
-            story_of(config, layout_of(config), line, 1).prompts
-            if config.streaming.window
-            else (line,)
-        )
+    """Return the prompts of config.prompts.NAME, at least `least`, each one checked."""
+    layout = layout_of(config)
 
     def check(line: str) -> None:
-        for part in parts(line):
-            rewards.check_prompt(list(config.rewards), part)
+        for scene in scenes_of(config, layout, line):
+            rewards.check_prompt(list(config.rewards), scene.prompt)
 
     def tokens(line: str) -> int:
-        return max(len(token_ids(tokenizer, part)) for part in parts(line))
+        return max(
+            len(token_ids(tokenizer, scene.prompt)) for scene in scenes_of(config, layout, line)
+        )
 
-    with blame(f"config.prompts.{name}"):
+    with error_prefix(f"config.prompts.{name}"):
         lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
         if len(lines) < least:
             raise ValueError(
@@ -356,9 +388,9 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
     lora, net = config.lora, base.transformer.config
     dtype = jnp.dtype(lora.dtype)
     if not lora.init:
-        key = jax.random.fold_in(jax.random.key(config.seed), Purpose.ADAPTER)
+        key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)
         return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
-    with blame("config.lora.init"):
+    with error_prefix("config.lora.init"):
         adapter, scale = load_lora(lora.init, net, lora.rank, dtype)
         if scale != lora.alpha / lora.rank:
             raise ValueError(
@@ -373,7 +405,7 @@ def _hash(pieces: Iterable[bytes]) -> str:
 
 
 @contextlib.contextmanager
-def blame(field: str) -> Iterator[None]:
+def error_prefix(field: str) -> Iterator[None]:
     """Puts the field at fault in front of an error's message."""
     try:
         yield

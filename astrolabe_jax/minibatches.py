@@ -1,0 +1,120 @@
+"""How an epoch's samples are cut into optimizer steps and microbatches, with their noise levels.
+
+Whole numbers and random bits on the host; everything derives from (seed, epoch, pass), so that it
+is the same on all devices and after a resume.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from astrolabe_jax import losses
+from astrolabe_jax.config import piece, rounds, shares_prefix
+from astrolabe_jax.schedule import Schedule, warp
+from astrolabe_jax.types import RngStream
+
+
+class PassPlan(NamedTuple):
+    """One pass over an epoch's samples; arrays [optimizer steps, m, B]."""
+
+    order: np.ndarray  # int, which sample
+    t: np.ndarray  # float32, its timestep in [0, 1000]
+    kl_weight: np.ndarray  # float32, see losses.kl_weights
+
+
+def plan_pass(
+    config: ConfigDict, epoch: int, turn: int, mask: np.ndarray, devices: int = 1
+) -> PassPlan:
+    """Return order, timesteps and KL weights of pass `turn` (from 0) over an epoch's samples.
+
+    Where videos share their prompt's past, a microbatch has equally many of each stream of a round,
+    adjacent, so that each device has the pasts of its samples (docs/streaming.md, Rounds).
+
+    loss.timestep_draw 'stratified': of any len(levels) neighbouring samples of the epoch, aligned,
+    each has another level, and a sample goes through all levels in as many passes. 'batch': one
+    random level per microbatch.
+
+    Args:
+      mask: bool [N], the samples that the KL restrains.
+
+    Raises:
+      ValueError: unless N is whole microbatches in every step.
+    """
+    optimizer = config.optimizer
+    count = len(mask)
+    size = optimizer.microbatch
+    if count % (size * optimizer.steps_per_pass):
+        raise ValueError(
+            f"{count} samples do not fill {optimizer.steps_per_pass} optimizer steps "
+            f"(optimizer.steps_per_pass) with whole microbatches of {size} (optimizer.microbatch)"
+        )
+    order = _order(config, _random_bits(config, epoch, 2 * turn, count), devices)
+    if config.kl.reduction == "epoch":
+        kl_weight = losses.kl_weights(mask)[order]
+    else:
+        microbatches = mask[order].reshape(-1, size)
+        kl_weight = np.concatenate([losses.kl_weights(part) for part in microbatches])
+    t = _timesteps(config, epoch, turn, order)
+    shape = (optimizer.steps_per_pass, -1, size)
+    return PassPlan(order.reshape(shape), t.reshape(shape), kl_weight.reshape(shape))
+
+
+def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
+    """Return a plan with microbatches in pieces that the devices can hold.
+
+    It has the same samples, timesteps and weights.
+    """
+    size = piece(config, plan.order.shape[2], devices)
+    return PassPlan(*(part.reshape(len(part), -1, size) for part in plan))
+
+
+def levels(config: ConfigDict) -> tuple[float, ...]:
+    """Return the timesteps at which the loss is taken (docs/objective.md, Noise levels).
+
+    They are the rollout's, or the raw list for loss.timesteps 'raw', without a final 0 (Krea's
+    sampler has one): there is no noise to predict there, so nothing could be learnt.
+    """
+    steps = tuple(t for t in config.sampler.steps if t > 0)
+    warped = config.loss.timesteps == "warped" and config.sampler.warp
+    return warp(steps, Schedule(shift=config.sampler.shift)) if warped else steps
+
+
+def _timesteps(config: ConfigDict, epoch: int, turn: int, order: np.ndarray) -> np.ndarray:
+    """Return the timestep of each sample in the order of a pass, float32 [N]."""
+    table = np.asarray(levels(config), np.float32)
+    count = len(order)
+    if config.loss.timestep_draw == "batch":
+        size = config.optimizer.microbatch
+        bits = _random_bits(config, epoch, 2 * turn + 1, count // size)
+        return np.repeat(table[bits % np.uint64(len(table))], size)
+    cycle, shift = divmod(turn, len(table))
+    rows = -(-count // len(table))
+    bits = _random_bits(config, epoch, 2 * cycle + 1, rows * len(table)).reshape(rows, -1)
+    strata = np.roll(np.argsort(bits, axis=1, kind="stable"), shift, axis=1)
+    return table[strata.reshape(-1)[order]]
+
+
+def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:
+    """Return a random order [N] of the samples by their random `bits`."""
+    if not shares_prefix(config):
+        return np.argsort(bits, kind="stable")
+    count, streams = rounds(config, devices)
+    by_stream = bits.reshape(count * streams, -1)
+    each = by_stream.shape[1]
+    order = (
+        np.argsort(by_stream, axis=1, kind="stable") + each * np.arange(count * streams)[:, None]
+    )
+    # videos of a stream that are together
+    share = piece(config, config.optimizer.microbatch, devices) // streams
+    return order.reshape(count, streams, -1, share).transpose(2, 0, 1, 3).reshape(-1)
+
+
+def _random_bits(config: ConfigDict, epoch: int, stream: int, count: int) -> np.ndarray:
+    """Return `count` uint64 of a counter-based generator's raw output.
+
+    No numpy release changes it.
+    """
+    key = np.array([config.seed, (RngStream.LOSS << 32) | epoch], np.uint64)
+    counter = np.array([0, 0, 0, stream], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)

@@ -1,0 +1,660 @@
+"""The collector of an epoch: videos in windows, behind a past that the videos of a prompt share.
+
+A whole video is the window that begins at frame 0. Long videos are trained in windows of a few
+blocks: the past of a prompt is sampled once, its candidates fork from it, and gradients end where
+the window begins (docs/streaming.md).
+
+    for each round (config.rounds):
+        prefix = advance_to(start)                  # rollout of the shared past
+        for each piece (config.piece):
+            sample_blocks(fork(prefix))             # rollout of the window
+            decode, score_async                     # decode, rewards; they overlap the next piece
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astrolabe_jax import encode, prompts, sharding
+from astrolabe_jax.config import clip_length, piece, rounds, shares_prefix
+from astrolabe_jax.decode import decode_video
+from astrolabe_jax.models.layers import merge
+from astrolabe_jax.report import Progress
+from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.run import Run, timeline_of
+from astrolabe_jax.runtime import multihost
+from astrolabe_jax.streaming import streams
+from astrolabe_jax.types import (
+    LossPart,
+    PrefixContext,
+    PromptBatch,
+    RngStream,
+    Scores,
+    Segment,
+    StreamState,
+    TrainState,
+    VideoBatch,
+)
+
+WaitForScores = Callable[[], Scores]
+
+
+def window_start(run: Run, epoch: int) -> int:
+    """Return the frame at which an epoch's window begins, from the seed alone."""
+    if run.config.streaming.mode == "progressive":
+        return run.starts[epoch % len(run.starts)]
+    return run.starts[_random(run, RngStream.WINDOW, epoch, 1)[0] % len(run.starts)]
+
+
+def prompt_draw(run: Run, epoch: int) -> int:
+    """Return the number of the drawing of prompts that an epoch takes.
+
+    Progressive streams keep their prompts to the end of their videos.
+    """
+    progressive = run.config.streaming.mode == "progressive"
+    return epoch // len(run.starts) if progressive else epoch
+
+
+def encode_videos(
+    run: Run, batch: PromptBatch, stream: RngStream, epoch: int, frames: int, progress: Progress
+) -> VideoBatch:
+    """Return what the videos of a batch are sampled from: timelines, embeddings, and keys.
+
+    Every distinct prompt is encoded once.
+
+    Args:
+      stream, epoch: of the keys.
+      frames: latent frames of the timelines.
+    """
+    texts = dict.fromkeys(batch.texts)
+    timelines = {text: timeline_of(run.config, run.layout, text, frames) for text in texts}
+    distinct = dict.fromkeys(
+        prompt for timeline in timelines.values() for prompt in timeline.prompts
+    )
+    with progress.phase("encode"):
+        embeddings = encode.encode_prompts(
+            run.base.text, run.base.tokenizer, list(distinct), run.mesh
+        )
+    return VideoBatch(
+        batch,
+        tuple(timelines[text] for text in batch.texts),
+        {prompt: row for row, prompt in enumerate(distinct)},
+        embeddings,
+        prompts.sample_keys(batch, run.config.seed, stream, epoch),
+        traced=bool(run.config.streaming.window),
+    )
+
+
+def begin(run: Run, count: int, frames: int) -> StreamState:
+    """Return the state of `count` videos of `frames` latent frames, at frame 0."""
+    slots = run.layout.capacity
+    if not run.config.streaming.window:
+        slots = min(slots, frames)
+    return streams.begin(run.policy({}), count, slots, run.latent_shape[1:])
+
+
+def block_at(videos: VideoBatch, frame: int) -> int:
+    """Return the number of the block that a latent frame is in."""
+    return sum(plan.frame <= frame for plan in videos.blocks) - 1
+
+
+def blocks_between(videos: VideoBatch, begin: int, end: int) -> range:
+    """Return the numbers of the blocks of the latent frames from `begin` to `end`."""
+    frames = [plan.frame for plan in videos.blocks]
+    return range(
+        sum(frame < begin for frame in frames),
+        sum(frame < end for frame in frames),
+    )
+
+
+def collect(
+    run: Run,
+    adapter: dict,
+    videos: VideoBatch,
+    start: int,
+    begun: list[StreamState],
+    progress: Progress,
+    label: str,
+) -> Segment:
+    """Sample, decode and score an epoch's videos in the window that begins at frame `start`.
+
+    Args:
+      adapter: the policy that samples.
+      begun: the streams of each round, where they have come to `start` before; else they are made.
+      label: of the progress lines.
+
+    Raises:
+      RewardError: for a reward that is not finite.
+      FloatingPointError: for latents that are not finite.
+    """
+    config = run.config
+    policy = run.policy(adapter)
+    shared = shares_prefix(config)
+    stop = start + run.window
+    blocks = blocks_between(videos, start if shared else 0, stop)
+    places = _places(run, videos)
+    share = piece(config, config.sampler.batch, run.mesh.size) // places.shape[1]
+    pieces = []
+    waiting = []
+    order = []
+    prefixes = []
+    whole = []
+    for number, round_places in enumerate(places):
+        own = videos.take(_prefix_videos(run, videos, round_places[:, 0]))
+        first = begun[number] if begun else None
+        prefix, latents_before, frames_before = _advance_to(
+            run, adapter, own, start if shared else 0, first, progress
+        )
+        for i in range(0, round_places.shape[1], share):
+            chosen = round_places[:, i : i + share].reshape(-1)
+            part = videos.take(chosen)
+            with progress.phase("rollout"):
+                state = streams.fork(prefix, share) if shared else prefix
+                decoder = state.decoder if decodes(run) else None
+                latents, _ = sampled(streams.sample_blocks(policy, part, state, blocks))
+                latents = jax.block_until_ready(latents)
+            with progress.phase("decode"):
+                refuse_non_finite(latents, part.prompts_at(blocks[0]), chosen)
+                decoded, _ = _decode(run, latents, decoder)
+                repeated = [np.repeat(frames, share, axis=0) for frames in frames_before]
+                frames = np.concatenate([*repeated, to_host(decoded)], axis=1)
+            waiting.append(_score_clips(run, frames, part, start, chosen, progress))
+            pieces.append(latents)
+            order.append(chosen)
+            progress.tick(label, len(pieces), places.size // len(chosen))
+        if shared:
+            prefixes.append(prefix if _progressive(run) else _loss_prefix(run, prefix))
+        whole.extend(latents_before)
+    back = np.argsort(np.concatenate(order))
+    scores = {name: values[back] for name, values in joined(waiting).items()}
+    return Segment(videos, start, _in_order(pieces, back), scores, prefixes, whole)
+
+
+def score_videos(
+    run: Run, adapter: dict, videos: VideoBatch, frames: int, progress: Progress, label: str
+) -> Iterator[tuple[np.ndarray, list[WaitForScores]]]:
+    """Sample whole videos of `frames` latent frames, a piece after the other, scored clip by clip.
+
+    Gives the frames [B, T, height, width, 3] uint8 of a piece, and what waits for the scores [B] of
+    each clip; the last clip may be shorter. Errors as in `collect`.
+    """
+    policy = run.policy(adapter)
+    count = len(videos.timelines)
+    size = piece(run.config, run.config.sampler.batch, run.mesh.size)
+    starts = range(0, count, size)
+    for i, first in enumerate(starts):
+        numbers = np.arange(first, min(first + size, count))
+        part = videos.take(np.resize(numbers, size))  # the last piece is filled up
+        state = begin(run, size, frames)
+        clips = []
+        scores = []
+        for clip in split(frames, clip_length(run.config) or frames):
+            blocks = blocks_between(part, *clip)
+            with progress.phase("rollout"):
+                state = streams.change_prompts(policy, part, state, blocks[0])
+                latents, state = sampled(streams.sample_blocks(policy, part, state, blocks))
+                latents = jax.block_until_ready(latents)
+            texts = part.prompts_at(blocks[0])[: len(numbers)]
+            with progress.phase("decode"):
+                refuse_non_finite(latents, texts, numbers)
+                decoded, decoder = _decode(run, latents, state.decoder)
+                clips.append(to_host(decoded)[: len(numbers)])
+            state = state._replace(decoder=decoder)
+            scores.append(score_async(run, clips[-1], texts, numbers, progress))
+        yield np.concatenate(clips, axis=1), scores
+        progress.tick(label, i + 1, len(starts))
+
+
+def score_async(
+    run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
+) -> WaitForScores:
+    """Begin to score B videos; the result waits for their scores [B]. Both raise RewardError.
+
+    numbers: of the videos in their epoch or evaluation, for errors.
+    """
+
+    def measured(action: Callable) -> Any:
+        with progress.phase("rewards"):
+            try:
+                return multihost.together(action)
+            except RewardError as error:
+                raise RewardError(f"{error}; nothing was learnt from these videos") from error
+
+    wait = measured(lambda: run.panel.score(frames, texts, numbers))
+    return lambda: measured(wait)
+
+
+def split(frames: int, length: int) -> list[tuple[int, int]]:
+    """Return first and end frame of the parts of `length` frames; the last may be shorter."""
+    return [(start, min(start + length, frames)) for start in range(0, frames, length)]
+
+
+def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raise FloatingPointError that names the sample whose latents are not finite.
+
+    Decoded, such latents would be black frames, and scored as such.
+    """
+    fine = sharding.to_host(finite(latents))[: len(texts)]
+    bad = np.flatnonzero(~fine)
+    if len(bad):
+        index = int(bad[0])
+        others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise FloatingPointError(
+            f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not "
+            "finite; they were not scored; lower optimizer.learning_rate or use "
+            "model.dtype=float32"
+        )
+
+
+@jax.jit
+def finite(latents: jax.Array) -> jax.Array:
+    """Return whether each sample has finite numbers alone: [B, ...] -> [B] bool."""
+    return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
+
+
+def loss_parts(
+    run: Run, segment: Segment, order: np.ndarray, state: TrainState, latents: jax.Array
+) -> Iterator[LossPart]:
+    """Give the parts of a microbatch whose samples are `order`, for update.update.
+
+    Args:
+      latents: of the microbatch, [B, F, C, H, W].
+    """
+    streaming = run.config.streaming
+    videos = segment.videos
+    shared = shares_prefix(run.config)
+    if shared and (segment.start or streaming.backprop == "detach"):
+        videos_a_round = len(videos.timelines) // len(segment.prefixes)
+        number = int(order[0]) // videos_a_round
+        yield LossPart(prefix=_prefix_context(run, segment, number))
+    elif shared or streaming.backprop == "full" or not streaming.window:
+        yield LossPart()
+    else:
+        yield from _sequence_parts(run, videos.take(order), segment.start, state, latents)
+
+
+def _sequence_parts(
+    run: Run, videos: VideoBatch, start: int, state: TrainState, latents: jax.Array
+) -> Iterator[LossPart]:
+    """Give the windows of videos that were sampled from frame 0 on, each behind those before it."""
+    stop = start + run.window
+    stream = begin(run, len(videos.timelines), stop)
+    policy = run.policy(state.old)
+    for number, (first, end) in enumerate(split(stop, run.window)):
+        blocks = blocks_between(videos, first, end)
+        positions = streams.positions_of([videos.blocks[block] for block in blocks])
+        yield LossPart(
+            (first, end), number, PrefixContext(np.int32(first), positions, stream.cache)
+        )
+        if end < stop:
+            stream = cache_blocks(run, policy, videos, stream, latents[:, first:end], blocks)
+
+
+def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
+    """Return what the loss reads of the past of a round's videos (docs/streaming.md, Prefix)."""
+    streaming = run.config.streaming
+    videos = segment.videos
+    blocks = blocks_between(videos, segment.start, segment.start + run.window)
+    plans = [videos.blocks[block] for block in blocks]
+    context = PrefixContext(np.int32(plans[0].start), streams.positions_of(plans))
+    if streaming.backprop == "full":
+        return context._replace(whole=segment.whole[number])
+    state = segment.prefixes[number]
+    if streaming.prefix == "rollout_old":
+        return context._replace(cache=state.cache)
+    return context._replace(first=state.first[:, : run.layout.kept], recent=state.recent)
+
+
+def continue_streams(
+    run: Run, adapter: dict, segment: Segment, total: np.ndarray, epoch: int
+) -> list[StreamState]:
+    """Return progressive streams behind an epoch's window, each with one of its candidates.
+
+    There are none at the end of the video. The memory of the segment's streams is taken.
+
+    Args:
+      adapter: the policy that will sample next.
+      total: [N] rewards.
+    """
+    if not _progressive(run) or segment.start == run.starts[-1]:
+        return []
+    videos = segment.videos
+    index = videos.batch.index
+    chosen = continuations(run, videos.batch, total, epoch)
+    policy = run.policy(adapter)
+    blocks = blocks_between(videos, segment.start, segment.start + run.window)
+    after = []
+    for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
+        taken = np.array([chosen[line] for line in index[places].tolist()])
+        latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
+        own = videos.take(_first_candidates(index, places))
+        state = cache_blocks(run, policy, own, state, latents, blocks)
+        if decodes(run):
+            _, decoder = _decode(run, latents, state.decoder)
+            state = state._replace(decoder=decoder)
+        after.append(state)
+    return jax.block_until_ready(after)
+
+
+def cache_blocks(
+    run: Run, policy, videos: VideoBatch, state: StreamState, latents: jax.Array, blocks: range
+) -> StreamState:
+    """Return the state behind given latents of some blocks; the memory of `state` is taken."""
+    t = run.sampler.context_noise
+    for block in streams.cache_blocks(policy, videos, state, latents, blocks, t):
+        state = block.state
+    return state
+
+
+def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -> dict[int, int]:
+    """Return which video each prompt goes on with: line of the prompt -> place in the batch."""
+    kind = run.config.streaming.continuation
+    lines = list(dict.fromkeys(batch.index.tolist()))
+    chosen = {}
+    drawn = _random(run, RngStream.CONTINUATION, epoch, len(lines))
+    for line, bits in zip(lines, drawn, strict=True):
+        places = np.flatnonzero(batch.index == line)
+        picks = {
+            "first": 0,
+            "best": np.argmax(total[places]),
+            "uniform": int(bits % np.uint64(len(places))),
+        }
+        chosen[line] = int(places[picks[kind]])
+    return chosen
+
+
+def merge_streams(run: Run, states: list[StreamState]) -> StreamState | None:
+    """Return the streams of all rounds as one for each prompt, whatever the devices."""
+    if not states:
+        return None
+    count, number = rounds(run.config, run.mesh.size)
+    copies = count * number // run.config.prompts.prompts_per_epoch
+    return _merged(states, copies, places=_saved_places(run))
+
+
+def split_streams(run: Run, saved: StreamState | None) -> list[StreamState]:
+    """Return the inverse of `merge_streams`, on these devices."""
+    if saved is None:
+        return []
+    count, number = rounds(run.config, run.mesh.size)
+    copies = count * number // run.config.prompts.prompts_per_epoch
+    return _divided(saved, count, copies)
+
+
+def stream_shapes(run: Run, start: int, progressive: bool) -> StreamState | None:
+    """Return shapes, dtypes and shardings of what `merge_streams` gives at frame `start`."""
+    if not start:
+        return None
+    groups = run.config.prompts.prompts_per_epoch
+    latent_hw = tuple(run.latent_shape[2:])
+    state = jax.eval_shape(lambda: begin(run, groups, 0))
+    if progressive and decodes(run):
+        vae = run.base.vae
+        one = jax.ShapeDtypeStruct((groups, 1, run.latent_shape[1], *latent_hw), jnp.float32)
+
+        def memory(params, latents):
+            return merge(vae.graphdef, params).decode(latents)[1]
+
+        state = state._replace(decoder=jax.eval_shape(memory, vae.params, one))
+    state = state if progressive else _loss_prefix(run, state)
+    shardings = _by_axis(state, *_saved_places(run))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        shardings,
+    )
+
+
+def segment_shapes(run: Run, start: int) -> dict[str, Any]:
+    """Return the shapes of what `segment_arrays` gives."""
+    count = run.config.prompts.prompts_per_epoch * run.config.prompts.samples_per_prompt
+    frames = run.window if shares_prefix(run.config) else start + run.window
+    shape = (count, frames, *run.latent_shape[1:])
+    place = sharding.batch_sharding(run.mesh)
+    shapes: dict[str, Any] = {"latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+    if _saves_prefix(run, start):
+        shapes["streams"] = stream_shapes(run, start, progressive=False)
+        if run.config.streaming.backprop == "full":
+            number, streams_of_round = rounds(run.config, run.mesh.size)
+            shape = (streams_of_round, start, *run.latent_shape[1:])
+            one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+            shapes["whole"] = [one] * number
+    return shapes
+
+
+def segment_arrays(run: Run, segment: Segment) -> dict[str, Any]:
+    """Return the arrays of a segment that are saved before anything is learnt from it."""
+    arrays: dict[str, Any] = {"latents": segment.latents}
+    if _saves_prefix(run, segment.start):
+        arrays["streams"] = merge_streams(run, segment.prefixes)
+        if segment.whole:
+            arrays["whole"] = segment.whole
+    return arrays
+
+
+def restore_segment(
+    run: Run,
+    adapter: dict,
+    videos: VideoBatch,
+    start: int,
+    begun: list[StreamState],
+    saved: tuple[dict[str, Any], Scores],
+) -> Segment:
+    """Return the segment of saved arrays (`segment_arrays`) and scores.
+
+    A past that needs no sampling is made anew. Arguments as in `collect`.
+    """
+    arrays, scores = saved
+    prefixes = []
+    if "streams" in arrays:
+        prefixes = split_streams(run, arrays["streams"])
+    elif shares_prefix(run.config):
+        quiet = Progress({}, lambda: None, lambda line: None)
+        for number, places in enumerate(_places(run, videos)[:, :, 0]):
+            own = videos.take(_first_candidates(videos.batch.index, places))
+            first = begun[number] if begun else None
+            prefixes.append(_advance_to(run, adapter, own, start, first, quiet)[0])
+    whole = arrays.get("whole", [])
+    return Segment(videos, start, arrays["latents"], scores, prefixes, whole)
+
+
+def _progressive(run: Run) -> bool:
+    return run.config.streaming.mode == "progressive"
+
+
+def _saves_prefix(run: Run, start: int) -> bool:
+    """Return whether the past of a segment was sampled for it, so that it is saved with it."""
+    return shares_prefix(run.config) and not _progressive(run) and start > 0
+
+
+def _places(run: Run, videos: VideoBatch) -> np.ndarray:
+    """Return the places of the videos in their batch: [rounds, streams of a round, candidates]."""
+    count, number = rounds(run.config, run.mesh.size)
+    return np.arange(len(videos.timelines)).reshape(count, number, -1)
+
+
+def _prefix_videos(run: Run, videos: VideoBatch, places: np.ndarray) -> np.ndarray:
+    """Return whose noise the streams of a round have before the window."""
+    return _first_candidates(videos.batch.index, places) if shares_prefix(run.config) else places
+
+
+def _first_candidates(index: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the first candidate of the prompt of each of these places.
+
+    A prompt's past is that of its first candidate, on whichever devices.
+    """
+    return np.array([np.flatnonzero(index == index[place])[0] for place in places])
+
+
+def decodes(run: Run) -> bool:
+    """Return whether the decoder goes along with the past."""
+    return run.config.streaming.reward != "window_alone"
+
+
+def _loss_prefix(run: Run, state: StreamState) -> StreamState:
+    """Return what the loss reads of a past."""
+    streaming = run.config.streaming
+    cached = streaming.prefix == "rollout_old" and streaming.backprop == "detach"
+    return state._replace(decoder=None, cache=state.cache if cached else None)
+
+
+class _Advanced(NamedTuple):
+    """Streams at the window's start."""
+
+    state: StreamState
+    latents: list[jax.Array]  # all before it, where gradients go back there
+    frames: list[np.ndarray]  # all before it, where they are scored
+
+
+def _advance_to(
+    run: Run,
+    adapter: dict,
+    own: VideoBatch,
+    start: int,
+    begun: StreamState | None,
+    progress: Progress,
+) -> _Advanced:
+    """Return streams that have come to frame `start`, in which its prompts are in force."""
+    streaming = run.config.streaming
+    count = len(own.timelines)
+    if not start:
+        state = begin(run, count, run.latent_shape[0]) if begun is None else begun
+        return _Advanced(state, [], [])
+    policy = run.policy(adapter)
+    blocks = blocks_between(own, 0, start)
+    whole = []
+    frames = []
+    state = begun
+    with progress.phase("past"):
+        if state is None:
+            first = begin(run, count, start)
+            latents, state = sampled(streams.sample_blocks(policy, own, first, blocks))
+            if streaming.backprop == "full":
+                whole = [latents]
+            if decodes(run):
+                decoded, decoder = _decode(run, latents, None)
+                state = state._replace(decoder=decoder)
+                if streaming.reward == "full":
+                    frames = [to_host(decoded)]
+        state = streams.change_prompts(policy, own, state, blocks.stop)
+        if begun is not None and streaming.recache_on_update:
+            state = streams.refresh_cache(policy, own, state, blocks.stop)
+        jax.block_until_ready(state.cache)
+    return _Advanced(state, whole, frames)
+
+
+def sampled(blocks: Iterator[streams.SampledBlock]) -> tuple[jax.Array, StreamState]:
+    """Return the latents [B, F, C, H, W] of some blocks, and the state behind them."""
+    latents = []
+    state = None
+    for block in blocks:
+        latents.append(block.latents)
+        state = block.state
+    return jnp.concatenate(latents, axis=1), state
+
+
+def _decode(run: Run, latents: jax.Array, decoder: Any) -> tuple[list[jax.Array], Any]:
+    """Return the frames of latents, chunk by chunk, and the decoder's memory behind them."""
+    return decode_video(run.base.vae, latents, decoder, run.config.video.decode_chunk)
+
+
+def to_host(frames: Sequence[jax.Array]) -> np.ndarray:
+    """Return frames that come one after another as one array."""
+    return np.concatenate([sharding.to_host(part) for part in frames], axis=1)
+
+
+def _score_clips(
+    run: Run,
+    frames: np.ndarray,
+    videos: VideoBatch,
+    start: int,
+    numbers: np.ndarray,
+    progress: Progress,
+) -> WaitForScores:
+    """Begin to score videos that end with the window from `start` on: the means of their clips.
+
+    A clip is scored for the prompt that it begins with, the whole for the window's.
+
+    Args:
+      frames: [B, T, height, width, 3], those before the window included where they are scored.
+    """
+    length = run.config.streaming.score_frames
+    stride = run.base.vae.config.temporal_stride
+    # the first latent frame of a video is one frame, not `stride`
+    count = -(-frames.shape[1] // stride)
+    missing = stride * count - frames.shape[1]
+    first = start + run.window - count
+    waiting = []
+    for begin, end in split(count, length or count):
+        clip = frames[:, max(stride * begin - missing, 0) : stride * end - missing]
+        frame = first + begin if length else start
+        texts = videos.prompts_at(block_at(videos, frame))
+        waiting.append(score_async(run, clip, texts, numbers, progress))
+
+    def mean() -> Scores:
+        clips = [wait() for wait in waiting]
+        return {name: np.mean([clip[name] for clip in clips], axis=0) for name in clips[0]}
+
+    return mean
+
+
+def joined(waiting: Sequence[WaitForScores]) -> Scores:
+    """Return the scores of several pieces, one after the other."""
+    pieces = [wait() for wait in waiting]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _random(run: Run, stream: RngStream, epoch: int, count: int) -> np.ndarray:
+    """Return `count` uint64 of a counter-based generator's raw output.
+
+    No numpy release changes it.
+    """
+    key = np.array([run.config.seed, (stream << 32) | epoch], np.uint64)
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def _saved_places(run: Run):
+    """Return the shardings of saved streams, along axis 0 and axis 1."""
+    if run.config.prompts.prompts_per_epoch % run.mesh.size:
+        return sharding.replicated(run.mesh), sharding.replicated(run.mesh)
+    return sharding.batch_sharding(run.mesh), sharding.batch_sharding(run.mesh, axis=1)
+
+
+def _by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
+    """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
+    rest = jax.tree.map(lambda _: outer, state._replace(cache=None))
+    return rest._replace(cache=jax.tree.map(lambda _: inner, state.cache))
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "places"))
+def _merged(states, copies: int, *, places):
+    def join(axis, *parts):
+        joined = jnp.concatenate(parts, axis)
+        return jax.lax.slice_in_dim(joined, 0, None, copies, axis)
+
+    merged = jax.tree.map(join, _by_axis(states[0], 0, 1), *states)
+    return jax.lax.with_sharding_constraint(merged, _by_axis(merged, *places))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "copies"))
+def _divided(saved, count: int, copies: int):
+    def of_round(number):
+        def part(axis, leaf):
+            spread = jnp.repeat(leaf, copies, axis)
+            size = spread.shape[axis] // count
+            cut = jax.lax.slice_in_dim(spread, number * size, (number + 1) * size, axis=axis)
+            return sharding.by_sample(cut, axis)
+
+        return jax.tree.map(part, _by_axis(saved, 0, 1), saved)
+
+    return [of_round(number) for number in range(count)]
+
+
+@jax.jit
+def _in_order(pieces, back):
+    """Return latents of pieces as one batch, in the order of the videos."""
+    return sharding.by_sample(jnp.concatenate(pieces)[back].astype(jnp.float32))
