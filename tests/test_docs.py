@@ -143,6 +143,25 @@ def test_files_that_pages_name_exist(page):
     assert not missing, f"{page.name} names {', '.join(missing)}"
 
 
+def names_in_files(text: str) -> set[tuple[str, str]]:
+    """Return (file, name) where a page says in which file a function or a table is."""
+    text = " ".join(without_code(text).split())
+    found = set(re.findall(r"`([\w./]+\.py)`, `(\w+)`", text))
+    for name, file in re.findall(r"`(\w+)` (?:of|in) `([\w./]+\.py)`", text):
+        found.add((file, name))
+    return found
+
+
+@pytest.mark.parametrize("page", MANUAL, ids=lambda page: page.name)
+def test_names_are_in_the_files_that_pages_say(page):
+    missing = []
+    for file, name in sorted(names_in_files(page.read_text())):
+        sources = [path for path in (ROOT / file, PACKAGE / file) if path.is_file()]
+        if not any(re.search(rf"\b{name}\b", path.read_text()) for path in sources):
+            missing.append(f"{name} in {file}")
+    assert not missing, f"{page.name}: {', '.join(missing)}"
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
 def test_the_nine_arrows_are_modules(page):
     stages = re.findall(r"^(\w+(?:\.py|/)) {2,}\S", (ROOT / page).read_text(), flags=re.MULTILINE)
