@@ -35,6 +35,7 @@ setup(
         "array_record>=0.8.6",  # the file format of tensorflow-datasets that needs no TensorFlow
         "av>=18",  # mp4
         "ftfy>=6.3",  # part of the published tokenizer: without it token ids differ
+        "jaxtyping>=0.3.11",  # shapes by name in signatures; checked in tests only
         "matplotlib",  # curves
         "numpy>=2",
         "pillow",  # contact sheets
@@ -47,9 +48,11 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         # torch, diffusers and peft are oracles: what they compute with our files is compared with
-        # what we do.
+        # what we do. beartype checks the shapes that jaxtyping names.
         "test": [
+            "beartype>=0.23",
             "hypothesis",
+            "pyright[nodejs]",
             "pytest",
             "pytest-xdist",
             "ruff",
@@ -57,5 +60,6 @@ setup(
             "diffusers==0.42.1",
             "peft==0.21.2",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings-python>=2.0.11"],
     },
 )
