@@ -20,7 +20,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, generate, report, rewards, segments, sharding, stream, update
-from astrolabe_jax.config import piece, repeats, rounds, samples, validate, window_starts
+from astrolabe_jax.config import piece, repeats, rounds, samples, window_starts
+from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of

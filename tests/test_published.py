@@ -14,10 +14,10 @@ from astrolabe_jax.config import (
     repeats,
     reward_weights,
     samples,
-    validate,
     window_starts,
     with_reference,
 )
+from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from configs import causal_forcing, krea14b, longlive, published, self_forcing
 from tests.meshes import mesh_of
