@@ -1,5 +1,5 @@
-# What pyright is to know of ml_collections: the type of a ConfigDict's field is that of its default,
-# which its own annotations do not tell.
+# What pyright is to know of ml_collections: a field of a ConfigDict may be anything. Its own
+# annotations say that it may be None, a string, a number, ... and each use is an error.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
