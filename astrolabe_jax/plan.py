@@ -26,9 +26,9 @@ from astrolabe_jax.config import (
     rounds,
     samples,
     shares_prefix,
-    validate,
     window_starts,
 )
+from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of

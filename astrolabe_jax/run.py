@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, rewards, sharding
-from astrolabe_jax.config import eval_frames, flatten, repeats, validate, window_starts
+from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
+from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora

@@ -39,7 +39,8 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, prepare, prompts, rewards, sharding
 from astrolabe_jax import stream as streams
-from astrolabe_jax.config import flatten, validate_sampling
+from astrolabe_jax.config import flatten
+from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.decode import decode_chunk

@@ -1,13 +1,15 @@
-"""Aligns the shipped moving-shapes model with its three pixel rewards: the demo, on a laptop CPU.
+"""Align the shipped moving-shapes model with its three pixel rewards: the demo, on a laptop CPU.
 
     python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
 
-Measured on one CPU core, seeds 0, 1, 2: about 4.5 minutes; held-out total 2.03, 2.02, 2.05 -> 2.37,
-2.34, 2.33, gains 0.34, 0.32, 0.28 (+- 0.06), 37 to 43 % of the way to the ceiling of 2.82 (real
-videos through the VAE); each of the three rewards rises.
-
-`:reference` sets the published behaviour of every switch, `:reference,context` that of one
-(astrolabe_jax.config.REFERENCE_SWITCHES).
+Reproduces: the demo of the README. The argument reference sets the published behaviour of every
+    switch, reference,SWITCH[,SWITCH...] that of the named ones (docs/published.md, Switches).
+Needs: no files; the model ships with the package.
+Hardware: one CPU core.
+Time: about 4.5 minutes on it.
+Expect: on seeds 0, 1 and 2, a held-out total of the rewards of 2.03, 2.02, 2.05 -> 2.37, 2.34,
+    2.33: gains of 0.34, 0.32, 0.28 (+- 0.06), or 37 to 43 % of the way to the ceiling of 2.82 (real
+    videos through the VAE). Each of the three rewards rises.
 """
 
 from astrolabe_jax.config import get_config as base_config
@@ -17,8 +19,8 @@ from astrolabe_jax.config import with_reference
 def get_config(variant: str = ""):
     config = base_config()
     config.name = "moving_shapes"
-    # Videos longer than the base has seen go on in a window of its length. It has seen no scene
-    # change: scenes are cut.
+    # Sampled videos may be longer than those the base has seen: they go on in a window of its
+    # length. It has seen no scene change either, so scenes are cut.
     config.model.window = 9
     config.model.positions = "relative"
     config.scenes.transition = "cut"

@@ -1,37 +1,35 @@
-"""The published runs: every configuration of the Astrolabe repository, and the default run of its
-paper, as data.
+"""Hold the published runs as data: every configuration of the Astrolabe repository, and the default
+run of its paper.
 
-Sources: spec objective.md 11 (batches) and 12 (configurations), paper.md 3, model.md 10 and
-checkpoints.md 1 (models). configs/FAMILY.py are the recipes; their argument is a list of words,
+docs/published.md tells where they come from (Published runs, Batch arithmetic, Model). The recipe
+of a family, configs/FAMILY.py, takes a list of words as its argument, as in
 `--config=configs/longlive.py:gardo,devices=24`:
 
-    VARIANT                     rewards and objective: one of VARIANTS, hpsv3 if none is named;
-                                paper is the paper's
-                                own default run, which its repository lacks
-    lora_init                   training starts from LongLive's published adapter
-    devices=N                   the batches published for 8 (default), 16, 24 or 48 devices; a run
-                                with these batches
-                                may use any number of devices that divides them, and does the same
-                                arithmetic
-    PUBLISHED_NAME              variant, lora_init and devices at once:
-                                longlive_video_hpsv3_gardo_24gpu
-    framewise                   Causal-Forcing's model with blocks of one frame (never trained with
-                                in the repository)
-    rewards=NAME[+NAME...]      these rewards, with weight 1, instead of the published ones; the
-                                first is the main one
-    reference[=SWITCH[+...]]    the published behaviour of all switches, or of these
-                                (config.REFERENCE_SWITCHES)
+    VARIANT                   rewards and objective: one of VARIANTS, hpsv3 if none is named; paper
+                              is the paper's default run, which its repository lacks
+    lora_init                 training starts from LongLive's published adapter
+    devices=N                 the batches published for 8 (default), 16, 24 or 48 devices; a run may
+                              use any number of devices that divides them, and does the same
+                              arithmetic
+    PUBLISHED_NAME            variant, lora_init and devices at once, for example
+                              longlive_video_hpsv3_gardo_24gpu
+    framewise                 Causal-Forcing's model with blocks of one frame, which the repository
+                              never trains
+    rewards=NAME[+NAME...]    these rewards, with weight 1, in place of the published ones; the
+                              first is the main one
+    reference[=SWITCH[+...]]  the published behaviour of all switches, or of these
+                              (config.REFERENCE_SWITCHES)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import WEIGHT, get_config, with_reference
+from astrolabe_jax.config import WEIGHT, get_config, samples, with_reference
 
-# Published as video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.
-# Reward -> the reward directory that it expects (rewards/, convert reward).
+# Reward -> the reward directory that it expects (docs/rewards.md, Conversion). Published as
+# video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.
 REWARDS = {
     "hpsv3": "rewards/hpsv3",
     "videoalign_mq": "rewards/videoalign",
@@ -42,12 +40,12 @@ REWARDS = {
 class Preset(NamedTuple):
     """The batches of a number of devices."""
 
-    per_device: int  # b, videos sampled, trained on and evaluated at once by each
-    candidates: int  # K
-    groups: int  # prompts per epoch
+    per_device: int  # videos that each samples, trains on and evaluates at once, b
+    samples_per_prompt: int  # K
+    prompts_per_epoch: int  # G
 
 
-# Name and devices -> batches, as intended: distinct prompts in all batches of an epoch.
+# Name -> devices -> batches, as intended: all batches of an epoch have prompts of their own.
 PRESETS = {
     "wan": {
         8: Preset(3, 24, 16),
@@ -62,16 +60,16 @@ PRESETS = {
         48: Preset(1, 16, 48),
     },
 }
-EVAL_BATCHES = 20  # that each device evaluates
+EVAL_BATCHES = 20  # batches that each device evaluates
 
 
 class Family(NamedTuple):
-    """A base model."""
+    """A base model, with the config fields that it sets."""
 
-    preset: str
+    preset: str  # name in PRESETS
     fields: dict[str, Any]
-    lora: str = ""  # its published adapter, for lora_init
-    framewise: str = ""  # its model with blocks of one frame
+    lora: str = ""  # file of its published adapter, for lora_init
+    framewise: str = ""  # file of its model with blocks of one frame
 
 
 FAMILIES = {
@@ -157,7 +155,7 @@ COMMON = {
 
 
 class Variant(NamedTuple):
-    """Rewards with their weights, and what else sets these runs apart."""
+    """Rewards with their weights, and the other config fields that set these runs apart."""
 
     rewards: dict[str, float]
     fields: Mapping[str, Any] = {}
@@ -215,7 +213,7 @@ class Row(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Its variant, and lora_init."""
+        """The words that ask for it, but for devices."""
         return f"{self.variant},lora_init" if self.lora_init else self.variant
 
 
@@ -329,44 +327,53 @@ PAPER_ROWS = tuple(
 
 
 def recipe(family: str, argument: str = "") -> ConfigDict:
-    """The config that the words of `argument` (see above) ask for; ValueError, on one line, for
-    others.
+    """Return the config of a published run.
+
+    Args:
+      family: name in FAMILIES.
+      argument: words as listed above, with commas between them.
+
+    Raises:
+      ValueError: a word is unknown, or no such run was published; the message is one line.
     """
-    wish = _wish(family, argument)
-    row = _row(family, wish)
-    variant, config = VARIANTS[row.variant], get_config()
-    rewards = dict.fromkeys(wish["rewards"], 1.0) if "rewards" in wish else variant.rewards
-    config.update_from_flattened_dict(
-        COMMON | FAMILIES[family].fields | _batches(row) | dict(variant.fields)
-    )
+    options = _parse(family, argument)
+    row = _find_row(family, options)
+    variant = VARIANTS[row.variant]
+    fields = COMMON | FAMILIES[family].fields | _batches(row) | dict(variant.fields)
+    config = get_config()
+    config.update_from_flattened_dict(fields)
     config.name = row.name
     config.loss.kl_weight = row.kl_weight
     config.optimizer.learning_rate = row.learning_rate
     config.train.eval_every = row.eval_every
-    config.prompts.tuned_for = config.prompts.prompts_per_epoch * config.prompts.samples_per_prompt
-    for name, weight in rewards.items():
-        config.rewards[name] = (
-            {WEIGHT: weight, "path": REWARDS[name]} if name in REWARDS else weight
-        )
+    config.prompts.tuned_for = samples(config)
     if row.lora_init:
         config.lora.init = FAMILIES[family].lora
-    if "framewise" in wish:
+    if "framewise" in options:
         config.name += "_framewise"
-        config.transformer, config.model.block = FAMILIES[family].framewise, 1
-    if "rewards" in wish:
+        config.transformer = FAMILIES[family].framewise
+        config.model.block = 1
+    rewards = variant.rewards
+    if "rewards" in options:
+        rewards = dict.fromkeys(options["rewards"], 1.0)
         config.name += f" with {'+'.join(rewards)}"
         if config.kl.kind == "selective":
-            config.kl.main_reward = next(iter(rewards))
-    return with_reference(config, *wish["reference"]) if "reference" in wish else config
+            config.kl.main_reward = options["rewards"][0]
+    for name, weight in rewards.items():
+        has_path = name in REWARDS
+        config.rewards[name] = {WEIGHT: weight, "path": REWARDS[name]} if has_path else weight
+    if "reference" in options:
+        with_reference(config, *options["reference"])
+    return config
 
 
 def _batches(row: Row) -> dict[str, int]:
-    """The numbers of a preset over all devices, which stay the same on any number of them."""
+    """Return the fields of a preset, over all devices: they stay the same on any number of them."""
     preset = PRESETS[FAMILIES[row.family].preset][row.devices]
     batch = preset.per_device * row.devices
     return {
-        "prompts.prompts_per_epoch": preset.groups,
-        "prompts.samples_per_prompt": preset.candidates,
+        "prompts.prompts_per_epoch": preset.prompts_per_epoch,
+        "prompts.samples_per_prompt": preset.samples_per_prompt,
         "sampler.batch": batch,
         "optimizer.microbatch": batch,
         "eval.videos": EVAL_BATCHES * batch,
@@ -374,75 +381,77 @@ def _batches(row: Row) -> dict[str, int]:
     }
 
 
-def _wish(family: str, argument: str) -> dict[str, Any]:
-    """What the words ask for, by what they are about: variant, lora_init, devices, framewise,
-    rewards, reference.
+def _parse(family: str, argument: str) -> dict[str, Any]:
+    """Return what the words set: some of variant, lora_init, devices, framewise, rewards,
+    reference.
     """
-    wish = {}
+    options = {}
     for word in argument.split(",") if argument else ():
-        meaning = dict(_meaning(family, word.strip()))
-        if both := wish.keys() & meaning.keys():
+        more = _parse_word(family, word.strip())
+        if repeated := options.keys() & more.keys():
             raise ValueError(
-                f"configs/{family}.py:{argument}: {word!r} gives {', '.join(sorted(both))} a "
+                f"configs/{family}.py:{argument}: {word!r} gives {', '.join(sorted(repeated))} a "
                 "second time"
             )
-        wish |= meaning
-    return wish
+        options |= more
+    return options
 
 
-def _meaning(family: str, word: str) -> Iterator[tuple[str, Any]]:
-    rows = {row.name: row for row in _rows(family)}
+def _parse_word(family: str, word: str) -> dict[str, Any]:
+    """Return what one word sets. Raises ValueError, with all that there are, for an unknown one."""
+    for row in _rows(family):
+        if word == row.name:
+            return {"variant": row.variant, "devices": row.devices, "lora_init": row.lora_init}
+    if word in VARIANTS:
+        return {"variant": word}
+    flags = _flags(family)
+    if word in flags:
+        return {word: True}
     key, equals, value = word.partition("=")
     values = value.split("+") if equals else []
-    if word in rows:
-        row = rows[word]
-        yield from {
-            "variant": row.variant,
-            "devices": row.devices,
-            "lora_init": row.lora_init,
-        }.items()
-    elif word in VARIANTS:
-        yield "variant", word
-    elif (
-        word == "lora_init"
-        and FAMILIES[family].lora
-        or word == "framewise"
-        and FAMILIES[family].framewise
-    ):
-        yield word, True
-    elif key == "devices" and value.isdecimal():
-        yield key, int(value)
-    elif key == "rewards" and values and all(values) or key == "reference" and all(values):
-        yield key, values
-    else:
-        known = list(dict.fromkeys(row.variant for row in rows.values()))
-        known += ["lora_init"] if FAMILIES[family].lora else []
-        known += ["framewise"] if FAMILIES[family].framewise else []
-        known += ["devices=N", "rewards=NAME[+NAME...]", "reference[=SWITCH[+SWITCH...]]"]
-        raise ValueError(
-            f"configs/{family}.py does not know {word!r}; expected {', '.join(known)} or the name "
-            "of a published run"
-        )
+    if key == "devices" and value.isdecimal():
+        return {key: int(value)}
+    if key == "rewards" and values and all(values):
+        return {key: values}
+    if key == "reference" and all(values):
+        return {key: values}
+    variants = list(dict.fromkeys(row.variant for row in _rows(family)))
+    settings = ["devices=N", "rewards=NAME[+NAME...]", "reference[=SWITCH[+SWITCH...]]"]
+    raise ValueError(
+        f"configs/{family}.py does not know {word!r}; expected "
+        f"{', '.join(variants + flags + settings)} or the name of a published run"
+    )
+
+
+def _flags(family: str) -> list[str]:
+    """Return the words without a value that a family takes besides variants."""
+    flags = {"lora_init": FAMILIES[family].lora, "framewise": FAMILIES[family].framewise}
+    return [word for word, file in flags.items() if file]
 
 
 def _rows(family: str) -> list[Row]:
     return [row for row in (*ROWS, *PAPER_ROWS) if row.family == family]
 
 
-def _row(family: str, wish: Mapping[str, Any]) -> Row:
-    """The published run with this variant, lora_init and number of devices; ValueError that lists
-    those there are.
+def _find_row(family: str, options: Mapping[str, Any]) -> Row:
+    """Return the published run with the options' variant, lora_init and devices.
+
+    Raises ValueError, with all that there are, if there is none.
     """
-    variant, devices = wish.get("variant", "hpsv3"), wish.get("devices", 8)
-    rows, there = _rows(family), {}
-    # A run that starts from the adapter only, streaming, does so without the word.
-    lora_init = wish.get("lora_init", all(row.lora_init for row in rows if row.variant == variant))
+    rows = _rows(family)
+    variant = options.get("variant", "hpsv3")
+    devices = options.get("devices", 8)
+    # A variant all of whose runs start from the adapter, streaming, does so without the word.
+    always = all(row.lora_init for row in rows if row.variant == variant)
+    lora_init = options.get("lora_init", always)
+    published: dict[str, list[str]] = {}
     for row in rows:
         if (row.variant, row.devices, row.lora_init) == (variant, devices, lora_init):
             return row
-        there.setdefault(row.words, []).append(str(row.devices))
-    asked = variant + (",lora_init" if lora_init else "")
-    listed = "; ".join(f"{words},devices={'|'.join(counts)}" for words, counts in there.items())
+        published.setdefault(row.words, []).append(str(row.devices))
+    asked = f"{variant},lora_init" if lora_init else variant
+    runs = [f"{words},devices={'|'.join(counts)}" for words, counts in published.items()]
     raise ValueError(
-        f"configs/{family}.py: no run {asked},devices={devices} was published; there are {listed}"
+        f"configs/{family}.py: no run {asked},devices={devices} was published; there are "
+        f"{'; '.join(runs)}"
     )

@@ -1,8 +1,9 @@
-"""Every published run against the tables of spec objective.md 11 and 12, written down here a second
-time.
+"""Every published run against the tables of docs/published.md (Published runs, Batch arithmetic),
+written down here a second time.
 """
 
 import functools
+import re
 
 import pytest
 
@@ -14,12 +15,20 @@ from astrolabe_jax.config import (
     repeats,
     reward_weights,
     samples,
-    validate,
     window_starts,
     with_reference,
 )
+from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
-from configs import causal_forcing, krea14b, longlive, published, self_forcing
+from configs import (
+    causal_forcing,
+    krea14b,
+    longlive,
+    moving_shapes,
+    moving_shapes_long,
+    published,
+    self_forcing,
+)
 from tests.meshes import mesh_of
 from tests.tiny_base import write_tiny_base
 
@@ -136,6 +145,29 @@ def rewards_of(text):
 
 def load(name):
     return RECIPES[family_of(name)].get_config(name)
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_the_header_of_a_recipe_lists_its_published_runs(family):
+    header = RECIPES[family].__doc__
+    listed = dict(re.findall(r"^    ([a-z0-9_,]+) +([\d, ]+)$", header, re.MULTILINE))
+    there = {}
+    for row in (*published.ROWS, *published.PAPER_ROWS):
+        if row.family == family:
+            there.setdefault(row.words, []).append(str(row.devices))
+    assert listed == {words: ", ".join(devices) for words, devices in there.items()}
+    count = sum(row.family == family for row in published.ROWS)
+    assert f"Reproduces: {count} published configurations" in header
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), moving_shapes, moving_shapes_long])
+def test_the_headers_of_recipes_answer_the_same_questions(recipe):
+    name = recipe.__name__.replace(".", "/")
+    lines = recipe.__doc__.splitlines()
+    assert lines[0].startswith("Align ")
+    assert any(f"astrolabe_jax.main --config={name}.py" in line for line in lines)
+    questions = re.findall(r"^(\w+): ", recipe.__doc__, re.MULTILINE)
+    assert questions == ["Reproduces", "Needs", "Hardware", "Time", "Expect"]
 
 
 def test_the_table_holds_exactly_the_published_runs():

@@ -1,14 +1,19 @@
-"""The flag --config: a recipe, its overrides --config.FIELD=VALUE, and what is said when one of
-them is wrong.
+"""Read the flag --config, a recipe with its overrides --config.FIELD=VALUE, and end programs with
+one message where something is wrong.
 """
 
 import os
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
+
+from astrolabe_jax import config
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
@@ -26,8 +31,10 @@ ERRORS = (
 
 
 def define() -> flags.FlagHolder:
-    """Defines the flag. A recipe locks its fields (config.get_config), all but `rewards`, which
-    takes new names.
+    """Define --config and return its holder, whose value is the config.
+
+    A recipe's config has its fields locked (config.get_config), all but `rewards`, which takes new
+    names.
     """
     text = "recipe, for example configs/moving_shapes.py"
     return config_flags.DEFINE_config_file(
@@ -36,50 +43,92 @@ def define() -> flags.FlagHolder:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The flags; whatever is wrong with a recipe or its fields becomes one message and status 2."""
+    """Return what the flags leave of `argv`, as absl's flags_parser.
+
+    Whatever is wrong with a recipe or its fields ends the program with one message and status 2.
+    """
+    for flag, value in _given(argv):
+        field = flag.removeprefix("config.")
+        if flag == "config":
+            _make_importable(value)
+        elif flag != field and (new := config.renamed(field)):
+            fail(f"config.{field} is now config.{new}", 2)
     try:
         return flags.FLAGS(argv)
     except ERRORS as error:
         fail(message(error), 2)
 
 
-def set_up() -> None:
-    """What every program does before it uses JAX: compiled programs are kept on the disk, and
-    float32 is float32.
+def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each flag, written --NAME=VALUE or --NAME VALUE."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == "--":
+            return
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            yield name, value if equals else following
 
-    Without the latter a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16
-    stays as it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+
+def _make_importable(recipe: str) -> None:
+    """Let the recipe DIRECTORY/configs/FILE.py[:ARGUMENT] import its neighbours as configs.NAME,
+    wherever the program was started.
+    """
+    directory = Path(recipe.partition(":")[0]).resolve().parent
+    if directory.name == "configs":
+        sys.path.insert(0, str(directory.parent))
+
+
+def set_up() -> None:
+    """Keep compiled programs on the disk, and make float32 mean float32; every program calls this
+    before it uses JAX.
+
+    By itself a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as
+    it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
     """
     logging.set_verbosity(logging.WARNING)
     # it would warn that torch is missing; nothing needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    cache = os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "astrolabe_jax", "xla"
-    )
-    jax.config.update(
-        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
-    )
+    home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    cache = os.path.join(home, "astrolabe_jax", "xla")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
     precision = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     jax.config.update("jax_default_matmul_precision", precision)
 
 
-def fail(message: str | Exception, status: int) -> None:
-    """Ends a program with one message, without traceback."""
+def fail(message: str | Exception, status: int) -> NoReturn:
+    """End the program with one message, without traceback."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def message(error: Exception) -> str:
-    """What to tell the user about one of ERRORS: one line, without tracebacks."""
+    """Return what to tell the user about one of ERRORS: one line, without tracebacks."""
     text = str(error)
-    # the field, perhaps all others, and the one that may be meant
     if isinstance(error, AttributeError | KeyError):
-        text = re.sub(
-            r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text
-        )
-        return "unknown config field " + text.replace("\\nDid", ": did").replace("\\", "").replace(
-            "'", ""
-        )
+        return f"unknown config field {_unknown_field(text)}"
     # With a recipe's own error comes its traceback, which ends in the message.
     last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
     return last.removeprefix("ValueError: ")
+
+
+def _unknown_field(text: str) -> str:
+    """Return the name that a config lacks, and the one that may be meant.
+
+    ml_collections writes the name in quotes, perhaps behind the word Key, then perhaps all other
+    fields, then perhaps a question. It leaves out the section, so an old name is known by its last
+    part.
+    """
+    match = re.match(r"\W*(?:Key\W+)?([\w.]+)", text)
+    name = match[1] if match else ""
+    renames = [
+        f"config.{old} is now config.{new}"
+        for old, new in config.RENAMED.items()
+        if name == old.rpartition(".")[2] or name.startswith(f"{old}.")
+    ]
+    if renames:
+        return f"{name}: {'; '.join(renames)}"
+    text = re.sub(
+        r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text
+    )
+    return text.replace("\\nDid", ": did").replace("\\", "").replace("'", "")

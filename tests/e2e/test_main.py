@@ -2,7 +2,10 @@
 line.
 """
 
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +59,14 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
             '"learnig_rate"?',
         ),
         (["--config.optimser.b1=1"], 'unknown config field optimser: did you mean "optimizer"'),
+        (
+            ["--config.optimiser.learning_rate=1"],
+            "config.optimiser.learning_rate is now config.optimizer.learning_rate",
+        ),
+        (
+            ["--config.prompts.groups", "3"],
+            "config.prompts.groups is now config.prompts.prompts_per_epoch",
+        ),
         (["--config.seed=abc"], "config.seed=abc"),
         (
             ["--config.rewards.beauty=1"],
@@ -90,4 +101,30 @@ def test_a_mistake_on_the_command_line_is_one_clear_message(
     assert status == 2 and "Traceback" not in errors
     message = errors[errors.index("error:") :]
     assert expected in message and len(message.splitlines()) < 8
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "does not know 'gadro'; expected hpsv3, "),
+        (
+            "get_config().prompts.groups = 3\n",
+            "config.prompts.groups is now config.prompts.prompts_per_epoch",
+        ),
+    ],
+)
+def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment, line, expected):
+    """Its neighbours are found, which no other directory has; so is what is wrong with it."""
+    configs = tmp_path / "clone" / "configs"
+    configs.mkdir(parents=True)
+    shutil.copy(runs.ROOT / "configs" / "published.py", configs / "neighbour.py")
+    recipe = (runs.ROOT / "configs" / "longlive.py").read_text()
+    recipe = recipe.replace("from configs.published", "from configs.neighbour") + line
+    (configs / "longlive.py").write_text(recipe)
+    command = [sys.executable, "-m", "astrolabe_jax.main", "--workdir=run"]
+    command.append(f"--config={configs / 'longlive.py'}:gadro")
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert expected in process.stderr
     assert not (tmp_path / "run").exists()
