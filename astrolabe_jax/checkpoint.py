@@ -179,7 +179,7 @@ def restore(
             "\n  ".join([f"no checkpoint in {directory} is whole; {advice}:", *reasons])
         )
     for epoch, fault in damaged.items():
-        aside = multihost.by_first(lambda epoch=epoch: _put_aside(directory / str(epoch)).name)
+        aside = multihost.on_primary(lambda epoch=epoch: _put_aside(directory / str(epoch)).name)
         logging.warning(
             "checkpoint %s is damaged (%s); it is now %s", directory / str(epoch), fault, aside
         )
@@ -239,7 +239,7 @@ def restore_samples(
 
 
 def _remove_samples(workdir: Path) -> None:
-    multihost.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+    multihost.on_primary(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
 
 
 class _Damaged(Exception):
@@ -306,8 +306,8 @@ def _sound(load: Callable[[], tuple[Restored | None, str]]) -> tuple[Restored | 
     """What `load` gives on all processes, if the content gives its checksum; else None and the
     fault, on any.
     """
-    found, fault = multihost.together(load)
-    fault = multihost.anywhere(fault)
+    found, fault = multihost.on_all(load)
+    fault = multihost.first_nonempty(fault)
     if not fault and int(_checksum(found.state)) != found.progress["checksum"]:
         fault = "its content does not give its checksum"
     return (None, fault) if fault else (found._replace(progress=found.progress["progress"]), "")
@@ -377,7 +377,7 @@ def _epochs(directory: Path) -> list[int]:
         with _manager(directory, keep=None, alone=True, clean=True) as manager:
             return sorted(manager.all_steps(), reverse=True)
 
-    return multihost.by_first(clean)
+    return multihost.on_primary(clean)
 
 
 def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> int:
@@ -388,7 +388,7 @@ def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> 
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
     )
     try:
-        multihost.by_first(lambda: directory.mkdir(parents=True, exist_ok=True))
+        multihost.on_primary(lambda: directory.mkdir(parents=True, exist_ok=True))
         with _quiet(), _manager(directory, keep, clean=True) as manager:
             manager.save(epoch, args=arguments)
     except (OSError, ValueError) as error:  # of tensorstore: ValueError
@@ -398,7 +398,9 @@ def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> 
             raise
         raise WriteError(directory / str(epoch), os.strerror(code)) from error
     files = (directory / str(epoch)).rglob("*")
-    return multihost.by_first(lambda: sum(file.stat().st_size for file in files if file.is_file()))
+    return multihost.on_primary(
+        lambda: sum(file.stat().st_size for file in files if file.is_file())
+    )
 
 
 @contextlib.contextmanager

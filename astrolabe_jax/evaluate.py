@@ -16,9 +16,9 @@ from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
 from astrolabe_jax.generate import encode_texts, generate, joined, judge, score
 from astrolabe_jax.models import layers
 from astrolabe_jax.prepare import Run, story_of
-from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards.panel import Scores
-from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
+from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.types import Evaluation, PromptBatch, RngStream
 
 
 def held_out(run: Run) -> PromptBatch:
@@ -33,7 +33,7 @@ def evaluate(
     ones.
     """
     batch, shown, parts, frames = held_out(run), run.config.eval.shown, [], []
-    keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
+    keys = prompts.sample_keys(batch, run.config.seed, RngStream.HELD_OUT, 0)
 
     def keep(scores: Any, pixels: np.ndarray) -> None:
         parts.append(scores)
@@ -122,7 +122,9 @@ def _draw(
     """The scenes of a real video, each a prompt and its pixel frames, and what its path is drawn
     from.
     """
-    rng = np.random.default_rng([run.config.seed, Purpose.REAL, batch.index[j], batch.candidate[j]])
+    rng = np.random.default_rng(
+        [run.config.seed, RngStream.REAL, batch.index[j], batch.candidate[j]]
+    )
     if not run.starts:
         return [(batch.texts[j], run.config.video.frames)], rng
     story, stride = (

@@ -17,11 +17,11 @@ from astrolabe_jax import encode, sharding
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
-from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys, rollout
 from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.types import PromptBatch
 
 
@@ -119,7 +119,7 @@ def judge(
     def counted(action: Callable) -> Any:
         with progress.phase("rewards"):
             try:
-                return multihost.together(action)
+                return multihost.on_all(action)
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     from astrolabe_jax import prepare, train  # after joining: no array may exist before it
     from astrolabe_jax.runtime import preemption
 
-    with multihost.ending_together(), preemption.listening() as check:
+    with multihost.exit_together(), preemption.listening() as check:
         try:
             run = prepare.prepare(CONFIG.value, WORKDIR.value)
             point = train.resume(run)

@@ -29,7 +29,7 @@ from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
 from astrolabe_jax.streaming.scenes import Rules, Story
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.types import RngStream
 from astrolabe_jax.update import training_layout
 
 
@@ -64,11 +64,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     All processes of a run call it, and read the same files. Raises ValueError or OSError whose
     message names the field, file or line at fault, and the next step; on all processes, if on one.
     """
-    run = multihost.together(lambda: _read(config, Path(workdir)))
+    run = multihost.on_all(lambda: _read(config, Path(workdir)))
     mine = run.identity | {"workdir": str(workdir)}
-    first = multihost.by_first(lambda: mine)
-    multihost.together(lambda: _refuse_other_settings(first, mine))
-    multihost.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
+    first = multihost.on_primary(lambda: mine)
+    multihost.on_all(lambda: _refuse_other_settings(first, mine))
+    multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.identity))
     return run
 
 
@@ -356,7 +356,7 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
     lora, net = config.lora, base.transformer.config
     dtype = jnp.dtype(lora.dtype)
     if not lora.init:
-        key = jax.random.fold_in(jax.random.key(config.seed), Purpose.ADAPTER)
+        key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)
         return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
     with blame("config.lora.init"):
         adapter, scale = load_lora(lora.init, net, lora.rank, dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from astrolabe_jax.types import PromptBatch, Purpose
+from astrolabe_jax.types import PromptBatch, RngStream
 from astrolabe_jax.worlds import WORLDS, World
 
 WORLD_PREFIX = "world:"
@@ -96,10 +96,10 @@ def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:
     second candidates, ...
     """
     turn, place = np.divmod(np.arange(videos), len(prompts))
-    return _batch(prompts, _permutation(len(prompts), seed, Purpose.HELD_OUT, 0)[place], turn)
+    return _batch(prompts, _permutation(len(prompts), seed, RngStream.HELD_OUT, 0)[place], turn)
 
 
-def sample_keys(batch: PromptBatch, seed: int, purpose: Purpose, epoch: int) -> jax.Array:
+def sample_keys(batch: PromptBatch, seed: int, purpose: RngStream, epoch: int) -> jax.Array:
     """One key [B] per video, from (seed, purpose, epoch, prompt, candidate)."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), epoch)
 
@@ -139,19 +139,19 @@ def _order(size: int, seed: int, cycle: int, distinct: int) -> np.ndarray:
     so in a list of two epochs or more the end of a turn is known without the turns before it.
     """
     first = max(cycle - 1, 0) if size >= 2 * distinct else 0
-    order = _permutation(size, seed, Purpose.PROMPTS, first)
+    order = _permutation(size, seed, RngStream.PROMPTS, first)
     for turn in range(first + 1, cycle + 1):
         # prompts that the epoch across the border has from the last turn
         before = turn * size % distinct
         taken = order[size - before :]
-        order = _permutation(size, seed, Purpose.PROMPTS, turn)
+        order = _permutation(size, seed, RngStream.PROMPTS, turn)
         if before:
             head = order[~np.isin(order, taken)][: distinct - before]
             order = np.concatenate([head, order[~np.isin(order, head)]])
     return order
 
 
-def _permutation(size: int, seed: int, purpose: Purpose, turn: int) -> np.ndarray:
+def _permutation(size: int, seed: int, purpose: RngStream, turn: int) -> np.ndarray:
     """Random order of range(size): by the raw output of a counter-based generator, which no numpy
     release changes.
     """

@@ -24,11 +24,11 @@ from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.transformer import KeyValues
 from astrolabe_jax.prepare import Run, story_of
-from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards.panel import Scores
 from astrolabe_jax.rollout import noise_from_keys
+from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming.scenes import Step, Story
-from astrolabe_jax.types import PromptBatch, Purpose
+from astrolabe_jax.types import PromptBatch, RngStream
 from astrolabe_jax.update import Batch, History, TrainState, Work
 
 
@@ -94,7 +94,7 @@ def begins_at(run: Run, epoch: int) -> int:
     streaming, starts = run.config.streaming, run.starts
     if streaming.mode == "progressive":
         return starts[epoch % len(starts)]
-    return starts[_random(run, Purpose.WINDOW, epoch, 1)[0] % len(starts)]
+    return starts[_random(run, RngStream.WINDOW, epoch, 1)[0] % len(starts)]
 
 
 def drawing(run: Run, epoch: int) -> int:
@@ -529,7 +529,7 @@ def continuation(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) ->
     """Which video each prompt goes on with: line of the prompt -> place in the batch."""
     chosen, kind = {}, run.config.streaming.continuation
     lines = list(dict.fromkeys(batch.index.tolist()))
-    drawn = _random(run, Purpose.CONTINUATION, epoch, len(lines))
+    drawn = _random(run, RngStream.CONTINUATION, epoch, len(lines))
     for line, bits in zip(lines, drawn, strict=True):
         places = np.flatnonzero(batch.index == line)
         pick = {
@@ -671,7 +671,7 @@ def _places(cast: Cast, blocks: range) -> np.ndarray:
     return np.concatenate([_positions(cast.stories[0].steps[block]) for block in blocks])
 
 
-def _random(run: Run, purpose: Purpose, epoch: int, count: int) -> np.ndarray:
+def _random(run: Run, purpose: RngStream, epoch: int, count: int) -> np.ndarray:
     """count uint64 of a counter-based generator's raw output, which no numpy release changes."""
     key = np.array([run.config.seed, (purpose << 32) | epoch], np.uint64)
     return np.random.Philox(key=key).random_raw(count)

@@ -20,12 +20,13 @@ from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.generate import Texts, encode_texts, generate, joined
 from astrolabe_jax.prepare import Run
-from astrolabe_jax.report import Metrics, Progress, say
 from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
+from astrolabe_jax.runtime.metrics import Metrics
 from astrolabe_jax.runtime.preemption import Stopped
-from astrolabe_jax.types import Evaluation, PromptBatch, Purpose
+from astrolabe_jax.runtime.progress import Progress, log
+from astrolabe_jax.types import Evaluation, PromptBatch, RngStream
 from astrolabe_jax.update import (
     Samples,
     TrainState,
@@ -106,11 +107,11 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
     returned. Raises REFUSED.
     """
     config, count = run.config, run.config.train.epochs
-    say(report.opening(run))
+    log(report.opening(run))
     for line in report.warnings(run):
-        say(line)
+        log(line)
     if point.epoch:
-        say(f"going on after epoch {point.epoch} of {count}")
+        log(f"going on after epoch {point.epoch} of {count}")
     began = saved = point.epoch
     progress = Progress(point.seconds, check)
     metrics = Metrics(
@@ -131,14 +132,14 @@ def train(run: Run, point: Point, check: Callable[[], None]) -> dict[str, Any] |
             if _to_be_saved(config, point):
                 with progress.phase("checkpoint"):
                     saved = _save(run, point, progress)
-        summary = multihost.by_first(lambda: _finished(run)) if began == count else None
+        summary = multihost.on_primary(lambda: _finished(run)) if began == count else None
         summary = summary or _finish(run, point, metrics, progress)
-        say(report.closing(run.workdir, summary))
+        log(report.closing(run.workdir, summary))
         return summary
     except Stopped as stopped:
         if saved != point.epoch:
             _save(run, point, progress)
-        say(f"{stopped}: saved after epoch {point.epoch} of {count}; run the same command to go on")
+        log(f"{stopped}: saved after epoch {point.epoch} of {count}; run the same command to go on")
         return None
     finally:
         metrics.close()
@@ -160,7 +161,7 @@ def _epoch(
         wanted.samples_per_prompt,
         repeats(config),
     )
-    loss_noise = prompts.sample_keys(batch, config.seed, Purpose.LOSS, epoch)
+    loss_noise = prompts.sample_keys(batch, config.seed, RngStream.LOSS, epoch)
     drawn = (_segment if run.starts else _videos)(run, point, batch, progress)
     rewards = {name: drawn.scores[name] for name in config.rewards}
     result = adv.advantages(config, rewards, batch.index)
@@ -205,7 +206,7 @@ def _epoch(
         "seconds": progress.take(),
     }
     table = _table(batch, rewards, result)
-    multihost.by_first(lambda: report.write_scores(run.workdir, epoch + 1, table))
+    multihost.on_primary(lambda: report.write_scores(run.workdir, epoch + 1, table))
     return Point(epoch + 1, state, risk, reset, dict(progress.seconds), streams), record
 
 
@@ -223,7 +224,7 @@ def _table(
 def _videos(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> Drawn:
     """Whole videos."""
     texts = encode_texts(run, batch, progress)
-    keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, point.epoch)
+    keys = prompts.sample_keys(batch, run.config.seed, RngStream.ROLLOUT, point.epoch)
 
     def sample():
         what = f"epoch {point.epoch + 1}: sampling batch"
@@ -248,7 +249,7 @@ def _segment(run: Run, point: Point, batch: PromptBatch, progress: Progress) -> 
         run.config.streaming,
         segments.begins_at(run, point.epoch),
     )
-    keys = prompts.sample_keys(batch, config.seed, Purpose.ROLLOUT, point.epoch)
+    keys = prompts.sample_keys(batch, config.seed, RngStream.ROLLOUT, point.epoch)
     cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
     own_pasts = streaming.mode == "epoch" and streaming.sampling == "clip" and start > 0
 
@@ -308,7 +309,7 @@ def _kept_or(
     if run.config.train.save_samples:
         found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
         if found is not None:
-            say(f"epoch {point.epoch + 1} goes on with the samples that were saved")
+            log(f"epoch {point.epoch + 1} goes on with the samples that were saved")
             return (
                 found.state,
                 {name: np.array(values, np.float32) for name, values in found.progress.items()},
@@ -396,12 +397,12 @@ def _say_what_is_lost(run: Run, epoch: int, metrics: Metrics) -> None:
     parts = [f"{kind} {report.spans(epochs)}" for kind, epochs in lost.items() if epochs]
     path = run.workdir / "metrics.jsonl"
     if parts:
-        say(
+        log(
             f"{path} has lost the records of {' and of '.join(parts)}: curves.png will lack them, "
             "training does not"
         )
     if ("evaluation", 0) not in there:
-        say(f"{path} has lost the evaluation before training: it is measured again")
+        log(f"{path} has lost the evaluation before training: it is measured again")
 
 
 def _evaluations(metrics: Metrics, kind: str = "evaluation") -> dict[int, Evaluation]:
@@ -425,7 +426,7 @@ def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
         result = ceiling(run, progress)
     if result is not None:
         _add_evaluation(metrics, "ceiling", 0, result)
-        say(report.evaluation_line("ceiling (real videos through the VAE)", result))
+        log(report.evaluation_line("ceiling (real videos through the VAE)", result))
 
 
 def _policy(run: Run, state: TrainState) -> dict:
@@ -442,9 +443,9 @@ def _evaluate_if_due(
     name = {0: "before", run.config.train.epochs: "after"}.get(epoch)
     if name:
         place = run.workdir / "samples" / name
-        multihost.by_first(lambda: report.write_samples(place, frames, run.config.video.fps))
+        multihost.on_primary(lambda: report.write_samples(place, frames, run.config.video.fps))
     _add_evaluation(metrics, "evaluation", epoch, result)
-    say(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
+    log(report.evaluation_line(f"evaluation {name or f'after epoch {epoch}'}", result))
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -470,4 +471,4 @@ def _finish(run: Run, point: Point, metrics: Metrics, progress: Progress) -> dic
         everything = evaluations | ({"ceiling": real[0]} if 0 in real else {})
         return report.write_summary(run.workdir, run.config, everything, progress.seconds)
 
-    return multihost.by_first(write)
+    return multihost.on_primary(write)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Purpose(enum.IntEnum):
+class RngStream(enum.IntEnum):
     """First link of every chain of `fold_in`: draws for different purposes never meet. Numbers are
     never reused.
     """

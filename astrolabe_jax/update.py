@@ -26,7 +26,7 @@ from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.transformer import KeyValues, Past
 from astrolabe_jax.schedule import T_MAX, Schedule, add_noise, sigma_of, velocity_to_x0, warp
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.types import RngStream
 
 CLIP_EPSILON = 1e-6  # added to the gradient norm it divides by, as torch does
 
@@ -576,7 +576,7 @@ def _gather(latents, key, order, turn, mesh):
 
 def _random_bits(config, epoch, stream, count):
     """count uint64 of a counter-based generator's raw output, which no numpy release changes."""
-    key = np.array([config.seed, (Purpose.LOSS << 32) | epoch], np.uint64)
+    key = np.array([config.seed, (RngStream.LOSS << 32) | epoch], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64)).random_raw(
         count
     )

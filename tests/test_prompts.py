@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astrolabe_jax import prompts
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.types import RngStream
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 
 
@@ -131,7 +131,7 @@ def test_held_out_goes_through_the_list_before_second_candidates():
 def test_sample_keys_are_distinct_and_do_not_depend_on_the_batch():
     batch = prompts.draw([f"p{i}" for i in range(9)], 0, 0, 4, 3, 1)
 
-    def raw(batch, seed=0, purpose=Purpose.ROLLOUT, epoch=0):
+    def raw(batch, seed=0, purpose=RngStream.ROLLOUT, epoch=0):
         return [
             tuple(row)
             for row in np.asarray(
@@ -141,7 +141,7 @@ def test_sample_keys_are_distinct_and_do_not_depend_on_the_batch():
 
     rows = raw(batch)
     assert raw(batch.part(slice(5, 7))) == rows[5:7]
-    others = raw(batch, seed=1) + raw(batch, purpose=Purpose.HELD_OUT) + raw(batch, epoch=1)
+    others = raw(batch, seed=1) + raw(batch, purpose=RngStream.HELD_OUT) + raw(batch, epoch=1)
     assert len({*rows, *others}) == 4 * len(rows)
 
 

@@ -34,7 +34,7 @@ def listening() -> Iterator[Callable[[], None]]:
             signal.signal(known, handler)
 
     def check():
-        if name := multihost.anywhere("".join(received[:1])):
+        if name := multihost.first_nonempty("".join(received[:1])):
             raise Stopped(name)
 
     before = {number: signal.getsignal(number) for number in signals}
