@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     workdir: Path
-    identity: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
+    fingerprint: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
     base: Base  # with its parameters on the mesh
     layout: Layout
     sampler: Sampler
@@ -65,10 +65,10 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     message names the field, file or line at fault, and the next step; on all processes, if on one.
     """
     run = multihost.on_all(lambda: _read(config, Path(workdir)))
-    mine = run.identity | {"workdir": str(workdir)}
+    mine = run.fingerprint | {"workdir": str(workdir)}
     first = multihost.on_primary(lambda: mine)
     multihost.on_all(lambda: _refuse_other_settings(first, mine))
-    multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.identity))
+    multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.fingerprint))
     return run
 
 

@@ -73,7 +73,7 @@ def resume(run: Run) -> Point:
     """
     state = init_state(run.config, run.adapter, run.mesh)
     found = checkpoint.restore(
-        run.workdir, lambda epoch: _saved(state, _stream_shapes(run, epoch)), run.identity
+        run.workdir, lambda epoch: _saved(state, _stream_shapes(run, epoch)), run.fingerprint
     )
     if found is None:
         return Point(0, state, adv.RiskState(), adv.ResetState(run.config.kl.reset_threshold), {})
@@ -307,7 +307,7 @@ def _kept_or(
     """
     place = (run.workdir, point.epoch)
     if run.config.train.save_samples:
-        found = checkpoint.restore_samples(*place, template, point.state.old, run.identity)
+        found = checkpoint.restore_samples(*place, template, point.state.old, run.fingerprint)
         if found is not None:
             log(f"epoch {point.epoch + 1} goes on with the samples that were saved")
             return (
@@ -319,7 +319,8 @@ def _kept_or(
     if run.config.train.save_samples:
         with progress.phase("save samples"):
             listed = {name: values.tolist() for name, values in scores.items()}
-            size = checkpoint.save_samples(*place, arrays, listed, point.state.old, run.identity)
+            kept = checkpoint.Checkpoint(point.epoch, arrays, listed)
+            size = checkpoint.save_samples(run.workdir, kept, point.state.old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return arrays, scores, rest
 
@@ -355,7 +356,8 @@ def _save(run: Run, point: Point, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     saved = _saved(point.state, segments.gathered(run, point.streams))
-    size = checkpoint.save(run.workdir, point.epoch, saved, record, run.identity, keep)
+    whole = checkpoint.Checkpoint(point.epoch, saved, record)
+    size = checkpoint.save(run.workdir, whole, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return point.epoch
 
