@@ -394,7 +394,7 @@ def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
         "deviations": lines("kl_div", "old_deviate", "old_kl_div"),
     }
     path = workdir / "curves.png"
-    write_atomic(path, media.curves(panels, log=("deviations",)))
+    write_atomic(path, media.curves(panels, "epoch", log=("deviations",)))
     return path
 
 
