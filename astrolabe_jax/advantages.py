@@ -1,9 +1,9 @@
-"""From rewards to what the update needs of them: the optimality r, and which samples the selective
-KL restrains.
+"""From rewards to what the update needs: the optimality r, and which samples the selective KL
+restrains.
 
-Everything here runs on the host, in numpy float64, once per epoch over all N = G K samples; groups
-are identified by the index of their prompt, never by its text. Section numbers are those of
-spec/objective.md. The controllers of the selective KL are pure functions on small states whose
+Everything here runs on the host, in numpy float64, once per epoch over all N = G K samples. Groups
+are identified by the index of their prompt, never by its text. The formulas are those of
+docs/objective.md. The controllers of the selective KL are pure functions on small states whose
 `_asdict()` survives JSON.
 """
 
@@ -25,28 +25,37 @@ class Advantages(NamedTuple):
     total: np.ndarray  # [N] float64, weighted sum of the raw rewards
     advantage: np.ndarray  # [N] float64, unclipped, in standard deviations
     r: np.ndarray  # [N] float32 in [0, 1], the optimality
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # figures for the log, see `statistics`
 
 
 def advantages(
     config: ConfigDict, rewards: Mapping[str, np.ndarray], groups: np.ndarray
 ) -> Advantages:
-    """The advantages of an epoch. config: the whole run's; rewards {name: [N]}; groups [N], the
-    prompt of each sample.
+    """Return the advantages of an epoch's samples.
 
-    Raises ValueError on a non-finite reward, naming it and the sample.
+    Args:
+      config: of the whole run.
+      rewards: {name: [N]}.
+      groups: [N], the index of each sample's prompt.
+
+    Raises:
+      ValueError: on a reward that is not finite, naming it and the sample.
     """
-    settings, weights = config.advantages, reward_weights(config)
+    settings = config.advantages
+    weights = reward_weights(config)
     total = total_reward(rewards, weights)
-    score = total_reward(standardise(rewards), weights) if settings.standardise else total
+    score = total
+    if settings.standardise:
+        score = total_reward(standardise(rewards), weights)
     advantage = normalise(score, groups, settings.std, settings.min_std)
     r = optimality(advantage, settings.clip).astype(np.float32)
     return Advantages(total, advantage, r, statistics(total, groups))
 
 
 def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Weighted sum [N] of the rewards {name: [N]} (section 4), after a check that every reward is
-    finite.
+    """Return the weighted sum [N] float64 of the rewards {name: [N]}.
+
+    Raises ValueError unless every reward has a weight and is finite.
     """
     if set(rewards) != set(weights):
         raise ValueError(
@@ -60,55 +69,64 @@ def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]
                 f"of {len(values)} samples are not finite); look at that video before training on "
                 "it"
             )
-    return sum(weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards))
+    terms = [weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards)]
+    return np.asarray(sum(terms))
 
 
 def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each reward centred and divided by its standard deviation over the epoch, so that no scale
-    dominates the sum.
+    """Return each reward [N], centred and divided by its standard deviation over the epoch.
+
+    So no reward's scale dominates the sum.
     """
-    scores = {name: np.asarray(values, np.float64) for name, values in rewards.items()}
-    return {name: (x - x.mean()) / (x.std() + STD_FLOOR) for name, x in scores.items()}
+    standardised = {}
+    for name, values in rewards.items():
+        x = np.asarray(values, np.float64)
+        standardised[name] = (x - x.mean()) / (x.std() + STD_FLOOR)
+    return standardised
 
 
 def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 0.0) -> np.ndarray:
-    """Advantages [N] = (score - mean of its group) / (std + 1e-4), with population standard
-    deviations (section 4).
+    """Return the advantages [N] = (score - mean of its group) / (std + 1e-4).
 
-    std: 'global', over the whole epoch, or 'prompt', of the group. Where every group has one
-    member, mean and standard deviation are those of the whole epoch. A deviation below min_std
-    counts as min_std.
+    Where every group has one member, mean and standard deviation are those of the whole epoch.
+
+    Args:
+      score: [N].
+      groups: [N], the index of each sample's prompt.
+      std: 'global': the population standard deviation over the whole epoch, or 'prompt': over the
+        group.
+      min_std: a standard deviation below this counts as this.
     """
     if std not in ("global", "prompt"):
         raise ValueError(f"advantages.std is {std!r}; use 'global' or 'prompt'")
     score = np.asarray(score, np.float64)
-    _, members = _by_group(groups)
-    if all(len(member) == 1 for member in members):
-        return (score - score.mean()) / (max(score.std(), min_std) + STD_FLOOR)
+    overall_std = score.std()
+    members_by_group = _members(groups)
+    if all(len(members) == 1 for members in members_by_group):
+        return (score - score.mean()) / (max(overall_std, min_std) + STD_FLOOR)
     advantage = np.empty_like(score)
-    for member in members:
-        spread = score.std() if std == "global" else score[member].std()
-        advantage[member] = (score[member] - score[member].mean()) / (
-            max(spread, min_std) + STD_FLOOR
-        )
+    for members in members_by_group:
+        group = score[members]
+        spread = overall_std if std == "global" else group.std()
+        advantage[members] = (group - group.mean()) / (max(spread, min_std) + STD_FLOOR)
     return advantage
 
 
 def optimality(advantage: np.ndarray, clip: float) -> np.ndarray:
-    """r = clip(A, -clip, clip) / (2 clip) + 1/2, in [0, 1] (section 4)."""
-    return np.clip(np.clip(advantage, -clip, clip) / clip / 2 + 0.5, 0.0, 1.0)
+    """Return r = clip(A, -clip, clip) / (2 clip) + 1/2, in [0, 1]."""
+    clipped = np.clip(advantage, -clip, clip)
+    return np.clip(clipped / clip / 2 + 0.5, 0.0, 1.0)
 
 
 def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
-    """The logged figures of section 2 about the groups: their size, spread, and the mean of their
-    best samples.
+    """Return figures about the groups for the log: size, spread, and mean of the best samples.
 
     `zero_std_ratio` is the share of groups whose samples all score the same, from which nothing can
     be learnt; `top_P` averages over groups the mean of the samples at or above the group's (100 -
     P)-th percentile.
     """
     total = np.asarray(total, np.float64)
-    scores = [total[member] for member in _by_group(groups)[1]]
+    scores = [total[members] for members in _members(groups)]
     metrics = {
         "group_size": len(total) / len(scores),
         "groups": len(scores),
@@ -116,27 +134,34 @@ def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
         "group_std": np.mean([score.std() for score in scores]),
     }
     for share in TOP_SHARES:
-        tops = [score[score >= np.percentile(score, 100 - share)].mean() for score in scores]
-        metrics[f"top_{share}"] = np.mean(tops)
+        means = []
+        for score in scores:
+            threshold = np.percentile(score, 100 - share)
+            means.append(score[score >= threshold].mean())
+        metrics[f"top_{share}"] = np.mean(means)
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _by_group(groups):
-    """The distinct groups, and the sample indices of each."""
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """Return the sample indices of each distinct group."""
     names, inverse = np.unique(groups, return_inverse=True)
-    return names, [np.flatnonzero(inverse == i) for i in range(len(names))]
+    return [np.flatnonzero(inverse == i) for i in range(len(names))]
 
 
-# Selective KL (section 7): which samples are suspicious, how many, and when the reference moves.
+# Selective KL: which samples are suspicious, how many, and when the reference moves.
 
 
 def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: str) -> np.ndarray:
-    """How far the main reward's ranking of each sample departs from the mean of the others', [N],
-    in ranks (7.1).
+    """Return how far the main reward's rank departs from the mean rank of the others, [N].
 
-    'paper': positive where the main reward likes a sample more than the others do, which is what
-    reward hacking looks like. 'published': the opposite sign and at most two other rewards, as the
-    released code has it. Ranks run over the whole epoch; ties keep the order of the samples.
+    Ranks run over the whole epoch; ties keep the order of the samples.
+
+    Args:
+      rewards: {name: [N]}.
+      main: name of the main reward.
+      direction: 'paper': positive where the main reward likes a sample more than the others do,
+        which is what reward hacking looks like. 'published': the opposite sign and at most two
+        other rewards, as the released code has it (docs/published.md).
     """
     if direction not in ("paper", "published"):
         raise ValueError(f"kl.rank_direction is {direction!r}; use 'paper' or 'published'")
@@ -148,12 +173,13 @@ def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: st
         )
     if direction == "published":
         others = others[:2]
-    excess = _ranks(rewards[main]) - np.mean([_ranks(rewards[name]) for name in others], axis=0)
+    other_ranks = [_ranks(rewards[name]) for name in others]
+    excess = _ranks(rewards[main]) - np.mean(other_ranks, axis=0)
     return -excess if direction == "paper" else excess
 
 
-def _ranks(values):
-    """Rank 1 for the highest value, N for the lowest."""
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks [N]: 1 for the highest value, N for the lowest."""
     order = np.argsort(-np.asarray(values, np.float64), kind="stable")
     ranks = np.empty(len(order))
     ranks[order] = np.arange(1, len(order) + 1)
@@ -161,61 +187,62 @@ def _ranks(values):
 
 
 class RiskState(NamedTuple):
-    """Controller of the masked share. `ratio`: share of the non-negative discrepancies; `history`:
-    their last means.
-    """
+    """Controller of how many samples the KL restrains."""
 
-    ratio: float = 0.1
-    history: tuple[float, ...] = ()
+    ratio: float = 0.1  # share of the samples with a discrepancy of at least 0
+    history: tuple[float, ...] = ()  # risks of the last epochs
 
 
 RATIO_BOUNDS = (0.02, 0.2)
-HISTORY = 20
+HISTORY = 20  # epochs
 
 
 def update_risk(state: RiskState, discrepancy: np.ndarray) -> tuple[RiskState, float]:
-    """The controller after one epoch, and the epoch's risk: the mean non-negative discrepancy
-    (7.2).
+    """Return the controller after one epoch, and the epoch's risk.
 
-    A risk above all of the history raises the ratio by 1.1, one below all of it lowers it by 0.9.
+    The risk is the mean of the discrepancies [N] that are at least 0.
     """
-    return risk_step(state, risk := float(discrepancy[discrepancy >= 0].mean())), risk
+    risk = float(discrepancy[discrepancy >= 0].mean())
+    return risk_step(state, risk), risk
 
 
 def risk_step(state: RiskState, risk: float) -> RiskState:
-    """The controller after an epoch of the given risk."""
-    ratio, history = state.ratio, tuple(state.history)
+    """Return the controller after an epoch of the given risk.
+
+    A risk above all of the history raises the ratio by 1.1, one below all of it lowers it by 0.9.
+    """
+    ratio = state.ratio
+    history = tuple(state.history)
     if not history:
         ratio = RiskState().ratio
     elif risk > max(history):
         ratio *= 1.1
     elif risk < min(history):
         ratio *= 0.9
-    return RiskState(float(np.clip(ratio, *RATIO_BOUNDS)), (*history, risk)[-HISTORY:])
+    ratio = float(np.clip(ratio, *RATIO_BOUNDS))
+    return RiskState(ratio, (*history, risk)[-HISTORY:])
 
 
 def risk_mask(discrepancy: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
-    """Which samples the KL restrains, bool [N], and the threshold they exceed (7.3).
+    """Return which samples the KL restrains, bool [N], and the threshold that they exceed.
 
-    The threshold is the (100 - 100 ratio)-th percentile of the non-negative discrepancies.
+    The threshold is the (100 - 100 ratio)-th percentile of the discrepancies that are at least 0.
     """
     threshold = np.percentile(discrepancy[discrepancy >= 0], 100 - 100 * ratio)
     return discrepancy > threshold, float(threshold)
 
 
 class ResetState(NamedTuple):
-    """Controller of the reference. `threshold`: deviation that asks for a reset; `previous`: epoch
-    of the last one.
-    """
+    """Controller of the reference policy."""
 
-    threshold: float
-    previous: int = 0
-    pending: bool = False
+    threshold: float  # mean KL of a step above which a reset is asked for
+    previous: int = 0  # epoch of the last reset
+    pending: bool = False  # whether one was asked for since
 
 
 # How resets move the threshold: (floor when they are rare, ceiling when they are frequent). The
 # published numbers are exchanged, so that its first frequent reset makes the threshold jump down to
-# 0.05 (section 15.9).
+# 0.05 (docs/published.md).
 RESET_BOUNDS = {"corrected": (0.05, 0.15), "published": (0.1, 0.05)}
 RESET_STEP = 0.01
 FREQUENT_EPOCHS = 5  # resets fewer epochs apart than this are frequent
@@ -224,21 +251,29 @@ FREQUENT_EPOCHS = 5  # resets fewer epochs apart than this are frequent
 def start_epoch(
     state: ResetState, epoch: int, max_epochs: int, bounds: str
 ) -> tuple[ResetState, bool]:
-    """Whether the reference becomes the current policy before this epoch, and the controller after
-    that (7.5).
+    """Return the controller at the start of an epoch, and whether the reference is reset there.
 
-    It does when a step of an earlier epoch asked for it, or after more than `max_epochs` epochs
-    without. bounds: 'corrected' or 'published', see RESET_BOUNDS. The corrected bounds never move a
-    threshold that starts outside of them the wrong way.
+    A reset makes the current policy the reference. It happens when a step of an earlier epoch asked
+    for it, or after more than `max_epochs` epochs without.
+
+    Args:
+      state: the controller after the last step.
+      epoch: finished epochs.
+      max_epochs: that may pass without a reset.
+      bounds: 'corrected' or 'published', see RESET_BOUNDS. The corrected bounds never move a
+        threshold that starts outside of them the wrong way.
     """
     if bounds not in RESET_BOUNDS:
         raise ValueError(f"kl.reset_bounds is {bounds!r}; use 'corrected' or 'published'")
     elapsed = epoch - state.previous
-    if not (epoch and state.pending) and elapsed <= max_epochs:
+    asked_for = epoch > 0 and state.pending
+    if not asked_for and elapsed <= max_epochs:
         return state, False
-    threshold, (floor, ceiling) = state.threshold, RESET_BOUNDS[bounds]
+    threshold = state.threshold
+    floor, ceiling = RESET_BOUNDS[bounds]
     if bounds == "corrected":
-        floor, ceiling = min(floor, threshold), max(ceiling, threshold)
+        floor = min(floor, threshold)
+        ceiling = max(ceiling, threshold)
     if elapsed > max_epochs:
         threshold = max(threshold - RESET_STEP, floor)
     if elapsed < FREQUENT_EPOCHS:
@@ -247,7 +282,6 @@ def start_epoch(
 
 
 def after_step(state: ResetState, kl: float) -> ResetState:
-    """The controller after an optimizer step whose mean KL was `kl`: above the threshold it asks
-    for a reset (7.5).
-    """
-    return state._replace(pending=state.pending or bool(kl > state.threshold))
+    """Return the controller after an optimizer step of mean KL `kl`, which may ask for a reset."""
+    exceeded = bool(kl > state.threshold)
+    return state._replace(pending=state.pending or exceeded)

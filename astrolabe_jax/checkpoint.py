@@ -1,14 +1,13 @@
-"""Stage checkpoint: what a run needs to go on exactly (streaming.md 8), and the only place that
-knows Orbax.
+"""Stage checkpoint: what a run needs to go on exactly. See docs/checkpoints.md.
 
-A working directory holds
+No other module that deals with runs knows Orbax. A working directory holds
 
-    run.json                    which run it belongs to: config, hashes of base model and prompts
+    run.json                    the fingerprint of its run: config, hashes of base model and prompts
     checkpoints/EPOCH/state     adapters and optimizer state; base weights are never saved
-    checkpoints/EPOCH/progress  JSON: counters, controllers, identity, shapes and checksum of the
-                                state; its own digest
+    checkpoints/EPOCH/progress  JSON: counters, controllers, fingerprint, shapes and checksum of the
+                                state, and its own digest
     checkpoints/EPOCH.damaged   one that was found damaged and is kept aside
-    samples_in_flight/EPOCH/    likewise, what the epoch after EPOCH finished ones has sampled and
+    samples_in_flight/EPOCH/    the same of what the epoch after EPOCH finished ones has sampled and
                                 not yet learnt from
 
 Orbax writes beside and renames, so a checkpoint is there whole or not at all. One with missing or
@@ -19,7 +18,6 @@ that another program made, is an error.
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -39,10 +37,15 @@ import orbax.checkpoint as ocp
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import WriteError, read_json, write_atomic
 
-CHECKPOINTS, SAMPLES = "checkpoints", "samples_in_flight"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples_in_flight"
+
+# What makes a run, or a model, the same one: a flat mapping that JSON can hold, of config fields
+# (`config.FIELD`) and of hashes.
+Fingerprint = Mapping[str, Any]
 
 # Fields of the config that may change between the pieces of a run: they say how far it goes, where
-# it computes, or where the files lie that `prepare` puts into the identity by their content.
+# it computes, or where the files lie whose content is in the fingerprint.
 MAY_DIFFER = frozenset(
     f"config.{field}"
     for field in (
@@ -68,25 +71,36 @@ MAY_DIFFER = frozenset(
         "scoring.timeout",
     )
 )
-# Likewise of the options of rewards; weights are known by their content.
+# The same for the options of rewards, whose weights are known by their content.
 MAY_DIFFER_OPTION = re.compile(
     r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|\w+_per_batch)"
 )
+# Config fields and sections of older versions -> their names today.
+RENAMED = {
+    "optimiser": "optimizer",
+    "prompts.groups": "prompts.prompts_per_epoch",
+    "prompts.candidates": "prompts.samples_per_prompt",
+    "streaming.clip": "streaming.score_frames",
+}
 
 
-class Restored(NamedTuple):
+class Checkpoint(NamedTuple):
+    """The state of a run between two epochs, or the samples of the epoch that follows."""
+
     epoch: int  # epochs that are finished
-    state: Any  # as in `save`
-    progress: dict
+    state: Any  # pytree of arrays, not a lone one, of any dtypes that JAX has
+    progress: dict  # what JSON can hold: counters and controllers, or the scores of samples
 
 
-def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
-    """Makes `workdir` the directory of the run `identity`, a flat JSON-able mapping.
+def claim(workdir: Path, fingerprint: Fingerprint) -> None:
+    """Make `workdir` the directory of the run with this fingerprint.
 
-    Files that a killed run had half written are removed. Raises ValueError if it belongs to another
-    run or holds other files, OSError if it cannot be written.
+    Files that a killed run had half written are removed.
+
+    Raises:
+      ValueError: if it belongs to another run or holds other files.
+      OSError: if it cannot be written.
     """
-    record = workdir / "run.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -96,6 +110,7 @@ def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
         raise OSError(
             f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir"
         ) from None
+    record = workdir / "run.json"
     if record.exists():
         try:
             saved = read_json(record)
@@ -103,7 +118,7 @@ def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{error}; give another --workdir, or put back the file that was there"
             ) from None
-        refuse_differences(saved, identity, f"workdir {workdir} belongs to another run")
+        refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
     elif others:
         raise ValueError(
             f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a "
@@ -112,126 +127,149 @@ def claim(workdir: Path, identity: Mapping[str, Any]) -> None:
     for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
         for path in workdir.glob(half_written):
             path.unlink()
-    write_atomic(record, json.dumps(identity, indent=1).encode())
+    write_atomic(record, json.dumps(fingerprint, indent=1).encode())
 
 
-def refuse_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], complaint: str
-) -> None:
-    """ValueError that lists every entry in which two identities differ, but for MAY_DIFFER."""
+def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str) -> None:
+    """Raise ValueError, with every difference, unless two fingerprints are of the same run.
+
+    Entries of MAY_DIFFER may differ. A fingerprint of an older version is refused by the names that
+    its fields have today. `complaint` opens the message.
+    """
+    renamed = [f"{old} is {new} now" for old, new in _renamed_fields(saved).items()]
+    if renamed:
+        advice = (
+            "give a new --workdir, or go on with that version; to start anew from its adapter, "
+            "export that with `python -m astrolabe_jax.convert export-lora` and set "
+            "config.lora.init"
+        )
+        older = "an older version of astrolabe_jax has written it, with other names of fields"
+        raise ValueError("\n  ".join([f"{complaint}: {older}; {advice}:", *renamed]))
     absent = "(none)"
-    differing = [
-        f"{name}: {saved.get(name, absent)!r} there, {current.get(name, absent)!r} now"
-        for name in sorted({*saved, *current} - MAY_DIFFER)
-        if saved.get(name, absent) != current.get(name, absent)
-        and not MAY_DIFFER_OPTION.fullmatch(name)
-    ]
+    differing = []
+    for name in sorted({*saved, *current} - MAY_DIFFER):
+        there = saved.get(name, absent)
+        here = current.get(name, absent)
+        if there != here and not MAY_DIFFER_OPTION.fullmatch(name):
+            differing.append(f"{name}: {there!r} there, {here!r} now")
     if differing:
         advice = "give another --workdir, or the same settings as there"
         raise ValueError("\n  ".join([f"{complaint}; {advice}:", *differing]))
 
 
-def save(
-    workdir: Path, epoch: int, state: Any, progress: dict, identity: Mapping[str, Any], keep: int
-) -> int:
-    """Saves a pytree of arrays and a JSON-able `progress` after `epoch` finished epochs; the last
-    `keep` are kept.
+def _renamed_fields(saved: Fingerprint) -> dict[str, str]:
+    """Return the config fields of an older version in a fingerprint, with their names today."""
+    fields = {}
+    for name in saved:
+        for old, new in RENAMED.items():
+            prefix = f"config.{old}"
+            if name == prefix or name.startswith(f"{prefix}."):
+                fields[name] = f"config.{new}{name.removeprefix(prefix)}"
+    return fields
 
-    Returns the bytes that it takes. Samples that are in flight are those of a finished epoch now,
-    and removed. All processes call it. Raises WriteError if the file system refuses.
+
+def save(workdir: Path, checkpoint: Checkpoint, fingerprint: Fingerprint, keep: int) -> int:
+    """Save a checkpoint, of which the last `keep` are kept, and return its bytes on the disk.
+
+    Samples in flight are those of a finished epoch now, and removed. All processes call it. Raises
+    WriteError if the file system refuses.
     """
-    size = _write(
-        workdir / CHECKPOINTS,
-        epoch,
-        state,
-        {"progress": progress, "identity": dict(identity)},
-        keep,
-    )
+    size = _write(workdir / CHECKPOINTS, checkpoint, {"identity": dict(fingerprint)}, keep)
     _remove_samples(workdir)
     return size
 
 
 def restore(
-    workdir: Path, template: Callable[[int], Any], identity: Mapping[str, Any]
-) -> Restored | None:
-    """The newest checkpoint that is whole, or None if there is none.
-
-    template(epoch) gives the shapes, dtypes and shardings of what was saved after so many epochs.
+    workdir: Path, template: Callable[[int], Any], fingerprint: Fingerprint
+) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None if there is none.
 
     The devices and processes may be others than those it was saved on. Newer ones, whose content is
-    missing or corrupt, are renamed to EPOCH.damaged. Nothing is renamed, and ValueError raised, for
-    a checkpoint of another model, config or program, and if there are checkpoints but none is
-    whole; OSError, if the system fails to read one. All processes call it.
+    missing or corrupt, are renamed to EPOCH.damaged. Nothing is renamed where an error is raised.
+    All processes call it.
+
+    Args:
+      workdir: directory of the run.
+      template: epoch -> shapes, dtypes and shardings of what was saved after so many epochs.
+      fingerprint: of the run.
+
+    Raises:
+      ValueError: for a checkpoint of another model, config or program, and if there are checkpoints
+        but none is whole.
+      OSError: if the system fails to read one.
     """
     directory = workdir / CHECKPOINTS
-    found, damaged = None, {}
+    found = None
+    damaged = {}
     for epoch in _epochs(directory):
         path = directory / str(epoch)
-        load = functools.partial(_load, path, template(epoch), identity, f"checkpoint {path}")
+        load = functools.partial(_load, path, template(epoch), fingerprint, f"checkpoint {path}")
         found, fault = _sound(functools.partial(_faulty, load, path))
         if found:
             break
         damaged[epoch] = fault
-    if damaged and found is None:
+    if not damaged:
+        return found
+    if found is None:
         reasons = [f"{epoch}: {fault}" for epoch, fault in damaged.items()]
         advice = "put a whole one back, or move the directory away to start this run over"
         raise ValueError(
             "\n  ".join([f"no checkpoint in {directory} is whole; {advice}:", *reasons])
         )
     for epoch, fault in damaged.items():
-        aside = multihost.by_first(lambda epoch=epoch: _put_aside(directory / str(epoch)).name)
-        logging.warning(
-            "checkpoint %s is damaged (%s); it is now %s", directory / str(epoch), fault, aside
-        )
-    if damaged:
-        logging.warning("going on from the checkpoint before it, %s", directory / str(found.epoch))
+        path = directory / str(epoch)
+        aside = multihost.on_primary(functools.partial(_put_aside, path))
+        logging.warning("checkpoint %s is damaged (%s); it is now %s", path, fault, aside)
+    logging.warning("going on from the checkpoint before it, %s", directory / str(found.epoch))
     return found
 
 
-def save_samples(
-    workdir: Path,
-    epoch: int,
-    samples: Any,
-    progress: dict,
-    policy: Any,
-    identity: Mapping[str, Any],
-) -> int:
-    """Saves what an epoch has sampled, before anything is learnt from it, in the place of any other
-    epoch's.
+def save_samples(workdir: Path, samples: Checkpoint, policy: Any, fingerprint: Fingerprint) -> int:
+    """Save what an epoch has sampled, before anything is learnt from it, and return its bytes.
 
-    epoch: finished ones, as of the checkpoint that it follows. samples: a pytree, not a lone array,
-    of any dtypes that JAX has; its numpy arrays are equal on all processes. progress: JSON-able,
-    such as scores. policy: the adapter that has sampled. Returns bytes, raises and is called as
-    `save`, which removes them again.
+    It takes the place of any other epoch's. Raises and is called as `save`, which removes it again.
+
+    Args:
+      workdir: directory of the run.
+      samples: with the epoch of the checkpoint that they follow. Numpy arrays in them are equal on
+        all processes.
+      policy: the adapter that has sampled.
+      fingerprint: of the run.
     """
-    record = {"progress": progress, "identity": dict(identity), "policy": int(_checksum(policy))}
-    # those of a later epoch, of a checkpoint that was damaged, would count as newer
+    # Those of a later epoch, of a checkpoint that was damaged, would count as newer.
     _remove_samples(workdir)
-    return _write(workdir / SAMPLES, epoch, samples, record, keep=1)
+    record = {"identity": dict(fingerprint), "policy": int(checksum(policy))}
+    return _write(workdir / SAMPLES, samples, record, keep=1)
 
 
 def restore_samples(
-    workdir: Path, epoch: int, template: Any, policy: Any, identity: Mapping[str, Any]
-) -> Restored | None:
-    """What `save_samples` has saved for this epoch, policy and run, or None: sample again.
+    workdir: Path, epoch: int, template: Any, policy: Any, fingerprint: Fingerprint
+) -> Checkpoint | None:
+    """Return what `save_samples` has saved for this epoch, policy and run; None: sample again.
 
-    template: shapes, dtypes and shardings; a leaf without sharding is read as numpy. A warning says
-    why samples that are there are not used: they are damaged, or not those of this epoch, policy or
-    run. All processes call it.
+    A warning says why samples that are there are not used: they are damaged, or not those of this
+    epoch, policy or run. All processes call it.
+
+    Args:
+      workdir: directory of the run.
+      epoch: finished epochs.
+      template: shapes, dtypes and shardings; a leaf without sharding is read as numpy.
+      policy: the adapter that samples.
+      fingerprint: of the run.
     """
-    directory, expected = workdir / SAMPLES, int(_checksum(policy))
-    for found in _epochs(directory):
-        path = directory / str(found)
-        if found < epoch:  # learnt from; a kill came before they were removed
+    directory = workdir / SAMPLES
+    expected = int(checksum(policy))
+    for number in _epochs(directory):
+        path = directory / str(number)
+        if number < epoch:  # learnt from; a kill came before they were removed
             continue
-        load = functools.partial(_load, path, template, identity, f"{path}", policy=expected)
-        restored, fault = (
-            (None, f"of epoch {found + 1}")
-            if found != epoch
-            else _sound(functools.partial(_unusable, load))
-        )
-        if restored:
-            return restored
+        samples = None
+        fault = f"of epoch {number + 1}"
+        if number == epoch:
+            load = functools.partial(_load, path, template, fingerprint, f"{path}", expected)
+            samples, fault = _sound(functools.partial(_unusable, load))
+        if samples:
+            return samples
         logging.warning(
             "samples in %s are not used (%s): epoch %d is sampled again", path, fault, epoch + 1
         )
@@ -239,42 +277,46 @@ def restore_samples(
 
 
 def _remove_samples(workdir: Path) -> None:
-    multihost.by_first(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+    multihost.on_primary(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+
+
+# Reading, and telling damage from what the content cannot be blamed for.
 
 
 class _Damaged(Exception):
-    pass
+    """Content is missing or corrupt; the message says how."""
 
 
 @contextlib.contextmanager
-def _reading(path: Path):
-    """Whatever missing or corrupt content makes the readers raise (there is no common class)
-    becomes _Damaged.
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever missing or corrupt content makes the readers raise into _Damaged.
 
-    Not so what the content cannot be blamed for: other errors of the system, and a lack of memory.
+    There is no common class. Other errors of the system, and a lack of memory, stay what they are:
+    the content cannot be blamed for them.
     """
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise _Damaged(
-            f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        ) from error
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise _Damaged(reason) from error
     except OSError as error:
-        message = (
+        raise OSError(
             f"checkpoint {path} cannot be read: {error}; it may be whole: make it readable and "
             "try again"
-        )
-        raise OSError(message) from error
+        ) from error
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise _Damaged(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), "")
+        raise _Damaged(f"{type(error).__name__}: {reason}") from error
 
 
-def _faulty(load: Callable[[], Restored], path: Path) -> tuple[Restored | None, str]:
-    """What `load` returns, or what is damaged; raises what the content cannot be blamed for."""
+# A checkpoint, or None and what is wrong with it.
+_Attempt = tuple[Checkpoint | None, str]
+
+
+def _faulty(load: Callable[[], Checkpoint], path: Path) -> _Attempt:
+    """Return what `load` returns, or what is damaged; raise what is no damage."""
     try:
         with _reading(path):
             _read_all(path)
@@ -283,18 +325,17 @@ def _faulty(load: Callable[[], Restored], path: Path) -> tuple[Restored | None, 
         return None, str(error)
 
 
-def _unusable(load: Callable[[], Restored]) -> tuple[Restored | None, str]:
-    """What `load` returns, or whatever keeps it from that, without advice: these can be made
-    again.
-    """
+def _unusable(load: Callable[[], Checkpoint]) -> _Attempt:
+    """Return what `load` returns, or whatever keeps it from that; samples can be made again."""
     try:
         return load(), ""
     except (_Damaged, ValueError, OSError) as error:
-        return None, str(error).partition(";")[0]
+        reason, _, _ = str(error).partition(";")  # without its advice
+        return None, reason
 
 
 def _read_all(path: Path) -> None:
-    """For errors of the system, which later readers would wrap in errors of their own."""
+    """Raise the errors of the system, which later readers would wrap in errors of their own."""
     for file in path.rglob("*"):
         if not file.is_dir():
             with open(file, "rb") as content:
@@ -302,158 +343,199 @@ def _read_all(path: Path) -> None:
                     pass
 
 
-def _sound(load: Callable[[], tuple[Restored | None, str]]) -> tuple[Restored | None, str]:
-    """What `load` gives on all processes, if the content gives its checksum; else None and the
-    fault, on any.
+def _sound(load: Callable[[], _Attempt]) -> _Attempt:
+    """Return what `load` gives on all processes, if its content gives its checksum.
+
+    Otherwise return None and the fault that any process has found.
     """
-    found, fault = multihost.together(load)
-    fault = multihost.anywhere(fault)
-    if not fault and int(_checksum(found.state)) != found.progress["checksum"]:
-        fault = "its content does not give its checksum"
-    return (None, fault) if fault else (found._replace(progress=found.progress["progress"]), "")
+    loaded, fault = multihost.on_all(load)
+    fault = multihost.first_nonempty(fault)
+    if fault:
+        return None, fault
+    if int(checksum(loaded.state)) != loaded.progress["checksum"]:
+        return None, "its content does not give its checksum"
+    return loaded._replace(progress=loaded.progress["progress"]), ""
 
 
 def _load(
-    path: Path, template: Any, identity: Mapping[str, Any], what: str, policy: int | None = None
-) -> Restored:
-    """Reads EPOCH, on each process alone; `progress` is the whole record. Raises _Damaged,
-    ValueError or OSError.
+    path: Path, template: Any, fingerprint: Fingerprint, what: str, policy: int | None = None
+) -> Checkpoint:
+    """Read EPOCH, on each process alone, with its whole record as `progress`.
+
+    `what` names it in errors; `policy` is the checksum of the policy that must have sampled it.
+    Raises _Damaged, ValueError or OSError.
     """
-    with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
-        record = manager.restore(
-            int(path.name), args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        ).progress
+    record = _read_part(path, "progress", ocp.args.JsonRestore())
+    with _reading(path):
         if record.pop("digest") != _digest(record):
             raise ValueError("its progress does not give its digest")
-        saved, shapes = record["identity"], record["shapes"]
-    refuse_differences(saved, identity, f"{what} is of another run")
-    refuse_differences(
-        shapes, _shapes(template), f"{what} holds another state than this program trains"
-    )
+        saved = record["identity"]
+        shapes = record["shapes"]
+    refuse_differences(saved, fingerprint, f"{what} is of another run")
+    other_state = f"{what} holds another state than this program trains"
+    refuse_differences(shapes, _shapes(template), other_state)
     if policy is not None and record.get("policy") != policy:
         raise ValueError("another policy has sampled them")
+    targets = jax.tree.map(_target, template)
+    state = _read_part(path, "state", ocp.args.StandardRestore(targets))
+    return Checkpoint(int(path.name), state, record)
+
+
+def _read_part(path: Path, part: str, how: Any) -> Any:
+    """Read EPOCH/PART, on each process alone. Raises _Damaged or OSError."""
     with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
-        wanted = jax.tree.map(_wanted, template)
-        state = manager.restore(
-            int(path.name), args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        ).state
-    return Restored(int(path.name), state, record)
+        content: Any = manager.restore(int(path.name), args=ocp.args.Composite(**{part: how}))
+        return content[part]
 
 
-def _wanted(leaf: Any) -> Any:
-    """How Orbax is asked for an array: on devices if it has a sharding, else as numpy."""
+def _target(leaf: Any) -> Any:
+    """Return what Orbax is asked for: an array on devices if it has a sharding, else numpy."""
     if getattr(leaf, "sharding", None) is None:
         return np.empty(leaf.shape, leaf.dtype)
     return ocp.utils.to_shape_dtype_struct(leaf)
 
 
-def _put_aside(path: Path) -> Path:
-    """Renames EPOCH to EPOCH.damaged, or EPOCH.damaged.2 and so on where there is one already."""
-    names = itertools.chain(
-        [f"{path.name}.damaged"], (f"{path.name}.damaged.{i}" for i in itertools.count(2))
+def _put_aside(path: Path) -> str:
+    """Rename EPOCH to EPOCH.damaged, or EPOCH.damaged.2 and so on, and return the new name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged.{number}")
+    return path.rename(aside).name
+
+
+# Writing, and what proves that content is whole.
+
+
+def _write(directory: Path, checkpoint: Checkpoint, record: dict[str, Any], keep: int) -> int:
+    """Save `checkpoint` as EPOCH with `record` in its progress; return the bytes on the disk."""
+    state = checkpoint.state
+    record = record | {
+        "progress": checkpoint.progress,
+        "shapes": _shapes(state),
+        "checksum": int(checksum(state)),
+    }
+    record["digest"] = _digest(record)
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
     )
-    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    return path.rename(aside)
+    path = directory / str(checkpoint.epoch)
+    try:
+        multihost.on_primary(lambda: directory.mkdir(parents=True, exist_ok=True))
+        with _quiet(), _manager(directory, keep, clean=True) as manager:
+            manager.save(checkpoint.epoch, args=arguments)
+    except (OSError, ValueError) as error:
+        code = _system_error(error)
+        if not code:
+            raise
+        raise WriteError(path, os.strerror(code)) from error
+    return multihost.on_primary(lambda: _bytes_on_disk(path))
+
+
+def _system_error(error: OSError | ValueError) -> int | None:
+    """Return the number of the system's error; tensorstore has it in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
+
+
+def _bytes_on_disk(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _shapes(state: Any) -> dict[str, str]:
-    """Path of every array -> its dtype and shape."""
+    """Return the dtype and shape of every array by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """The same before and after a way through JSON."""
+    """Return a hash that is the same before and after a way through JSON."""
     plain = json.loads(json.dumps(record))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _epochs(directory: Path) -> list[int]:
-    """The epochs that a directory holds, newest first; what was not finished is removed."""
+@jax.jit
+def checksum(state: Any) -> jax.Array:
+    """Return the uint32 sum of all bits, weighted by their place.
 
-    def clean():
+    It is exact, so the same on any number of devices and processes.
+    """
+
+    def leaf_sum(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
+        place = jnp.uint32(0)
+        stride = 1
+        for axis in reversed(range(leaf.ndim)):  # not flattened: arrays stay where they are
+            along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place += jnp.uint32(stride % 2**32) * along
+            stride *= leaf.shape[axis]
+        return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+    total = jnp.uint32(0)
+    for number, leaf in enumerate(jax.tree.leaves(state), start=1):
+        total += number * leaf_sum(leaf)
+    return total
+
+
+# Orbax.
+
+
+def _epochs(directory: Path) -> list[int]:
+    """Return the epochs in a directory, newest first; unfinished ones are removed."""
+
+    def clean() -> list[int]:
         if not directory.is_dir():
             return []
         with _manager(directory, keep=None, alone=True, clean=True) as manager:
             return sorted(manager.all_steps(), reverse=True)
 
-    return multihost.by_first(clean)
-
-
-def _write(directory: Path, epoch: int, state: Any, record: dict, keep: int) -> int:
-    """Saves `state` and its record as EPOCH; returns the bytes on the disk."""
-    record = record | {"shapes": _shapes(state), "checksum": int(_checksum(state))}
-    record |= {"digest": _digest(record)}
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
-    )
-    try:
-        multihost.by_first(lambda: directory.mkdir(parents=True, exist_ok=True))
-        with _quiet(), _manager(directory, keep, clean=True) as manager:
-            manager.save(epoch, args=arguments)
-    except (OSError, ValueError) as error:  # of tensorstore: ValueError
-        told = re.search(r"os_error_code='(\d+)'", str(error))
-        code = error.errno if isinstance(error, OSError) else told and int(told[1])
-        if not code:
-            raise
-        raise WriteError(directory / str(epoch), os.strerror(code)) from error
-    files = (directory / str(epoch)).rglob("*")
-    return multihost.by_first(lambda: sum(file.stat().st_size for file in files if file.is_file()))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax prints tracebacks of what it raises. After an error it stays silenced: its threads go
-    on writing.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.level for logger in loggers], sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    yield
-    levels, sys.unraisablehook = before
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    return multihost.on_primary(clean)
 
 
 def _manager(
     directory: Path, keep: int | None, alone: bool = False, clean: bool = False
 ) -> ocp.CheckpointManager:
-    """alone: this process reads without the others; else all of them work together. clean: remove
-    unfinished ones.
+    """Open a directory of epochs.
+
+    Args:
+      directory: which exists.
+      keep: how many epochs stay; None: all.
+      alone: whether this process reads without the others, in place of all of them together.
+      clean: whether unfinished epochs are removed.
     """
-    me = jax.process_index()
-    solo = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}"
-    )
+    processes = ocp.options.MultiprocessingOptions()
+    if alone:
+        index = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{index}"
+        )
     options = ocp.CheckpointManagerOptions(
         create=False,
         max_to_keep=keep,
         enable_async_checkpointing=False,
         cleanup_tmp_directories=clean,
-        multiprocessing_options=solo if alone else ocp.options.MultiprocessingOptions(),
+        multiprocessing_options=processes,
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
-@jax.jit
-def _checksum(state: Any) -> jax.Array:
-    """uint32 sum of all bits, weighted by place: exact, so the same on any number of devices and
-    processes.
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from printing tracebacks of what it raises.
+
+    After an error it stays silenced: its threads go on writing.
     """
-
-    def one(leaf):
-        bits, place, stride = leaf, jnp.uint32(0), 1
-        if jnp.issubdtype(bits.dtype, jnp.floating):
-            bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * bits.dtype.itemsize}"))
-        for axis in reversed(range(bits.ndim)):  # not flattened: arrays stay where they are
-            place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-            stride *= bits.shape[axis]
-        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
-
-    return sum(
-        ((i + 1) * one(leaf) for i, leaf in enumerate(jax.tree.leaves(state))), jnp.uint32(0)
-    )
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = hook
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

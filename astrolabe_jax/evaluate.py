@@ -8,8 +8,8 @@ from astrolabe_jax import prompts
 from astrolabe_jax.advantages import total_reward
 from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
 from astrolabe_jax.decode import decode_video, encode_video
-from astrolabe_jax.report import Progress
 from astrolabe_jax.run import Run, timeline_of
+from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.streaming.windows import WaitForScores
 from astrolabe_jax.types import Evaluation, PromptBatch, RngStream, Timeline

@@ -1,5 +1,7 @@
-"""python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo
-[--config.FIELD=VALUE ...]
+"""Train: python -m astrolabe_jax.main --config=RECIPE --workdir=DIRECTORY [--config.FIELD=VALUE]
+
+For example --config=configs/moving_shapes.py --workdir=runs/demo. The same command continues the
+run in its directory.
 """
 
 from absl import app, flags
@@ -10,6 +12,9 @@ CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of the run; the run in it is continued", required=True
 )
+flags.mark_flag_as_required("config")
+
+# Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the other three.
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "join the other processes of this TPU pod or cluster"
 )
@@ -18,12 +23,13 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --coordinator")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
-flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    """Prepares (status 2: what was asked for cannot be done) and trains (status 1: it could not go
-    on).
+    """Prepare the run and train.
+
+    Ends with status 2 for what cannot be done, before anything is compiled, and with status 1 for a
+    run that could not go on.
     """
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
@@ -39,7 +45,7 @@ def main(argv: list[str]) -> None:
     from astrolabe_jax.run import prepare
     from astrolabe_jax.runtime import preemption
 
-    with multihost.ending_together(), preemption.listening() as check:
+    with multihost.exit_together(), preemption.listening() as check:
         try:
             run = prepare(CONFIG.value, WORKDIR.value)
             jax.set_mesh(run.mesh)

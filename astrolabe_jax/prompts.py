@@ -22,21 +22,30 @@ def load(
     limit: int,
     check: Callable[[str], None] = lambda prompt: None,
 ) -> tuple[str, ...]:
-    """The prompts of a text file (UTF-8, one a line) or of `world:NAME/SPLIT`, in their order.
+    """Return the prompts of a text file (UTF-8, one a line) or of `world:NAME/SPLIT`, in order.
 
-    A prompt has at most `limit` tokens, as `count_tokens` counts them, and `check` raises
-    ValueError for those that the rewards cannot judge. Raises ValueError or OSError naming the file
-    and the line at fault.
+    Args:
+      source: the file or the list of a world.
+      count_tokens: of a prompt; ValueError for one that has none.
+      limit: tokens that a prompt may have.
+      check: raises ValueError for prompts that the rewards cannot judge.
+
+    Raises:
+      ValueError, OSError: naming the file and the line at fault.
     """
     world = world_of(source)
-    lines = world.prompts(source.partition("/")[2]) if world else _lines(Path(source))
+    if world:
+        lines = world.prompts(source.partition("/")[2])
+    else:
+        lines = _lines(Path(source))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(
                 f"{source}, line {number} is empty; write a prompt there or delete the line"
             )
         try:
-            if (tokens := count_tokens(line)) <= limit:
+            tokens = count_tokens(line)
+            if tokens <= limit:
                 check(line.strip())
         except ValueError as error:
             raise ValueError(f"{source}, line {number}: {error}") from None
@@ -49,8 +58,9 @@ def load(
 
 
 def world_of(source: str) -> World | None:
-    """The world of a prompt list `world:NAME/SPLIT`; None for a text file. ValueError for an
-    unknown name.
+    """Return the world of a prompt list `world:NAME/SPLIT`, or None for a text file.
+
+    Raises ValueError for an unknown name.
     """
     if not source.startswith(WORLD_PREFIX):
         return None
@@ -64,52 +74,63 @@ def world_of(source: str) -> World | None:
 
 
 def draw(
-    prompts: Sequence[str], seed: int, epoch: int, groups: int, candidates: int, repeated: int
+    prompts: Sequence[str],
+    seed: int,
+    epoch: int,
+    prompts_per_epoch: int,
+    samples_per_prompt: int,
+    repeated: int,
 ) -> PromptBatch:
-    """The `groups` x `candidates` videos of an epoch: `candidates` for each of `groups` distinct
-    prompts.
+    """Return the prompts_per_epoch x samples_per_prompt videos of an epoch.
 
     Prompts are taken without replacement: the list is gone through in a random order, and then
     again in another one, across epochs; no epoch has a prompt twice. `repeated` > 1 is the
-    published behaviour (objective.md 15.2): each run of `repeated` sampling batches asks for the
-    same prompts, so that the epoch has groups / repeated prompts with repeated x candidates videos
-    each.
+    published behaviour (docs/published.md): each run of `repeated` sampling batches asks for the
+    same prompts, so that the epoch has prompts_per_epoch / repeated prompts with repeated x
+    samples_per_prompt videos each.
     """
-    if groups % repeated:
+    if prompts_per_epoch % repeated:
         raise ValueError(
-            f"{groups} groups cannot be drawn {repeated} times each; give a divisor of {groups}"
+            f"{prompts_per_epoch} groups cannot be drawn {repeated} times each; give a divisor of "
+            f"{prompts_per_epoch}"
         )
-    distinct, size = groups // repeated, len(prompts)
+    distinct = prompts_per_epoch // repeated
+    size = len(prompts)
     if distinct > size:
         raise ValueError(f"{distinct} distinct prompts asked for in an epoch, the list has {size}")
-    cycle, start = divmod(epoch * distinct, size)
-    order = _order(size, seed, cycle, distinct)
+    turn, start = divmod(epoch * distinct, size)
+    order = _order(size, seed, turn, distinct)
     if start + distinct > size:
-        order = np.concatenate([order, _order(size, seed, cycle + 1, distinct)])
-    chosen = order[start : start + distinct]
-    videos = repeated * candidates
-    return _batch(prompts, np.repeat(chosen, videos), np.tile(np.arange(videos), distinct))
+        order = np.concatenate([order, _order(size, seed, turn + 1, distinct)])
+    drawn = order[start : start + distinct]
+    videos = repeated * samples_per_prompt
+    return _batch(prompts, np.repeat(drawn, videos), np.tile(np.arange(videos), distinct))
 
 
 def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:
-    """The videos of every evaluation of a run: all prompts once in a random order, then their
-    second candidates, ...
+    """Return the videos of every evaluation of a run.
+
+    They are all prompts once in a random order, then their second samples, and so on.
     """
-    turn, place = np.divmod(np.arange(videos), len(prompts))
-    return _batch(prompts, _permutation(len(prompts), seed, RngStream.HELD_OUT, 0)[place], turn)
+    sample, place = np.divmod(np.arange(videos), len(prompts))
+    order = _permutation(len(prompts), seed, RngStream.HELD_OUT, 0)
+    return _batch(prompts, order[place], sample)
 
 
-def sample_keys(batch: PromptBatch, seed: int, purpose: RngStream, epoch: int) -> jax.Array:
-    """One key [B] per video, from (seed, purpose, epoch, prompt, candidate)."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), epoch)
+def sample_keys(batch: PromptBatch, seed: int, stream: RngStream, epoch: int) -> jax.Array:
+    """Return one key [B] per video, from (seed, stream, epoch, prompt, sample of the prompt)."""
+    key = jax.random.fold_in(jax.random.key(seed), stream)
+    key = jax.random.fold_in(key, epoch)
 
-    def one(index, candidate):
-        return jax.random.fold_in(jax.random.fold_in(key, index), candidate)
+    def video_key(index, candidate):
+        prompt_key = jax.random.fold_in(key, index)
+        return jax.random.fold_in(prompt_key, candidate)
 
-    return jax.vmap(one)(batch.index, batch.candidate)
+    return jax.vmap(video_key)(batch.index, batch.candidate)
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file; raise ValueError or OSError, naming it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"prompt file {path} does not exist; give a text file or {WORLD_PREFIX}NAME/SPLIT"
@@ -130,36 +151,37 @@ def _lines(path: Path) -> list[str]:
     return text.removeprefix("\ufeff").removesuffix("\n").split("\n")
 
 
-def _order(size: int, seed: int, cycle: int, distinct: int) -> np.ndarray:
-    """Random order of the list in its `cycle`-th turn, such that no epoch across two turns has a
-    prompt twice.
+def _order(size: int, seed: int, turn: int, distinct: int) -> np.ndarray:
+    """Return the random order of the list in a turn, in which no epoch has a prompt twice.
 
-    Such an epoch takes from the new turn the first prompts that it has not yet taken from the last
-    one; what they overtake keeps its order. That moves nothing beyond the first `distinct` places,
-    so in a list of two epochs or more the end of a turn is known without the turns before it.
+    An epoch of `distinct` prompts may lie across two turns. Such an epoch takes from the new turn
+    the first prompts that it has not yet taken from the last one; what they overtake keeps its
+    order. That moves nothing beyond the first `distinct` places, so in a list of two epochs or more
+    the end of a turn is known without the turns before it.
     """
-    first = max(cycle - 1, 0) if size >= 2 * distinct else 0
+    first = max(turn - 1, 0) if size >= 2 * distinct else 0
     order = _permutation(size, seed, RngStream.PROMPTS, first)
-    for turn in range(first + 1, cycle + 1):
+    for number in range(first + 1, turn + 1):
         # prompts that the epoch across the border has from the last turn
-        before = turn * size % distinct
+        before = number * size % distinct
         taken = order[size - before :]
-        order = _permutation(size, seed, RngStream.PROMPTS, turn)
+        order = _permutation(size, seed, RngStream.PROMPTS, number)
         if before:
             head = order[~np.isin(order, taken)][: distinct - before]
             order = np.concatenate([head, order[~np.isin(order, head)]])
     return order
 
 
-def _permutation(size: int, seed: int, purpose: RngStream, turn: int) -> np.ndarray:
-    """Random order of range(size): by the raw output of a counter-based generator, which no numpy
-    release changes.
+def _permutation(size: int, seed: int, stream: RngStream, turn: int) -> np.ndarray:
+    """Return a random order of range(size).
+
+    It is by the raw output of a counter-based generator, which no numpy release changes.
     """
-    generator = np.random.Philox(key=np.array([seed, (purpose << 32) | turn], np.uint64))
-    return np.argsort(generator.random_raw(size), kind="stable").astype(np.int32)
+    key = np.array([seed, (stream << 32) | turn], np.uint64)
+    draws = np.random.Philox(key=key).random_raw(size)
+    return np.argsort(draws, kind="stable").astype(np.int32)
 
 
 def _batch(prompts: Sequence[str], index: np.ndarray, candidate: np.ndarray) -> PromptBatch:
-    return PromptBatch(
-        tuple(prompts[i] for i in index), index.astype(np.int32), candidate.astype(np.int32)
-    )
+    texts = tuple(prompts[int(i)] for i in index)
+    return PromptBatch(texts, index.astype(np.int32), candidate.astype(np.int32))

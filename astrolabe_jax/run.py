@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     workdir: Path
-    identity: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
+    fingerprint: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
     base: Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
@@ -83,11 +83,11 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     All processes of a run call it, and read the same files. Raises ValueError or OSError whose
     message names the field, file or line at fault, and the next step; on all processes, if on one.
     """
-    run = multihost.together(lambda: _read(config, Path(workdir)))
-    mine = run.identity | {"workdir": str(workdir)}
-    first = multihost.by_first(lambda: mine)
-    multihost.together(lambda: _refuse_other_settings(first, mine))
-    multihost.by_first(lambda: checkpoint.claim(run.workdir, run.identity))
+    run = multihost.on_all(lambda: _read(config, Path(workdir)))
+    mine = run.fingerprint | {"workdir": str(workdir)}
+    first = multihost.on_primary(lambda: mine)
+    multihost.on_all(lambda: _refuse_other_settings(first, mine))
+    multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.fingerprint))
     return run
 
 

@@ -48,7 +48,6 @@ from astrolabe_jax.generate import finite
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.tokenizer import token_ids
-from astrolabe_jax.report import TICK_SECONDS, clock, say
 from astrolabe_jax.requests import Asked, Given, Request, Terms, read_given, read_requests
 from astrolabe_jax.rewards.panel import Panel
 from astrolabe_jax.rollout import noise_from_keys
@@ -56,9 +55,10 @@ from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
 from astrolabe_jax.runtime.media import Mp4Writer
 from astrolabe_jax.runtime.preemption import Stopped, listening
+from astrolabe_jax.runtime.progress import TICK_SECONDS, clock, log
 from astrolabe_jax.stream import Policy
 from astrolabe_jax.streaming.scenes import Rules, Shot, cache_slots
-from astrolabe_jax.types import PromptBatch, Purpose
+from astrolabe_jax.types import PromptBatch, RngStream
 
 # Sections of the config that a video depends on; of `sampler` all but the batch.
 CONTENT = ("seed", "model.", "sampler.", "video.", "scenes.")
@@ -188,7 +188,7 @@ def _frames(
         np.array([request.index for request in requests], np.int32),
         np.array([request.candidate for request in requests], np.int32),
     )
-    keys = prompts.sample_keys(batch, model.config.seed, Purpose.SAMPLE, 0)[videos]
+    keys = prompts.sample_keys(batch, model.config.seed, RngStream.SAMPLE, 0)[videos]
     keys = sharding.shard_batch(model.policy.mesh, keys)
     begin, waiting = 0, None
     for number, shot in enumerate(requests[0].shots):
@@ -375,9 +375,9 @@ def run(
     }
     left = [request for request in requests if request.name not in rows]
     if rows:
-        say(f"{len(rows)} of {len(requests)} videos are there already")
+        log(f"{len(rows)} of {len(requests)} videos are there already")
     if others := [request.name for request in left if (videos / f"{request.name}.mp4").exists()]:
-        say(
+        log(
             f"{len(others)} videos of other settings are replaced in {videos}, {others[0]}.mp4 "
             "first"
         )
@@ -438,7 +438,7 @@ class Meter:
             rate = (self._done - self._first[1]) / (now - self._first[0])
             self._spoken = now
             left = clock((self._count - self._done) / rate) if rate else "?"
-            say(f"  {self._done} of {self._count} frames, {rate:.1f} frames/s, {left} left")
+            log(f"  {self._done} of {self._count} frames, {rate:.1f} frames/s, {left} left")
         self._check()
 
     def closing(self, directory: Path) -> None:
@@ -449,8 +449,8 @@ class Meter:
             if self._first and self._done > self._first[1]:
                 steady = (self._done - self._first[1]) / (time.monotonic() - self._first[0])
                 rate += f", {steady:.1f} after it"
-            say(f"{self._videos} videos, {self._done} frames in {clock(seconds)} ({rate})")
-        say(f"  {directory / 'videos'}, {directory / 'results.jsonl'}")
+            log(f"{self._videos} videos, {self._done} frames in {clock(seconds)} ({rate})")
+        log(f"  {directory / 'videos'}, {directory / 'results.jsonl'}")
 
 
 def _hash(arrays: Sequence[np.ndarray]) -> str:
@@ -493,7 +493,7 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         model = load(config, adapter, first, score=asked.score)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
-    say(_opening(model, requests))
+    log(_opening(model, requests))
     with listening() as check:
         try:
             run(model, requests, directory, options["score"], check)
@@ -501,7 +501,7 @@ def main(argv: list[str], given: dict[str, flags.FlagHolder]) -> None:
         except (ValueError, OSError, FloatingPointError) as error:
             cli.fail(error, 1)
         except Stopped as stopped:
-            say(
+            log(
                 f"{stopped}: the videos that are done are in {directory}; run the same command to "
                 "go on"
             )

@@ -1,10 +1,11 @@
 """The flow-matching time axis: the only module that knows what a timestep means.
 
 A timestep t lives on [0, 1000]; sigma in [0, 1] is the share of noise: x_t = (1 - sigma) x0 + sigma
-noise, and the network predicts the velocity v = noise - x0 (spec/sampling.md 1-3). Tables are built
-in float64 on the host and kept as float32; the conversions run in float32 on the device.
+noise, and the network predicts the velocity v = noise - x0 (docs/sampling.md, Noise levels). Tables
+are built in float64 on the host and kept as float32; the conversions run in float32 on the device.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 T_MAX = 1000.0  # the timestep of pure noise
 
@@ -23,8 +25,8 @@ class Schedule:
     """A table of `num_steps` noise levels, decreasing from sigma_max and pushed towards noise by
     `shift`.
 
-    The defaults are those of every released causal Wan model (spec/sampling.md 1). `extra_one_step`
-    ramps over num_steps + 1 points and drops the last; without it the ramp keeps its end.
+    The defaults are those of every released causal Wan model. `extra_one_step` ramps over num_steps
+    + 1 points and drops the last; without it the ramp keeps its end.
     """
 
     shift: float = 5.0
@@ -49,9 +51,8 @@ class Schedule:
 
 @cache
 def _sigmas64(schedule: Schedule) -> np.ndarray:
-    start = (
-        schedule.sigma_min + (schedule.sigma_max - schedule.sigma_min) * schedule.denoising_strength
-    )
+    span = schedule.sigma_max - schedule.sigma_min
+    start = schedule.sigma_min + span * schedule.denoising_strength
     points = schedule.num_steps + schedule.extra_one_step
     ramp = np.linspace(start, schedule.sigma_min, points)[: schedule.num_steps]
     if schedule.inverse_timesteps:
@@ -61,18 +62,22 @@ def _sigmas64(schedule: Schedule) -> np.ndarray:
 
 
 def sigmas(schedule: Schedule) -> np.ndarray:
-    """Noise levels [num_steps], float32 in [0, 1]; strictly decreasing for the default flags."""
+    """Return the noise levels [num_steps], float32 in [0, 1].
+
+    They decrease strictly for the default flags.
+    """
     return _sigmas64(schedule).astype(np.float32)
 
 
 def timesteps(schedule: Schedule) -> np.ndarray:
-    """Timesteps [num_steps], float32 in [0, 1000]: 1000 times the noise levels."""
+    """Return the timesteps [num_steps], float32 in [0, 1000]: 1000 times the noise levels."""
     return (_sigmas64(schedule) * T_MAX).astype(np.float32)
 
 
 def training_weights(schedule: Schedule) -> np.ndarray:
-    """Loss weight of each table entry [num_steps], float32: a bell over t, zero at its lowest,
-    summing to num_steps.
+    """Return the loss weight of each table entry [num_steps], float32.
+
+    They are a bell over t, zero at its lowest, and sum to num_steps.
     """
     n = schedule.num_steps
     bell = np.exp(-2 * ((_sigmas64(schedule) * T_MAX - n / 2) / n) ** 2)
@@ -80,9 +85,10 @@ def training_weights(schedule: Schedule) -> np.ndarray:
     return (bell * (n / bell.sum())).astype(np.float32)
 
 
-def warp(steps, schedule: Schedule) -> tuple[float, ...]:
-    """Map raw denoising steps, whole numbers in [0, num_steps], through the table (spec/sampling.md
-    2).
+def warp(steps: Iterable[float], schedule: Schedule) -> tuple[float, ...]:
+    """Map raw denoising steps, whole numbers in [0, num_steps], through the table.
+
+    See docs/sampling.md, Denoising steps.
 
     d becomes the table's entry num_steps - d, with a 0 appended at the end: for shift 5,
     (1000, 750, 500, 250) -> (1000, 937.5, 833.3333, 625).
@@ -97,9 +103,8 @@ def warp(steps, schedule: Schedule) -> tuple[float, ...]:
     return tuple(float(extended[schedule.num_steps - int(d)]) for d in steps)
 
 
-def sigma_of(t, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
-    """Noise level of timesteps t (any shape, [0, 1000], may be traced): float32, same shape, in [0,
-    1].
+def sigma_of(t: ArrayLike, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
+    """Return the noise levels, float32 in [0, 1], of timesteps t in [0, 1000] of any shape.
 
     'exact' inverts t = 1000 sigma. 'lookup' returns the nearest table entry as the published code
     does, so t = 0 gives 0.00498 at shift 5 and 500 gives 0.5006; the two agree on table entries.
@@ -112,31 +117,49 @@ def sigma_of(t, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
     return jnp.asarray(sigmas(schedule))[_nearest(t, schedule)]
 
 
-def add_noise(x0, noise, sigma) -> jax.Array:
-    """x_t = (1 - sigma) x0 + sigma noise in float32, returned in the dtype of the noise; sigma
-    leads x0's axes.
+def add_noise(x0: jax.Array, noise: jax.Array, sigma: ArrayLike) -> jax.Array:
+    """Return x_t = (1 - sigma) x0 + sigma noise, computed in float32, in the dtype of the noise.
+
+    The axes of sigma are the first ones of x0.
     """
     sigma = _leading(sigma, x0)
     return ((1 - sigma) * _f32(x0) + sigma * _f32(noise)).astype(noise.dtype)
 
 
-def velocity_to_x0(x_t, velocity, sigma) -> jax.Array:
-    """x0 = x_t - sigma v in float32, returned in the dtype of v. sigma: scalar, [B] or [B, F]."""
+def velocity_to_x0(x_t: jax.Array, velocity: jax.Array, sigma: ArrayLike) -> jax.Array:
+    """Return x0 = x_t - sigma v, computed in float32, in the dtype of v.
+
+    sigma: scalar, [B] or [B, F].
+    """
     return (_f32(x_t) - _leading(sigma, x_t) * _f32(velocity)).astype(velocity.dtype)
 
 
-def x0_to_velocity(x_t, x0, sigma) -> jax.Array:
-    """v = (x_t - x0) / sigma in float32, returned in the dtype of x0; sigma must not be 0."""
+def x0_to_velocity(x_t: jax.Array, x0: jax.Array, sigma: ArrayLike) -> jax.Array:
+    """Return v = (x_t - x0) / sigma, computed in float32, in the dtype of x0.
+
+    sigma must not be 0.
+    """
     return ((_f32(x_t) - _f32(x0)) / _leading(sigma, x_t)).astype(x0.dtype)
 
 
-def euler_step(x_t, velocity, t, schedule: Schedule, to_final: bool = False) -> jax.Array:
-    """One Euler step from t to the next table entry: x + v (sigma_next - sigma); after the last
-    entry sigma is final.
+def euler_step(
+    x_t: jax.Array,
+    velocity: jax.Array,
+    t: ArrayLike,
+    schedule: Schedule,
+    to_final: bool = False,
+) -> jax.Array:
+    """Step from t to the next table entry: return x + v (sigma_next - sigma).
 
-    t: [] or [B] or [B, F], looked up in the table. The final sigma is 0, or 1 for a table that runs
-    towards noise. `to_final` steps straight to it; the published code does so for a whole batch as
-    soon as one t is the last entry.
+    After the last entry comes the final sigma, 0, or 1 for a table that runs towards noise.
+
+    Args:
+      x_t: [B, ...].
+      velocity: as x_t.
+      t: [] or [B] or [B, F], looked up in the table.
+      schedule: the table.
+      to_final: step straight to the final sigma. The published code does so for a whole batch as
+        soon as one t is the last entry.
     """
     final = 1.0 if schedule.inverse_timesteps or schedule.reverse_sigmas else 0.0
     table = jnp.asarray(np.append(sigmas(schedule), np.float32(final)))
@@ -145,16 +168,18 @@ def euler_step(x_t, velocity, t, schedule: Schedule, to_final: bool = False) -> 
     return x_t + velocity * _leading(target - table[index], x_t)
 
 
-def _nearest(t, schedule):
+def _nearest(t: jax.Array, schedule: Schedule) -> jax.Array:
+    """Return the indices of the table entries that are nearest to t."""
     table = jnp.asarray(timesteps(schedule))
-    return jnp.argmin(jnp.abs(table.reshape((-1,) + (1,) * t.ndim) - t[None]), axis=0)
+    entries = table.reshape((-1,) + (1,) * t.ndim)
+    return jnp.argmin(jnp.abs(entries - t[None]), axis=0)
 
 
-def _leading(sigma, x):
-    """sigma with axes of size 1 appended, so that it broadcasts against x from the left."""
+def _leading(sigma: ArrayLike, x: jax.Array) -> jax.Array:
+    """Append axes of size 1 to sigma, so that it broadcasts against x from the left."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def _f32(x):
+def _f32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)

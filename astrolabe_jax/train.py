@@ -20,12 +20,13 @@ from astrolabe_jax import checkpoint, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.report import Metrics, Progress, say
 from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
+from astrolabe_jax.runtime.metrics import Metrics
 from astrolabe_jax.runtime.preemption import Stopped
+from astrolabe_jax.runtime.progress import Progress, log
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import (
     Evaluation,
@@ -103,7 +104,7 @@ def epoch(
         "seconds": progress.take(),
     }
     table = score_table(segment, rewards, result)
-    multihost.by_first(lambda: report.write_scores(run.workdir, number + 1, table))
+    multihost.on_primary(lambda: report.write_scores(run.workdir, number + 1, table))
     return RunState(number + 1, train, risk, reset, dict(progress.seconds), streams), record
 
 
@@ -129,9 +130,9 @@ def collect_or_restore(
     place = (run.workdir, state.epoch)
     if run.config.train.save_samples:
         shapes = windows.segment_shapes(run, start)
-        found = checkpoint.restore_samples(*place, shapes, old, run.identity)
+        found = checkpoint.restore_samples(*place, shapes, old, run.fingerprint)
         if found is not None:
-            say(f"epoch {state.epoch + 1} goes on with the samples that were saved")
+            log(f"epoch {state.epoch + 1} goes on with the samples that were saved")
             scores = {k: np.array(values, np.float32) for k, values in found.progress.items()}
             saved = (found.state, scores)
             return windows.restore_segment(run, old, videos, start, state.streams, saved)
@@ -141,7 +142,7 @@ def collect_or_restore(
         with progress.phase("save samples"):
             arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            size = checkpoint.save_samples(*place, arrays, scores, old, run.identity)
+            size = checkpoint.save_samples(*place, arrays, scores, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
 
@@ -255,7 +256,7 @@ def resume(run: Run) -> RunState:
     def saved(number: int) -> dict[str, Any]:
         return checkpoint_arrays(train, _stream_shapes(run, number))
 
-    found = checkpoint.restore(run.workdir, saved, run.identity)
+    found = checkpoint.restore(run.workdir, saved, run.fingerprint)
     if found is None:
         reset = adv.ResetState(run.config.kl.reset_threshold)
         return RunState(0, train, adv.RiskState(), reset, {})
@@ -294,11 +295,11 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     """
     config = run.config
     count = config.train.epochs
-    say(report.opening(run))
+    log(report.opening(run))
     for line in report.warnings(run):
-        say(line)
+        log(line)
     if state.epoch:
-        say(f"going on after epoch {state.epoch} of {count}")
+        log(f"going on after epoch {state.epoch} of {count}")
     began = state.epoch
     saved = state.epoch
     progress = Progress(state.seconds, check)
@@ -320,14 +321,14 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
             if _to_be_saved(config, state):
                 with progress.phase("checkpoint"):
                     saved = _save(run, state, progress)
-        summary = multihost.by_first(lambda: _finished(run)) if began == count else None
+        summary = multihost.on_primary(lambda: _finished(run)) if began == count else None
         summary = summary or _finish(run, state, metrics, progress)
-        say(report.closing(run.workdir, summary))
+        log(report.closing(run.workdir, summary))
         return summary
     except Stopped as stopped:
         if saved != state.epoch:
             _save(run, state, progress)
-        say(f"{stopped}: saved after epoch {state.epoch} of {count}; run the same command to go on")
+        log(f"{stopped}: saved after epoch {state.epoch} of {count}; run the same command to go on")
         return None
     finally:
         metrics.close()
@@ -343,7 +344,7 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
-    size = checkpoint.save(run.workdir, state.epoch, arrays, record, run.identity, keep)
+    size = checkpoint.save(run.workdir, state.epoch, arrays, record, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return state.epoch
 
@@ -390,12 +391,12 @@ def _say_what_is_lost(run: Run, number: int, metrics: Metrics) -> None:
     parts = [f"{kind} {report.spans(numbers)}" for kind, numbers in lost.items() if numbers]
     path = run.workdir / "metrics.jsonl"
     if parts:
-        say(
+        log(
             f"{path} has lost the records of {' and of '.join(parts)}: curves.png will lack them, "
             "training does not"
         )
     if ("evaluation", 0) not in present:
-        say(f"{path} has lost the evaluation before training: it is measured again")
+        log(f"{path} has lost the evaluation before training: it is measured again")
 
 
 def _evaluations(metrics: Metrics, kind: str = "evaluation") -> dict[int, Evaluation]:
@@ -420,7 +421,7 @@ def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
         result = ceiling(run, progress)
     if result is not None:
         _add_evaluation(metrics, "ceiling", 0, result)
-        say(report.evaluation_line("ceiling (real videos through the VAE)", result))
+        log(report.evaluation_line("ceiling (real videos through the VAE)", result))
 
 
 def _evaluated_policy(run: Run, train: TrainState) -> dict:
@@ -440,9 +441,9 @@ def _evaluate_if_due(
     name = {0: "before", run.config.train.epochs: "after"}.get(number)
     if name:
         place = run.workdir / "samples" / name
-        multihost.by_first(lambda: report.write_samples(place, frames, run.config.video.fps))
+        multihost.on_primary(lambda: report.write_samples(place, frames, run.config.video.fps))
     _add_evaluation(metrics, "evaluation", number, result)
-    say(report.evaluation_line(f"evaluation {name or f'after epoch {number}'}", result))
+    log(report.evaluation_line(f"evaluation {name or f'after epoch {number}'}", result))
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -468,4 +469,4 @@ def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> 
         everything = evaluations | ({"ceiling": real[0]} if 0 in real else {})
         return report.write_summary(run.workdir, run.config, everything, progress.seconds)
 
-    return multihost.by_first(write)
+    return multihost.on_primary(write)

@@ -10,7 +10,7 @@ from astrolabe_jax.config import get_config
 
 
 def test_worked_example():
-    """objective.md 4: prompts a, a, b, b with rewards 1, 2, 3, 5."""
+    """Prompts a, a, b, b with rewards 1, 2, 3, 5."""
     config = get_config()
     config.rewards.vq = 1.0
     result = adv.advantages(config, {"vq": np.array([1.0, 2.0, 3.0, 5.0])}, np.array([7, 7, 2, 2]))

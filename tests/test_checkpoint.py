@@ -16,8 +16,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from astrolabe_jax import checkpoint
+from astrolabe_jax.checkpoint import Checkpoint
 
-IDENTITY = {
+FINGERPRINT = {
     "base": "abc",
     "config.seed": 0,
     "config.train.epochs": 4,
@@ -44,6 +45,12 @@ def make_state(seed):
     }
 
 
+def save(workdir, epoch, keep):
+    return checkpoint.save(
+        workdir, Checkpoint(epoch, make_state(epoch), PROGRESS), FINGERPRINT, keep
+    )
+
+
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -51,12 +58,11 @@ def assert_same(a, b):
 
 
 def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
-    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY) is None
+    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), FINGERPRINT) is None
     for epoch in (0, 2, 4):
-        checkpoint.save(
-            tmp_path, epoch, make_state(epoch), PROGRESS | {"step": epoch}, IDENTITY, keep=2
-        )
-    found = checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY)
+        whole = Checkpoint(epoch, make_state(epoch), PROGRESS | {"step": epoch})
+        checkpoint.save(tmp_path, whole, FINGERPRINT, keep=2)
+    found = checkpoint.restore(tmp_path, lambda epoch: make_state(0), FINGERPRINT)
     assert found.epoch == 4 and found.progress == PROGRESS | {"step": 4}
     assert_same(found.state, make_state(4))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
@@ -76,9 +82,10 @@ def test_restores_onto_other_devices(tmp_path):
         )
         return state
 
-    checkpoint.save(tmp_path, 1, placed(make_state(1), 8), PROGRESS, IDENTITY, keep=1)
+    saved = Checkpoint(1, placed(make_state(1), 8), PROGRESS)
+    checkpoint.save(tmp_path, saved, FINGERPRINT, keep=1)
     template = placed(make_state(0), 2)
-    state = checkpoint.restore(tmp_path, lambda epoch: template, IDENTITY).state
+    state = checkpoint.restore(tmp_path, lambda epoch: template, FINGERPRINT).state
     assert_same(state, make_state(1))
     assert state["current"]["q"]["a"].sharding == template["current"]["q"]["a"].sharding
 
@@ -87,7 +94,7 @@ def test_restores_onto_other_devices(tmp_path):
 def two_checkpoints(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     for epoch in (1, 2):
-        checkpoint.save(workdir, epoch, make_state(epoch), PROGRESS, IDENTITY, keep=2)
+        save(workdir, epoch, keep=2)
     return workdir
 
 
@@ -132,7 +139,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(
         }
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY)
+            found = checkpoint.restore(workdir, lambda epoch: make_state(0), FINGERPRINT)
         assert_same(found.state, make_state(found.epoch))
         assert found.progress == PROGRESS
         if found.epoch == 1:
@@ -149,12 +156,12 @@ def test_a_damaged_epoch_is_saved_again_and_may_be_damaged_again(two_checkpoints
     shutil.copytree(two_checkpoints, workdir)
     for _ in range(3):
         next((workdir / "checkpoints" / "2").rglob("progress/metadata")).write_text("{")
-        assert checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).epoch == 1
-        checkpoint.save(workdir, 2, make_state(2), PROGRESS, IDENTITY, keep=2)
+        assert checkpoint.restore(workdir, lambda epoch: make_state(0), FINGERPRINT).epoch == 1
+        save(workdir, 2, keep=2)
     names = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert names == {"1", "2", "2.damaged", "2.damaged.2", "2.damaged.3"}
     assert_same(
-        checkpoint.restore(workdir, lambda epoch: make_state(0), IDENTITY).state, make_state(2)
+        checkpoint.restore(workdir, lambda epoch: make_state(0), FINGERPRINT).state, make_state(2)
     )
 
 
@@ -164,7 +171,7 @@ def refused(workdir, error, match, template=None):
     """
     before = contents(workdir)
     with pytest.raises(error, match=match):
-        checkpoint.restore(workdir, lambda epoch: template or make_state(0), IDENTITY)
+        checkpoint.restore(workdir, lambda epoch: template or make_state(0), FINGERPRINT)
     assert contents(workdir) == before
 
 
@@ -187,7 +194,7 @@ def test_a_lack_of_memory_is_no_damage(two_checkpoints, monkeypatch):
     def exhausted(state):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
 
-    monkeypatch.setattr(checkpoint, "_checksum", exhausted)
+    monkeypatch.setattr(checkpoint, "checksum", exhausted)
     refused(two_checkpoints, jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED")
 
 
@@ -214,7 +221,7 @@ def test_an_unfinished_save_is_ignored(two_checkpoints, tmp_path):
     unfinished = tmp_path / "run" / "checkpoints" / "3.orbax-checkpoint-tmp-17"
     unfinished.mkdir()
     (unfinished / "state").write_text("half")
-    assert checkpoint.restore(tmp_path / "run", lambda epoch: make_state(0), IDENTITY).epoch == 2
+    assert checkpoint.restore(tmp_path / "run", lambda epoch: make_state(0), FINGERPRINT).epoch == 2
     assert not unfinished.exists()
 
 
@@ -237,16 +244,67 @@ def test_checkpoints_and_workdirs_of_another_run_are_refused(
     two_checkpoints, tmp_path, change, expected
 ):
     with pytest.raises(ValueError, match=f"(?s)is of another run.*{expected}"):
-        checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), IDENTITY | change)
-    checkpoint.claim(tmp_path / "run", IDENTITY)
+        checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), FINGERPRINT | change)
+    checkpoint.claim(tmp_path / "run", FINGERPRINT)
     with pytest.raises(ValueError, match=f"(?s)belongs to another run.*{expected}"):
-        checkpoint.claim(tmp_path / "run", IDENTITY | change)
+        checkpoint.claim(tmp_path / "run", FINGERPRINT | change)
+
+
+# Of a run of the version before fields were renamed.
+OLD_FORM = {
+    "base": "abc",
+    "config.seed": 0,
+    "config.prompts.groups": 6,
+    "config.prompts.candidates": 8,
+    "config.streaming.clip": 0,
+    "config.optimiser.learning_rate": 1e-3,
+    "config.optimiser.clip_norm": 1.0,
+}
+NEW_FORM = {
+    "base": "abc",
+    "config.seed": 0,
+    "config.prompts.prompts_per_epoch": 6,
+    "config.prompts.samples_per_prompt": 8,
+    "config.streaming.score_frames": 0,
+    "config.optimizer.learning_rate": 1e-3,
+    "config.optimizer.clip_norm": 1.0,
+}
+
+
+def test_a_run_of_the_old_form_is_refused_by_name(tmp_path):
+    """Working directory and checkpoint say which fields have other names now, and stay as they
+    are.
+    """
+    workdir = tmp_path / "run"
+    checkpoint.claim(workdir, OLD_FORM)
+    checkpoint.save(workdir, Checkpoint(2, make_state(2), PROGRESS), OLD_FORM, keep=2)
+    before = contents(workdir)
+    for refused in (
+        lambda: checkpoint.claim(workdir, NEW_FORM),
+        lambda: checkpoint.restore(workdir, lambda epoch: make_state(0), NEW_FORM),
+    ):
+        with pytest.raises(ValueError) as error:
+            refused()
+        message = str(error.value)
+        assert "an older version of astrolabe_jax has written it" in message
+        assert "give a new --workdir" in message and "export-lora" in message
+        for old, new in zip(OLD_FORM, NEW_FORM, strict=True):
+            assert (f"\n  {old} is {new} now" in message) == (old != new)
+    assert contents(workdir) == before
+
+
+def test_samples_of_the_old_form_are_not_used(tmp_path, caplog):
+    samples = Checkpoint(3, cut(8, make_samples(3)), SCORES)
+    checkpoint.save_samples(tmp_path, samples, make_state(3)["current"], OLD_FORM)
+    with caplog.at_level(logging.WARNING):
+        assert in_flight(tmp_path, fingerprint=NEW_FORM) is None
+    assert "an older version of astrolabe_jax has written it" in caplog.text
 
 
 def test_a_run_may_go_further(two_checkpoints, tmp_path):
-    longer = IDENTITY | {"config.train.epochs": 8}
+    longer = FINGERPRINT | {"config.train.epochs": 8}
     assert checkpoint.restore(two_checkpoints, lambda epoch: make_state(0), longer).epoch == 2
-    checkpoint.claim(tmp_path / "run", IDENTITY)
+    checkpoint.claim(tmp_path / "run", FINGERPRINT)
     checkpoint.claim(tmp_path / "run", longer)
 
 
@@ -270,20 +328,20 @@ def test_files_may_move_as_long_as_their_content_stays(tmp_path):
 
 @pytest.mark.parametrize("content", ["", '{"base": "ab', "[1]", "\udcff"])
 def test_a_broken_record_of_the_run_is_named_and_kept(tmp_path, content):
-    checkpoint.claim(tmp_path, IDENTITY)
+    checkpoint.claim(tmp_path, FINGERPRINT)
     broken = content.encode(errors="surrogateescape")
     (tmp_path / "run.json").write_bytes(broken)
     with pytest.raises(ValueError, match="run.json .*; give another --workdir"):
-        checkpoint.claim(tmp_path, IDENTITY)
+        checkpoint.claim(tmp_path, FINGERPRINT)
     assert (tmp_path / "run.json").read_bytes() == broken
 
 
 def test_foreign_and_unwritable_workdirs_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds 'thesis.tex' but no run"):
-        checkpoint.claim(tmp_path, IDENTITY)
+        checkpoint.claim(tmp_path, FINGERPRINT)
     with pytest.raises(OSError, match="cannot be written"):
-        checkpoint.claim(tmp_path / "thesis.tex" / "run", IDENTITY)
+        checkpoint.claim(tmp_path / "thesis.tex" / "run", FINGERPRINT)
 
 
 SCORES = {"shapes_mq": [0.1, 1 / 3], "shapes_mq/steadiness": [0.0, 1.0]}
@@ -327,19 +385,19 @@ def described(tree):
 
 def in_flight(workdir, **changes):
     """restore_samples of epoch 3 of the policy 3."""
-    given = {
+    arguments = {
         "epoch": 3,
         "template": described(cut(8, make_samples(0))),
         "policy": make_state(3)["current"],
+        "fingerprint": FINGERPRINT,
     }
-    return checkpoint.restore_samples(workdir, **(given | {"identity": IDENTITY} | changes))
+    return checkpoint.restore_samples(workdir, **(arguments | changes))
 
 
 def save_samples(workdir, epoch=3):
     policy = make_state(epoch)["current"]
-    return checkpoint.save_samples(
-        workdir, epoch, cut(8, make_samples(epoch)), SCORES, policy, IDENTITY
-    )
+    samples = Checkpoint(epoch, cut(8, make_samples(epoch)), SCORES)
+    return checkpoint.save_samples(workdir, samples, policy, FINGERPRINT)
 
 
 def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
@@ -354,7 +412,9 @@ def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     for count in (8, 2, 1):
         template = described(cut(count, make_samples(0)))
         found = in_flight(
-            tmp_path, template=template, identity=IDENTITY | {"config.train.save_samples": True}
+            tmp_path,
+            template=template,
+            fingerprint=FINGERPRINT | {"config.train.save_samples": True},
         )
         assert found.progress == SCORES
         assert_same(found.state, make_samples(3))
@@ -362,7 +422,7 @@ def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
             found.state["start"], np.ndarray
         )
         assert found.state["cache"]["k"].sharding == template["cache"]["k"].sharding
-    checkpoint.save(tmp_path, 4, make_state(4), PROGRESS, IDENTITY, keep=2)
+    save(tmp_path, 4, keep=2)
     assert not directory.exists() and in_flight(tmp_path) is None
 
 
@@ -371,7 +431,7 @@ def test_samples_come_back_on_any_devices_until_they_are_learnt_from(tmp_path):
     [
         ({"epoch": 2}, "of epoch 4"),
         ({"policy": make_state(2)["current"]}, "another policy has sampled them"),
-        ({"identity": IDENTITY | {"config.seed": 1}}, "is of another run"),
+        ({"fingerprint": FINGERPRINT | {"config.seed": 1}}, "is of another run"),
         (
             {"template": described(make_samples(0) | {"latents": jnp.zeros((8, 3, 5))})},
             "another state than this",
@@ -433,12 +493,12 @@ def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
 )
 def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path, option, may):
     name = f"config.rewards.hpsv3.{option}"
-    checkpoint.claim(tmp_path, IDENTITY | {name: 1})
+    checkpoint.claim(tmp_path, FINGERPRINT | {name: 1})
     if may:
-        checkpoint.claim(tmp_path, IDENTITY | {name: 2})
+        checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
     else:
         with pytest.raises(ValueError, match=f"belongs to another run.*\n  {name}: 1 there, 2 now"):
-            checkpoint.claim(tmp_path, IDENTITY | {name: 2})
+            checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
 
 
 @pytest.fixture
@@ -455,16 +515,16 @@ def loud_again():
 
 def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path, loud_again):
     """A limit on the size of files stands for a full disk."""
-    checkpoint.save(tmp_path, 1, make_state(1), PROGRESS, IDENTITY, keep=1)
+    save(tmp_path, 1, keep=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
     try:
         with pytest.raises(
             OSError, match=f"{tmp_path}/checkpoints/2 cannot be written: File too large; make room"
         ):
-            checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
+            save(tmp_path, 2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), IDENTITY).epoch == 1
-    checkpoint.save(tmp_path, 2, make_state(2), PROGRESS, IDENTITY, keep=1)
+    assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), FINGERPRINT).epoch == 1
+    save(tmp_path, 2, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astrolabe_jax import prompts
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.types import RngStream
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 
 
@@ -104,9 +104,7 @@ def test_draw_depends_on_seed_and_epoch():
 
 @pytest.mark.parametrize("repeated", [1, 2, 3, 6])
 def test_repeated_batches_share_their_prompts(repeated):
-    """The number of videos stays; prompts become fewer and their groups larger (objective.md
-    11).
-    """
+    """The number of videos stays; prompts become fewer and their groups larger."""
     batch = prompts.draw([f"p{i}" for i in range(50)], 0, 3, 6, 8, repeated)
     index, counts = np.unique(batch.index, return_counts=True)
     assert len(batch.texts) == 48 and len(index) == 6 // repeated and set(counts) == {8 * repeated}
@@ -131,17 +129,17 @@ def test_held_out_goes_through_the_list_before_second_candidates():
 def test_sample_keys_are_distinct_and_do_not_depend_on_the_batch():
     batch = prompts.draw([f"p{i}" for i in range(9)], 0, 0, 4, 3, 1)
 
-    def raw(batch, seed=0, purpose=Purpose.ROLLOUT, epoch=0):
+    def raw(batch, seed=0, stream=RngStream.ROLLOUT, epoch=0):
         return [
             tuple(row)
             for row in np.asarray(
-                jax.random.key_data(prompts.sample_keys(batch, seed, purpose, epoch))
+                jax.random.key_data(prompts.sample_keys(batch, seed, stream, epoch))
             )
         ]
 
     rows = raw(batch)
     assert raw(batch.part(slice(5, 7))) == rows[5:7]
-    others = raw(batch, seed=1) + raw(batch, purpose=Purpose.HELD_OUT) + raw(batch, epoch=1)
+    others = raw(batch, seed=1) + raw(batch, stream=RngStream.HELD_OUT) + raw(batch, epoch=1)
     assert len({*rows, *others}) == 4 * len(rows)
 
 

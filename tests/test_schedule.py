@@ -1,4 +1,4 @@
-"""schedule.py: tables against the spec's anchors, conversions as exact inverses."""
+"""schedule.py: tables against known entries, conversions as exact inverses."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler, noise_from_keys
 from astrolabe_jax.schedule import velocity_to_x0
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.types import RngStream
 from tests.e2e import runs
 from tests.models import tiny
 from tests.test_update import make_batch, make_config, make_samples
@@ -60,7 +60,7 @@ def told(base, tmp_path_factory):
         config = runs.small_config(base, **ONE_DEVICE | GEOMETRIES[geometry])
         run = runs.prepared(config, tmp_path_factory.mktemp("runs") / "run")
         batch = prompts.draw(run.train_prompts, config.seed, 0, 2, 4, 1)
-        keys = prompts.sample_keys(batch, config.seed, Purpose.ROLLOUT, 0)
+        keys = prompts.sample_keys(batch, config.seed, RngStream.ROLLOUT, 0)
         return run, segments.cast_of(run, batch, keys, FRAMES, runs.quiet())
 
     return tell

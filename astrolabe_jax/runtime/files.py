@@ -1,11 +1,14 @@
-"""Files that appear whole or not at all, and are read so that a broken one is named; tensors are
-read one at a time.
+"""Files that appear whole or not at all, and are named when they are broken.
+
+Files of weights are read and written one tensor at a time.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,8 +28,8 @@ DTYPES = {
     "I64": np.dtype(np.int64),
 }
 INDEX = ".safetensors.index.json"
-# What is at fault where a file is written, and never where one is read: a full disk, a quota, a
-# limit, a file system that has become read-only.
+# Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
+# system that has become read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -41,13 +44,13 @@ class WriteError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """A tensor that is not read yet: `shape` and `dtype` are known, and every np.asarray reads it
+    """A tensor that is not read yet: its shape and dtype are known, and every np.asarray reads it
     anew.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray]  # gives the tensor, of this shape and dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         tensor = self.read()
@@ -55,12 +58,18 @@ class Lazy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        """Return the bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def map(self, change: Callable[[np.ndarray], np.ndarray], shape=None, dtype=None) -> "Lazy":
-        """This tensor with `change` applied when it is read; `shape` and `dtype` are what that
-        makes of its own.
+    def map(
+        self,
+        change: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...] | None = None,
+        dtype: Any = None,
+    ) -> "Lazy":
+        """Return this tensor with `change` applied when it is read.
+
+        `shape` and `dtype` are those of the result; by default they stay.
         """
         read = self.read
         return Lazy(
@@ -72,7 +81,7 @@ class Lazy:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes `path`: a full disk and the like become a WriteError."""
+    """Turn a full disk and the like into a WriteError, around what writes `path`."""
     try:
         yield
     except OSError as error:
@@ -83,8 +92,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` to write to; at the end it is flushed to the disk and moved into place,
-    on error removed.
+    """Give a file beside `path` to write to, which takes its place at the end.
+
+    It is flushed to the disk first; on an error it is removed.
     """
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
     try:
@@ -98,19 +108,19 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomic(path: Path, payload: bytes) -> None:
-    """Write `payload` beside `path`, flush it to the disk, and move it into place: no reader sees
-    half a file.
-    """
+    """Write a file such that no reader sees half of it, as `atomic` does."""
     with atomic(path) as file:
         file.write(payload)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The JSON objects, one a line, of a file some of whose lines may be half written or spoilt;
-    none of no file.
+    """Return the JSON objects in a file, one a line; an empty list if there is no file.
+
+    Lines that are half written or spoilt are left out.
     """
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for line in lines:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict):
@@ -119,7 +129,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; ValueError naming the file if there is none in it."""
+    """Return the JSON object in a file; raise ValueError, naming the file, if there is none."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -130,65 +140,52 @@ def read_json(path: Path) -> dict:
 
 
 def read_safetensors(path: Path) -> dict[str, Lazy]:
-    """The tensors of a file of weights, in their own dtypes; ValueError naming it if it is not
-    whole.
+    """Return the tensors of a file of weights, in their own dtypes.
 
     Only the header is read now. The file is opened anew for each tensor, so that nothing stays
-    mapped in memory.
+    mapped in memory. Raises ValueError, naming the file, if it is not whole.
     """
     expected = (
         f"expected a whole safetensors file of {', '.join(map(str, DTYPES.values()))} tensors"
     )
-    described = {}
+    tensors = {}
     try:
         with safetensors.safe_open(path, "np") as file:
             for name in file.keys():
-                tensor = file.get_slice(name)
-                described[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+                header = file.get_slice(name)
+                kind = header.get_dtype()
+                if kind not in DTYPES:
+                    raise ValueError(
+                        f"{path} holds a tensor of dtype {kind}, {name}; {expected}: store it so"
+                    )
+                read = functools.partial(_read_tensor, path, name)
+                tensors[name] = Lazy(tuple(header.get_shape()), DTYPES[kind], read)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}; {expected}") from None
-    for name, (_, kind) in described.items():
-        if kind not in DTYPES:
-            raise ValueError(
-                f"{path} holds a tensor of dtype {kind}, {name}; {expected}: store it so"
-            )
+    return tensors
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            with safetensors.safe_open(path, "np") as file:
-                return file.get_tensor(name)
 
-        return read
-
-    return {
-        name: Lazy(shape, DTYPES[kind], reader(name)) for name, (shape, kind) in described.items()
-    }
+def _read_tensor(path: Path, name: str) -> np.ndarray:
+    with safetensors.safe_open(path, "np") as file:
+        return file.get_tensor(name)
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The free text entries in the header of a file that `read_safetensors` reads."""
+    """Return the free text entries in the header of a file that `read_safetensors` reads."""
     with safetensors.safe_open(path, "np") as file:
         return file.metadata() or {}
 
 
 def read_sharded(path: Path) -> dict[str, Lazy]:
-    """The tensors of X.safetensors.index.json from the files that it names, which lie beside it.
+    """Return the tensors of X.safetensors.index.json from the files beside it that it names.
 
-    Raises FileNotFoundError naming a shard that is not there, and ValueError naming every tensor
-    that is not in the shard that the index gives, or in two.
+    Raises:
+      FileNotFoundError: naming a shard that is not there.
+      ValueError: naming every tensor that is not in the shard that the index gives, or in two.
     """
-    where = read_json(path).get("weight_map")
-    if (
-        not isinstance(where, dict)
-        or not where
-        or not all(type(shard) is str for shard in where.values())
-    ):
-        raise ValueError(
-            f"{path}: expected an object weight_map, from names of tensors to names of files "
-            "beside it"
-        )
-    shards, tensors = {}, {}
-    for shard in sorted(set(where.values())):
+    index = _read_index(path)
+    shards = {}
+    for shard in sorted(set(index.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
                 f"{path} names the shard {shard!r}; expected a .safetensors file beside it"
@@ -198,26 +195,34 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
                 f"{path.parent / shard} is missing, which {path.name} names; download it again"
             )
         shards[shard] = read_safetensors(path.parent / shard)
-    faults = [
-        f"{name} is not in {shard}" for name, shard in where.items() if name not in shards[shard]
-    ]
+    tensors = {}
+    faults = []
+    for name, shard in index.items():
+        if name not in shards[shard]:
+            faults.append(f"{name} is not in {shard}")
     for shard, content in shards.items():
-        faults += [
-            f"{name} is in {shard}, but not in the index" for name in content if name not in where
-        ]
-        faults += [
-            f"{name} is in {shard} and in {where[name]}"
-            for name in content
-            if where.get(name, shard) != shard
-        ]
-        tensors |= {name: tensor for name, tensor in content.items() if where.get(name) == shard}
+        for name, tensor in content.items():
+            if name not in index:
+                faults.append(f"{name} is in {shard}, but not in the index")
+            elif index[name] != shard:
+                faults.append(f"{name} is in {shard} and in {index[name]}")
+            else:
+                tensors[name] = tensor
     if faults:
-        raise ValueError(
-            "\n  ".join(
-                [f"{path} and its shards do not agree; download all of them again:", *faults]
-            )
-        )
+        complaint = f"{path} and its shards do not agree; download all of them again:"
+        raise ValueError("\n  ".join([complaint, *faults]))
     return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return names of tensors -> names of files; raise ValueError, naming the index, if broken."""
+    index = read_json(path).get("weight_map")
+    if isinstance(index, dict) and index:
+        if all(type(shard) is str for shard in index.values()):
+            return index
+    raise ValueError(
+        f"{path}: expected an object weight_map, from names of tensors to names of files beside it"
+    )
 
 
 def write_safetensors(
@@ -226,20 +231,23 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes a file of weights tensor by tensor, so that one is in memory at a time; atomic.
+    """Write a file of weights as `atomic` does, with one tensor in memory at a time.
 
-    tensors: arrays or Lazy, of the dtypes in DTYPES. `progress` is told the bytes of each when it
-    is written. The format: the length of the header as 8 bytes, the header (JSON; padded to 8
-    bytes), the content one after the other.
+    The format: the length of the header as 8 bytes, the header (JSON; padded to 8 bytes), the
+    content one after the other.
+
+    Args:
+      path: of the file.
+      tensors: arrays or Lazy, of the dtypes in DTYPES.
+      metadata: free text entries of the header.
+      progress: is called with the bytes of each tensor that is written.
     """
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     stop = 0
     for name, tensor in tensors.items():
-        start, stop = (
-            stop,
-            stop + int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize,
-        )
+        start = stop
+        stop += math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
             "dtype": kinds[tensor.dtype],
             "shape": list(tensor.shape),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from astrolabe_jax.runtime import multihost
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stopped(Exception):
     """Somebody asked the run to end; the message is the signal's name."""
@@ -17,31 +19,32 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], None]]:
-    """While inside, gives a function that raises Stopped once a signal has come; a second signal
-    acts at once.
+    """Listen to signals while inside; give a function that raises Stopped once one has come.
 
-    All processes must call the function equally often.
+    All processes must call the function equally often. A second signal acts at once.
     """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     received: list[str] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def restore_handlers():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def note(number, _):
-        received.append(signal.Signals(number).name)
-        os.write(
-            2, f"{received[0]}: ending at the next phase; send it again to end at once\n".encode()
-        )
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        name = signal.Signals(number).name
+        received.append(name)
+        # not print, which the signal may have interrupted
+        os.write(2, f"{name}: ending at the next phase; send it again to end at once\n".encode())
+        restore_handlers()
 
     def check():
-        if name := multihost.anywhere("".join(received[:1])):
+        name = multihost.first_nonempty(received[0] if received else "")
+        if name:
             raise Stopped(name)
 
-    before = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
+    for number in SIGNALS:
         signal.signal(number, note)
     try:
         yield check
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers()

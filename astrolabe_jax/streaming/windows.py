@@ -23,10 +23,10 @@ from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax.config import clip_length, piece, rounds, shares_prefix
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.layers import merge
-from astrolabe_jax.report import Progress
 from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.types import (
     LossPart,
@@ -220,7 +220,7 @@ def score_async(
     def measured(action: Callable) -> Any:
         with progress.phase("rewards"):
             try:
-                return multihost.together(action)
+                return multihost.on_all(action)
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 

@@ -19,11 +19,12 @@ import numpy as np
 from absl import app, flags
 from scipy.stats import spearmanr
 
-from astrolabe_jax import prompts, report, rewards
+from astrolabe_jax import prompts, rewards
 from astrolabe_jax.generate import encode_texts, generate
 from astrolabe_jax.prepare import prepare
 from astrolabe_jax.runtime import cli
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.types import RngStream
 
 _REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
 _OPTIONS = flags.DEFINE_string("options", None, "JSON of its other options")
@@ -40,8 +41,8 @@ def main(config: flags.FlagHolder) -> None:
     batch = prompts.draw(
         run.train_prompts, run.config.seed, 0, given.prompts_per_epoch, given.samples_per_prompt, 1
     )
-    keys = prompts.sample_keys(batch, run.config.seed, Purpose.HELD_OUT, 0)
-    progress = report.Progress({}, lambda: None)
+    keys = prompts.sample_keys(batch, run.config.seed, RngStream.HELD_OUT, 0)
+    progress = Progress()
     videos = generate(
         run, run.adapter, batch, encode_texts(run, batch, progress), keys, progress, "videos"
     )

@@ -19,13 +19,14 @@ from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.evaluate import evaluate
 from astrolabe_jax.prepare import prepare
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.progress import Progress
 
 
 def main(paths: list[str], config: flags.FlagHolder) -> None:
     cli.set_up()
     with tempfile.TemporaryDirectory() as workdir:
         run = prepare(config.value, workdir)
-        progress = report.Progress({}, lambda: None)
+        progress = Progress()
         base, _ = evaluate(run, sharding.replicate(run.mesh, run.adapter), progress, "base")
         print(json.dumps({"adapter": "none", **report.table(base)}), flush=True)
         for path in paths:

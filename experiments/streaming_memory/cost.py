@@ -21,8 +21,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import prepare, prompts, segments, sharding, stream
-from astrolabe_jax.report import Progress
-from astrolabe_jax.types import Purpose
+from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.types import RngStream
 from configs import moving_shapes_long
 
 CANDIDATES, WINDOW = 24, 21
@@ -87,7 +87,7 @@ def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
         wanted.samples_per_prompt,
         1,
     )
-    keys = prompts.sample_keys(batch, run.config.seed, Purpose.ROLLOUT, epoch)
+    keys = prompts.sample_keys(batch, run.config.seed, RngStream.ROLLOUT, epoch)
     cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
     adapter = sharding.replicate(run.mesh, run.adapter)
     began = time.monotonic()

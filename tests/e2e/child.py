@@ -34,13 +34,14 @@ def arm(where: str) -> None:
 
 
 def tell(path: str) -> None:
-    from astrolabe_jax import report, train
+    from astrolabe_jax import train
+    from astrolabe_jax.runtime.progress import Progress
 
-    phase, run_epoch, epochs = report.Progress.phase, train._epoch, [0]
+    phase, run_epoch, epochs = Progress.phase, train._epoch, [0]
 
     def line(what, progress, name):
         with open(path, "ab", buffering=0) as file:  # in one piece, whatever happens next
-            file.write(f"{what} {epochs[-1]} {progress._prefix}{name}\n".encode())
+            file.write(f"{what} {epochs[-1]} {progress.prefix}{name}\n".encode())
 
     @contextlib.contextmanager
     def telling_phase(progress, name):
@@ -53,7 +54,7 @@ def tell(path: str) -> None:
         epochs.append(point.epoch + 1)
         return run_epoch(run, point, *others)
 
-    report.Progress.phase, train._epoch = telling_phase, telling_epoch
+    Progress.phase, train._epoch = telling_phase, telling_epoch
 
 
 if __name__ == "__main__":

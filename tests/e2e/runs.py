@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from astrolabe_jax import prepare, train
-from astrolabe_jax.report import Progress
 from astrolabe_jax.runtime import preemption
+from astrolabe_jax.runtime.progress import Progress
 from configs import moving_shapes
 from tests.meshes import mesh_of
 

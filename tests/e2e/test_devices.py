@@ -8,7 +8,7 @@ import pytest
 
 from astrolabe_jax import evaluate, prepare, sharding, train
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.report import Progress
+from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
 from tests.meshes import ONE, mesh_of

@@ -16,7 +16,7 @@ from astrolabe_jax import prepare, train
 from tests.e2e import runs
 from tests.e2e.disks import small_disk
 from tests.e2e.runs import finish, launch
-from tests.test_processes import free_port
+from tests.runtime.test_multihost import free_port
 
 # Sums over devices are taken in another order across processes, as they are on other numbers of
 # devices.

@@ -135,7 +135,7 @@ def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_pat
         prepare.prepare(changed, workdir)
     moved = tmp_path / "moved"
     moved.symlink_to(directory)
-    assert prepare.prepare(config(base, moved), workdir).identity["reward.hpsv3"]
+    assert prepare.prepare(config(base, moved), workdir).fingerprint["reward.hpsv3"]
 
 
 def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(

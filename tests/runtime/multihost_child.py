@@ -1,5 +1,6 @@
-"""Two processes that meet without a model: python -m tests.processes_child PORT PROCESS CASE, see
-test_processes.py.
+"""Two processes that meet without a model, see test_multihost.py.
+
+python -m tests.runtime.multihost_child PORT PROCESS CASE
 """
 
 import os
@@ -11,18 +12,20 @@ from astrolabe_jax.runtime import multihost, preemption
 
 
 def texts(me):
-    return [multihost.anywhere(text) for text in ("", "b" * me, f"c{me}", "dé" * 300 * me)]
+    return [multihost.first_nonempty(text) for text in ("", "b" * me, f"c{me}", "dé" * 300 * me)]
 
 
 def errors(me):
-    told = []
+    results = []
     for failing in (0, 1):
-        for function in (multihost.together, multihost.by_first):
+        for function in (multihost.on_all, multihost.on_primary):
             try:
-                told.append(function(lambda failing=failing: {"by": me, "of": 1 // (me - failing)}))
+                results.append(
+                    function(lambda failing=failing: {"by": me, "of": 1 // (me - failing)})
+                )
             except (ArithmeticError, OSError) as error:
-                told.append(f"{type(error).__name__}: {error}")
-    return told
+                results.append(f"{type(error).__name__}: {error}")
+    return results
 
 
 def signals(me):
@@ -39,11 +42,11 @@ def signals(me):
 
 
 def one_fails(me):
-    with multihost.ending_together():
-        multihost.anywhere(f"{me}")
+    with multihost.exit_together():
+        multihost.first_nonempty(f"{me}")
         if me == 1:
             raise ValueError("process 1 has no more to say")
-        return multihost.by_first(lambda: "nobody hears this")
+        return multihost.on_primary(lambda: "nobody hears this")
 
 
 if __name__ == "__main__":

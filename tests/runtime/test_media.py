@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from astrolabe_jax.runtime.media import Mp4Writer, read_video, write_mp4
+from astrolabe_jax.runtime.media import Mp4Writer, read_video, strip, write_mp4
 
 
 def moving(count):
@@ -73,3 +73,19 @@ def test_what_is_no_video_is_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video"):
         read_video(tmp_path / "a.mp4")
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (9, 48, 48, 3), np.uint8)
+    paths = [tmp_path / f"{i}.mp4" for i in range(8)]
+    for path in paths:
+        write_mp4(path, video, 16)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_a_strip_shows_the_first_and_the_last_frame():
+    video = moving(33)
+    shown = strip(video)
+    assert np.array_equal(shown[:, :32], video[0]) and np.array_equal(shown[:, -33:-1], video[-1])
+    assert (shown[:, 32] == 255).all() and shown.shape == (32, 7 * 33, 3)
+    assert strip(video[:2]).shape == (32, 2 * 33, 3)

@@ -18,11 +18,11 @@ def free_port() -> int:
 
 
 def both(case: str) -> list[tuple[int, str, str]]:
-    """Status, result and errors of a case of processes_child in process 0 and in process 1."""
+    """Status, result and errors of a case of multihost_child in process 0 and in process 1."""
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.processes_child", str(port), str(me), case],
+            [sys.executable, "-m", "tests.runtime.multihost_child", str(port), str(me), case],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -30,14 +30,14 @@ def both(case: str) -> list[tuple[int, str, str]]:
         )
         for me in (0, 1)
     ]
-    told = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=120) for process in started]
     results = [
         next((line[7:] for line in out.splitlines() if line.startswith("result ")), "")
-        for out, _ in told
+        for out, _ in outputs
     ]
     return [
         (process.returncode, result, errors)
-        for process, result, (_, errors) in zip(started, results, told, strict=True)
+        for process, result, (_, errors) in zip(started, results, outputs, strict=True)
     ]
 
 
@@ -84,11 +84,11 @@ def test_an_error_on_one_ends_the_other():
 
 def test_one_process_asks_nobody():
     multihost.join(False, None, None, None)
-    assert multihost.anywhere("") == "" and multihost.anywhere("a") == "a"
+    assert multihost.first_nonempty("") == "" and multihost.first_nonempty("a") == "a"
     value = object()
-    assert multihost.together(lambda: value) is value and multihost.by_first(lambda: value) is value
-    with pytest.raises(ZeroDivisionError), multihost.ending_together():
-        multihost.by_first(lambda: 1 // 0)
+    assert multihost.on_all(lambda: value) is value and multihost.on_primary(lambda: value) is value
+    with pytest.raises(ZeroDivisionError), multihost.exit_together():
+        multihost.on_primary(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(
