@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.wan.vae import Stream
+from astrolabe_jax.models.wan.vae import VaeState
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mesh"))
@@ -26,7 +26,7 @@ def decode(graphdef: Any, params: dict, latents: jax.Array, *, chunk: int, mesh:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="stream")
 def decode_chunk(
-    graphdef: Any, params: dict, latents: jax.Array, stream: Stream | None, *, mesh: Mesh
+    graphdef: Any, params: dict, latents: jax.Array, stream: VaeState | None, *, mesh: Mesh
 ):
     """The next latents [B, n, C, H, W] of a video -> (frames [B, T, height, width, 3] uint8,
     stream).

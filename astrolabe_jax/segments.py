@@ -36,7 +36,7 @@ class Streams(NamedTuple):
     """What a set of streams carries from block to block."""
 
     cache: kv.Cache  # [layers, streams, slots L, A, K]
-    vae: Any  # the decoder's memory (vae.Stream); None at frame 0, or where no past is decoded
+    vae: Any  # the decoder's memory (vae.VaeState); None at frame 0, or where no past is decoded
     first: jax.Array  # [streams, kept, C, H, W] clean latents of the sink
     # [streams, capacity, C, H, W] the last ones, newest last; anything where there are fewer
     recent: jax.Array
