@@ -107,7 +107,7 @@ def merge(
         ):
             name = f"blocks.{i}.{module}.weight"
             a, b = (half.map(np.transpose, half.shape[::-1]) for half in (a, b))
-            tensors[name] = lora.merged(tensors[name], a, b, scale, dtype)
+            tensors[name] = lora.merged_weight(tensors[name], a, b, scale, dtype)
     if dtype:
         tensors = {
             name: tensor.map(lambda x: x.astype(dtype), dtype=dtype)
