@@ -418,7 +418,7 @@ def _scaled_piece(piece: Lazy, scale: float) -> Lazy:
     return piece.map(lambda x: (x.astype(np.float32) * scale).astype(x.dtype))
 
 
-def merged_weight(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str = "") -> Lazy:
+def merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str = "") -> Lazy:
     """Return W + scale B A, for W [out, in], A [R, in] and B [out, R].
 
     It is computed in float32 and rounded once, to `dtype` or to that of W.
