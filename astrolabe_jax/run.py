@@ -106,7 +106,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
-    identity = {"base": base.identity}
+    identity = {"base": base.fingerprint}
     identity |= {
         f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()
     }

@@ -89,7 +89,7 @@ def load(
     layout, denoising = prepare.layout_of(config), prepare.sampler_of(config)
     mesh = sharding.make_mesh(config.mesh)
     base = prepare.load_base(config, mesh)
-    net, latents, identity = base.transformer, None, {"base": base.identity}
+    net, latents, identity = base.transformer, None, {"base": base.fingerprint}
     if lora:
         adapter, scale = lora
         identity["lora"] = [_hash(jax.tree.leaves(adapter)), scale]

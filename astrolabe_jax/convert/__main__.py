@@ -1,12 +1,15 @@
-"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge|reward ...: checkpoints
-in and out.
+"""python -m astrolabe_jax.convert inspect|import|export|export-lora|merge|reward ...
+
+Checkpoints in and out (docs/checkpoints.md, Commands).
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import jax
 
@@ -14,102 +17,121 @@ from astrolabe_jax.convert import commands, describe, lora, parts, rewards
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("original", "diffusers")
+FILE_DTYPE = "default: the file's own"
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The commands and their arguments; FILE and DIR are what each says in its help."""
-    top = _Parser(prog="python -m astrolabe_jax.convert", description="Checkpoints in and out.")
-    commands_ = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
+class _Command(NamedTuple):
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], object]
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
-        return commands_.add_parser(name, help=about, description=about)
 
-    one = command(
-        "inspect",
-        "Says what a file or directory is, and whether it is complete; reads headers only.",
-    )
-    one.add_argument("given", type=Path, metavar="FILE|DIR")
-    one.add_argument("--json", action="store_true", help="for machines")
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("--json", action="store_true", help="for machines")
 
-    one = command(
-        "import",
-        "Writes a published file, or all parts of a base, as Orbax directories with a config.json.",
-    )
-    one.add_argument("given", type=Path, metavar="FILE|DIR")
-    one.add_argument("--to", type=Path, required=True, metavar="DIR")
-    one.add_argument(
+
+def _inspect(args: argparse.Namespace) -> None:
+    described = describe.describe(args.source)
+    print(json.dumps(described, indent=1) if args.json else describe.text(described))
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
         "--entry",
         default="",
         help="entry of a nested file, such as generator; default: the average",
     )
-    one.add_argument("--dtype", choices=DTYPES, default="", help="default: the file's own")
-    one.add_argument(
-        "--num_heads", type=int, help="of a transformer whose config.json is not at hand"
+    parser.add_argument("--dtype", choices=DTYPES, default="", help=FILE_DTYPE)
+    _add_num_heads(parser)
+
+
+def _add_num_heads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num_heads",
+        type=int,
+        help="of a transformer whose config.json is not at hand",
     )
 
-    one = command(
-        "export", "Writes a part of a base, or of what import made, as one safetensors file."
-    )
-    one.add_argument("given", type=Path, metavar="DIR")
-    one.add_argument("--to", type=Path, required=True, metavar="FILE")
-    one.add_argument("--part", choices=parts.PARTS, required=True)
-    one.add_argument("--format", choices=FORMATS, default="original")
 
-    one = command(
-        "export-lora",
-        "Writes the adapter of a run, or of a LoRA in any dialect, for PEFT or diffusers.",
-    )
-    one.add_argument(
-        "given",
+def _import(args: argparse.Namespace) -> None:
+    commands.import_(args.source, args.to, args.entry, args.dtype, args.num_heads)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="DIR")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--part", choices=parts.PARTS, required=True)
+    parser.add_argument("--format", choices=FORMATS, default="original")
+
+
+def _export(args: argparse.Namespace) -> None:
+    commands.export(args.source, args.to, args.part, args.format)
+
+
+def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
         type=Path,
         metavar="CHECKPOINT",
         help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
     )
-    one.add_argument("--to", type=Path, required=True, metavar="DIR")
-    one.add_argument("--format", choices=lora.SAVERS, default="peft")
-    one.add_argument("--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint")
-
-    one = command("merge", "Writes a transformer with a LoRA added to its weights.")
-    one.add_argument("given", type=Path, metavar="BASE")
-    one.add_argument("adapter", type=Path, metavar="LORA")
-    one.add_argument("--to", type=Path, required=True, metavar="FILE")
-    one.add_argument("--format", choices=FORMATS, default="original")
-    one.add_argument("--dtype", choices=DTYPES, default="", help="default: the base's own")
-    one.add_argument(
-        "--num_heads", type=int, help="of a transformer whose config.json is not at hand"
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--format", choices=lora.SAVERS, default="peft")
+    parser.add_argument(
+        "--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint"
     )
 
-    one = command("reward", "Writes the directory that a published reward model is loaded from.")
-    one.add_argument("kind", choices=rewards.KINDS)
-    one.add_argument(
+
+def _export_lora(args: argparse.Namespace) -> None:
+    commands.export_lora(args.source, args.to, args.format, args.policy)
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="BASE")
+    parser.add_argument("adapter", type=Path, metavar="LORA")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--format", choices=FORMATS, default="original")
+    parser.add_argument("--dtype", choices=DTYPES, default="", help="default: the base's own")
+    _add_num_heads(parser)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    commands.merge(args.source, args.adapter, args.to, args.format, args.dtype, args.num_heads)
+
+
+def _reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=rewards.KINDS)
+    parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
     )
-    one.add_argument(
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FILE|DIR",
         help="tokenizer.json, or the folder that holds it",
     )
-    one.add_argument(
+    parser.add_argument(
         "--template",
         type=Path,
         metavar="FILE|DIR",
         help="module of the official package, or its folder",
     )
-    one.add_argument("--to", type=Path, required=True, metavar="DIR")
-    one.add_argument("--dtype", choices=DTYPES, default="", help="default: the file's own")
-    one.add_argument(
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--dtype", choices=DTYPES, default="", help=FILE_DTYPE)
+    parser.add_argument(
         "--quantised",
         action="store_true",
         help="large weights as int8: half the memory of bfloat16",
     )
-    return top
 
 
 def _reward(args: argparse.Namespace) -> None:
@@ -119,32 +141,57 @@ def _reward(args: argparse.Namespace) -> None:
     rewards.convert(args.kind, given, args.to)
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    found = describe.describe(args.given)
-    print(json.dumps(found, indent=1) if args.json else describe.text(found))
-
-
-RUN = {
-    "inspect": _inspect,
-    "import": lambda args: commands.import_(
-        args.given, args.to, args.entry, args.dtype, args.num_heads
+_COMMANDS = {
+    "inspect": _Command(
+        "Say what a file or directory is, and whether it is complete; read headers only.",
+        _inspect_arguments,
+        _inspect,
     ),
-    "export": lambda args: commands.export(args.given, args.to, args.part, args.format),
-    "export-lora": lambda args: commands.export_lora(args.given, args.to, args.format, args.policy),
-    "merge": lambda args: commands.merge(
-        args.given, args.adapter, args.to, args.format, args.dtype, args.num_heads
+    "import": _Command(
+        "Write a published file, or all parts of a base, as Orbax directories with a config.json.",
+        _import_arguments,
+        _import,
     ),
-    "reward": _reward,
+    "export": _Command(
+        "Write a part of a base, or of what import made, as one safetensors file.",
+        _export_arguments,
+        _export,
+    ),
+    "export-lora": _Command(
+        "Write the adapter of a run, or of a LoRA in any dialect, for PEFT or diffusers.",
+        _export_lora_arguments,
+        _export_lora,
+    ),
+    "merge": _Command(
+        "Write a transformer with a LoRA added to its weights.",
+        _merge_arguments,
+        _merge,
+    ),
+    "reward": _Command(
+        "Write the directory that a published reward model is loaded from.",
+        _reward_arguments,
+        _reward,
+    ),
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands and their arguments."""
+    top = _Parser(prog="python -m astrolabe_jax.convert", description="Checkpoints in and out.")
+    subparsers = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for name, command in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.about, description=command.about)
+        command.add_arguments(subparser)
+    return top
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; status 2 and one message for what cannot be done."""
+    """Run one command; exit with status 2 and one message for what cannot be done."""
     args = parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # shapes alone are traced: no accelerator is taken
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        RUN[args.command](args)
+        _COMMANDS[args.command].run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

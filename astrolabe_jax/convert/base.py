@@ -1,12 +1,10 @@
 """A base model as a directory: transformer, VAE, text encoder, tokenizer and sizes, in one of the
-LAYOUTS.
+LAYOUTS (docs/checkpoints.md, Base directories).
 
-own         config.json with the sizes of the three nets and nothing that a run may choose (dtypes,
-            window, remat); of
-            each part a file of weights, or an Orbax directory that `python -m astrolabe_jax.convert
-            import` made; tokenizer.json or spiece.model
-original    a Wan repository as published (spec/checkpoints.md 1); its config.json describes the
-            transformer alone
+own         config.json with the sizes of the three nets, and nothing that a run may choose (dtypes,
+            window, remat). Of each part a file of weights, or an Orbax directory that `python -m
+            astrolabe_jax.convert import` made. tokenizer.json or spiece.model
+original    a Wan repository as published; its config.json describes the transformer alone
 diffusers   a diffusers package: model_index.json and a folder for each part
 
 Weights may have any of the formats, nestings and prefixes of published files (parts.py,
@@ -47,21 +45,31 @@ from astrolabe_jax.runtime.files import INDEX, read_json, write_atomic, write_sa
 SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
 
 
+# (part, path of a leaf, leaf) -> the leaf on its devices.
+PlaceLeaf = Callable[[str, tuple, np.ndarray], Any]
+
+
+def keep_on_host(part: str, path: tuple, leaf: np.ndarray) -> np.ndarray:
+    """Return the leaf as it is."""
+    del part, path
+    return leaf
+
+
 class Base(NamedTuple):
-    """What every policy of a run shares, and the hash of the files it came from."""
+    """The frozen nets that all policies of a run share."""
 
     transformer: Net
     vae: Net
     text: Net
     tokenizer: Any
-    identity: str
+    fingerprint: str  # hash of the files that it was read from
 
 
-class Layout(NamedTuple):
-    """Where the files of a base lie, relative to its directory."""
+class BaseLayout(NamedTuple):
+    """Where the files of a base are, relative to its directory."""
 
-    mark: str  # file that tells the layout
-    weights: dict[str, tuple[str, ...]]  # part -> names, of which one is there
+    mark: str  # the file by which the layout is recognised
+    weights: dict[str, tuple[str, ...]]  # part -> names, of which exactly one must be there
     configs: dict[str, str]  # part -> its config.json; a part without one has the published sizes
     tokenizer: str  # directory
 
@@ -70,15 +78,15 @@ def _safetensors(stem: str) -> tuple[str, ...]:
     return f"{stem}.safetensors", f"{stem}{INDEX}"
 
 
-# Sizes in which published models differ; what else their config.json leaves out is the same in all
-# of them.
+# Sizes in which published models differ. All others that their config.json leaves out are the same
+# in all of them.
 _VARYING = frozenset(
     {"dim", "dim_attn", "dim_ffn", "ffn_dim", "num_layers", "num_heads", "vocab_size", "z_dim"}
 )
 TOKENIZERS = ("tokenizer.json", "spiece.model")
-# The first whose mark is there.
+# The layout of a directory is the first whose mark is there.
 LAYOUTS = {
-    "diffusers": Layout(
+    "diffusers": BaseLayout(
         "model_index.json",
         {
             "transformer": _safetensors("transformer/diffusion_pytorch_model"),
@@ -88,7 +96,7 @@ LAYOUTS = {
         {part: f"{part}/config.json" for part in PARTS},
         "tokenizer",
     ),
-    "original": Layout(
+    "original": BaseLayout(
         "Wan2.1_VAE.pth",
         {
             "transformer": _safetensors("diffusion_pytorch_model"),
@@ -98,7 +106,7 @@ LAYOUTS = {
         {"transformer": "config.json"},
         "google/umt5-xxl",
     ),
-    "own": Layout(
+    "own": BaseLayout(
         "config.json",
         {part: (*(f"{part}{suffix}" for suffix in READERS), part) for part in PARTS},
         dict.fromkeys(PARTS, "config.json"),
@@ -108,99 +116,128 @@ LAYOUTS = {
 
 
 def directory_of(base: str) -> Path:
-    """Directory of a shipped base by its name, or the given directory; FileNotFoundError says what
-    was expected.
+    """Return the directory of a shipped base, given its name, or the given directory.
+
+    Raises FileNotFoundError, which says what is expected, for a directory that is no base.
     """
+    directory, _ = _locate(base)
+    return directory
+
+
+def _locate(base: str) -> tuple[Path, BaseLayout]:
+    """Return `directory_of` and its layout."""
     directory = SHIPPED.get(base, Path(base))
-    if not any((directory / layout.mark).is_file() for layout in LAYOUTS.values()):
+    layout = layout_of(directory)
+    if layout is None:
         raise FileNotFoundError(
             f"base {base!r}: no {directory / 'config.json'}; "
             f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with {_marks()}"
         )
-    return directory
+    return directory, layout
 
 
 def _marks() -> str:
     return " or ".join(f"{layout.mark} ({name})" for name, layout in reversed(LAYOUTS.items()))
 
 
-def layout_of(directory: Path) -> Layout | None:
-    """The layout of a base's directory, or None for any other directory."""
-    return next(
-        (layout for layout in LAYOUTS.values() if (directory / layout.mark).is_file()), None
-    )
+def layout_of(directory: Path) -> BaseLayout | None:
+    """Return the layout of a base's directory, or None for any other directory."""
+    for layout in LAYOUTS.values():
+        if (directory / layout.mark).is_file():
+            return layout
+    return None
 
 
 def tokenizer_of(base: str) -> Path:
-    """The directory that `load_tokenizer` takes."""
-    directory = directory_of(base)
-    return directory / layout_of(directory).tokenizer
+    """Return the directory that `load_tokenizer` takes."""
+    directory, layout = _locate(base)
+    return directory / layout.tokenizer
 
 
 def sizes(base: str, size: str = "") -> dict[str, dict]:
-    """Sizes of the three parts, those of SIZES if `size` names one, else from the base; cheap, no
-    weights are read.
+    """Return the sizes of each part, as in our config.json; no weights are read.
 
-    Raises ValueError naming a config.json that lacks something, or is of another kind of model.
+    Args:
+      base: name of a shipped base, or a directory.
+      size: a name of SIZES, whose sizes take the place of the base's own.
+
+    Raises:
+      FileNotFoundError: there is no such base, or a config.json is missing.
+      ValueError: naming a config.json that lacks something, or is of another kind of model.
     """
-    directory = directory_of(base)
+    directory, layout = _locate(base)
     if size:
         return {part: sizes_of(config) for part, config in SIZES[size].items()}
-    layout = layout_of(directory)
     if layout is LAYOUTS["own"]:
-        path = directory / layout.mark
-        content = read_json(path)
-        if set(content) != set(PARTS) or not all(
-            isinstance(part, dict) for part in content.values()
-        ):
-            raise ValueError(
-                f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else"
-            )
-        return content
-    found = {part: sizes_of(entry.published) for part, entry in PARTS.items()}
-    for part, name in layout.configs.items():
-        path = directory / name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {path}, which tells the sizes of the {part}; put it back or set "
-                "config.model.size"
-            )
-        try:
-            same = {field: value for field, value in found[part].items() if field not in _VARYING}
-            found[part] = same | described(part, read_json(path))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-    return found
+        return _own_sizes(directory / layout.mark)
+    content = {}
+    for part, entry in PARTS.items():
+        content[part] = sizes_of(entry.published)
+        if part in layout.configs:
+            path = directory / layout.configs[part]
+            content[part] = _published_sizes(path, part, content[part])
+    return content
+
+
+def _own_sizes(path: Path) -> dict[str, dict]:
+    """Return the content of our config.json."""
+    content = read_json(path)
+    are_objects = all(isinstance(part, dict) for part in content.values())
+    if set(content) != set(PARTS) or not are_objects:
+        raise ValueError(
+            f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else"
+        )
+    return content
+
+
+def _published_sizes(path: Path, part: str, published: dict) -> dict:
+    """Return a part's sizes from a config.json of others.
+
+    Those that it leaves out are taken from `published`, unless published models differ in them.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}, which tells the sizes of the {part}; put it back or set config.model.size"
+        )
+    common = {field: value for field, value in published.items() if field not in _VARYING}
+    try:
+        return common | described(part, read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
-    """The config of each part: sizes from `sizes`, `numerics` (dtype, param_dtype, remat,
-    attention) from the run.
+    """Return the config of each part: sizes from `sizes`, and `numerics` of the run.
 
-    Raises ValueError naming the file and the fields of a part that do not make sense, or of two
-    that do not fit.
+    These are dtype, param_dtype, remat and attention.
+
+    Raises:
+      ValueError: naming the file, and the fields that make no sense or do not fit each other.
+      FileNotFoundError: as `sizes`.
     """
-    directory, content, parts = directory_of(base), sizes(base, size), {}
-    layout = layout_of(directory)
+    directory, layout = _locate(base)
+    content = sizes(base, size)
     path = directory / layout.mark
-    if faults := [
-        fault for name, values in content.items() for fault in field_faults(name, values)
-    ]:
+    faults = []
+    for part, values in content.items():
+        faults += field_faults(part, values)
+    if faults:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
-    for name, values in content.items():
+    parts = {}
+    for part, values in content.items():
         try:
-            parts[name] = make_config(name, values, **numerics)
+            parts[part] = make_config(part, values, **numerics)
         except ValueError as error:
-            raise ValueError(
-                f"{directory / layout.configs.get(name, layout.mark)}, {error}"
-            ) from None
-    if faults := list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"])):
+            source = directory / layout.configs.get(part, layout.mark)
+            raise ValueError(f"{source}, {error}") from None
+    faults = list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"]))
+    if faults:
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
     return parts
 
 
 def _misfits(net: WanConfig, vae: VaeConfig, text: UMT5Config) -> Iterator[str]:
-    """What one part makes and another takes must agree."""
+    """Yield a line for each size of a part's output that is not that of another's input."""
     if net.in_channels != vae.z_dim:
         yield f"transformer.in_channels is {net.in_channels}; expected vae.z_dim, {vae.z_dim}"
     if net.text_dim != text.dim:
@@ -217,125 +254,146 @@ def load_base(
     *,
     size: str = "",
     transformer: str = "",
-    place: Callable[[str, tuple, np.ndarray], Any] = lambda part, path, leaf: leaf,
+    place: PlaceLeaf = keep_on_host,
     **numerics,
 ) -> Base:
-    """Reads a base; FileNotFoundError, ValueError or ConversionError name the file, tensor or field
-    at fault.
+    """Read a base.
 
-    size: a name of SIZES in place of the base's own sizes. transformer: a file or base whose
-    transformer is read in place of this base's. place(part, path, leaf) puts each leaf on its
-    devices before the next is read, so that the host never holds more than the largest leaf.
+    Args:
+      base: name of a shipped base, or a directory.
+      size: a name of SIZES, whose sizes take the place of the base's own.
+      transformer: a file or a base whose transformer is read in place of this base's.
+      place: puts each leaf on its devices before the next is read, so that the host never holds
+        more than the largest leaf.
+      **numerics: as in `configs`.
+
+    Raises:
+      FileNotFoundError, ValueError, ConversionError: naming the file, tensor or field at fault.
     """
-    directory, digest, nets = directory_of(base), hashlib.sha256(), {}
-    layout, parts = layout_of(directory), configs(base, size, **numerics)
-    words = directory / layout.tokenizer
-    tokenizer = load_tokenizer(words)
-    largest, rows = max(tokenizer.get_vocab().values()), parts["text_encoder"].vocab_size
+    directory, layout = _locate(base)
+    parts = configs(base, size, **numerics)
+    tokenizer_dir = directory / layout.tokenizer
+    tokenizer = load_tokenizer(tokenizer_dir)
+    largest = max(tokenizer.get_vocab().values())
+    rows = parts["text_encoder"].vocab_size
     if largest >= rows:
         raise ValueError(
             f"{directory / layout.mark}: text_encoder.vocab_size is {rows}, but the tokenizer in "
-            f"{words} has ids up to {largest}; expected at least {largest + 1}: do both files "
-            "belong to this base?"
+            f"{tokenizer_dir} has ids up to {largest}; expected at least {largest + 1}: do both "
+            "files belong to this base?"
         )
-    described_in = sorted({directory / name for name in layout.configs.values()})
-    for path in (*described_in, *(words / name for name in TOKENIZERS)):
+    digest = hashlib.sha256()
+    config_files = sorted({directory / name for name in layout.configs.values()})
+    tokenizer_files = [tokenizer_dir / name for name in TOKENIZERS]
+    for path in (*config_files, *tokenizer_files):
         digest.update(path.read_bytes() if path.is_file() else b"")
-    for name, config in parts.items():
-        path = weights_of(transformer if name == "transformer" and transformer else base, name)
+    nets = {}
+    for part, config in parts.items():
+        source = transformer if part == "transformer" and transformer else base
+        path = weights_of(source, part)
         for file in files_of(path):
             with open(file, "rb") as content:
                 hashlib.file_digest(content, lambda: digest)
-        nets[name] = read_net(name, path, config, place)
+        nets[part] = read_net(part, path, config, place)
     return Base(
-        nets["transformer"], nets["vae"], nets["text_encoder"], tokenizer, digest.hexdigest()
+        nets["transformer"],
+        nets["vae"],
+        nets["text_encoder"],
+        tokenizer,
+        digest.hexdigest(),
     )
 
 
-def read_net(
-    part: str,
-    path: Path,
-    config: Any,
-    place: Callable[[str, tuple, np.ndarray], Any] = lambda part, path, leaf: leaf,
-) -> Net:
-    """A part from a file of weights or an Orbax directory, in config.param_dtype; errors name the
-    file.
+def read_net(part: str, path: Path, config: Any, place: PlaceLeaf = keep_on_host) -> Net:
+    """Read a part from a file of weights or an Orbax directory, in config.param_dtype.
+
+    Raises engine.ConversionError or store.StoreError, which name the file.
     """
     try:
         if not path.is_dir():
             return load_net(part, read_weights(path), config, place)
         net = shapes(part, config)
-        leaves = engine.flatten(store.tree(store.open_leaves(path), net.params))
-        dtypes = {where: leaf.dtype for where, leaf in engine.flatten(net.params).items()}
+        stored = engine.flatten(store.tree(store.open_leaves(path), net.params))
+        expected = engine.flatten(net.params)
         placed = (
-            (where, place(part, where, np.asarray(leaf, dtypes[where])))
-            for where, leaf in leaves.items()
+            (where, place(part, where, np.asarray(leaf, expected[where].dtype)))
+            for where, leaf in stored.items()
         )
         return net._replace(params=engine.nested(placed))
     except (engine.ConversionError, store.StoreError) as error:
         raise type(error)(f"{path}: {error}") from None
 
 
-def weights_of(given: str | Path, part: str) -> Path:
-    """Where the weights of a part are: `given` itself, if it is a file or a store, or in the base
-    `given`.
+def weights_of(source: str | Path, part: str) -> Path:
+    """Return where the weights of a part are.
+
+    `source` is a file of weights or a store, which is returned, or a base, in which they are looked
+    up. Raises FileNotFoundError or ValueError, which say what is expected.
     """
-    directory = SHIPPED.get(str(given), Path(given))
-    if directory.is_file() or store.is_store(directory):
-        if directory.is_file() and suffix_of(directory) is None:
-            raise ValueError(f"{directory}: expected a file of weights, {', '.join(READERS)}")
-        return directory
-    layout = layout_of(directory)
+    path = SHIPPED.get(str(source), Path(source))
+    if store.is_store(path):
+        return path
+    if path.is_file():
+        if suffix_of(path) is None:
+            raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
+        return path
+    layout = layout_of(path)
     if layout is None:
         raise FileNotFoundError(
-            f"no {directory}; expected a file of weights or a directory with {_marks()}"
+            f"no {path}; expected a file of weights or a directory with {_marks()}"
         )
-    paths = [directory / name for name in layout.weights[part]]
-    found = [path for path in paths if path.is_file() or store.is_store(path)]
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(directory)) for path in paths)
+    candidates = [path / name for name in layout.weights[part]]
+    present = [file for file in candidates if file.is_file() or store.is_store(file)]
+    if len(present) != 1:
+        names = ", ".join(str(file.relative_to(path)) for file in candidates)
         raise FileNotFoundError(
-            f"{directory} has {len(found)} files of the {part}; expected one of {names}"
+            f"{path} has {len(present)} files of the {part}; expected one of {names}"
         )
-    return found[0]
+    return present[0]
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that weights are in: itself, an index and its shards, or every file of a store,
-    sorted by name.
+    """Return the files that weights are in: a file, an index and its shards, or all files of a
+    store, sorted by name.
     """
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.name.endswith(INDEX):
-        shards = read_json(path).get("weight_map")
-        return [path, *sorted({path.parent / str(shard) for shard in (shards or {}).values()})]
+        shards = read_json(path).get("weight_map") or {}
+        return [path, *sorted({path.parent / str(shard) for shard in shards.values()})]
     return [path]
 
 
 def save_base(
-    directory: Path, transformer: Net, vae: Net, text: Net, tokenizer_json: str, dtype=np.float32
+    directory: Path,
+    transformer: Net,
+    vae: Net,
+    text: Net,
+    tokenizer_json: str,
+    dtype: Any = np.float32,
 ) -> None:
-    """Writes a base that `load_base` reads; floating-point tensors are stored as `dtype`."""
+    """Write a base that `load_base` reads; floating-point tensors are stored as `dtype`."""
     directory.mkdir(parents=True, exist_ok=True)
-    content = {}
-    for name, net in (("transformer", transformer), ("vae", vae), ("text_encoder", text)):
+    nets = {"transformer": transformer, "vae": vae, "text_encoder": text}
+    for part, net in nets.items():
         tensors = {
-            key: np.asarray(value, dtype)
-            for key, value in save_net(name, net.params, net.config).items()
+            name: np.asarray(tensor, dtype)
+            for name, tensor in save_net(part, net.params, net.config).items()
         }
-        write_safetensors(directory / f"{name}.safetensors", tensors)
-        content[name] = sizes_of(net.config)
+        write_safetensors(directory / f"{part}.safetensors", tensors)
+    content = {part: sizes_of(net.config) for part, net in nets.items()}
     write_atomic(directory / "tokenizer.json", tokenizer_json.encode())
     write_atomic(directory / "config.json", json.dumps(content, indent=2).encode())
 
 
 def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
-    """Nets as their classes initialise them, by the names of their parts: where the training of a
-    base starts.
+    """Return a net for each part as its class initialises it, where the training of a base starts.
+
+    `parts` are the configs by name of the part.
     """
     nets = {}
-    for i, (name, config) in enumerate(parts.items()):
+    for i, (part, config) in enumerate(parts.items()):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        graphdef, params = layers.split(PARTS[name].module(config, rngs=nnx.Rngs(key)))
-        nets[name] = Net(graphdef, params, config)
+        graphdef, params = layers.split(PARTS[part].module(config, rngs=nnx.Rngs(key)))
+        nets[part] = Net(graphdef, params, config)
     return nets

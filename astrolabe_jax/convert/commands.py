@@ -1,11 +1,12 @@
-"""What `python -m astrolabe_jax.convert` does with whole nets and adapters, one tensor in memory at
-a time.
+"""The commands of `python -m astrolabe_jax.convert` for whole nets and adapters.
+
+One tensor is in memory at a time.
 """
 
+import functools
 import json
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +19,67 @@ from astrolabe_jax.convert.sources import Source, open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
+from astrolabe_jax.runtime.progress import Progress, log
 
 POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
 def import_(
-    given: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
+    source: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
 ) -> list[Path]:
-    """Writes a file's part, or all parts and the tokenizer of a base, as Orbax directories
-    `to`/PART.
+    """Write a file's part, or all parts and the tokenizer of a base, as Orbax directories.
 
-    `to`/config.json gets the sizes of each part when it is whole. dtype: by default the file's own.
-    Raises ValueError or OSError before anything is written, for content that is no whole part, and
-    for parts that are there already.
+    Nothing is written before all content is checked. The sizes of each part are written to
+    `to`/config.json when it is whole.
+
+    Args:
+      source: a file of weights, an imported part, or a base.
+      to: directory of the results.
+      entry: the state dict to read of a nested file.
+      dtype: of the results; by default that of the file.
+      num_heads: of a transformer, where nothing else tells it.
+
+    Returns:
+      The directories `to`/PART.
+
+    Raises:
+      ValueError, OSError: the content is no whole part, or a part is there already.
     """
-    directory = base.SHIPPED.get(str(given), given)
-    layout = None if directory.is_file() or store.is_store(directory) else base.layout_of(directory)
+    directory = base.SHIPPED.get(str(source), source)
+    is_part = directory.is_file() or store.is_store(directory)
+    layout = None if is_part else base.layout_of(directory)
     if layout is None:
-        sources = [open_part(given, "", entry, num_heads)]
+        opened = [open_part(source, "", entry, num_heads)]
+        tokenizer_files = []
+    elif entry:
+        raise ValueError(f"--entry is of one file; {source} is a directory")
     else:
-        if entry:
-            raise ValueError(f"--entry is of one file; {given} is a directory")
-        sources = [open_part(given, part, "", num_heads) for part in parts.PARTS]
-    for source in sources:
-        if (to / source.part).exists():
-            raise FileExistsError(
-                f"{to / source.part} is there already; remove it or give another --to"
-            )
-    described = to / "config.json"
-    content = read_json(described) if described.exists() else {}
+        opened = [open_part(source, part, "", num_heads) for part in parts.PARTS]
+        tokenizer_files = [directory / layout.tokenizer / name for name in base.TOKENIZERS]
+    for part in opened:
+        _check_free(to / part.part)
+    config_path = to / "config.json"
+    content = read_json(config_path) if config_path.exists() else {}
     if not set(content) <= set(parts.PARTS):
-        raise FileExistsError(f"{described} is none that import wrote; give another --to")
-    words = (
-        [] if layout is None else [directory / layout.tokenizer / name for name in base.TOKENIZERS]
-    )
-    words = [path for path in words if path.is_file()]
+        raise FileExistsError(f"{config_path} is none that import wrote; give another --to")
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
-    trees = [_stacks(source, dtype) for source in sources]
+    leaves = [_stacks(part, dtype) for part in opened]
     to.mkdir(parents=True, exist_ok=True)
-    for path in words:
-        write_atomic(to / path.name, path.read_bytes())
-    for source, stacks in zip(sources, trees, strict=True):
-        stacked = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / source.part, stacks, Progress(source.part, stacked))
-        content[source.part] = parts.sizes_of(source.config)
-        write_atomic(described, json.dumps(content, indent=2).encode())
-    return [to / source.part for source in sources]
+    for path in tokenizer_files:
+        if path.is_file():
+            write_atomic(to / path.name, path.read_bytes())
+    for part, stacks in zip(opened, leaves, strict=True):
+        size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
+        store.save(to / part.part, stacks, _meter(part.part, size))
+        content[part.part] = parts.sizes_of(part.config)
+        write_atomic(config_path, json.dumps(content, indent=2).encode())
+    return [to / part.part for part in opened]
 
 
 def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
-    rules, expected = (
-        parts.rules(source.part, source.config),
-        parts.shapes(source.part, source.config).params,
-    )
+    rules = parts.rules(source.part, source.config)
+    expected = parts.shapes(source.part, source.config).params
     if dtype:
         expected = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
@@ -81,76 +89,90 @@ def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
     return engine.stacks(rules, source.tensors, expected)
 
 
-def export(given: Path, to: Path, part: str, form: str) -> Path:
-    """Writes a part as one safetensors file under the names of a format; see `open_part` for
-    `given`.
+def export(source: Path, to: Path, part: str, form: str) -> Path:
+    """Write a part as one safetensors file, `to`, under the names of a format; return `to`.
+
+    `source` is what `open_part` takes.
     """
-    _check_new(to)
-    source = open_part(given, part)
-    return _write(to, source, source.tensors, form)
+    _check_free(to)
+    _check_safetensors(to)
+    opened = open_part(source, part)
+    return _write(to, opened, opened.tensors, form)
 
 
 def merge(
-    given: Path, adapter: Path, to: Path, form: str, dtype: str = "", num_heads: int | None = None
+    source: Path,
+    adapter: Path,
+    to: Path,
+    form: str,
+    dtype: str = "",
+    num_heads: int | None = None,
 ) -> Path:
-    """Writes a transformer with W + scale B A in place of each adapted weight, as `export` does.
+    """Write a transformer, as `export` does, with W + scale B A in place of each adapted weight.
 
-    Product and sum are float32 and rounded once, to `dtype` or that of the weight.
+    Product and sum are computed in float32 and rounded once, to `dtype` or that of the weight.
     """
-    _check_new(to)
-    source = open_part(given, "transformer", num_heads=num_heads)
-    pairs, scale = lora.open_lora(adapter, source.config)
-    tensors = dict(source.tensors)
+    _check_free(to)
+    _check_safetensors(to)
+    opened = open_part(source, "transformer", num_heads=num_heads)
+    pairs, scale = lora.open_lora(adapter, opened.config)
+    tensors = dict(opened.tensors)
     for module in TARGETS:
-        for i, (a, b) in enumerate(
-            zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)
-        ):
+        pieces = zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)
+        for i, (a, b) in enumerate(pieces):
             name = f"blocks.{i}.{module}.weight"
-            a, b = (half.map(np.transpose, half.shape[::-1]) for half in (a, b))
+            a = a.map(np.transpose, a.shape[::-1])
+            b = b.map(np.transpose, b.shape[::-1])
             tensors[name] = lora.merged(tensors[name], a, b, scale, dtype)
     if dtype:
         tensors = {
             name: tensor.map(lambda x: x.astype(dtype), dtype=dtype)
             for name, tensor in tensors.items()
         }
-    return _write(to, source, tensors, form)
+    return _write(to, opened, tensors, form)
 
 
-def export_lora(given: Path, to: Path, form: str, policy: str = "ema") -> Path:
-    """Writes an adapter, of a run or in any dialect that is read, as a directory of PEFT or
-    diffusers.
+def export_lora(source: Path, to: Path, form: str, policy: str = "ema") -> Path:
+    """Write an adapter as a directory of PEFT or diffusers; return the directory `to`.
 
-    given: the working directory of a run (its newest checkpoint), checkpoints/EPOCH in it, or what
-    open_lora takes.
+    Args:
+      source: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
+        it, or what `open_lora` takes.
+      to: the directory, which must not be there.
+      form: a name of lora.SAVERS.
+      policy: which of a checkpoint's adapters, one of POLICIES.
     """
-    if to.exists():
-        raise FileExistsError(f"{to} is there already; remove it or give another --to")
-    checkpoint = _checkpoint(given)
+    _check_free(to)
+    checkpoint = _checkpoint(source)
     if checkpoint is None:
-        adapter, scale = lora.open_lora(given)
+        adapter, scale = lora.open_lora(source)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
     else:
         adapter, rank, alpha = _policy(checkpoint, policy)
-    lora.SAVERS[form](adapter, to, rank, int(alpha) if float(alpha).is_integer() else alpha)
+    if float(alpha).is_integer():
+        alpha = int(alpha)
+    lora.SAVERS[form](adapter, to, rank, alpha)
     return to
 
 
-def _checkpoint(given: Path) -> Path | None:
-    """The directory of an epoch, if `given` is one or the working directory of a run that has
-    some.
+def _checkpoint(path: Path) -> Path | None:
+    """Return the directory of an epoch: `path`, or the newest of a run's working directory.
+
+    None comes back for any other path.
     """
-    if (given / "state").is_dir() and (given / "progress").is_dir():
-        return given
-    epochs = [path for path in (given / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(epochs, key=lambda path: int(path.name), default=None)
+    if (path / "state").is_dir() and (path / "progress").is_dir():
+        return path
+    epochs = [epoch for epoch in (path / "checkpoints").glob("*") if epoch.name.isdigit()]
+    return max(epochs, key=lambda epoch: int(epoch.name), default=None)
 
 
 def _policy(checkpoint: Path, policy: str) -> tuple[dict, int, float]:
-    """(adapter with leaves that are not read, rank, alpha) of one policy in a run's checkpoint."""
-    identity = read_json(checkpoint / "progress" / "metadata").get("identity", {})
+    """Return (adapter, rank, alpha) of a policy in a run's checkpoint; no leaf is read yet."""
+    record = read_json(checkpoint / "progress" / "metadata").get("identity", {})
     try:
-        rank, alpha = identity["config.lora.rank"], identity["config.lora.alpha"]
+        rank = record["config.lora.rank"]
+        alpha = record["config.lora.alpha"]
         leaves = store.open_leaves(checkpoint / "state")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{checkpoint} is no whole checkpoint of a run: {error}") from None
@@ -160,54 +182,35 @@ def _policy(checkpoint: Path, policy: str) -> tuple[dict, int, float]:
         module, _, half = rest.rpartition(".")
         if owner == policy and module in adapter:
             adapter[module][half] = leaf
-    if missing := [module for module, pair in adapter.items() if set(pair) != {"a", "b"}]:
+    missing = [module for module, pair in adapter.items() if set(pair) != {"a", "b"}]
+    if missing:
         raise ValueError(f"{checkpoint} has no adapter {policy!r} of {', '.join(missing)}")
     return adapter, rank, alpha
 
 
-def _check_new(to: Path) -> None:
+def _check_free(to: Path) -> None:
     if to.exists():
         raise FileExistsError(f"{to} is there already; remove it or give another --to")
+
+
+def _check_safetensors(to: Path) -> None:
     if to.suffix != ".safetensors":
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
 def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> Path:
+    """Write tensors, which have the original names of a part, under those of a format."""
     net = parts.shapes(source.part, source.config).params
     names = engine.source_shapes(parts.rules(source.part, source.config, form), net)
     original = engine.source_shapes(parts.rules(source.part, source.config), net)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
+    size = sum(tensor.nbytes for tensor in renamed.values())
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(
-        to,
-        renamed,
-        progress=Progress(source.part, sum(tensor.nbytes for tensor in renamed.values())),
-    )
+    write_safetensors(to, renamed, progress=_meter(source.part, size))
     return to
 
 
-class Progress:
-    """Says on stderr, every few seconds, how many bytes are done, how fast, and how long it will
-    take.
-    """
-
-    def __init__(self, name: str, total: int, every: float = 2.0):
-        self._name, self._total, self._every = name, total, every
-        self._done, self._began = 0, time.monotonic()
-        self._told = self._began
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._told < self._every and self._done < self._total:
-            return
-        self._told, rate = now, self._done / max(now - self._began, 1e-6)
-        left = (
-            f"{(self._total - self._done) / rate:.0f} s left"
-            if self._done < self._total
-            else "done"
-        )
-        amounts = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB"
-        print(
-            f"{self._name}: {amounts}, {rate / 1e6:.0f} MB/s, {left}", file=sys.stderr, flush=True
-        )
+def _meter(what: str, size: int) -> Callable[[int], None]:
+    """Return a function that takes the bytes that are written, and logs them to stderr."""
+    progress = Progress(log=functools.partial(log, file=sys.stderr))
+    return progress.counter(what, size, "bytes")

@@ -1,4 +1,4 @@
-"""What a file or directory of weights is, from its headers alone."""
+"""Says what a file or directory of weights is, from its headers alone."""
 
 import collections
 import math
@@ -11,14 +11,15 @@ from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
 
 
 class Family(NamedTuple):
-    """How a published transformer is nested and prefixed (spec/checkpoints.md 1.1), and its
-    size.
+    """A published transformer: how its file is nested and prefixed, and its size.
+
+    See docs/checkpoints.md, Nesting and prefixes.
     """
 
     name: str
-    entry: str
-    prefixes: tuple[str, ...]
-    size: str
+    entry: str  # of a nested file; '' of a flat one
+    prefixes: tuple[str, ...]  # of the names
+    size: str  # a name of parts.SIZES
 
 
 FAMILIES = (
@@ -34,51 +35,46 @@ FAMILIES = (
 )
 
 
-def describe(given: Path) -> dict[str, Any]:
-    """A JSON-able description of a file, an imported part, a LoRA directory, or a base with all its
-    parts.
+def describe(path: Path) -> dict[str, Any]:
+    """Return a description, as JSON has it, of a file, an imported part, a LoRA directory, or a
+    base with all its parts.
 
-    Raises ValueError naming a file that cannot be read, or OSError.
+    Raises:
+      ValueError: naming a file that cannot be read.
+      OSError: there is nothing at `path`.
     """
-    directory = base.SHIPPED.get(str(given), given)
+    directory = base.SHIPPED.get(str(path), path)
     if not directory.exists():
-        raise FileNotFoundError(f"no {given}; expected a file of weights or a directory")
+        raise FileNotFoundError(f"no {path}; expected a file of weights or a directory")
     if directory.is_file() or store.is_store(directory):
         return _describe_file(directory)
     layout = base.layout_of(directory)
     if layout is None:
         return _describe_lora(directory)
-    name = next(name for name, known in base.LAYOUTS.items() if known is layout)
-    described: dict[str, Any] = {"path": str(given), "kind": "base", "layout": name}
-    described["tokenizer"] = any(
-        (directory / layout.tokenizer / file).is_file() for file in base.TOKENIZERS
-    )
-    described["parts"] = {}
+    has_tokenizer = any((directory / layout.tokenizer / name).is_file() for name in base.TOKENIZERS)
+    described = {}
     for part in parts.PARTS:
         try:
-            described["parts"][part] = _describe_file(base.weights_of(directory, part))
+            described[part] = _describe_file(base.weights_of(directory, part))
         except FileNotFoundError as error:
-            described["parts"][part] = {"complete": False, "faults": [str(error)]}
-    whole = [part["complete"] for part in described["parts"].values()]
-    return described | {"complete": all(whole) and described["tokenizer"]}
+            described[part] = {"complete": False, "faults": [str(error)]}
+    return {
+        "path": str(path),
+        "kind": "base",
+        "layout": next(name for name, known in base.LAYOUTS.items() if known is layout),
+        "tokenizer": has_tokenizer,
+        "parts": described,
+        "complete": has_tokenizer and all(part["complete"] for part in described.values()),
+    }
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        source = sources.open_part(path)
-        sizes = {"part": source.part, "format": "import", "sizes": parts.sizes_of(source.config)}
-        return (
-            _counts(path, source.tensors) | sizes | {"families": [], "complete": True, "faults": []}
-        )
+        return _describe_store(path)
     weights = open_weights(path, containers=(*CONTAINERS, "generator_lora"))
     if any(".lora_" in name for name in weights.tensors):
         return _describe_lora(path)
-    described = _counts(path, weights.tensors)
-    described |= {
-        "entries": list(weights.entries),
-        "entry": weights.entry,
-        "prefixes": list(weights.prefixes),
-    }
+    described = _counts(path, weights.tensors) | _nesting(weights)
     try:
         part, form = parts.recognise(weights.tensors)
     except ValueError as error:
@@ -86,111 +82,148 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return described | {"part": part, "format": form} | _fit(part, form, weights)
 
 
-def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
-    """Sizes, families, and what is missing or too much."""
-    measured = parts.measure(part, form, weights.tensors)
-    names = {
-        (net["transformer"].dim, net["transformer"].num_layers): name
-        for name, net in parts.SIZES.items()
+def _describe_store(path: Path) -> dict[str, Any]:
+    """Return the description of a part that import made."""
+    source = sources.open_part(path)
+    return _counts(path, source.tensors) | {
+        "part": source.part,
+        "format": "import",
+        "sizes": parts.sizes_of(source.config),
+        "families": [],
+        "complete": True,
+        "faults": [],
     }
-    size = (
-        names.get((measured.get("dim"), measured.get("num_layers")), "")
-        if part == "transformer"
-        else ""
-    )
-    found = {"sizes": measured, "size": size, "families": _families(part, weights, size)}
+
+
+def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
+    """Return sizes and families of a part, and what it lacks or has too much."""
+    measured = parts.measure(part, form, weights.tensors)
+    size = _size_name(measured) if part == "transformer" else ""
     try:
         tensors = parts.without_aliases(part, weights.tensors)
-        # The shapes do not depend on the heads, nor on the statistics of latents.
-        unseen = {
-            "latent_mean": (0.0,) * measured.get("z_dim", 1),
-            "latent_std": (1.0,) * measured.get("z_dim", 1),
-        }
-        config = sources.config_of(part, form, tensors, unseen if part == "vae" else {}, 1)
-        wanted = engine.source_shapes(
+        # Placeholders: shapes depend neither on the statistics of latents nor on the heads.
+        channels = measured.get("z_dim", 1)
+        statistics = {"latent_mean": (0.0,) * channels, "latent_std": (1.0,) * channels}
+        beside = statistics if part == "vae" else {}
+        config = sources.config_of(part, form, tensors, beside, num_heads=1)
+        expected = engine.source_shapes(
             parts.rules(part, config, form), parts.shapes(part, config).params
         )
-        faults = engine.mismatches(wanted, tensors)
+        faults = engine.mismatches(expected, tensors)
     except ValueError as error:
         faults = [str(error)]
-    return found | {"complete": not faults, "faults": faults}
+    return {
+        "sizes": measured,
+        "size": size,
+        "families": _families(part, weights, size),
+        "complete": not faults,
+        "faults": faults,
+    }
+
+
+def _size_name(measured: Mapping[str, Any]) -> str:
+    """Return the name of a published transformer's size, or ''."""
+    for name, nets in parts.SIZES.items():
+        net = nets["transformer"]
+        if (net.dim, net.num_layers) == (measured.get("dim"), measured.get("num_layers")):
+            return name
+    return ""
 
 
 def _families(part: str, weights: Weights, size: str) -> list[str]:
-    """The families with this nesting; a size that is none of theirs (of a test, say) does not
-    count.
+    """Return the families whose files are nested and prefixed so.
+
+    They must be of this size too, unless it is '', which no published transformer has.
     """
-    if part != "transformer":
-        return [{"vae": "Wan VAE", "text_encoder": "UMT5"}[part]]
-    found = [
-        family
+    if part == "vae":
+        return ["Wan VAE"]
+    if part == "text_encoder":
+        return ["UMT5"]
+    names = [
+        family.name
         for family in FAMILIES
         if (family.entry, family.prefixes) == (weights.entry, weights.prefixes)
+        and size in ("", family.size)
     ]
-    fitting = [family for family in found if not size or family.size == size]
-    return list(dict.fromkeys(family.name for family in fitting))
+    return list(dict.fromkeys(names))
 
 
 def _describe_lora(path: Path) -> dict[str, Any]:
-    file, config, _ = lora.find(path)
-    weights = open_weights(file, containers=("generator_lora", *CONTAINERS))
-    family = "PEFT" if config else "LongLive LoRA" if weights.entry == "generator_lora" else "LoRA"
-    described = _counts(file, weights.tensors) | {
+    files = lora.find(path)
+    weights = open_weights(files.weights, containers=("generator_lora", *CONTAINERS))
+    if files.config:
+        family = "PEFT"
+    elif weights.entry == "generator_lora":
+        family = "LongLive LoRA"
+    else:
+        family = "LoRA"
+    described = _counts(files.weights, weights.tensors) | {
         "part": "lora",
         "format": lora.dialect_of(weights.tensors),
+        **_nesting(weights),
+        "families": [family],
     }
-    described |= {
-        "entries": list(weights.entries),
-        "entry": weights.entry,
-        "prefixes": list(weights.prefixes),
-    }
-    described |= {"families": [family]}
     try:
         adapter, scale = lora.open_lora(path)
     except engine.ConversionError as error:
         return described | {"complete": False, "faults": str(error).splitlines()}
-    (layers, dim, rank), (_, _, ffn_dim) = adapter["ffn.0"]["a"].shape, adapter["ffn.0"]["b"].shape
+    layers, dim, rank = adapter["ffn.0"]["a"].shape
+    ffn_dim = adapter["ffn.0"]["b"].shape[-1]
     sizes = {"rank": rank, "scale": scale, "num_layers": layers, "dim": dim, "ffn_dim": ffn_dim}
     return described | {"sizes": sizes, "complete": True, "faults": []}
 
 
+def _nesting(weights: Weights) -> dict[str, Any]:
+    return {
+        "entries": list(weights.entries),
+        "entry": weights.entry,
+        "prefixes": list(weights.prefixes),
+    }
+
+
 def _counts(path: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+    counts = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
     return {
         "path": str(path),
         "kind": "file",
         "tensors": len(tensors),
-        "parameters": sum(numbers.values()),
-        "bytes": sum(numbers[name] * tensor.dtype.itemsize for name, tensor in tensors.items()),
+        "parameters": sum(counts.values()),
+        "bytes": sum(counts[name] * tensor.dtype.itemsize for name, tensor in tensors.items()),
         "dtypes": dict(collections.Counter(str(tensor.dtype) for tensor in tensors.values())),
     }
 
 
 def text(described: Mapping[str, Any], most: int = 10) -> str:
-    """`describe` for people; of many faults the first `most`."""
+    """Return `describe` as text for people, with at most `most` faults of each part."""
     if described["kind"] == "base":
-        lines = [f"{described['path']}: base, layout {described['layout']}"]
-        lines.append("tokenizer: " + ("there" if described["tokenizer"] else "missing"))
+        lines = [
+            f"{described['path']}: base, layout {described['layout']}",
+            f"tokenizer: {'there' if described['tokenizer'] else 'missing'}",
+        ]
         for part, content in described["parts"].items():
             lines += ["", f"[{part}]", text({"kind": "file"} | content, most)]
         return "\n".join(lines)
-    shown = {
-        key: value
-        for key, value in described.items()
-        if key not in ("kind", "faults", "complete") and value
-    }
-    lines = [f"{key}: {_plain(value)}" for key, value in shown.items()]
+    lines = []
+    for key, value in described.items():
+        if value and key not in ("kind", "faults", "complete"):
+            lines.append(f"{key}: {_plain(value)}")
     faults = described["faults"]
-    lines.append(
-        "complete: yes" if described["complete"] else f"complete: no, {len(faults)} faults"
-    )
+    if described["complete"]:
+        lines.append("complete: yes")
+    else:
+        lines.append(f"complete: no, {len(faults)} faults")
     lines += [f"  {fault}" for fault in faults[:most]]
-    return "\n".join([*lines, f"  and {len(faults) - most} more"] if len(faults) > most else lines)
+    if len(faults) > most:
+        lines.append(f"  and {len(faults) - most} more")
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:
+    """Return a value of a description without brackets and quotes."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(content)}" for key, content in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return f"{value:,}" if type(value) is int else str(value)
+    if type(value) is int:
+        return f"{value:,}"
+    return str(value)

@@ -6,9 +6,9 @@ A table is a list of `Rule(source, target, transform)`. `source` is a tensor nam
 A source that holds `{i}` stands for one tensor per layer: the layers are stacked on a leading axis
 of the target leaf. The names of another writer are the same table with other sources: `renamed`.
 
-`load` and `save` read the shapes they need from the tree the model expects, so a table says nothing
-about sizes, and one call reports every culprit at once. Tensors may be arrays or files.Lazy;
-`stacks` and `tensors` read none of them.
+`load` and `save` take the shapes they need from the tree that the model expects, so a table says
+nothing about sizes. One error lists every tensor at fault. Tensors may be arrays or files.Lazy;
+`stacks` and `tensors` read none of them. The trees are those of docs/checkpoints.md, JAX trees.
 """
 
 import collections
@@ -23,7 +23,7 @@ import numpy as np
 from astrolabe_jax.runtime.files import Lazy
 
 Shape = tuple[int, ...]
-# regular expressions and what to put in their place, one after the other
+# Regular expressions and their replacements, applied one after the other.
 Substitutions = Sequence[tuple[str, str]]
 
 
@@ -33,30 +33,36 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Permute the source axes by `axes`, then reshape to the target leaf.
+    """Permutes the source axes by `axes`, then reshapes to the target leaf.
 
-    `unfold` gives the permuted shape back from the target shape, which makes the step invertible by
-    shape alone.
+    `unfold` returns the permuted shape for a target shape, which makes the step invertible by shape
+    alone.
     """
 
     axes: tuple[int, ...] | None = None
     unfold: Callable[[Shape], Shape] = lambda shape: shape
 
     def forward(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-        """Source tensor -> target leaf of `shape` (without the layer axis)."""
-        return tensor.transpose(self.axes).reshape(shape) if self.axes else tensor.reshape(shape)
+        """Return the target leaf of `shape` (without the layer axis) for a source tensor."""
+        if self.axes:
+            tensor = tensor.transpose(self.axes)
+        return tensor.reshape(shape)
 
     def inverse(self, leaf: np.ndarray) -> np.ndarray:
-        """Target leaf (without the layer axis) -> source tensor, C-contiguous."""
+        """Return the source tensor, C-contiguous, for a target leaf (without the layer axis)."""
         permuted = leaf.reshape(self.unfold(leaf.shape))
-        return np.ascontiguousarray(
-            permuted.transpose(np.argsort(self.axes)) if self.axes else permuted
-        )
+        if self.axes:
+            permuted = permuted.transpose(np.argsort(self.axes))
+        return np.ascontiguousarray(permuted)
 
     def source_shape(self, shape: Shape) -> Shape:
-        """Shape of the source tensor for a target leaf of `shape` (without the layer axis)."""
+        """Return the source tensor's shape for a target leaf of `shape` (without the layer
+        axis).
+        """
         permuted = self.unfold(shape)
-        return tuple(permuted[j] for j in np.argsort(self.axes)) if self.axes else permuted
+        if self.axes:
+            return tuple(permuted[axis] for axis in np.argsort(self.axes))
+        return permuted
 
 
 IDENTITY = Transform()
@@ -68,8 +74,9 @@ GAMMA3D = Transform(unfold=lambda shape: (*shape, 1, 1, 1))  # [C, 1, 1, 1] -> [
 
 
 def patch_kernel(patch: Shape) -> Transform:
-    """[D, C, t, h, w] -> [C*t*h*w, D], channel slowest: a convolution whose stride is its kernel,
-    as a linear map.
+    """Return the transform of a convolution whose stride is its kernel to a linear map.
+
+    It takes [D, C, t, h, w] to [C*t*h*w, D], the channel slowest; `patch` is (t, h, w).
     """
     volume = int(np.prod(patch))
     return Transform(
@@ -80,23 +87,23 @@ def patch_kernel(patch: Shape) -> Transform:
 class Rule(NamedTuple):
     """One line of a table; see the module docstring."""
 
-    source: str
-    target: str
+    source: str  # name of a tensor, or of one per layer
+    target: str  # path of a leaf
     transform: Transform = IDENTITY
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """A leaf that is not read yet: np.asarray reads it, layer by layer, stack[i] one layer."""
+    """A leaf that is not read yet: np.asarray reads it layer by layer, stack[i] reads one layer."""
 
     shape: Shape
     dtype: np.dtype
     stacked: bool
-    pieces: tuple[Lazy, ...]  # its layers, or itself
+    pieces: tuple[Lazy, ...]  # its layers, or the leaf itself
 
     @property
     def size(self) -> int:
-        """Elements; the writer of Orbax asks for it."""
+        """Return the number of elements; the writer of Orbax asks for it."""
         return math.prod(self.shape)
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -114,21 +121,21 @@ class Stack:
 class _Step(NamedTuple):
     """A rule resolved against the expected tree: which tensors, of which shape, make which leaf."""
 
-    names: list[str]
-    shape: Shape
-    path: tuple
+    names: list[str]  # of the tensors, by layer
+    shape: Shape  # of each tensor
+    path: tuple  # of the leaf
     leaf: Any
     stacked: bool
     transform: Transform
 
 
 def renamed(table: Sequence[Rule], substitutions: Substitutions) -> list[Rule]:
-    """The table of a writer that has other names for the same tensors."""
+    """Return the table of a writer that has other names for the same tensors."""
     return [rule._replace(source=substituted(rule.source, substitutions)) for rule in table]
 
 
 def substituted(name: str, substitutions: Substitutions) -> str:
-    """`name` with all substitutions made."""
+    """Return `name` with all substitutions made."""
     for pattern, replacement in substitutions:
         name = re.sub(pattern, replacement, name)
     return name
@@ -140,17 +147,22 @@ def load(
     expected: dict,
     place: Callable[[tuple, np.ndarray], Any] = lambda path, leaf: leaf,
 ) -> dict:
-    """Build the parameter tree `expected` (leaves with shape and dtype) from the tensors of a
-    checkpoint.
+    """Return the parameter tree `expected`, filled from the tensors of a checkpoint.
 
-    Leaves take the dtype of `expected`. `place` may put each on its devices before the next is
-    read. Raises ConversionError on unused, missing or misshapen tensors and on unfilled leaves.
+    Args:
+      table: the rules of this model and format.
+      tensors: by name.
+      expected: the tree; its leaves have the shape and dtype that the model wants.
+      place: may put each leaf, given its path, on its devices before the next is read.
+
+    Raises:
+      ConversionError: tensors are unused, missing or misshapen, or leaves are not filled.
     """
     return nested((path, place(path, leaf)) for path, leaf in leaves(table, tensors, expected))
 
 
 def nested(flat: Iterable[tuple[tuple, Any]]) -> dict:
-    """The inverse of `flatten`."""
+    """Return the nested dict of pairs (key path, leaf), the inverse of `flatten`."""
     tree: dict = {}
     for path, leaf in flat:
         node = tree
@@ -163,23 +175,25 @@ def nested(flat: Iterable[tuple[tuple, Any]]) -> dict:
 def leaves(
     table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict
 ) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Like `load`, as a stream of (path, leaf): one leaf is in memory at a time."""
+    """Yield (path, leaf) as `load` does them, with one leaf in memory at a time."""
     for path, stack in stacks(table, tensors, expected).items():
         yield path, np.asarray(stack)
 
 
 def stacks(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> dict[tuple, Stack]:
-    """Like `load`, with nothing read: the leaves by their paths."""
+    """Return the leaves of `load` by their paths; none is read yet."""
     steps = _resolve(table, expected)
     check({name: step.shape for step in steps for name in step.names}, tensors)
     return {step.path: _stack(step, tensors) for step in steps}
 
 
 def with_dtypes(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> dict:
-    """The tree `expected` with each leaf in the dtype of its tensors; ConversionError where layers
-    differ in it.
+    """Return the tree `expected` with each leaf in the dtype of its tensors.
+
+    Its leaves have shape and dtype alone. Raises ConversionError where layers differ in dtype.
     """
-    found, faults = {}, []
+    leaves = {}
+    faults = []
     for step in _resolve(table, expected):
         dtypes = {str(tensors[name].dtype) for name in step.names}
         if len(dtypes) > 1:
@@ -187,80 +201,80 @@ def with_dtypes(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dic
                 f"dtypes of {step.names[0]} and its other layers: {', '.join(sorted(dtypes))}; "
                 "give one --dtype"
             )
-        found[step.path] = Stack(
-            tuple(step.leaf.shape), np.dtype(tensors[step.names[0]].dtype), step.stacked, ()
-        )
+        dtype = np.dtype(tensors[step.names[0]].dtype)
+        leaves[step.path] = Stack(tuple(step.leaf.shape), dtype, step.stacked, ())
     _refuse(faults)
-    return nested(found.items())
+    return nested(leaves.items())
 
 
 def _stack(step: _Step, tensors: Mapping[str, Any]) -> Stack:
-    shape, dtype = tuple(step.leaf.shape), np.dtype(step.leaf.dtype)
-    part = shape[1:] if step.stacked else shape
+    shape = tuple(step.leaf.shape)
+    dtype = np.dtype(step.leaf.dtype)
+    piece_shape = shape[1:] if step.stacked else shape
 
     def piece(name: str) -> Lazy:
-        return Lazy(
-            part,
-            dtype,
-            lambda: step.transform.forward(np.asarray(tensors[name]), part).astype(
-                dtype, copy=False
-            ),
-        )
+        def read() -> np.ndarray:
+            tensor = np.asarray(tensors[name])
+            return step.transform.forward(tensor, piece_shape).astype(dtype, copy=False)
+
+        return Lazy(piece_shape, dtype, read)
 
     return Stack(shape, dtype, step.stacked, tuple(map(piece, step.names)))
 
 
 def save(table: Sequence[Rule], params: dict) -> dict[str, np.ndarray]:
-    """The exact inverse of `load`: tensors by checkpoint name, byte for byte, in the dtype of the
-    leaves.
+    """Return tensors by checkpoint name, in the dtype of the leaves: the exact inverse of
+    `load`.
     """
     return {name: np.asarray(tensor) for name, tensor in tensors(table, params).items()}
 
 
 def tensors(table: Sequence[Rule], params: dict) -> dict[str, Lazy]:
-    """Like `save`, with nothing read: a leaf needs shape and dtype, and leaf[i] for its layers or
-    np.asarray.
+    """Return the tensors of `save`; none is read yet.
+
+    A leaf of `params` must have shape and dtype. It is read by leaf[i], its layers, or np.asarray.
     """
 
-    def tensor(step: _Step, i: int) -> Lazy:
-        return Lazy(
-            step.shape,
-            np.dtype(step.leaf.dtype),
-            lambda: step.transform.inverse(np.asarray(step.leaf[i] if step.stacked else step.leaf)),
-        )
+    def tensor(step: _Step, layer: int) -> Lazy:
+        def read() -> np.ndarray:
+            leaf = step.leaf[layer] if step.stacked else step.leaf
+            return step.transform.inverse(np.asarray(leaf))
+
+        return Lazy(step.shape, np.dtype(step.leaf.dtype), read)
 
     steps = _resolve(table, params)
     return {name: tensor(step, i) for step in steps for i, name in enumerate(step.names)}
 
 
 def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
-    """Name and shape of every tensor that a checkpoint of this model must hold."""
+    """Return name and shape of every tensor that a checkpoint of this model must hold."""
     return {name: step.shape for step in _resolve(table, expected) for name in step.names}
 
 
 def overlap(table: Sequence[Rule], names: Iterable[str]) -> int:
-    """How many of the names are sources of the table, of any layer."""
+    """Return how many of the names are sources of the table, of any layer."""
     stacked = [
         re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source
     ]
-    plain, layer = {rule.source for rule in table}, re.compile("|".join(stacked) or r"(?!)")
+    layer = re.compile("|".join(stacked) or r"(?!)")
+    plain = {rule.source for rule in table}
     return sum(name in plain or layer.fullmatch(name) is not None for name in names)
 
 
 def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
-    """Nested dict -> {key path: leaf}, in the order of the tree."""
+    """Return {key path: leaf} of a nested dict, in its order; paths begin with `prefix`."""
     flat = {}
     for key, node in tree.items():
-        flat.update(
-            flatten(node, (*prefix, key)) if isinstance(node, dict) else {(*prefix, key): node}
-        )
+        path = (*prefix, key)
+        if isinstance(node, dict):
+            flat.update(flatten(node, path))
+        else:
+            flat[path] = node
     return flat
 
 
 def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
-    """Match every rule with its leaf, and refuse a table and a tree that do not cover each
-    other.
-    """
+    """Return every rule with its leaf; refuse a table and a tree that do not cover each other."""
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
     targets = [rule.target for rule in table]
     faults = [
@@ -284,44 +298,46 @@ def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
     return steps
 
 
-def check(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks a tensor, holds one nobody reads, or holds one of another
-    shape.
-    """
-    _refuse(mismatches(wanted, tensors))
+def check(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
+    """Raise ConversionError unless the tensors are exactly those of `shapes`, each of its shape."""
+    _refuse(mismatches(shapes, tensors))
 
 
-def mismatches(wanted: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[str]:
-    """What `check` refuses, one line for each tensor."""
+def mismatches(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[str]:
+    """Return what `check` refuses, a line for each tensor."""
     faults = [
         f"missing tensor: {name} {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name not in tensors
     ]
     faults += [
         f"unused tensor: {name} {list(tensors[name].shape)}"
         for name in tensors
-        if name not in wanted
+        if name not in shapes
     ]
     faults += [
         f"changed shape: {name} is {list(tensors[name].shape)}, the model expects {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     return faults
 
 
 class Shapes:
-    """Shapes of a checkpoint's tensors, asked for by the sources of a table: what the sizes of its
-    model are.
+    """The shapes of a checkpoint's tensors, from which the sizes of its model are read.
+
+    Tensors are asked for by the sources of a table; `substitutions` take these to the checkpoint's
+    own names.
     """
 
     def __init__(self, tensors: Mapping[str, Any], substitutions: Substitutions):
-        self._tensors, self._substitutions = tensors, substitutions
+        self._tensors = tensors
+        self._substitutions = substitutions
 
     def of(self, source: str) -> list[Shape]:
-        """The shapes of a source's tensors, of all layers if it has `{i}`; those that are missing
-        are left out.
+        """Return the shapes of a source's tensors, of all layers if it has `{i}`.
+
+        Tensors that are missing are left out.
         """
         name = substituted(source, self._substitutions)
         if "{i}" not in name:
@@ -332,29 +348,35 @@ class Shapes:
         ]
 
     def vote(self, *witnesses: tuple[str, int]) -> int | None:
-        """The size that most say it is: axes of sources; None if all are missing. One wrong tensor
-        is outvoted.
+        """Return the size that most witnesses give, so that one wrong tensor is outvoted.
+
+        A witness is an axis of a source. None comes back if all are missing.
         """
-        found = [
+        sizes = [
             shape[axis]
             for source, axis in witnesses
             for shape in self.of(source)
             if axis < len(shape)
         ]
-        return _most(found)
+        return _most(sizes)
 
     def layers(self, table: Sequence[Rule]) -> int | None:
-        """The number of layers that most of the stacked sources have."""
+        """Return the number of layers that most stacked sources have; None if there is no such
+        source.
+        """
         return _most([len(self.of(rule.source)) for rule in table if "{i}" in rule.source])
 
     def sizes(self, witnesses: Mapping[str, Sequence[tuple[str, int]]]) -> dict[str, int]:
-        """`vote` for every field; those without a witness are left out."""
-        voted = {field: self.vote(*voters) for field, voters in witnesses.items()}
-        return {field: size for field, size in voted.items() if size is not None}
+        """Return `vote` for every field; those whose witnesses are all missing are left out."""
+        sizes = {field: self.vote(*axes) for field, axes in witnesses.items()}
+        return {field: size for field, size in sizes.items() if size is not None}
 
 
 def _most(numbers: Sequence[int]) -> int | None:
-    return collections.Counter(numbers).most_common(1)[0][0] if numbers else None
+    """Return the most frequent number, or None of no numbers."""
+    for number, _ in collections.Counter(numbers).most_common(1):
+        return number
+    return None
 
 
 def _refuse(faults: Sequence[str]) -> None:

@@ -1,17 +1,17 @@
 """LoRA adapters: files of every dialect <-> the adapter tree {module: {'a': [layers, in, R], 'b':
 [layers, R, out]}}.
 
-Source: spec/checkpoints.md section 5. Read are PEFT directories, LongLive's lora.pt, files with
-`diffusion_model.` or diffusers' `transformer.` in front of the names, and what a run of this
-program exports; all only if they hold exactly the ten adapted linears of every block. Written are
-PEFT (0.10.0 and later) and diffusers.
+Read are PEFT directories, LongLive's lora.pt, files with `diffusion_model.` or diffusers'
+`transformer.` in front of the names, and what a run of this program exports (docs/checkpoints.md,
+LoRA dialects). They must hold exactly the ten adapted linears of every block. Written are PEFT
+(0.10.0 and later) and diffusers.
 """
 
 import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,321 +29,414 @@ from astrolabe_jax.runtime.files import (
     write_safetensors,
 )
 
-PEFT_CONFIG, PEFT_WEIGHTS = (
-    "adapter_config.json",
-    ("adapter_model.safetensors", "adapter_model.bin"),
-)
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_PREFIX = "base_model.model."
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-# entry in the header of diffusers' files: a PEFT config as JSON
+# Entry in the header of diffusers' files: a PEFT config as JSON.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+DIFFUSERS_PREFIX = "transformer."
 _HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))  # names of a and b
 
 
 def table(
     prefix: str, form: str = "original", halves: tuple[str, str] = _HALVES[0], infix: str = ""
 ) -> list[Rule]:
-    """The rules of an adapter in one dialect; `form` is a format of the transformer (parts.py)."""
+    """Return the rules of an adapter in one dialect: for each module that of a, then that of b.
+
+    Args:
+      prefix: in front of all names.
+      form: the format of the module names, 'original' or 'diffusers'.
+      halves: names of a and b.
+      infix: between these and '.weight'.
+    """
     substitutions = {"original": (), "diffusers": wan.diffusers(WAN_1_3B)}[form]
-    names = {
-        module: engine.substituted(f"blocks.{{i}}.{module}", substitutions) for module in TARGETS
-    }
-    return [
-        Rule(
-            f"{prefix}{names[module]}.{spelled}{infix}.weight",
-            f"{module}.{half}",
-            LINEAR,
-        )
-        for module in TARGETS
-        for half, spelled in zip("ab", halves, strict=True)
-    ]
+    name_a, name_b = halves
+    rules = []
+    for module in TARGETS:
+        name = prefix + engine.substituted(f"blocks.{{i}}.{module}", substitutions)
+        rules.append(Rule(f"{name}.{name_a}{infix}.weight", f"{module}.a", LINEAR))
+        rules.append(Rule(f"{name}.{name_b}{infix}.weight", f"{module}.b", LINEAR))
+    return rules
 
 
-PEFT = table("base_model.model.")
-DIFFUSERS = table("transformer.", "diffusers")
-# What names can look like when weights.py has taken `base_model.model.` and the like away:
-# description -> rules.
+PEFT = table(PEFT_PREFIX)
+DIFFUSERS = table(DIFFUSERS_PREFIX, "diffusers")
+# Description of a dialect -> its rules, for names from which weights.py has removed
+# `base_model.model.` and the like.
 DIALECTS = {
     f"{prefix}blocks, {form} names, {halves[0]}{infix}": table(prefix, form, halves, infix)
     for form, halves, infix, prefix in itertools.product(
-        ("original", "diffusers"), _HALVES, ("", ".default"), ("", "transformer.")
+        ("original", "diffusers"), _HALVES, ("", ".default"), ("", DIFFUSERS_PREFIX)
     )
 }
 
 
 def from_peft(tensors: Mapping[str, Any], expected: dict) -> dict:
-    """PEFT state dict (lora_A [R, in], lora_B [out, R]) -> the adapter tree `expected`, in its
-    dtypes.
+    """Return the adapter tree `expected`, in its dtypes, filled from a PEFT state dict.
 
-    Raises engine.ConversionError unless the names and shapes match exactly: PEFT itself ignores
-    misspelt names.
+    The state dict has lora_A [R, in] and lora_B [out, R].
+
+    Raises:
+      engine.ConversionError: names or shapes do not match exactly. PEFT itself ignores misspelt
+        names.
     """
     return engine.load(PEFT, tensors, expected)
 
 
 def to_peft(adapter: dict) -> dict[str, np.ndarray]:
-    """The exact inverse of `from_peft`."""
+    """Return the PEFT state dict of an adapter: the exact inverse of `from_peft`."""
     return engine.save(PEFT, adapter)
 
 
 def save_peft(adapter: dict, directory: Path | str, rank: int, alpha: float) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, each replaced atomically, the config
-    last.
+    """Write adapter_model.safetensors and adapter_config.json.
 
-    adapter: its leaves may be arrays or engine.Stack.
+    Each is replaced atomically, the config last. Leaves of `adapter` may be arrays or engine.Stack.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / PEFT_WEIGHTS[0], engine.tensors(PEFT, adapter))
-    targets = [name.removeprefix("base_model.model.") for name in _modules(PEFT, adapter)]
-    config = json.dumps(peft_config(rank, alpha, targets), indent=2, sort_keys=True)
-    write_atomic(directory / PEFT_CONFIG, config.encode())
+    config = peft_config(rank, alpha, _module_names(PEFT, PEFT_PREFIX, adapter))
+    content = json.dumps(config, indent=2, sort_keys=True)
+    write_atomic(directory / PEFT_CONFIG, content.encode())
 
 
 def save_diffusers(adapter: dict, directory: Path | str, rank: int, alpha: float) -> None:
-    """Write pytorch_lora_weights.safetensors as diffusers' load_lora_weights and load_lora_adapter
-    read it; atomic.
+    """Write pytorch_lora_weights.safetensors for diffusers' load_lora_weights and
+    load_lora_adapter; atomic.
 
-    Rank and alpha are in the header, without which diffusers takes alpha to be the rank.
+    Rank and alpha are in its header, without which diffusers takes alpha to be the rank.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    targets = [name.removeprefix("transformer.") for name in _modules(DIFFUSERS, adapter)]
-    described = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
-    described = {f"transformer.{field}": value for field, value in described.items()}
-    metadata = {DIFFUSERS_METADATA: json.dumps(described, indent=2, sort_keys=True)}
+    config = {
+        f"{DIFFUSERS_PREFIX}r": rank,
+        f"{DIFFUSERS_PREFIX}lora_alpha": alpha,
+        f"{DIFFUSERS_PREFIX}target_modules": _module_names(DIFFUSERS, DIFFUSERS_PREFIX, adapter),
+    }
+    metadata = {DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)}
     write_safetensors(directory / DIFFUSERS_WEIGHTS, engine.tensors(DIFFUSERS, adapter), metadata)
 
 
 SAVERS = {"peft": save_peft, "diffusers": save_diffusers}
 
 
-def _modules(rules: list[Rule], adapter: dict) -> list[str]:
-    """Names of the adapted modules of every block."""
+def _module_names(rules: list[Rule], prefix: str, adapter: dict) -> list[str]:
+    """Return the names, without `prefix`, of the adapted modules of every block."""
     layers = next(iter(adapter.values()))["a"].shape[0]
-    halves = [
-        rule.source.removesuffix(".lora_A.weight")
+    names = [
+        rule.source.removeprefix(prefix).removesuffix(".lora_A.weight")
         for rule in rules
         if rule.source.endswith(".lora_A.weight")
     ]
-    return [name.format(i=i) for i in range(layers) for name in halves]
+    return [name.format(i=i) for i in range(layers) for name in names]
 
 
 def load_lora(
     path: Path | str, net: WanConfig | None = None, rank: int | None = None, dtype: Any = np.float32
 ) -> tuple[dict, float]:
-    """Reads an adapter -> (adapter tree in `dtype`, scale alpha/R); see `open_lora`."""
-    adapter, scale = open_lora(path, net, rank, dtype)
-    return {
+    """Read an adapter; return its tree of arrays in `dtype`, and its scale alpha/R.
+
+    See `open_lora`.
+    """
+    opened, scale = open_lora(path, net, rank, dtype)
+    adapter = {
         module: {half: np.asarray(leaf) for half, leaf in pair.items()}
-        for module, pair in adapter.items()
-    }, scale
+        for module, pair in opened.items()
+    }
+    return adapter, scale
 
 
 def open_lora(
     path: Path | str, net: WanConfig | None = None, rank: int | None = None, dtype: Any = None
 ) -> tuple[dict, float]:
-    """Opens an adapter -> (its tree with leaves that are read when they are asked for, scale
-    alpha/R).
+    """Open an adapter; return its tree of engine.Stack, which are not read yet, and its scale.
 
-    path: a file, or a directory: of PEFT, of diffusers, or the working directory of a run. net and
-    rank are what it must fit, by default what it has itself; dtype is by default the file's.
-    Without any alpha the scale is 1; where the modules have different ones, alpha/R is folded into
-    b, and the scale is 1. Raises, naming the file: ValueError for one that cannot be read or holds
-    a variant of LoRA that the adapter tree cannot hold, engine.ConversionError for tensors that do
-    not fit, and FileNotFoundError.
+    The scale is alpha/R, or 1 without any alpha. Where modules have different ones, each is folded
+    into its b, and the scale is 1.
+
+    Args:
+      path: a file, a directory of PEFT or diffusers, or the working directory of a run.
+      net: sizes that the adapter must fit; by default its own.
+      rank: R that it must have; by default its own.
+      dtype: of the leaves; by default the file's.
+
+    Raises:
+      ValueError: naming a file that cannot be read, or that holds a variant of LoRA which an
+        adapter tree cannot hold.
+      engine.ConversionError: naming the file and the tensors that do not fit.
+      FileNotFoundError: there is no such file.
     """
-    weights, config, source = find(Path(path))
-    found = open_weights(weights, containers=("generator_lora", *CONTAINERS)).tensors
-    if (
-        source is None
-        and weights.suffix == ".safetensors"
-        and DIFFUSERS_METADATA in safetensors_metadata(weights)
-    ):
-        source, config = weights, _diffusers_config(weights)
-    rank, scale = (rank, None) if config is None else _rank_and_scale(config, source, rank)
+    files = find(Path(path))
+    stored = open_weights(files.weights, containers=("generator_lora", *CONTAINERS)).tensors
+    scale = None
+    config = files.config
+    if config is None:
+        config = _diffusers_config(files.weights)
+    if config is not None:
+        rank, scale = _rank_and_scale(config, files.config_path, rank)
     try:
-        tensors, alphas, rules = _sorted_out(found)
-        ranks = [
-            tensor.shape[0]
-            for name, tensor in tensors.items()
-            if _is_a(name) and len(tensor.shape) == 2
-        ]
-        own = max(set(ranks), key=ranks.count)
-        if rank not in (None, own):
+        tensors = _recognise(stored)
+        stored_rank = _most_frequent_rank(tensors.halves)
+        if rank not in (None, stored_rank):
             raise engine.ConversionError(
-                f"its rank is {own}; expected rank {rank}: set the rank of this run to {own}"
+                f"its rank is {stored_rank}; expected rank {rank}: set the rank of this run to "
+                f"{stored_rank}"
             )
-        dtype = next(iter(tensors.values())).dtype if dtype is None else np.dtype(dtype)
-        expected = (
-            _expected(rules, tensors, own, dtype)
-            if net is None
-            else adapter_shapes(net, own, dtype)
-        )
-        adapter = engine.nested(engine.stacks(rules, tensors, expected).items())
-        if alphas and scale is None:
-            adapter, scale = _with_alphas(
-                adapter, rules, {name: float(np.asarray(a)) / own for name, a in alphas.items()}
-            )
+        if dtype is None:
+            dtype = next(iter(tensors.halves.values())).dtype
+        if net is None:
+            expected = _measured_shapes(tensors, stored_rank, np.dtype(dtype))
+        else:
+            expected = adapter_shapes(net, stored_rank, dtype)
+        stacks = engine.stacks(tensors.rules, tensors.halves, expected)
+        adapter = engine.nested(stacks.items())
+        if tensors.alphas and scale is None:
+            scales = {
+                name: float(np.asarray(alpha)) / stored_rank
+                for name, alpha in tensors.alphas.items()
+            }
+            adapter, scale = _with_scales(adapter, tensors.rules, scales)
     except engine.ConversionError as error:
-        raise engine.ConversionError(f"{weights}: {error}") from None
+        raise engine.ConversionError(f"{files.weights}: {error}") from None
     return adapter, 1.0 if scale is None else scale
 
 
-def find(path: Path) -> tuple[Path, dict | None, Path | None]:
-    """(file of weights, PEFT config or None, the config's path) of an adapter."""
+class LoraFiles(NamedTuple):
+    """Where an adapter is stored."""
+
+    weights: Path
+    config: dict | None  # of PEFT, where it has a file of its own
+    config_path: Path  # where a config would be: that file, or `weights` for one in its header
+
+
+def find(path: Path) -> LoraFiles:
+    """Return the files of an adapter, given what `open_lora` takes.
+
+    Raises FileNotFoundError, which says what is expected, and ValueError for a config that is no
+    JSON object.
+    """
     if path.is_file():
-        return path, None, None
+        return LoraFiles(path, None, path)
     for directory in (path, path / "lora"):
-        if (directory / DIFFUSERS_WEIGHTS).is_file():
-            return directory / DIFFUSERS_WEIGHTS, None, None
-    directory = (
-        path if (path / PEFT_CONFIG).is_file() or not (path / "lora").is_dir() else path / "lora"
+        weights = directory / DIFFUSERS_WEIGHTS
+        if weights.is_file():
+            return LoraFiles(weights, None, weights)
+    directory = path
+    if not (path / PEFT_CONFIG).is_file() and (path / "lora").is_dir():
+        directory = path / "lora"
+    config_path = directory / PEFT_CONFIG
+    if not config_path.is_file():
+        raise _no_lora(config_path)
+    for name in PEFT_WEIGHTS:
+        weights = directory / name
+        if weights.is_file():
+            return LoraFiles(weights, read_json(config_path), config_path)
+    raise _no_lora(directory / PEFT_WEIGHTS[0])
+
+
+def _no_lora(missing: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no {missing}; expected a PEFT directory with {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} (or "
+        f".bin), one of diffusers with {DIFFUSERS_WEIGHTS}, the working directory of a run, or a "
+        "file"
     )
-    found = [directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()]
-    for file, there in (
-        (PEFT_CONFIG, (directory / PEFT_CONFIG).is_file()),
-        (PEFT_WEIGHTS[0], found),
-    ):
-        if not there:
-            raise FileNotFoundError(
-                f"no {directory / file}; expected a PEFT directory with {PEFT_CONFIG} and "
-                f"{PEFT_WEIGHTS[0]} (or .bin), one of diffusers with {DIFFUSERS_WEIGHTS}, the "
-                "working directory of a run, or a file"
-            )
-    return found[0], read_json(directory / PEFT_CONFIG), directory / PEFT_CONFIG
 
 
-def _diffusers_config(path: Path) -> dict:
+def _diffusers_config(path: Path) -> dict | None:
+    """Return the PEFT config in the header of a file that diffusers wrote, or None."""
+    if path.suffix != ".safetensors":
+        return None
+    content = safetensors_metadata(path).get(DIFFUSERS_METADATA)
+    if content is None:
+        return None
     try:
-        content = json.loads(safetensors_metadata(path)[DIFFUSERS_METADATA])
-        return {"peft_type": "LORA"} | {
-            name.removeprefix("transformer."): value for name, value in content.items()
-        }
+        fields = json.loads(content).items()
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: {DIFFUSERS_METADATA} in its header is no JSON object: {error}"
         ) from None
+    config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in fields}
+    return {"peft_type": "LORA"} | config
+
+
+# Fields of a PEFT config that must have these values, or be left out.
+_PLAIN_LORA = {
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
 
 
 def _rank_and_scale(
-    config: Mapping[str, Any], source: Path, wanted: int | None
+    config: Mapping[str, Any], path: Path, expected_rank: int | None
 ) -> tuple[int, float]:
-    """R and alpha/R of a PEFT config; ValueError for what is no plain LoRA of rank `wanted`."""
-    plain = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-    plain |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    odd = {key: config[key] for key, value in plain.items() if config.get(key, value) != value}
+    """Return R and alpha/R of a PEFT config.
+
+    Raises ValueError, naming `path`, for what is no plain LoRA, or not of the expected rank.
+    """
+    odd = {
+        key: config[key]
+        for key, value in _PLAIN_LORA.items()
+        if key in config and config[key] != value
+    }
     if config.get("peft_type") != "LORA" or odd:
         raise ValueError(
-            f"{source}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}"
+            f"{path}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}"
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
+    # The types are compared, as True would pass for a whole number.
+    if type(rank) is not int or rank < 1 or (type(alpha) is not int and type(alpha) is not float):
         raise ValueError(
-            f"{source} has r {rank!r} and lora_alpha {alpha!r}; expected the rank, a whole number, "
+            f"{path} has r {rank!r} and lora_alpha {alpha!r}; expected the rank, a whole number, "
             "and a number"
         )
-    if wanted not in (None, rank):  # one line, where the tensors would give one each
+    if expected_rank not in (None, rank):  # one line, where the tensors would give one each
         raise ValueError(
-            f"{source} has r {rank}; expected rank {wanted}: set the rank of this run to {rank}"
+            f"{path} has r {rank}; expected rank {expected_rank}: set the rank of this run to "
+            f"{rank}"
         )
     return rank, alpha / rank
+
+
+class _LoraTensors(NamedTuple):
+    """The tensors of a file, by what they are."""
+
+    halves: dict[str, Lazy]  # all a and b, by name
+    alphas: dict[str, Lazy]  # by name of the module
+    rules: list[Rule]  # of the dialect that the names are in
+
+
+def _recognise(stored: Mapping[str, Lazy]) -> _LoraTensors:
+    """Return the tensors of a file, sorted by what they are.
+
+    Raises ConversionError for a file that is no LoRA, or more than one.
+    """
+    changes = [name for name in stored if name.endswith((".diff", ".diff_b"))]
+    if changes:
+        raise engine.ConversionError(
+            "it holds changes of whole weights, which an adapter cannot hold: "
+            f"{', '.join(changes)}; expected pairs of lora_A and lora_B alone"
+        )
+    rules = DIALECTS[dialect_of(stored)]
+    modules = tuple({_module_of(rule).partition("{i}")[2] for rule in rules})
+    halves = {}
+    alphas = {}
+    for name, tensor in stored.items():
+        module = name.removesuffix(".alpha")
+        if module != name and module.endswith(modules):
+            alphas[module] = tensor
+        else:
+            halves[name] = tensor
+    if not any(map(_is_a, halves)):
+        raise engine.ConversionError(
+            f"it is no LoRA: expected lora_A and lora_B, it holds {', '.join(list(stored)[:4])}"
+        )
+    return _LoraTensors(halves, alphas, rules)
+
+
+def dialect_of(names: Mapping[str, Any]) -> str:
+    """Return the one of DIALECTS that most of the names are in."""
+    return max(DIALECTS, key=lambda dialect: engine.overlap(DIALECTS[dialect], names))
+
+
+def _module_of(rule: Rule) -> str:
+    """Return the name, with `{i}`, of the module that a rule is for."""
+    return rule.source.partition(".lora_")[0]
 
 
 def _is_a(name: str) -> bool:
     return ".lora_A." in name or ".lora_down." in name
 
 
-def _sorted_out(found: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy], list[Rule]]:
-    """Tensors of a and b, alphas by module, and the rules of the dialect that they are in."""
-    if changes := [name for name in found if name.endswith((".diff", ".diff_b"))]:
-        raise engine.ConversionError(
-            "it holds changes of whole weights, which an adapter cannot hold: "
-            f"{', '.join(changes)}; expected pairs of lora_A and lora_B alone"
-        )
-    rules = DIALECTS[dialect_of(found)]
-    modules = {rule.source.partition(".lora_")[0].partition("{i}")[2] for rule in rules}
-    alphas = {
-        name.removesuffix(".alpha"): tensor
-        for name, tensor in found.items()
-        if name.endswith(".alpha")
-        and any(name.removesuffix(".alpha").endswith(module) for module in modules)
-    }
-    tensors = {
-        name: tensor for name, tensor in found.items() if name.removesuffix(".alpha") not in alphas
-    }
-    if not any(map(_is_a, tensors)):
-        raise engine.ConversionError(
-            f"it is no LoRA: expected lora_A and lora_B, it holds {', '.join(list(found)[:4])}"
-        )
-    return tensors, alphas, rules
+def _most_frequent_rank(halves: Mapping[str, Lazy]) -> int:
+    ranks = [
+        tensor.shape[0] for name, tensor in halves.items() if _is_a(name) and len(tensor.shape) == 2
+    ]
+    return max(set(ranks), key=ranks.count)
 
 
-def dialect_of(names: Mapping[str, Any]) -> str:
-    """The one of DIALECTS that most of the names are in."""
-    return max(DIALECTS, key=lambda dialect: engine.overlap(DIALECTS[dialect], names))
-
-
-def _expected(rules: list[Rule], tensors: Mapping[str, Lazy], rank: int, dtype: np.dtype) -> dict:
-    """The adapter's tree as most of its own tensors say it is."""
-    shapes, tree = engine.Shapes(tensors, ()), {}
-    layers = shapes.layers(rules)
-    for a, b in zip(rules[::2], rules[1::2], strict=True):
-        n_in, n_out = shapes.vote((a.source, 1)) or 0, shapes.vote((b.source, 0)) or 0
-        sizes = {"a": (layers, n_in, rank), "b": (layers, rank, n_out)}
-        tree[a.target[:-2]] = {
-            half: engine.Stack(shape, dtype, True, ()) for half, shape in sizes.items()
+def _measured_shapes(tensors: _LoraTensors, rank: int, dtype: np.dtype) -> dict:
+    """Return an adapter's tree, with shapes alone, as most of its own tensors have them."""
+    shapes = engine.Shapes(tensors.halves, ())
+    layers = shapes.layers(tensors.rules) or 0
+    tree = {}
+    for rule_a, rule_b in zip(tensors.rules[::2], tensors.rules[1::2], strict=True):
+        n_in = shapes.vote((rule_a.source, 1)) or 0
+        n_out = shapes.vote((rule_b.source, 0)) or 0
+        module = rule_a.target.removesuffix(".a")
+        tree[module] = {
+            "a": engine.Stack((layers, n_in, rank), dtype, True, ()),
+            "b": engine.Stack((layers, rank, n_out), dtype, True, ()),
         }
     return tree
 
 
-def _with_alphas(
+def _with_scales(
     adapter: dict, rules: list[Rule], scales: Mapping[str, float]
 ) -> tuple[dict, float]:
-    """One scale where all modules of all blocks have it, else 1 with each module's own folded into
-    its b.
+    """Return an adapter and its scale, given alpha/R of each module of each block.
+
+    A module without one has scale 1. Where the scales differ, the adapter that comes back has them
+    folded into b, and its scale is 1.
     """
-    layers, unknown = next(iter(adapter.values()))["a"].shape[0], set(scales)
-    folded = {}
+    layers = next(iter(adapter.values()))["a"].shape[0]
+    unknown = set(scales)
+    by_module = {}
     for rule in rules[::2]:
-        names = [rule.source.partition(".lora_")[0].format(i=i) for i in range(layers)]
-        folded[rule.target[:-2]] = [scales.get(name, 1.0) for name in names]
+        names = [_module_of(rule).format(i=i) for i in range(layers)]
+        by_module[rule.target.removesuffix(".a")] = [scales.get(name, 1.0) for name in names]
         unknown -= set(names)
     if unknown:
         raise engine.ConversionError(
             f"alpha of modules that are not adapted: {', '.join(sorted(unknown))}"
         )
-    values = {scale for module in folded.values() for scale in module}
-    if len(values) == 1:
-        return adapter, values.pop()
-    for module, factors in folded.items():
+    distinct = {scale for layer_scales in by_module.values() for scale in layer_scales}
+    if len(distinct) == 1:
+        return adapter, distinct.pop()
+    folded = {}
+    for module, layer_scales in by_module.items():
         b = adapter[module]["b"]
-        pieces = zip(b.pieces, factors, strict=True)
-        pieces = tuple(
-            piece.map(lambda x, factor=factor: (x.astype(np.float32) * factor).astype(x.dtype))
-            for piece, factor in pieces
-        )
-        adapter[module]["b"] = engine.Stack(b.shape, b.dtype, True, pieces)
-    return adapter, 1.0
+        pieces = [
+            _scaled_piece(piece, scale) for piece, scale in zip(b.pieces, layer_scales, strict=True)
+        ]
+        folded[module] = {
+            "a": adapter[module]["a"],
+            "b": engine.Stack(b.shape, b.dtype, True, tuple(pieces)),
+        }
+    return folded, 1.0
+
+
+def _scaled_piece(piece: Lazy, scale: float) -> Lazy:
+    """Return a tensor times `scale`, multiplied in float32 and rounded to its dtype."""
+    return piece.map(lambda x: (x.astype(np.float32) * scale).astype(x.dtype))
 
 
 def merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str = "") -> Lazy:
-    """W + scale B A of W [out, in], A [R, in] and B [out, R]: float32, rounded once, to `dtype` or
-    that of W.
+    """Return W + scale B A, for W [out, in], A [R, in] and B [out, R].
+
+    It is computed in float32 and rounded once, to `dtype` or to that of W.
     """
     target = jnp.dtype(dtype) if dtype else weight.dtype
 
-    def change(w: np.ndarray) -> np.ndarray:
+    def merge(w: np.ndarray) -> np.ndarray:
         total = np.asarray(b, np.float32) @ np.asarray(a, np.float32)
         total *= np.float32(scale)
         total += w  # in place: of a 14B model's largest weight, a copy in float32 is 0.3 GB
         return total.astype(target)
 
-    return weight.map(change, dtype=target)
+    return weight.map(merge, dtype=target)
 
 
 def peft_config(rank: int, alpha: float, target_modules: list[str]) -> dict:
-    """The fields of PEFT 0.10.0 and no other: it refuses files with newer ones (spec/checkpoints.md
-    5.3).
+    """Return the fields of PEFT 0.10.0 and no other: it refuses files with newer ones
+    (docs/checkpoints.md, PEFT config).
     """
     return {
         "alpha_pattern": {},

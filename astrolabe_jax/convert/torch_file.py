@@ -1,13 +1,14 @@
-"""Reads the .pt and .pth files of torch without torch, and without running anything in them
-(spec/checkpoints.md 1.2).
+"""Reads the .pt and .pth files of torch without torch, and without running anything in them.
 
-Such a file is an uncompressed zip with one root folder: `data.pkl`, a pickle that describes nested
-containers and tensors, and `data/KEY`, the bytes of the storages that tensors view. The pickle is
-interpreted here, one opcode at a time, and only those that containers, scalars and tensors need are
-known: nothing is imported and nothing is called but what this file does for the names of GLOBALS
-and STORAGES. Tensors are read from the file when they are asked for.
+Such a file is an uncompressed zip with one root folder (docs/checkpoints.md, Torch files). In it,
+`data.pkl` is a pickle that describes nested containers and tensors, and `data/KEY` are the bytes of
+the storages that tensors view. The pickle is interpreted here, one opcode at a time. Only the
+opcodes that containers, scalars and tensors need are known. Nothing is imported, and nothing is
+called but what this file does for the names of GLOBALS and STORAGES. A tensor is read from the file
+when it is asked for.
 """
 
+import itertools
 import math
 import pickletools
 import struct
@@ -35,14 +36,14 @@ STORAGES = {
     "torch ComplexFloatStorage": np.complex64,
     "torch ComplexDoubleStorage": np.complex128,
 }
-TENSOR, PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+TENSOR = "torch._utils _rebuild_tensor_v2"
+PARAMETER = "torch._utils _rebuild_parameter"
 DICT = "collections OrderedDict"
 GLOBALS = {TENSOR, PARAMETER, DICT, *STORAGES}
 MOST_PICKLE = 64 << 20  # bytes of data.pkl; the published files have less than 1 MB
 MOST_DEPTH = 32  # containers inside each other
 MOST_AXES = 8
-# What zipfile and struct raise for content that they cannot make sense of; there is no common
-# class.
+# What zipfile and struct raise for content that they cannot read; there is no common class.
 NOT_AN_ARCHIVE = (
     zipfile.BadZipFile,
     NotImplementedError,
@@ -67,16 +68,19 @@ class _Global(NamedTuple):
 class _Storage(NamedTuple):
     path: Path
     start: int  # bytes in the file
-    count: int  # elements
+    size: int  # elements
     dtype: np.dtype
 
 
 def read_torch(path: Path | str) -> Any:
-    """What torch.save wrote: nested dicts, lists and tuples of scalars and of tensors, which are
-    read when asked for.
+    """Read what torch.save wrote: nested dicts, lists and tuples of scalars and tensors.
 
-    Attributes of containers (a state dict's `_metadata`) are dropped. Raises TorchFileError naming
-    the file and what is wrong with it, FileNotFoundError, or OSError.
+    A tensor is a files.Lazy, which is read when it is asked for. Attributes of containers (a state
+    dict's `_metadata`) are dropped.
+
+    Raises:
+      TorchFileError: naming the file and what is wrong with it.
+      OSError: from the file system.
     """
     path = Path(path)
     try:
@@ -104,10 +108,9 @@ class _Member(NamedTuple):
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
-    """Members of the archive by their names under its root folder, each with its place in the
-    file.
-    """
-    members, roots = {}, set()
+    """Return the members of the archive by their names under its root folder."""
+    members = {}
+    roots = set()
     for info in archive.infolist():
         root, _, name = info.filename.partition("/")
         roots.add(root)
@@ -133,22 +136,26 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
             f"{MOST_PICKLE}"
         )
     places = sorted((member.start, member.stop) for member in members.values())
-    if any(stop > start for (_, stop), (start, _) in zip(places[:-1], places[1:], strict=True)):
-        raise TorchFileError("its members overlap")
+    for (_, stop), (next_start, _) in itertools.pairwise(places):
+        if stop > next_start:
+            raise TorchFileError("its members overlap")
     return members
 
 
 def _content_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Offset of a member's content, behind its local header, whose extra field may differ from the
-    directory's.
+    """Return the offset of a member's content in bytes, behind its local header.
+
+    The header is read, as its extra field may differ from that of the archive's directory.
     """
     if info.header_offset < 0:
         raise TorchFileError(f"member {info.filename!r} lies before the file")
-    archive.fp.seek(info.header_offset)
-    signature, name, extra = _LOCAL_HEADER.unpack(archive.fp.read(_LOCAL_HEADER.size))
+    file = archive.fp
+    assert file is not None  # the archive is open
+    file.seek(info.header_offset)
+    signature, name_size, extra_size = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != b"PK\x03\x04":
         raise TorchFileError(f"member {info.filename!r} has no header")
-    return info.header_offset + _LOCAL_HEADER.size + name + extra
+    return info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
 
 
 _MARK = object()
@@ -166,7 +173,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, pickled: bytes) -> Any:
-        """The object that the pickle describes."""
+        """Return the object that the pickle describes."""
         for name, argument in _opcodes(pickled):
             if name == "STOP":
                 result = self._pop()
@@ -202,14 +209,15 @@ class _Machine:
             items = [self._pop()] if name == "APPEND" else self._marked()
             self._top(list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
-            items = [self._pop(), self._pop()][::-1] if name == "SETITEM" else self._marked()
+            items = self._pop_pair() if name == "SETITEM" else self._marked()
             self._set_items(items)
         elif name == "GLOBAL":
             push(_known(argument))
         elif name == "BINPERSID":
             push(self._storage(self._pop()))
         elif name == "REDUCE":
-            arguments, function = self._pop(), self._pop()
+            arguments = self._pop()
+            function = self._pop()
             push(_call(function, arguments))
         elif name == "BUILD":  # attributes, such as a state dict's _metadata
             self._pop()
@@ -224,13 +232,18 @@ class _Machine:
             raise TorchFileError("data.pkl takes an object that is not there")
         return self._stack.pop()
 
+    def _pop_pair(self) -> list:
+        value = self._pop()
+        key = self._pop()
+        return [key, value]
+
     def _top(self, kind: type = object) -> Any:
         if not self._stack or self._stack[-1] is _MARK or not isinstance(self._stack[-1], kind):
             raise TorchFileError(f"data.pkl expects a {kind.__name__} that is not there")
         return self._stack[-1]
 
     def _marked(self) -> list:
-        """Everything above the last mark, which is taken away too."""
+        """Pop everything above the last mark, and the mark; return it in order."""
         items = []
         while self._stack and self._stack[-1] is not _MARK:
             items.append(self._stack.pop())
@@ -251,7 +264,7 @@ class _Machine:
             target[key] = value
 
     def _storage(self, reference: Any) -> _Storage:
-        """('storage', class, key, location, elements) -> the elements in the file."""
+        """Return the storage for ('storage', class, key, location, elements)."""
         if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
             raise TorchFileError("a storage is not described as torch.save does it")
         _, kind, key, _, count = reference
@@ -259,7 +272,8 @@ class _Machine:
             raise TorchFileError(f"storage {key!r} is no {', '.join(STORAGES)}")
         if not isinstance(key, str) or key not in self._storages:
             raise TorchFileError(f"storage {key!r} has no content in the file")
-        (_, start, stop), dtype = self._storages[key], np.dtype(STORAGES[kind.name])
+        _, start, stop = self._storages[key]
+        dtype = np.dtype(STORAGES[kind.name])
         if type(count) is not int or count * dtype.itemsize != stop - start:
             raise TorchFileError(
                 f"storage {key!r} has {stop - start} bytes; expected {count} elements of "
@@ -269,15 +283,17 @@ class _Machine:
 
 
 def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield name and argument of each opcode."""
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             yield opcode.name, argument
-    # of the parser: TorchFileError is raised by who takes the opcodes
+    # These are the parser's; TorchFileError is raised by who takes the opcodes.
     except (ValueError, IndexError) as error:
         raise TorchFileError(f"data.pkl is no pickle: {str(error)[:200]}") from None
 
 
 def _known(name: str) -> _Global:
+    """Return the global of this name, if it is one of GLOBALS."""
     if name not in GLOBALS:
         raise TorchFileError(
             f"data.pkl asks for {name.replace(' ', '.')!r}, which could run code; only tensors, "
@@ -288,7 +304,7 @@ def _known(name: str) -> _Global:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What the functions among GLOBALS return."""
+    """Return what a function among GLOBALS does."""
     name = function.name if isinstance(function, _Global) else ""
     count = len(arguments) if isinstance(arguments, tuple) else -1
     if name == DICT and count == 0:
@@ -301,19 +317,12 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
-    """The tensor of a storage; offset and strides in elements, which must stay in the storage and
+    """Return the tensor that views a storage.
+
+    Offset and strides count elements. The tensor must stay in the storage, and its elements must
     not overlap.
     """
-    numbers = (
-        [offset, *shape, *strides]
-        if isinstance(shape, tuple) and isinstance(strides, tuple)
-        else [None]
-    )
-    if (
-        any(type(n) is not int or n < 0 for n in numbers)
-        or len(shape) != len(strides)
-        or len(shape) > MOST_AXES
-    ):
+    if not _are_indices(offset, shape, strides):
         raise TorchFileError(
             f"a tensor has offset {offset!r}, shape {shape!r} and strides {strides!r}"
         )
@@ -329,33 +338,48 @@ def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
                 f"elements of a tensor of shape {shape} and strides {strides} share memory"
             )
         stop += stride * max(size - 1, 0)
-    if stop >= storage.count:
+    if stop >= storage.size:
         raise TorchFileError(
-            f"a tensor of shape {shape} at {offset} reaches beyond its storage of {storage.count}"
+            f"a tensor of shape {shape} at {offset} reaches beyond its storage of {storage.size}"
         )
     # An axis of one element is never stepped along, and its stride may be out of every range.
-    apart = [
+    byte_strides = [
         stride * dtype.itemsize if size > 1 else 0
         for stride, size in zip(strides, shape, strict=True)
     ]
-    start, count = storage.start + offset * dtype.itemsize, (stop - offset + 1) * dtype.itemsize
+    start = storage.start + offset * dtype.itemsize
+    byte_count = (stop - offset + 1) * dtype.itemsize
 
     def read() -> np.ndarray:
-        content = np.fromfile(storage.path, np.uint8, count, offset=start)
-        if len(content) != count:
+        content = np.fromfile(storage.path, np.uint8, byte_count, offset=start)
+        if len(content) != byte_count:
             raise TorchFileError(f"{storage.path} was cut while it was in use")
-        return np.lib.stride_tricks.as_strided(content.view(dtype), shape, apart, writeable=False)
+        elements = content.view(dtype)
+        return np.lib.stride_tricks.as_strided(elements, shape, byte_strides, writeable=False)
 
     return Lazy(shape, dtype, read)
 
 
-def _check_tree(tree: Any) -> None:
-    """A tree of containers, no deeper than MOST_DEPTH, each in one place: whoever walks it comes to
-    an end.
+def _are_indices(offset: Any, shape: Any, strides: Any) -> bool:
+    """Return whether these are whole numbers >= 0, with a stride for each of at most MOST_AXES
+    axes.
     """
-    seen, left = set(), [(tree, 0)]
-    while left:
-        node, depth = left.pop()
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        return False
+    if len(shape) != len(strides) or len(shape) > MOST_AXES:
+        return False
+    return all(type(number) is int and number >= 0 for number in (offset, *shape, *strides))
+
+
+def _check_tree(tree: Any) -> None:
+    """Raise unless every container stands in one place and none is deeper than MOST_DEPTH.
+
+    Whoever walks such a tree comes to an end.
+    """
+    seen = set()
+    pending = [(tree, 0)]
+    while pending:
+        node, depth = pending.pop()
         if isinstance(node, _Global | _Storage):
             raise TorchFileError(
                 "it holds a class or a bare storage; expected tensors, containers and scalars"
@@ -366,6 +390,5 @@ def _check_tree(tree: Any) -> None:
             if depth == MOST_DEPTH:
                 raise TorchFileError(f"its containers are more than {MOST_DEPTH} deep")
             seen.add(id(node))
-            left += [
-                (child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)
-            ]
+            children = node.values() if isinstance(node, dict) else node
+            pending += [(child, depth + 1) for child in children]

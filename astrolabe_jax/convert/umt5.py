@@ -1,5 +1,6 @@
-"""UMT5: names of models_t5_umt5-xxl-enc-bf16.pth <-> the parameter tree of models/umt5.py
-(spec/checkpoints.md 4).
+"""UMT5: names of models_t5_umt5-xxl-enc-bf16.pth <-> the parameter tree of models/umt5.py.
+
+The tensors: docs/checkpoints.md, Text encoder tensors.
 """
 
 from typing import Any
@@ -7,11 +8,9 @@ from typing import Any
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes, Substitutions
 from astrolabe_jax.models.umt5 import XXL, UMT5Config
 
-_ATTENTION, _FFN = (
-    "encoder.block.{i}.layer.0.SelfAttention",
-    "encoder.block.{i}.layer.1.DenseReluDense",
-)
-# Original -> Hugging Face, in which a diffusers package has it.
+_ATTENTION = "encoder.block.{i}.layer.0.SelfAttention"
+_FFN = "encoder.block.{i}.layer.1.DenseReluDense"
+# Original names -> those of Hugging Face, which diffusers packages have.
 _DIFFUSERS = (
     (r"^token_embedding\b", "shared"),
     (r"^norm\b", "encoder.final_layer_norm"),
@@ -23,10 +22,10 @@ _DIFFUSERS = (
     (r"^blocks\.\{i\}\.ffn\.fc1\b", f"{_FFN}.wi_1"),
     (r"^blocks\.\{i\}\.ffn\.fc2\b", f"{_FFN}.wo"),
 )
-# the same tensor under two names of Hugging Face
+# Second names of Hugging Face for the same tensor -> the first.
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
-# Field of UMT5Config -> tensors that tell it, by an axis of each.
+# Field of UMT5Config -> tensors that tell it, with an axis of each.
 _WITNESSES = {
     "vocab_size": [("token_embedding.weight", 0)],
     "dim": [("blocks.{i}.norm1.weight", 0), ("norm.weight", 0), ("token_embedding.weight", 1)],
@@ -38,17 +37,17 @@ _WITNESSES = {
 
 
 def diffusers(_: UMT5Config) -> Substitutions:
-    """What transformers' UMT5EncoderModel calls the same tensors."""
+    """Return the substitutions to the names of transformers' UMT5EncoderModel."""
     return _DIFFUSERS
 
 
 def measure(shapes: Shapes) -> dict[str, Any]:
-    """Sizes as the tensors have them."""
+    """Return the sizes that the tensors tell, by field of UMT5Config."""
     return shapes.sizes(_WITNESSES) | {"num_layers": shapes.layers(table(XXL))}
 
 
 def table(_: UMT5Config) -> list[Rule]:
-    """The rules of one encoder; they are the same at every size."""
+    """Return the rules of an encoder, which are the same at every size."""
     return [
         Rule("token_embedding.weight", "token_embedding.embedding"),
         Rule("blocks.{i}.norm1.weight", "blocks.norm1.scale"),

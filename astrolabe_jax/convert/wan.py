@@ -1,8 +1,8 @@
-"""Causal Wan DiT: original Wan tensor names and layouts <-> the parameter tree of
+"""Causal Wan DiT: names and layouts of Wan's tensors <-> the parameter tree of
 models/wan/transformer.py.
 
-Source: spec/checkpoints.md section 2 (15 top-level tensors and 27 per block), 2.1 (diffusers) and 6
-(layouts).
+There are 15 tensors, and 27 in each block: docs/checkpoints.md, Transformer tensors. What diffusers
+calls them: docs/checkpoints.md, Diffusers names.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.engine import IDENTITY, LINEAR, Rule, Shapes, Substitutions
 from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
 
-# Original -> diffusers. They hold for modules of adapters, too.
+# Original names -> those of diffusers. They hold for the modules of adapters, too.
 _DIFFUSERS = (
     (r"^(time|text)_embedding\.0\b", r"condition_embedder.\1_embedder.linear_1"),
     (r"^(time|text)_embedding\.2\b", r"condition_embedder.\1_embedder.linear_2"),
@@ -28,7 +28,7 @@ _DIFFUSERS = (
     (r"\.ffn\.2\b", ".ffn.net.2"),
 )
 
-# Field of WanConfig -> tensors that tell it, by an axis of each.
+# Field of WanConfig -> tensors that tell it, with an axis of each.
 _WITNESSES = {
     "dim": [
         ("blocks.{i}.self_attn.k.bias", 0),
@@ -43,19 +43,25 @@ _WITNESSES = {
 
 
 def diffusers(_: WanConfig) -> Substitutions:
-    """What diffusers' WanTransformer3DModel calls the same tensors."""
+    """Return the substitutions to the names of diffusers' WanTransformer3DModel."""
     return _DIFFUSERS
 
 
 def measure(shapes: Shapes) -> dict[str, Any]:
-    """Sizes as the tensors have them; the number of heads cannot be seen in them."""
-    sizes = shapes.sizes(_WITNESSES) | {"num_layers": shapes.layers(table(WAN_1_3B))}
-    patches = [shape[2:] for shape in shapes.of("patch_embedding.weight") if len(shape) == 5]
-    return sizes | ({"patch_size": patches[0]} if patches else {})
+    """Return the sizes that the tensors tell, by field of WanConfig.
+
+    The number of heads is not among them: no shape depends on it.
+    """
+    sizes: dict[str, Any] = shapes.sizes(_WITNESSES)
+    sizes["num_layers"] = shapes.layers(table(WAN_1_3B))
+    for shape in shapes.of("patch_embedding.weight"):
+        if len(shape) == 5:
+            sizes["patch_size"] = shape[2:]
+    return sizes
 
 
 def table(config: WanConfig) -> list[Rule]:
-    """The rules of one DiT; all but that of its patches are the same at every size."""
+    """Return the rules of a DiT; all but that of its patches are the same at every size."""
     return [
         Rule(
             "patch_embedding.weight",
@@ -88,8 +94,11 @@ def _linear(source: str, target: str) -> list[Rule]:
 
 
 def _attention(name: str) -> list[Rule]:
-    source, target = f"blocks.{{i}}.{name}", f"blocks.{name}"
-    rules = [rule for part in "qkvo" for rule in _linear(f"{source}.{part}", f"{target}.{part}")]
-    return rules + [
-        Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale") for norm in ("norm_q", "norm_k")
-    ]
+    source = f"blocks.{{i}}.{name}"
+    target = f"blocks.{name}"
+    rules = []
+    for linear in "qkvo":
+        rules += _linear(f"{source}.{linear}", f"{target}.{linear}")
+    for norm in ("norm_q", "norm_k"):
+        rules.append(Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale"))
+    return rules

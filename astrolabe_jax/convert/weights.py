@@ -1,9 +1,8 @@
-"""Files of weights as they are published -> tensors under the plain names of the classes that wrote
-them.
+"""Published files of weights -> tensors under the names that the model's own classes give them.
 
-A file of torch may nest its state dict, and training leaves prefixes in the names
-(spec/checkpoints.md 1.1): Self-Forcing has `generator_ema` and `model.`, Causal Forcing adds
-`_fsdp_wrapped_module.`, Krea has `model.` alone.
+A file of torch may nest its state dict, and training leaves prefixes in the names: Self-Forcing has
+`generator_ema` and `model.`, Causal Forcing adds `_fsdp_wrapped_module.`, Krea has `model.` alone
+(docs/checkpoints.md, Nesting and prefixes).
 """
 
 import logging
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from astrolabe_jax.convert.torch_file import read_torch
 from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded
 
-# By the end of a file's name.
+# End of a file's name -> what reads it.
 READERS = {
     ".safetensors": read_safetensors,
     INDEX: read_sharded,
@@ -25,7 +24,7 @@ READERS = {
     ".pt": read_torch,
     ".bin": read_torch,
 }
-# the first that is there is read
+# Entries that hold a state dict; the first that a file has is read.
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
 _PREFIXES = re.compile(
     r"^(model\.|diffusion_model\.|module\.|generator\.|net\.|base_model\.model\.)+"
@@ -37,92 +36,107 @@ NOT_WEIGHTS = re.compile(r"freqs|(.+\.)?(position_ids|num_batches_tracked)")
 
 
 class Weights(NamedTuple):
-    """The state dict of a file, and what stood around it."""
+    """The state dict of a file, and how it was nested and prefixed."""
 
     tensors: dict[str, Lazy]  # by plain name, in their own dtypes
     entries: tuple[str, ...]  # top-level names of a nested file
-    entry: str  # the one that was read, dots between levels; '' in a flat file
-    prefixes: tuple[str, ...]  # what was taken out of the names
+    entry: str  # the entry that was read, dots between levels; '' in a flat file
+    prefixes: tuple[str, ...]  # what was removed from the names
 
 
 def suffix_of(path: Path) -> str | None:
-    """The ending among READERS that a file's name has."""
+    """Return the end of a file's name that is in READERS, or None."""
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
 
 
 def read_weights(path: Path | str, entry: str = "") -> dict[str, Lazy]:
-    """The tensors of `open_weights`."""
+    """Return the tensors of `open_weights`, by plain name."""
     return open_weights(path, entry).tensors
 
 
 def open_weights(
     path: Path | str, entry: str = "", containers: Sequence[str] = CONTAINERS
 ) -> Weights:
-    """Opens a published file; a tensor is read when it is asked for.
+    """Open a published file; each of its tensors is read when it is asked for.
 
-    Where a training checkpoint holds several state dicts, `entry` names the one to read; without it
-    the first of `containers` is read, and a warning says so. Raises ValueError naming the file for
-    one that cannot be read or whose names do not make one state dict, or OSError.
+    Args:
+      path: of the file; its name ends as in READERS.
+      entry: the state dict to read, where a training checkpoint holds several; dots between levels.
+      containers: entries of which the first that is there is read where `entry` is empty; a warning
+        says so if there are others.
+
+    Raises:
+      ValueError: the file cannot be read, or its names do not make one state dict.
+      OSError: from the file system.
     """
     path = Path(path)
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
     tree = READERS[suffix](path)
-    found, state = _state_dict(tree, path, entry, containers)
-    names: dict[str, list[str]] = {}
-    prefixes = {}
-    for name in state:
-        bare = _WRAPPERS.sub("", name)
-        plain = _PREFIXES.sub("", bare)
-        prefixes |= dict.fromkeys(
-            filter(None, (bare.removesuffix(plain), *_WRAPPERS.findall(name)))
-        )
-        names.setdefault(plain, []).append(name)
-    if twice := [same for same in names.values() if len(same) > 1]:
-        raise ValueError(
-            f"{path} holds the same weight twice: "
-            f"{'; '.join(' and '.join(same) for same in twice[:3])}"
-        )
+    entry, state = _state_dict(tree, path, entry, containers)
+    stored_names, prefixes = _plain_names(state, path)
     tensors = {
-        plain: state[name] for plain, (name,) in names.items() if not NOT_WEIGHTS.fullmatch(plain)
+        plain: state[stored]
+        for plain, stored in stored_names.items()
+        if not NOT_WEIGHTS.fullmatch(plain)
     }
-    if odd := [
-        name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)
-    ]:
-        raise ValueError(
-            f"{path} holds a tensor of dtype {tensors[odd[0]].dtype}, {odd[0]}; expected float "
-            "weights"
-        )
-    return Weights(tensors, tuple(map(str, tree)) if found else (), found, tuple(prefixes))
+    for name, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(
+                f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights"
+            )
+    entries = tuple(map(str, tree)) if entry else ()
+    return Weights(tensors, entries, entry, prefixes)
+
+
+def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return {plain name: stored name}, and the prefixes that stored names have.
+
+    Raises ValueError for two stored names with the same plain one.
+    """
+    names: dict[str, list[str]] = {}
+    prefixes = []
+    for stored in state:
+        unwrapped = _WRAPPERS.sub("", stored)
+        plain = _PREFIXES.sub("", unwrapped)
+        prefixes += [unwrapped.removesuffix(plain), *_WRAPPERS.findall(stored)]
+        names.setdefault(plain, []).append(stored)
+    repeated = [" and ".join(stored) for stored in names.values() if len(stored) > 1]
+    if repeated:
+        raise ValueError(f"{path} holds the same weight twice: {'; '.join(repeated[:3])}")
+    unique = dict.fromkeys(prefix for prefix in prefixes if prefix)
+    return {plain: stored for plain, (stored,) in names.items()}, tuple(unique)
 
 
 def _state_dict(
     tree: Any, path: Path, entry: str, containers: Sequence[str]
 ) -> tuple[str, Mapping[str, Lazy]]:
-    """The entry that was read and the dict of tensors in it: `entry`, or the innermost one through
-    `containers`.
+    """Return the entry that is read, dots between levels, and the dict of tensors in it.
+
+    The entry is `entry`, or the innermost one through `containers`.
     """
     if not isinstance(tree, dict) or not tree:
         raise ValueError(
             f"{path} holds a {type(tree).__name__}; expected a state dict, with names and tensors"
         )
-    first, _, rest = entry.partition(".")
-    odd = [
+    others = [
         name for name, value in tree.items() if type(name) is not str or not isinstance(value, Lazy)
     ]
-    if not odd and not entry:
+    if not others and not entry:
         return "", tree
-    inner = [str(name) for name, value in tree.items() if isinstance(value, dict)]
-    found = [name for name in ([first] if entry else containers) if name in inner]
-    if not found and entry:
-        raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(inner) or 'none'}")
-    if not found:
+    first, _, rest = entry.partition(".")
+    nested = [str(name) for name, value in tree.items() if isinstance(value, dict)]
+    candidates = [first] if entry else containers
+    present = [name for name in candidates if name in nested]
+    if not present and entry:
+        raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(nested) or 'none'}")
+    if not present:
         raise ValueError(
-            f"{path}: {odd[0]!r} is no tensor; expected one state dict, or one under "
+            f"{path}: {others[0]!r} is no tensor; expected one state dict, or one under "
             f"{', '.join(containers)}; it holds {', '.join(map(str, list(tree)[:8]))}"
         )
-    if len(found) > 1:
-        logging.warning("%s holds %s: %s is read", path, " and ".join(found), found[0])
-    deeper, state = _state_dict(tree[found[0]], path, rest, containers)
-    return f"{found[0]}.{deeper}".rstrip("."), state
+    if len(present) > 1:
+        logging.warning("%s holds %s: %s is read", path, " and ".join(present), present[0])
+    deeper, state = _state_dict(tree[present[0]], path, rest, containers)
+    return f"{present[0]}.{deeper}".rstrip("."), state

@@ -1,10 +1,11 @@
 """Layers shared by the nets, and the border between NNX modules and plain parameter dicts.
 
-NNX objects never cross a jit border: outside, a net is a hashable graph definition and a nested
-dict of arrays.
+NNX objects never cross a jit border. Outside, a net is a graph definition, which is hashable and
+static, and a nested dict of arrays.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +13,38 @@ from flax import nnx
 
 from astrolabe_jax.sharding import gathered
 
+M = TypeVar("M", bound=nnx.Module)
 
-def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
-    """Take a module apart into its graph definition (static, hashable) and a nested dict of
-    arrays.
+
+def split(module: M) -> tuple[nnx.GraphDef[M], dict]:
+    """Return a module's graph definition (static, hashable) and its parameters (a nested dict of
+    arrays).
     """
     graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
+    params = nnx.to_pure_dict(state)
+    return graphdef, params
 
 
-def merge(graphdef: nnx.GraphDef, params: dict) -> nnx.Module:
-    """Rebuild the module of `split`; cheap, meant to be called inside the jitted function that uses
-    it.
+def merge(graphdef: nnx.GraphDef[M], params: dict) -> M:
+    """Rebuild the module that `split` took apart.
+
+    This is cheap. Call it inside the jitted function that uses the module.
     """
     return nnx.merge(graphdef, params)
 
 
-def graphdef_of(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
-    """Graph definition of make() and its parameters as ShapeDtypeStructs, without allocating any of
-    them.
+def graphdef_of(make: Callable[[], M]) -> tuple[nnx.GraphDef[M], dict]:
+    """Return what `split(make())` would, with ShapeDtypeStructs as parameters: none is
+    allocated.
     """
     graphdefs = []
 
-    def params():
-        graphdef, arrays = split(make())
+    def init_params():
+        graphdef, params = split(make())
         graphdefs.append(graphdef)
-        return arrays
+        return params
 
-    shapes = jax.eval_shape(params)
+    shapes = jax.eval_shape(init_params)
     return graphdefs[0], shapes
 
 
@@ -47,8 +52,9 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, plus the low-rank term (x a) b when a LoRA pair is given; computes in
-    the dtype of x.
+    """A linear map y = x kernel + bias, with a low-rank term (x a) b where a LoRA pair is given.
+
+    It computes in the dtype of x.
     """
 
     def __init__(
@@ -61,39 +67,54 @@ class Linear(nnx.Module):
         kernel_init=XAVIER,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(
-            kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        )
+        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array, lora: dict | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]. lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha /
-        R, or None.
+        """Return y [..., out] for x [..., in].
+
+        Args:
+          x: the input.
+          lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha / R, or None.
         """
-        y = x @ gathered(self.kernel[...].astype(x.dtype))
+        kernel = gathered(self.kernel[...].astype(x.dtype))
+        y = x @ kernel
         if self.bias is not None:
-            y = y + _last(self.bias, x)
+            y = y + _broadcast_last(self.bias, x)
         if lora is not None:
-            y = y + (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+            a = lora["a"].astype(x.dtype)
+            b = lora["b"].astype(x.dtype)
+            y = y + (x @ a) @ b
         return y
 
 
 class Embedding(nnx.Module):
-    """Rows of a table [rows, width] by integer index, in the compute dtype."""
+    """A table [rows, width] whose rows are looked up by index, in the compute dtype."""
 
-    def __init__(self, rows: int, width: int, std: float, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(
-            (std * jax.random.normal(rngs.params(), (rows, width))).astype(param_dtype)
-        )
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        std: float,
+        *,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ):
+        table = std * jax.random.normal(rngs.params(), (rows, width))
+        self.embedding = nnx.Param(table.astype(param_dtype))
         self.dtype = dtype
 
     def __call__(self, index: jax.Array) -> jax.Array:
+        """Return the rows [..., width] at the integers `index` [...]."""
         return self.embedding[...][index].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis: normalised in float32, rounded, then scaled in the
-    dtype of x.
+    """The norm x / rms(x) * scale over the last axis.
+
+    It normalises in float32, rounds, and scales in the dtype of x.
     """
 
     def __init__(self, features: int, *, eps: float, param_dtype=jnp.float32):
@@ -101,13 +122,15 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Return x [..., features], normalised and scaled, in its dtype."""
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * _last(self.scale, x)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        return normed.astype(x.dtype) * _broadcast_last(self.scale, x)
 
 
 class LayerNorm(nnx.Module):
-    """Affine LayerNorm over the last axis, in float32, rounded once to the dtype of x."""
+    """An affine LayerNorm over the last axis, in float32, rounded once to the dtype of x."""
 
     def __init__(self, features: int, *, eps: float, param_dtype=jnp.float32):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
@@ -115,26 +138,33 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Return x [..., features], standardised, scaled and shifted, in its dtype."""
         x32 = x.astype(jnp.float32)
-        return (
-            _standardise(x32, self.eps) * _last(self.scale, x32) + _last(self.bias, x32)
-        ).astype(x.dtype)
+        scale = _broadcast_last(self.scale, x32)
+        bias = _broadcast_last(self.bias, x32)
+        y = _standardise(x32, self.eps) * scale + bias
+        return y.astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without parameters over the last axis, in float32 with biased variance, in the
-    dtype of x.
+    """Return x [..., features] after a LayerNorm without parameters over the last axis.
+
+    It computes in float32 with the biased variance, and rounds to the dtype of x.
     """
     return _standardise(x.astype(jnp.float32), eps).astype(x.dtype)
 
 
-def _standardise(x32, eps):
+def _standardise(x32: jax.Array, eps: float) -> jax.Array:
+    """Return x with mean 0 and variance 1 over the last axis."""
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps)
 
 
-def _last(param, x):
-    """A vector over the last axis of x, in its dtype, with the leading axes written out (no silent
-    rank promotion).
+def _broadcast_last(param: nnx.Param, x: jax.Array) -> jax.Array:
+    """Return a vector with axes of size 1 before its own, as many as x has axes, in the dtype of x.
+
+    Written out, as the tests allow no silent promotion of rank.
     """
-    return param[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    vector = param[...].astype(x.dtype)
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))

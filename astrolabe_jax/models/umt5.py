@@ -1,4 +1,4 @@
-"""UMT5 text encoder (spec/vae_and_text.md part B): the published XXL size, and tiny ones for the
+"""UMT5 text encoder (docs/models.md, Text encoder): the published XXL size, and tiny ones for the
 embedded world.
 
 Unlike T5, every layer has its own table of relative position biases. There are no other positions,
@@ -18,20 +18,18 @@ from astrolabe_jax.sharding import by_sample
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of the encoder; the defaults are UMT5-XXL as shipped with Wan 2.1. `dim` is E,
-    `text_len` is S.
-    """
+    """Sizes of the encoder; the defaults are UMT5-XXL as shipped with Wan 2.1."""
 
     vocab_size: int = 256384
-    dim: int = 4096
-    dim_attn: int = 4096
+    dim: int = 4096  # E, width of the hidden states
+    dim_attn: int = 4096  # width of all heads together
     dim_ffn: int = 10240
-    num_heads: int = 64
+    num_heads: int = 64  # A
     num_layers: int = 24
-    num_buckets: int = 32
-    max_distance: int = 128
-    text_len: int = 512
-    eps: float = 1e-6
+    num_buckets: int = 32  # of relative positions, both directions together
+    max_distance: int = 128  # tokens; all larger distances share a bucket
+    text_len: int = 512  # S, tokens of a padded prompt
+    eps: float = 1e-6  # of every norm
     dtype: str = "bfloat16"  # of the activations
     param_dtype: str = "bfloat16"
 
@@ -57,7 +55,7 @@ XXL = UMT5Config()
 
 
 class UMT5(nnx.Module):
-    """The encoder. Layers are stacked on a leading axis and scanned."""
+    """The encoder. Its layers are stacked on a leading axis and scanned."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
         self.config = config
@@ -66,46 +64,53 @@ class UMT5(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def make_blocks(rngs):
-            return Block(config, rngs)
+            return UMT5Block(config, rngs)
 
         self.blocks = make_blocks(rngs)
         self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=jnp.dtype(config.param_dtype))
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Token ids [B, S] and mask [B, S] (1 up to the end token) -> hidden states [B, S, E] of
-        every position.
+        """Return the hidden states [B, S, E] of every position.
 
-        Masked positions are never attended to; what is returned for them means nothing.
+        Masked positions are never attended to; their own hidden states mean nothing.
+
+        Args:
+          ids: token ids [B, S].
+          mask: [B, S], 1 up to the end token and 0 beyond.
         """
         x = by_sample(self.token_embedding(ids))
         buckets = jnp.asarray(relative_buckets(self.config, ids.shape[1]))
         blockdef, stacked = nnx.split(self.blocks)
 
         def layer(x, params):
-            return nnx.merge(blockdef, params)(x, mask, buckets), None
+            block = nnx.merge(blockdef, params)
+            return block(x, mask, buckets), None
 
-        return self.norm(jax.lax.scan(layer, x, stacked)[0])
+        x, _ = jax.lax.scan(layer, x, stacked)
+        return self.norm(x)
 
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Text embeddings [B, S, E] as the DiT takes them: the hidden states with zero rows beyond
-        each prompt.
+        """Return the text embeddings [B, S, E] that the DiT takes: the hidden states, with rows of
+        zeros beyond each prompt. `ids` and `mask` are those of `__call__`.
         """
-        return jnp.where(mask[:, :, None] == 1, self(ids, mask), 0)
+        hidden = self(ids, mask)
+        return jnp.where(mask[:, :, None] == 1, hidden, 0)
 
 
-class Block(nnx.Module):
-    """x + Attention(norm1(x)), then x + FFN(norm2(x))."""
+class UMT5Block(nnx.Module):
+    """One layer: x + attention(norm1(x)), then x + ffn(norm2(x))."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
         param_dtype = jnp.dtype(config.param_dtype)
         self.norm1 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.attn = Attention(config, rngs)
+        self.attn = UMT5Attention(config, rngs)
         std = (2 * config.num_buckets * config.num_heads) ** -0.5
         self.position_bias = _embedding(config.num_buckets, config.num_heads, std, config, rngs)
         self.norm2 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
-        self.ffn = FeedForward(config, rngs)
+        self.ffn = UMT5FeedForward(config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
+        """Return hidden states [B, S, E] for x [B, S, E], mask [B, S] and buckets [S, S]."""
         bias = self.position_bias(buckets).transpose(2, 0, 1)[None]  # [1, A, S, S]
         # Replaced, not added: a masked key gets the lowest finite score whatever its bias.
         bias = jnp.where(mask[:, None, None, :] == 1, bias, jnp.finfo(bias.dtype).min)
@@ -113,11 +118,12 @@ class Block(nnx.Module):
         return x + self.ffn(self.norm2(x))
 
 
-class Attention(nnx.Module):
-    """Full self-attention with an additive bias [B, A, S, S] and unscaled scores."""
+class UMT5Attention(nnx.Module):
+    """Full self-attention with an additive bias and unscaled scores."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
-        dim, inner = config.dim, config.dim_attn
+        dim = config.dim
+        inner = config.dim_attn
         self.heads = config.num_heads
         # Small queries take the place of the missing 1/sqrt(d).
         self.q = _linear(dim, inner, (dim * inner / config.num_heads) ** -0.5, config, rngs)
@@ -126,35 +132,44 @@ class Attention(nnx.Module):
         self.o = _linear(inner, dim, inner**-0.5, config, rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        q, k, v = (
-            part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v)
-        )
-        # rounded to the compute dtype before the softmax (B5)
+        """Return the attended x [B, S, E], for a bias [B, A, S, S]."""
+        q = self._split_heads(self.q(x))
+        k = self._split_heads(self.k(x))
+        v = self._split_heads(self.v(x))
+        # The scores are rounded to the compute dtype before the softmax, as published.
         scores = jnp.einsum("bqak,bsak->baqs", q, k) + bias
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
-        return self.o(jnp.einsum("baqs,bsak->bqak", weights, v).reshape(*x.shape[:2], -1))
+        attended = jnp.einsum("baqs,bsak->bqak", weights, v)
+        return self.o(attended.reshape(*x.shape[:2], -1))
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
-class FeedForward(nnx.Module):
-    """fc2(fc1(x) * gelu(gate(x))), the tanh form of gelu."""
+class UMT5FeedForward(nnx.Module):
+    """The gated feed-forward fc2(fc1(x) * gelu(gate(x))), with the tanh form of gelu."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
-        self.gate = _linear(config.dim, config.dim_ffn, config.dim**-0.5, config, rngs)
-        self.fc1 = _linear(config.dim, config.dim_ffn, config.dim**-0.5, config, rngs)
-        self.fc2 = _linear(config.dim_ffn, config.dim, config.dim_ffn**-0.5, config, rngs)
+        dim = config.dim
+        inner = config.dim_ffn
+        self.gate = _linear(dim, inner, dim**-0.5, config, rngs)
+        self.fc1 = _linear(dim, inner, dim**-0.5, config, rngs)
+        self.fc2 = _linear(inner, dim, inner**-0.5, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(self.fc1(x) * jax.nn.gelu(self.gate(x), approximate=True))
+        """Return [B, S, E] for x [B, S, E]."""
+        up = self.fc1(x)
+        gate = jax.nn.gelu(self.gate(x), approximate=True)
+        return self.fc2(up * gate)
 
 
 def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
-    """Bucket of every (query, key) pair: [length, length] int32 in [0, num_buckets), exact at the
-    boundaries (B3).
+    """Return the bucket of every (query, key) pair: [length, length] int32 in [0, num_buckets).
 
-    Half of the buckets are for keys after the query. Of each half, the first half holds one
-    distance each, and the rest grow geometrically up to `max_distance`. Bucket first + j starts at
-    the smallest n with n^span >= first^(span - j) max_distance^j, which whole numbers decide
-    without rounding.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets
+    holds one distance each; the others grow geometrically up to `max_distance`. Bucket first + j
+    starts at the smallest n with n^span >= first^(span - j) max_distance^j. Whole numbers decide
+    this, so the boundaries are exact (docs/models.md, Relative position bias).
     """
     half = config.num_buckets // 2
     first = half // 2
@@ -162,25 +177,33 @@ def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
     starts = list(range(first))
     for j in range(span):
         bound = first ** (span - j) * config.max_distance**j
-        starts.append(next(n for n in range(first, config.max_distance + 1) if n**span >= bound))
+        distances = range(first, config.max_distance + 1)
+        starts.append(next(n for n in distances if n**span >= bound))
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]  # key - query
     offset = np.searchsorted(starts, np.abs(relative), side="right") - 1
-    return (offset + half * (relative > 0)).astype(np.int32)
+    after_query = half * (relative > 0)
+    return (offset + after_query).astype(np.int32)
 
 
 def _linear(n_in: int, n_out: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Linear:
-    init = nnx.initializers.normal(std)
+    """Return a linear layer without bias, drawn with standard deviation `std`."""
     return Linear(
         n_in,
         n_out,
         use_bias=False,
         param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=init,
+        kernel_init=nnx.initializers.normal(std),
         rngs=rngs,
     )
 
 
 def _embedding(rows: int, width: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Embedding:
+    """Return a table drawn with standard deviation `std`."""
     return Embedding(
-        rows, width, std, dtype=config.dtype, param_dtype=jnp.dtype(config.param_dtype), rngs=rngs
+        rows,
+        width,
+        std,
+        dtype=config.dtype,
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
     )

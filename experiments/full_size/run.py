@@ -5,13 +5,13 @@
 
 Each stage runs in a process of its own, whose peak memory is printed:
 
-    write    a checkpoint in the Self-Forcing layout and a VAE in Wan's, random, float32, by torch
-             itself
-    import   python -m astrolabe_jax.convert import, of both, to bfloat16
-    sample   a video of so many frames through transformer and VAE, block by block, its prompt
-             random numbers
+    write    writes a checkpoint in the Self-Forcing layout and a VAE in Wan's, with random numbers
+             in float32; torch itself writes them
+    import   runs python -m astrolabe_jax.convert import on both, to bfloat16
+    sample   makes a video through transformer and VAE, block by block; its prompt is random numbers
 
-Needs the test extra (torch), 15 GB of disk, and for 9 frames, one block, 20 GB of memory on a CPU.
+It needs the test extra (torch), 15 GB of disk, and 20 GB of memory on a CPU for 9 frames, which are
+one block.
 """
 
 import json
@@ -39,24 +39,27 @@ from astrolabe_jax.rollout import Sampler, noise_from_keys
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming.scenes import Rules, Scene, shots
 
-CHECKPOINT, VAE, BASE = "self_forcing_dmd.pt", "Wan2.1_VAE.pth", "base"
-HEIGHT, WIDTH, CHANNELS = 480, 832, 16
+CHECKPOINT = "self_forcing_dmd.pt"
+VAE = "Wan2.1_VAE.pth"
+BASE = "base"
+HEIGHT = 480
+WIDTH = 832
+CHANNELS = 16
 
 
 def write(directory: Path) -> None:
-    """Both files, with the names, shapes and nesting of the published ones."""
+    """Write both files, with the names, shapes and nesting of the published ones."""
     import torch  # an oracle of the tests, here for its file format alone
 
     def tensors(part, prefix):
         config = parts.SIZES["wan_1.3b"][part]
         rules = parts.rules(part, config)
-        made = {}
+        named = {}
         for name, shape in engine.source_shapes(rules, parts.shapes(part, config).params).items():
-            centre = (
-                1.0 if "norm" in name and name.endswith("weight") or name.endswith("gamma") else 0.0
-            )
-            made[prefix + name] = centre + 0.02 * torch.randn(shape)
-        return made
+            is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            centre = 1.0 if is_scale else 0.0
+            named[prefix + name] = centre + 0.02 * torch.randn(shape)
+        return named
 
     torch.manual_seed(0)
     torch.save({"generator_ema": tensors("transformer", "model.")}, directory / CHECKPOINT)
@@ -64,7 +67,7 @@ def write(directory: Path) -> None:
 
 
 def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> None:
-    """A video of `frames` pixel frames; prints what it took."""
+    """Make a video of `frames` pixel frames, and print what it took."""
     numerics = {"dtype": dtype, "param_dtype": "bfloat16"}
     mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     nets = {}
@@ -75,7 +78,8 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
             part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)
         )
     net, vae = nets["transformer"], nets["vae"]
-    layout, rng = Layout(block=3), np.random.default_rng(0)
+    layout = Layout(block=3)
+    rng = np.random.default_rng(0)
     policy = streams.Policy(
         net.graphdef,
         net.params,
@@ -105,22 +109,24 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
         1,
         latent_hw,
     )
-    seconds, stream, began = {"transformer": [], "vae": []}, None, time.monotonic()
+    seconds = {"transformer": [], "vae": []}
+    stream = None
+    began = time.monotonic()
     shown = []
     for step in shot.steps:
         piece = timed(seconds["transformer"], lambda: next(blocks))
-        made, state = [], stream
 
-        def decoded(latents=piece.latents, made=made, state=state):
+        def decode(latents=piece.latents, state=stream):
+            chunks = []
             for i in range(latents.shape[1]):
-                out, state = decode_chunk(
+                pixels, state = decode_chunk(
                     vae.graphdef, vae.params, latents[:, i : i + 1], state, mesh=mesh
                 )
-                made.append(out)
-            return made, state
+                chunks.append(pixels)
+            return chunks, state
 
-        made, stream = timed(seconds["vae"], decoded)
-        shown.append(sum(part.shape[1] for part in made))
+        chunks, stream = timed(seconds["vae"], decode)
+        shown.append(sum(chunk.shape[1] for chunk in chunks))
         finite = bool(np.isfinite(np.asarray(piece.latents, np.float32)).all())
         print(
             json.dumps(
@@ -133,16 +139,22 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
 
 
 def timed(times: list[float], function: Callable):
-    """function(), and its seconds until the devices are done."""
+    """Return function(), and append its seconds until the devices are done to `times`."""
     began = time.monotonic()
-    made = jax.block_until_ready(function())
+    result = jax.block_until_ready(function())
     times.append(time.monotonic() - began)
-    return made
+    return result
 
 
 def report(seconds: dict[str, list[float]], shown: list[int], total: float) -> None:
-    """Frames per second in three ways; the first block compiles, and each block of a growing
-    window, too.
+    """Print frames per second, counted in three ways.
+
+    The first block compiles, and so does each block of a window that grows.
+
+    Args:
+      seconds: of each block, by net.
+      shown: pixel frames of each block.
+      total: seconds of all, compilation included.
     """
     later = slice(1, None) if len(shown) > 1 else slice(None)
     net, vae = (statistics.median(times[later]) for times in seconds.values())
@@ -163,24 +175,23 @@ def report(seconds: dict[str, list[float]], shown: list[int], total: float) -> N
 
 
 def stage(name: str, command: list[str]) -> None:
-    """Runs a stage in its own process and prints its time and peak memory."""
+    """Run a stage in a process of its own, and print its time and peak memory."""
     began = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run([sys.executable, *command], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    least = "at most " if peak == before else ""
+    bound = "at most " if peak == before else ""
     print(
-        (
-            f"{name}: {time.monotonic() - began:.0f} s, peak resident memory "
-            f"{least}{peak / 2**20:.2f} GiB"
-        ),
+        f"{name}: {time.monotonic() - began:.0f} s, peak resident memory "
+        f"{bound}{peak / 2**20:.2f} GiB",
         flush=True,
     )
 
 
 def main(argv: list[str]) -> None:
-    """All stages, or, called by itself, one of them."""
-    directory, values = Path(FLAGS.directory), flags.FLAGS
+    """Run all stages, or, called by itself, one of them."""
+    values = flags.FLAGS
+    directory = Path(values.directory)
     directory.mkdir(parents=True, exist_ok=True)
     steps = tuple(int(step) for step in values.steps)
     if values.stage == "write":
@@ -209,11 +220,10 @@ def main(argv: list[str]) -> None:
         for part, name in (("transformer", CHECKPOINT), ("vae", VAE)):
             if not (directory / BASE / part).exists():
                 stage(f"import {name}", [*convert, str(directory / name)])
-        given = [f"--frames={values.frames}", f"--steps={','.join(values.steps)}"]
-        stage("sample", [*itself, "--stage=sample", *given])
+        options = [f"--frames={values.frames}", f"--steps={','.join(values.steps)}"]
+        stage("sample", [*itself, "--stage=sample", *options])
 
 
-FLAGS = flags.FLAGS
 flags.DEFINE_string("directory", None, "where files go", required=True)
 flags.DEFINE_string("stage", "", "one stage alone: write or sample")
 flags.DEFINE_integer("frames", 9, "pixel frames of the video, 9 + 12 n")

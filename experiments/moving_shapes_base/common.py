@@ -1,12 +1,14 @@
-"""What the stages of the base model share: resumable training state, and the world's clips as
-batches.
+"""Parts that all stages of the base model share: resumable training, and batches of the world's
+clips.
 """
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,23 +22,24 @@ from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 
 
 def check_recipe(directory: Path, stage: str, names: Mapping[str, object]) -> None:
-    """Refuses to resume states that other constants or flags made; `STAGE.recipe` keeps those of
-    the directory.
+    """Raise unless the states in a directory are of these constants and flags.
+
+    They are kept in its file `STAGE.recipe`, which is written if there is none.
 
     Args:
-      names: the stage's module namespace; its upper-case names count, where the flags are not
-      paths.
+      directory: of the states.
+      stage: its name.
+      names: the namespace of the stage's module. Its upper-case names count, except those of paths.
 
     Raises:
       ValueError: naming what changed.
     """
     path = directory / f"{stage}.recipe"
-    values = {
-        k: v.value if isinstance(v, flags.FlagHolder) else v
-        for k, v in names.items()
-        if k[0] != "_" and k.isupper()
-    }
-    recipe = {k: repr(v) for k, v in values.items() if k not in ("DIRECTORY", "OUTPUT")}
+    recipe = {}
+    for name, value in names.items():
+        if name.startswith("_") or not name.isupper() or name in ("DIRECTORY", "OUTPUT"):
+            continue
+        recipe[name] = repr(value.value if isinstance(value, flags.FlagHolder) else value)
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(recipe, indent=1).encode())
@@ -53,11 +56,17 @@ def check_recipe(directory: Path, stage: str, names: Mapping[str, object]) -> No
 def optimizer(
     muon_rate: float, adam_rate: float, steps: int, kernel_ndim: int, end: float = 0.02
 ) -> optax.GradientTransformation:
-    """Muon for kernels and Adam for the rest, with warm-up and cosine decay to `end` of the peaks.
+    """Return Muon for kernels and Adam for all else, with warm-up and cosine decay.
 
-    A kernel is a matrix from all its input axes to the last one; `kernel_ndim` axes make a kernel,
-    those before stack layers. On the autoencoder Muon reached in 100 steps what Adam did not reach
-    in 200.
+    A kernel is a matrix from all its input axes to the last one. On the autoencoder Muon reached in
+    100 steps what Adam did not reach in 200.
+
+    Args:
+      muon_rate: peak learning rate of kernels.
+      adam_rate: peak learning rate of all else.
+      steps: length of the schedule.
+      kernel_ndim: axes of a kernel; axes before them stack layers.
+      end: last learning rate, as a fraction of the peak.
     """
 
     def rates(peak):
@@ -67,8 +76,10 @@ def optimizer(
 
     def matrices(params):
         def numbers(path, x):
-            inputs = tuple(range(max(x.ndim - kernel_ndim, 0), x.ndim - 1))
-            return MuonDimensionNumbers(inputs, x.ndim - 1) if path[-1].key == "kernel" else None
+            if path[-1].key != "kernel":
+                return None
+            inputs = range(max(x.ndim - kernel_ndim, 0), x.ndim - 1)
+            return MuonDimensionNumbers(tuple(inputs), x.ndim - 1)
 
         return jax.tree_util.tree_map_with_path(numbers, params)
 
@@ -83,31 +94,33 @@ def optimizer(
 
 
 def descent(
-    of_params: Callable, optimizer: optax.GradientTransformation, average_decay: float
+    loss_and_metrics: Callable, optimizer: optax.GradientTransformation, average_decay: float
 ) -> Callable:
-    """Jitted `(params, moments, average), *args -> (state, metrics)` that descends
-    `of_params(params, *args)`.
+    """Return a jitted `(state, *args) -> (state, metrics)` that takes one step down a loss.
 
-    of_params: gives `(loss, metrics)`. average: of the parameters, what is kept in the end.
+    The state is (params, moments, average); the average of the parameters is what is kept in the
+    end.
+
+    Args:
+      loss_and_metrics: `(params, *args) -> (loss, metrics)`.
+      optimizer: of the step.
+      average_decay: of the average, per step.
     """
 
     @jax.jit
     def update(state, *args):
         params, moments, average = state
-        gradients, metrics = jax.grad(of_params, has_aux=True)(params, *args)
+        gradients, metrics = jax.grad(loss_and_metrics, has_aux=True)(params, *args)
         changes, moments = optimizer.update(gradients, moments, params)
         params = optax.apply_updates(params, changes)
-        return (
-            params,
-            moments,
-            optax.incremental_update(params, average, 1 - average_decay),
-        ), metrics
+        average = optax.incremental_update(params, average, 1 - average_decay)
+        return (params, moments, average), metrics
 
     return update
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """`array` as a .npy file that is there whole or not at all."""
+    """Write `array` as a .npy file, whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_atomic(path, buffer.getvalue())
@@ -118,48 +131,52 @@ JITTER = 2 * render.JITTER
 
 
 def train(
-    path: Path, state, step: Callable, steps: int, save_every: int = 100, log_every: int = 25
-):
-    """Runs `state, metrics = step(state, i)` up to `steps`, resuming from `path`; returns the final
-    state.
+    path: Path, state: Any, step: Callable, steps: int, save_every: int = 100, log_every: int = 25
+) -> Any:
+    """Run a training loop and return its final state.
 
-    `step` must draw everything it needs from its step number, so that a resumed run equals an
-    unbroken one.
+    Args:
+      path: of the saved state; the loop resumes from it if it is there.
+      state: of step 0.
+      step: `(state, i) -> (state, metrics)`. It must draw all that it needs from the step number i,
+        so that a resumed run equals an unbroken one.
+      steps: in all.
+      save_every: steps between two saves.
+      log_every: steps between two lines of the log.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     first = 0
     if path.exists():
-        saved = serialization.msgpack_restore(path.read_bytes())
-        first, state = int(saved["step"]), serialization.from_state_dict(state, saved["state"])
+        saved: Any = serialization.msgpack_restore(path.read_bytes())
+        first = int(saved["step"])
+        state = serialization.from_state_dict(state, saved["state"])
         logging.info("%s: resuming at step %d of %d", path.name, first, steps)
-    began = time.monotonic()
+    start = time.monotonic()
     for i in range(first, steps):
         state, metrics = step(state, i)
-        if (i + 1) % log_every == 0 or i + 1 == steps:
-            rate = (time.monotonic() - began) / (i + 1 - first)
-            values = " ".join(f"{k} {float(v):.4f}" for k, v in metrics.items())
-            left = rate * (steps - i - 1) / 60
+        done = i + 1
+        if done % log_every == 0 or done == steps:
+            seconds = (time.monotonic() - start) / (done - first)
             logging.info(
                 "%s %d/%d %s %.2f s/step, %.1f min left",
                 path.name,
-                i + 1,
+                done,
                 steps,
-                values,
-                rate,
-                left,
+                " ".join(f"{name} {float(value):.4f}" for name, value in metrics.items()),
+                seconds,
+                seconds * (steps - done) / 60,
             )
-        if (i + 1) % save_every == 0 or i + 1 == steps:
+        if done % save_every == 0 or done == steps:
             host = serialization.to_state_dict(jax.device_get(state))
-            write_atomic(path, serialization.msgpack_serialize({"step": i + 1, "state": host}))
+            write_atomic(path, serialization.msgpack_serialize({"step": done, "state": host}))
     return state
 
 
 def random_clip(prompts: list[str], rng: np.random.Generator, cuts: bool = True) -> np.ndarray:
-    """One full-length ground-truth video uint8; with `cuts`, one to four scenes that change at
-    latent frames.
+    """Draw a ground-truth video of full length, uint8 [T, SIZE, SIZE, 3].
 
-    Cuts show an autoencoder more scenes for the same work, and teach it that the past may stop
-    mattering.
+    With `cuts` it has one to four scenes, which change at latent frames. They show an autoencoder
+    more scenes for the same work, and teach it that the past may stop mattering.
     """
     scenes = int(rng.integers(1, 5)) if cuts else 1
     latent_frames = (render.FRAMES - 1) // 4
@@ -168,14 +185,15 @@ def random_clip(prompts: list[str], rng: np.random.Generator, cuts: bool = True)
         render.sample(prompts[rng.integers(len(prompts))], rng, jitter=JITTER)
         for _ in range(scenes)
     ]
-    edges = [0, *bounds, render.FRAMES]
-    return np.concatenate([v[a:b] for v, a, b in zip(videos, edges[:-1], edges[1:], strict=True)])
+    edges = itertools.pairwise([0, *bounds, render.FRAMES])
+    parts = [video[first:stop] for video, (first, stop) in zip(videos, edges, strict=True)]
+    return np.concatenate(parts)
 
 
 def clips(
     prompts: list[str], count: int, rng: np.random.Generator, cuts: bool = True
 ) -> np.ndarray:
-    """`count` random clips uint8 `[count, T, SIZE, SIZE, 3]`."""
+    """Draw `count` random clips, uint8 [count, T, SIZE, SIZE, 3]."""
     return np.stack([random_clip(prompts, rng, cuts) for _ in range(count)])
 
 

@@ -35,7 +35,7 @@ def test_a_base_written_again_is_the_same(directory, tmp_path):
         np.float32,
     )
     again = load_base(str(tmp_path / "again"), **FLOAT32)
-    assert again.identity == base.identity
+    assert again.fingerprint == base.fingerprint
     for net, other in zip(base[:3], again[:3], strict=True):
         assert net.config == other.config
         jax.tree.map(np.testing.assert_array_equal, net.params, other.params)
@@ -50,7 +50,7 @@ def set_size(directory, part, field, value):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vae.safetensors", "config.json"])
 def test_every_file_is_part_of_the_identity(directory, name):
-    before = load_base(str(directory), **FLOAT32).identity
+    before = load_base(str(directory), **FLOAT32).fingerprint
     path = directory / name
     if name.endswith(".json"):
         path.write_text(path.read_text() + "\n")
@@ -58,7 +58,7 @@ def test_every_file_is_part_of_the_identity(directory, name):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    assert load_base(str(directory), **FLOAT32).identity != before
+    assert load_base(str(directory), **FLOAT32).fingerprint != before
 
 
 def test_faults_name_the_file_and_the_field(directory):

@@ -102,7 +102,7 @@ def test_a_whole_base_of_torch_files(plain, tmp_path):
         jax.tree.map(
             np.testing.assert_array_equal, getattr(got, name).params, getattr(want, name).params
         )
-    assert got.identity != want.identity
+    assert got.fingerprint != want.fingerprint
     shutil.copy(plain[0] / "vae.safetensors", directory)
     with pytest.raises(
         FileNotFoundError, match="base has 2 files of the vae; expected one of vae.safetensors, "

@@ -62,7 +62,7 @@ def attention(
 
 
 def choose_backend(backend: str, q: jax.Array, mask) -> Literal["xla", "cudnn"]:
-    """Return the back end that runs: 'auto' takes cudnn where it can. Arguments as in `attention`."""
+    """Return the back end that runs: 'auto' takes cudnn where it can."""
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and mask is None
     if backend == "auto":
         on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128

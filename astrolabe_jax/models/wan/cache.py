@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
 
 class View(NamedTuple):
-    """What one call writes and reads: block [start, start + frames) in a cache of `slots` frames."""
+    """What one call writes and reads: a block of frames in a cache of `slots` frames."""
 
     layout: Layout
     frame_tokens: int  # L

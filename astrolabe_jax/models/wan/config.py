@@ -1,17 +1,18 @@
-"""Sizes of the causal Wan DiT (WanConfig) and the frame layout of a video: blocks, window, sink
-(Layout).
+"""Sizes of the causal Wan DiT (WanConfig), and how a video is cut into blocks and how far a block
+sees (Layout).
 """
 
 from dataclasses import dataclass
 from math import gcd
 from typing import Literal, NamedTuple
 
-ABSOLUTE_LIMIT = 1024  # absolute frame positions the models know (spec/model.md 5)
+# Absolute frame positions that the models know (docs/models.md, Rotary positions).
+ABSOLUTE_LIMIT = 1024
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes and numerics of one causal Wan DiT (spec/model.md 1 and 4)."""
+    """Sizes and numerics of one causal Wan DiT (docs/models.md, Transformer sizes)."""
 
     dim: int  # D, model width
     ffn_dim: int
@@ -68,23 +69,27 @@ class WanConfig:
 
     @property
     def head_dim(self) -> int:
-        """K, width of one head."""
+        """Return K, the width of one head."""
         return self.dim // self.num_heads
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch: channels x rows x columns."""
+        """Return the numbers in one patch: channels x rows x columns."""
         return self.in_channels * self.patch_size[1] * self.patch_size[2]
 
     def grid(self, latent_hw: tuple[int, int]) -> tuple[int, int]:
-        """Patch grid (h, w) of latents of (H, W); their product is L, the tokens of a frame."""
-        (rows, cols), (_, ph, pw) = latent_hw, self.patch_size
-        if rows % ph or cols % pw:
+        """Return the patch grid (h, w) of latents of (H, W); h w is L, the tokens of a frame.
+
+        Raises ValueError unless the patch divides the latents.
+        """
+        rows, columns = latent_hw
+        _, patch_rows, patch_columns = self.patch_size
+        if rows % patch_rows or columns % patch_columns:
             raise ValueError(
-                f"latent size {rows}x{cols} is not a multiple of the patch {ph}x{pw}; change the "
-                "video size"
+                f"latent size {rows}x{columns} is not a multiple of the patch "
+                f"{patch_rows}x{patch_columns}; change the video size"
             )
-        return rows // ph, cols // pw
+        return rows // patch_rows, columns // patch_columns
 
 
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
@@ -92,41 +97,40 @@ WAN_14B = WanConfig(dim=5120, ffn_dim=13824, num_layers=40, num_heads=40)
 
 
 class Block(NamedTuple):
-    """One block of frames and what its queries see; frames count from the first frame of the
+    """One block of latent frames and what its queries see; frames count from the start of the
     video.
     """
 
-    start: int
-    stop: int  # one past the last frame present
-    ranges: tuple[tuple[int, int], ...]  # frames seen, ascending and disjoint, [first, last + 1)
+    start: int  # first frame
+    stop: int  # one past the last frame that is there
+    ranges: tuple[tuple[int, int], ...]  # frames seen, ascending and disjoint: [first, last + 1)
     shift: int  # frames by which the sink keys are moved forward (relative positions)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a video is cut into blocks and how far a block sees (spec/model.md 7 and 8, streaming.md
-    4). Units: frames.
+    """How a video is cut into blocks and how far a block sees; all units are latent frames.
 
-    A block [c, e) sees itself and the past inside its window: everything if e <= window, else the
-    first `sink` frames and the last window - sink frames up to e. `window` -1 is global: a window
-    of `max_global` frames, the length the models were made for; raise it to see further.
+    A block of frames [c, e) sees itself and the past inside its window: everything if e <= window,
+    else the first `sink` frames and the last window - sink frames up to e (docs/models.md, KV
+    cache).
 
-    positions: 'absolute' keeps every frame at its own index, at most 1024. 'relative' moves the
-    sink along with the window, so distances never exceed the window and length is unlimited; with a
-    global window nothing moves. independent_first_frame: frame 0 is a block of its own.
-    faithful_sinks: reproduce the published code where a block meets the sink's slots, because it is
-    smaller than the sink (spec/model.md 12.5 and 12.6) or the window has no room for both (8.2):
-    sink slots not yet generated are read as zero keys, later blocks overwrite those in the way, and
-    only a later block's first pass writes sink slots.
+    faithful_sinks reproduces the published code where a block meets the slots of the sink: where it
+    is smaller than the sink, or the window has no room for both (docs/models.md, Faithful sinks).
+    Sink slots that are not generated yet are then read as zero keys, later blocks overwrite those
+    in the way, and only a later block's first pass writes sink slots.
     """
 
-    block: int = 3
-    window: int = -1
-    sink: int = 0
+    block: int = 3  # frames of a block
+    window: int = -1  # frames that a block sees, itself included; -1: global, `max_global` frames
+    sink: int = 0  # first frames of a video, which every block sees
+    # 'absolute' keeps every frame at its own index, at most ABSOLUTE_LIMIT. 'relative' moves the
+    # sink along with the window: distances never exceed the window, and the length is unlimited.
+    # With a global window nothing moves.
     positions: Literal["absolute", "relative"] = "absolute"
-    independent_first_frame: bool = False
-    max_global: int = 21
-    faithful_sinks: bool = False
+    independent_first_frame: bool = False  # frame 0 is a block of its own
+    max_global: int = 21  # the length the models were made for; raise it to see further
+    faithful_sinks: bool = False  # reproduce the published code; see above
 
     def __post_init__(self):
         if self.block < 1:
@@ -153,13 +157,14 @@ class Layout:
 
     @property
     def capacity(self) -> int:
-        """Most frames a block sees, itself included."""
+        """Return the most frames that a block sees, itself included."""
         return self.max_global if self.window == -1 else self.window
 
     @property
     def kept(self) -> int:
-        """First frames that are never evicted: the sink, or with faithful_sinks what a block leaves
-        of it.
+        """Return how many first frames are never evicted.
+
+        These are the sink, or with faithful_sinks what a block leaves of it.
         """
         if self.faithful_sinks and self.window != -1:
             return max(min(self.sink, self.window - self.block), 0)
@@ -167,18 +172,22 @@ class Layout:
 
     @property
     def sink_moves(self) -> bool:
-        """Whether sink keys are kept un-rotated and rotated anew for each block."""
+        """Return whether sink keys are kept un-rotated and rotated anew for each block."""
         return self.positions == "relative" and self.window != -1 and self.kept > 0
 
     def shift(self, end):
-        """Frames by which the sink of the block ending at `end` (int, or traced) is moved
-        forward.
+        """Return by how many frames the sink moves forward for the block that ends at `end`.
+
+        `end` is an int or traced, and so is what comes back.
         """
         evicted = end - self.capacity
         return evicted * (evicted > 0)
 
     def visible(self, end: int) -> tuple[tuple[int, int], ...]:
-        """Frame ranges that the block ending at `end` sees: V(c) of streaming.md 4."""
+        """Return the frame ranges that the block ending at `end` sees.
+
+        This is V(c) of docs/streaming.md, Windows.
+        """
         if end <= self.capacity:
             return ((0, end),)
         recent = (end - max(self.capacity - self.kept, 0), end)
@@ -187,34 +196,44 @@ class Layout:
         return ((0, self.kept), recent)
 
     def blocks(self, frames: int) -> tuple[Block, ...]:
-        """The blocks of a video of `frames` frames; the last may be cut short, its window counts
-        from its full end.
+        """Return the blocks of a video of `frames` frames.
+
+        The last may be cut short; its window counts from its full end.
         """
-        blocks, start = [], 0
+        blocks = []
+        start = 0
         while start < frames:
-            end = start + (1 if start == 0 and self.independent_first_frame else self.block)
-            ranges = tuple((lo, min(hi, frames)) for lo, hi in self.visible(end) if lo < frames)
+            size = self.lead if start == 0 and self.lead else self.block
+            end = start + size
+            ranges = tuple(
+                (first, min(stop, frames)) for first, stop in self.visible(end) if first < frames
+            )
             blocks.append(Block(start, min(end, frames), ranges, self.shift(end)))
             start = end
         return tuple(blocks)
 
     @property
     def lead(self) -> int:
-        """Frames before the blocks of `block` frames: an independent first frame, or none."""
+        """Return the frames before the blocks of `block` frames: an independent first frame, or
+        none.
+        """
         return int(self.independent_first_frame)
 
     def whole(self, frames: int, up: bool = False) -> int:
-        """The most frames that are whole blocks, at most `frames`; `up`: the least, at least
-        `frames` and one block.
+        """Return `frames` rounded down to whole blocks.
+
+        With `up` it is rounded up, to one block at least.
         """
         if up:
             blocks = -(-(frames - self.lead) // self.block)
-            return max(self.lead + blocks * self.block, self.lead or self.block)
-        return max(self.lead + (frames - self.lead) // self.block * self.block, 0)
+            smallest = self.lead or self.block
+            return max(self.lead + blocks * self.block, smallest)
+        blocks = (frames - self.lead) // self.block
+        return max(self.lead + blocks * self.block, 0)
 
     def check_frames(self, frames: int) -> None:
-        """Raise ValueError unless `frames` is a whole number of blocks the window and the position
-        table can hold.
+        """Raise ValueError unless `frames` is a whole number of blocks that the window and the
+        position table can hold.
         """
         if frames < 1 or self.whole(frames) != frames:
             raise ValueError(
@@ -234,7 +253,8 @@ class Layout:
             )
 
     def write_unit(self) -> int:
-        """Frames that can be written to a ring of `capacity` slots in one piece, never crossing its
-        end or the sink.
+        """Return how many frames can be written at once to a ring of `capacity` slots.
+
+        Such a write never crosses the end of the ring or the sink.
         """
         return gcd(self.block, self.capacity - self.kept, abs(self.kept - self.lead))

@@ -1,114 +1,154 @@
-"""Rotary positions of the video grid and the timestep sinusoid: tables from float64 on the host,
-stored as float32.
+"""Rotary positions of the video grid and the timestep sinusoid.
 
-Angles grow with the frame number and the timestep, and float32 loses digits with them. So a large
-position is split into a coarse and a fine part, each with its own small table, and the two
-rotations are combined.
+Tables are computed in float64 on the host and stored as float32. Angles grow with the frame number
+and the timestep, and float32 loses digits with them. So a large position is split into a coarse and
+a fine part, each with its own small table, and the two rotations are combined.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Table = tuple[jax.Array, jax.Array]  # cosines and sines of the same angles
+HostTable = tuple[np.ndarray, np.ndarray]  # the same, computed on the host
+
 _ROWS = 1024  # rows of the coarse and of the fine frame table: positions up to 1024 * 1024 frames
 
 
 def frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frequencies of the frame, row and column axis, float64 (spec/model.md 5); pairs in total
-    head_dim / 2.
+    """Return the frequencies of the frame, row and column axis, float64.
+
+    Together they are head_dim / 2 numbers (docs/models.md, Rotary positions).
     """
     side = 2 * (head_dim // 6)
-    return tuple(10000.0 ** (-np.arange(0, d, 2) / d) for d in (head_dim - 2 * side, side, side))
+    frame = head_dim - 2 * side
+    return _axis_frequencies(frame), _axis_frequencies(side), _axis_frequencies(side)
 
 
-def rope_table(frames, grid: tuple[int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [n * L, head_dim / 2], float32, of the tokens of frames at positions
-    `frames` [n].
+def _axis_frequencies(width: int) -> np.ndarray:
+    return 10000.0 ** (-np.arange(0, width, 2) / width)
 
-    frames: integers >= 0, may be traced. grid: patch grid (h, w). Token order: frame, row, column.
+
+def rope_table(frames, grid: tuple[int, int], head_dim: int) -> Table:
+    """Return the table [n * h * w, head_dim / 2], float32, of the tokens of n frames.
+
+    Tokens are in the order frame, row, column.
+
+    Args:
+      frames: positions [n] of the frames, integers >= 0; they may be traced.
+      grid: patch grid (h, w) of a frame.
+      head_dim: width of one head.
     """
     frames = jnp.asarray(frames)
-    (n,), (h, w) = frames.shape, grid
-    coarse, fine, rows, cols = _axis_tables(head_dim, h, w)
-    parts = []
-    for frame, row, col in zip(
-        _add_angles(coarse, fine, frames // _ROWS, frames % _ROWS), rows, cols, strict=True
-    ):
-        axes = (
-            frame[:, None, None, :],
-            jnp.asarray(row)[None, :, None, :],
-            jnp.asarray(col)[None, None, :, :],
-        )
-        parts.append(
-            jnp.concatenate([jnp.broadcast_to(a, (n, h, w, a.shape[-1])) for a in axes], axis=-1)
-        )
-    return tuple(part.reshape(n * h * w, head_dim // 2) for part in parts)
+    axes = _axis_tables(head_dim, *grid)
+    coarse = _take_rows(axes.coarse, frames // _ROWS)
+    fine = _take_rows(axes.fine, frames % _ROWS)
+    cos_frame, sin_frame = combine(coarse, fine)
+    cos_row, sin_row = axes.row
+    cos_column, sin_column = axes.column
+    cos = _join_axes(cos_frame, cos_row, cos_column)
+    sin = _join_axes(sin_frame, sin_row, sin_column)
+    return cos, sin
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate pairs (2i, 2i + 1) of each head. x [B, N, A, K], table of N tokens; float32 inside,
-    dtype of x out.
+def rotate(x: jax.Array, table: Table) -> jax.Array:
+    """Rotate the pairs (2i, 2i + 1) of each head, in float32.
+
+    Args:
+      x: queries or keys [B, N, A, K].
+      table: of the N tokens.
+
+    Returns:
+      x [B, N, A, K], rotated, in its dtype.
     """
-    cos, sin = (t[None, :, None, :] for t in table)
+    cos, sin = (part[None, :, None, :] for part in table)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return (
-        jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        .reshape(x.shape)
-        .astype(x.dtype)
-    )
+    even = pairs[..., 0]
+    odd = pairs[..., 1]
+    rotated_even = even * cos - odd * sin
+    rotated_odd = even * sin + odd * cos
+    rotated = jnp.stack([rotated_even, rotated_odd], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def inverse(table: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The table that undoes a rotation."""
+def inverse(table: Table) -> Table:
+    """Return the table that undoes a rotation."""
     cos, sin = table
     return cos, -sin
 
 
-def combine(
-    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """The table of two rotations, one after the other."""
-    (cos_a, sin_a), (cos_b, sin_b) = first, second
-    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+def combine(first: Table, second: Table) -> Table:
+    """Return the table of two rotations, one after the other."""
+    cos_a, sin_a = first
+    cos_b, sin_b = second
+    cos = cos_a * cos_b - sin_a * sin_b
+    sin = sin_a * cos_b + cos_a * sin_b
+    return cos, sin
 
 
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
-    """Timestep features [..., dim], float32: cosines then sines of t 10000^(-2k/dim). t in [0,
-    1000], any shape.
+    """Return timestep features [..., dim], float32: cosines, then sines, of t 10000^(-2k/dim).
+
+    t [...] is in [0, 1000].
     """
     t = jnp.asarray(t, jnp.float32)
     whole = jnp.round(t)
-    (coarse_cos, coarse_sin), frequency = _time_tables(dim)
+    table, frequency = _time_tables(dim)
     angle = (t - whole)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
-    index = whole.astype(jnp.int32)
-    cos, sin = jnp.asarray(coarse_cos)[index], jnp.asarray(coarse_sin)[index]
-    return jnp.concatenate(combine((cos, sin), (jnp.cos(angle), jnp.sin(angle))), axis=-1)
+    coarse = _take_rows(table, whole.astype(jnp.int32))
+    fine = (jnp.cos(angle), jnp.sin(angle))
+    return jnp.concatenate(combine(coarse, fine), axis=-1)
+
+
+class _AxisTables(NamedTuple):
+    coarse: HostTable  # frames 0, 1024, 2048, ...
+    fine: HostTable  # frames 0 .. 1023
+    row: HostTable
+    column: HostTable
 
 
 @cache
-def _axis_tables(head_dim, h, w):
-    frame, row, col = frequencies(head_dim)
-    fine = _cos_sin(np.arange(_ROWS), frame)
-    coarse = _cos_sin(_ROWS * np.arange(_ROWS), frame)
-    return coarse, fine, _cos_sin(np.arange(h), row), _cos_sin(np.arange(w), col)
+def _axis_tables(head_dim: int, rows: int, columns: int) -> _AxisTables:
+    frame, row, column = frequencies(head_dim)
+    fine = np.arange(_ROWS)
+    return _AxisTables(
+        coarse=_cos_sin(_ROWS * fine, frame),
+        fine=_cos_sin(fine, frame),
+        row=_cos_sin(np.arange(rows), row),
+        column=_cos_sin(np.arange(columns), column),
+    )
 
 
 @cache
-def _time_tables(dim):
+def _time_tables(dim: int) -> tuple[HostTable, np.ndarray]:
+    """Return the table of the whole timesteps 0 .. 1000, and the frequencies."""
     frequency = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
     return _cos_sin(np.arange(1001), frequency), frequency.astype(np.float32)
 
 
-def _cos_sin(positions, frequency):
+def _cos_sin(positions: np.ndarray, frequency: np.ndarray) -> HostTable:
     angle = np.outer(positions, frequency)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _add_angles(coarse, fine, i, j):
-    """Cosines and sines of angle i of the coarse table plus angle j of the fine one."""
-    return combine(
-        *(tuple(jnp.asarray(part)[at] for part in table) for table, at in ((coarse, i), (fine, j)))
+def _take_rows(table: HostTable, index: jax.Array) -> Table:
+    cos, sin = table
+    return jnp.asarray(cos)[index], jnp.asarray(sin)[index]
+
+
+def _join_axes(frame: jax.Array, row: np.ndarray, column: np.ndarray) -> jax.Array:
+    """Return [n * h * w, head_dim / 2] from what frames [n, .], rows [h, .] and columns [w, .]
+    have.
+    """
+    shape = (frame.shape[0], row.shape[0], column.shape[0])
+    axes = (
+        frame[:, None, None, :],
+        jnp.asarray(row)[None, :, None, :],
+        jnp.asarray(column)[None, None, :, :],
     )
+    spread = [jnp.broadcast_to(axis, (*shape, axis.shape[-1])) for axis in axes]
+    joined = jnp.concatenate(spread, axis=-1)
+    return joined.reshape(-1, joined.shape[-1])

@@ -334,7 +334,7 @@ class WanTransformer(nnx.Module):
         return self._unembed(self.head(tokens, e), x, grid), cache
 
     def recache(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, skip=0):
-        """Compute the keys of the cache anew, for another prompt (docs/streaming.md, Scene changes).
+        """Compute the cached keys anew, for another prompt (docs/streaming.md, Scene changes).
 
         Returns the velocity [B, n, C, H, W] and the cache. The frames attend to each other without
         a mask.
@@ -368,7 +368,7 @@ class WanTransformer(nnx.Module):
         return self._unembed(self.head(tokens, e), x, grid), cache
 
     def _sink_table(self, layout, end, grid):
-        """Return the rotary table of a moving sink for the block that ends at frame `end`, or None."""
+        """Return the rotary table of a moving sink, for the block that ends at `end`, or None."""
         if not layout.sink_moves:
             return None
         return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)

@@ -1,9 +1,10 @@
-"""The Wan 2.1 causal video autoencoder (spec vae_and_text.md, part A).
+"""The Wan 2.1 causal video autoencoder (docs/models.md, VAE layers).
 
-One code path serves whole clips and streams. Every temporal convolution sees a short history of its
-own input: zeros at the start of a video, afterwards what the previous chunk left. A stream is
-therefore a flat tuple of arrays, one per temporal convolution in execution order, and a whole clip
-is a stream of one chunk, so that both give identical frames (A4).
+One code path serves whole videos and chunks of them. Every temporal convolution sees the last
+frames of its own earlier input: zeros at the start of a video, afterwards what the previous chunk
+left. These frames are the state of the VAE, a flat tuple of arrays, one for each temporal
+convolution in execution order. A whole video is a single chunk, so both give identical frames
+(docs/models.md, VAE streaming).
 
 Inside this file videos are channels-last, `[B, T, height, width, channels]`.
 """
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Stream = tuple[jax.Array, ...]
+# The encoder's or the decoder's memory between two chunks of a video; see the module docstring.
+VaeState = tuple[jax.Array, ...]
 
-# Per-channel statistics of the published latents (sampling.md section 6).
+# Per-channel statistics of the published latents (docs/models.md, Latent normalisation).
 WAN_LATENT_MEAN = (
     -0.7571,
     -0.7089,
@@ -58,19 +60,15 @@ WAN_LATENT_STD = (
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of the autoencoder; the defaults are the published Wan 2.1 VAE.
+    """Sizes of the autoencoder; the defaults are the published Wan 2.1 VAE."""
 
-    Each entry of `temporal_downsample` belongs to the transition after one encoder stage; every
-    transition halves height and width. `latent_mean` and `latent_std` normalise the `z_dim` latent
-    channels.
-    """
-
-    dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    dim: int = 96  # channels of the first stage
+    z_dim: int = 16  # C, latent channels
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # channels of each stage, in units of `dim`
+    num_res_blocks: int = 2  # of each encoder stage; a decoder stage has one more
+    # After each encoder stage but the last, height and width are halved; the frames, where True.
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN  # of each latent channel
     latent_std: tuple[float, ...] = WAN_LATENT_STD
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -95,20 +93,23 @@ class VaeConfig:
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels per latent position along height and width (8 for Wan)."""
+        """Return the pixels per latent position along height and width (8 for Wan)."""
         return 2 ** len(self.temporal_downsample)
 
     @property
     def temporal_stride(self) -> int:
-        """Pixel frames per latent frame after the first (4 for Wan)."""
+        """Return the pixel frames per latent frame after the first (4 for Wan)."""
         return 2 ** sum(self.temporal_downsample)
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames that a whole video of `latent_frames` decodes to."""
+        """Return the pixel frames that a whole video of `latent_frames` decodes to."""
         return 1 + self.temporal_stride * (latent_frames - 1)
 
     def latent_frames(self, pixel_frames: int) -> int:
-        """Latent frames of a whole video; the pixel count must be 1 modulo the temporal stride."""
+        """Return the latent frames of a whole video of `pixel_frames`.
+
+        Raises ValueError unless `pixel_frames` is 1 modulo the temporal stride.
+        """
         if (pixel_frames - 1) % self.temporal_stride:
             raise ValueError(
                 f"{pixel_frames} pixel frames: expected 1 modulo {self.temporal_stride}"
@@ -116,38 +117,47 @@ class VaeConfig:
         return 1 + (pixel_frames - 1) // self.temporal_stride
 
 
-class _History:
-    """Hands out the stream's arrays in execution order while one chunk is traced, and collects
-    their successors.
+class _Memory:
+    """Hands out the arrays of a VaeState, in execution order, while one chunk is traced, and
+    collects those of the next state.
     """
 
-    def __init__(self, stream: Stream | None):
-        self._old = None if stream is None else iter(stream)
-        self.first = stream is None
-        self.new: list[jax.Array] = []
+    def __init__(self, state: VaeState | None):
+        self.is_first_chunk = state is None
+        self._arrays = iter(state or ())
+        self._next_arrays: list[jax.Array] = []
 
     def extend(self, x: jax.Array, frames: int) -> jax.Array:
-        """Puts the last `frames` input frames of the past (zeros at the start of a video) in front
-        of `x`.
+        """Return x [B, T, ...] with the `frames` input frames before it in front, which are zeros
+        at the start of a video: [B, frames + T, ...].
         """
-        if self._old is None:
+        if self.is_first_chunk:
             past = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
         else:
-            past = next(self._old)
+            past = next(self._arrays)
         extended = jnp.concatenate([past, x], axis=1)
-        self.new.append(extended[:, extended.shape[1] - frames :])
+        self.keep(extended[:, extended.shape[1] - frames :])
         return extended
+
+    def keep(self, frames: jax.Array) -> None:
+        """Append what the next chunk sees of this input to the next state."""
+        self._next_arrays.append(frames)
+
+    def next_state(self) -> VaeState:
+        """Return the state after this chunk."""
+        return tuple(self._next_arrays)
 
 
 _LECUN = nnx.initializers.lecun_normal()
+Padding = str | tuple[tuple[int, int], tuple[int, int]]  # of height and width
 
 
-class Conv(nnx.Module):
-    """Convolution with bias over the last `len(kernel)` axes before the channels, without padding.
+class VideoConv(nnx.Module):
+    """A convolution with bias over the last `len(kernel)` axes before the channels.
 
-    A kernel with a time axis runs as a 2D convolution over time-shifted inputs stacked in the
-    channels: on a CPU that is several times faster than a 3D convolution (spec embedded_world.md),
-    elsewhere it is not used.
+    On a CPU a kernel with a time axis runs as a 2D convolution over time-shifted inputs stacked in
+    the channels, which is several times faster there than a 3D convolution (docs/models.md, VAE
+    layers).
     """
 
     def __init__(
@@ -160,55 +170,74 @@ class Conv(nnx.Module):
         init=_LECUN,
     ):
         param_dtype = jnp.dtype(config.param_dtype)
-        self.kernel = nnx.Param(
-            init(rngs.params(), (*kernel, features_in, features_out), param_dtype)
-        )
+        shape = (*kernel, features_in, features_out)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((features_out,), param_dtype))
         self.dtype = config.dtype
 
-    def spatial(self, x: jax.Array, stride: int = 1, padding="SAME") -> jax.Array:
-        """`[B, T, height, width, in]`, every frame on its own."""
-        return self._biased(_conv2d(x, self.kernel[...].astype(self.dtype), stride, padding))
+    def spatial(self, x: jax.Array, stride: int = 1, padding: Padding = "SAME") -> jax.Array:
+        """Convolve every frame of x [B, T, height, width, in] on its own."""
+        return self._add_bias(_conv2d(x, self._kernel(), stride, padding))
 
     def temporal(self, x: jax.Array, stride: int = 1) -> jax.Array:
-        """`[B, T, height, width, in]` with valid padding in time (the caller adds the past), same
-        in space.
+        """Convolve x [B, T, height, width, in] in time and space.
+
+        Nothing is padded in time, where the caller has put the past in front. In space the size
+        stays.
         """
-        kernel = self.kernel[...].astype(self.dtype)
-        size = kernel.shape[0]
-        frames = (x.shape[1] - size) // stride + 1
         if jax.default_backend() == "cpu":
-            last = stride * (frames - 1) + 1
-            shifted = jnp.concatenate([x[:, i : i + last : stride] for i in range(size)], axis=-1)
-            stacked = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-            return self._biased(_conv2d(shifted, stacked, 1, "SAME"))
-        pads = [(0, 0)] + [((k - 1) // 2, (k - 1) // 2) for k in kernel.shape[1:3]]
-        dims = ("NDHWC", "DHWIO", "NDHWC")
-        return self._biased(
-            jax.lax.conv_general_dilated(x, kernel, (stride, 1, 1), pads, dimension_numbers=dims)
+            return self._add_bias(_conv3d_of_shifts(x, self._kernel(), stride))
+        kernel = self._kernel()
+        pads = [(0, 0)]
+        pads += [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[1:3]]
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, 1, 1),
+            pads,
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
+        return self._add_bias(y)
 
     def pointwise(self, x: jax.Array) -> jax.Array:
-        """`[..., in]`, for a kernel of one position."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return self._biased(x @ kernel.reshape(kernel.shape[-2:]))
+        """Map the channels of x [..., in]; the kernel must have one position."""
+        kernel = self._kernel()
+        return self._add_bias(x @ kernel.reshape(kernel.shape[-2:]))
 
-    def _biased(self, x: jax.Array) -> jax.Array:
+    def _kernel(self) -> jax.Array:
+        return self.kernel[...].astype(self.dtype)
+
+    def _add_bias(self, x: jax.Array) -> jax.Array:
         return x + self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding) -> jax.Array:
+def _conv3d_of_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Return a 3D convolution, computed as a 2D one over time-shifted copies of x in the
+    channels.
+    """
+    size = kernel.shape[0]
+    frames = (x.shape[1] - size) // stride + 1
+    last = stride * (frames - 1) + 1
+    shifted = jnp.concatenate([x[:, i : i + last : stride] for i in range(size)], axis=-1)
+    stacked = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    return _conv2d(shifted, stacked, 1, "SAME")
+
+
+def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Return the 2D convolution of every frame of x [B, T, height, width, in]."""
     batch, frames = x.shape[:2]
-    flat = x.reshape(batch * frames, *x.shape[2:])
-    dims = ("NHWC", "HWIO", "NHWC")
     flat = jax.lax.conv_general_dilated(
-        flat, kernel, (stride, stride), padding, dimension_numbers=dims
+        x.reshape(batch * frames, *x.shape[2:]),
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return flat.reshape(batch, frames, *flat.shape[1:])
 
 
 class ChannelNorm(nnx.Module):
-    """x / max(|x|_2, 1e-12) * sqrt(channels) * gamma over the channel axis, in float32."""
+    """The norm x / max(|x|_2, 1e-12) * sqrt(channels) * gamma over the channels, in float32."""
 
     def __init__(self, features: int, config: VaeConfig):
         self.gamma = nnx.Param(jnp.ones((features,), jnp.dtype(config.param_dtype)))
@@ -217,32 +246,35 @@ class ChannelNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         # max(|x|, e)^2 = max(|x|^2, e^2), which keeps the gradient finite at x = 0; e^2 is
         # representable in float32
-        scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24))
-        gamma = math.sqrt(x.shape[-1]) * self.gamma[...].astype(jnp.float32).reshape(
-            (1,) * (x.ndim - 1) + (-1,)
-        )
+        square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        gamma = self.gamma[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        gamma = math.sqrt(x.shape[-1]) * gamma
         return (wide * scale * gamma).astype(x.dtype)
 
 
-class ResidualBlock(nnx.Module):
-    """Two normalised convolutions around a shortcut. The second starts at zero: a new net is then a
-    linear chain that keeps its input, whereas with random branches training first forgets it.
+class VideoResidualBlock(nnx.Module):
+    """Two normalised convolutions and a shortcut around them.
+
+    The second convolution starts at zero. A new net is then a linear chain that keeps its input;
+    with random branches, training first forgets it.
     """
 
     def __init__(self, features_in: int, features_out: int, config: VaeConfig, rngs: nnx.Rngs):
         self.norm1 = ChannelNorm(features_in, config)
-        self.conv1 = Conv(features_in, features_out, (3, 3, 3), config, rngs)
+        self.conv1 = VideoConv(features_in, features_out, (3, 3, 3), config, rngs)
         self.norm2 = ChannelNorm(features_out, config)
-        self.conv2 = Conv(
-            features_out, features_out, (3, 3, 3), config, rngs, nnx.initializers.zeros_init()
-        )
+        zeros = nnx.initializers.zeros_init()
+        self.conv2 = VideoConv(features_out, features_out, (3, 3, 3), config, rngs, zeros)
         if features_in != features_out:
-            self.shortcut = Conv(features_in, features_out, (1, 1, 1), config, rngs)
+            self.shortcut = VideoConv(features_in, features_out, (1, 1, 1), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
-        y = self.conv1.temporal(history.extend(jax.nn.silu(self.norm1(x)), 2))
-        y = self.conv2.temporal(history.extend(jax.nn.silu(self.norm2(y)), 2))
-        return y + (self.shortcut.pointwise(x) if hasattr(self, "shortcut") else x)
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
+        y = self.conv1.temporal(memory.extend(jax.nn.silu(self.norm1(x)), 2))
+        y = self.conv2.temporal(memory.extend(jax.nn.silu(self.norm2(y)), 2))
+        if hasattr(self, "shortcut"):
+            x = self.shortcut.pointwise(x)
+        return y + x
 
 
 class FrameAttention(nnx.Module):
@@ -250,11 +282,11 @@ class FrameAttention(nnx.Module):
 
     def __init__(self, features: int, config: VaeConfig, rngs: nnx.Rngs):
         self.norm = ChannelNorm(features, config)
-        self.to_qkv = Conv(features, 3 * features, (1, 1), config, rngs)
-        self.proj = Conv(features, features, (1, 1), config, rngs)
+        self.to_qkv = VideoConv(features, 3 * features, (1, 1), config, rngs)
+        self.proj = VideoConv(features, features, (1, 1), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
-        del history  # no memory in time
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
+        del memory  # no frame sees another
         batch, frames, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch * frames, height * width, channels)
         q, k, v = jnp.split(self.to_qkv.pointwise(tokens), 3, axis=-1)
@@ -263,171 +295,214 @@ class FrameAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves height and width, then, with `temporal`, the frame rate; the first frame of a video
-    stays single.
+    """Halves height and width and then, with `temporal`, the frames; the first frame of a video
+    stays.
     """
 
     def __init__(self, features: int, temporal: bool, config: VaeConfig, rngs: nnx.Rngs):
-        self.conv = Conv(features, features, (3, 3), config, rngs)
+        self.conv = VideoConv(features, features, (3, 3), config, rngs)
         if temporal:
-            self.time_conv = Conv(features, features, (3, 1, 1), config, rngs)
+            self.time_conv = VideoConv(features, features, (3, 1, 1), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
         x = self.conv.spatial(x, stride=2, padding=((0, 1), (0, 1)))
         if not hasattr(self, "time_conv"):
             return x
-        if not history.first:
-            return self.time_conv.temporal(history.extend(x, 1), stride=2)
-        history.new.append(x[:, -1:])
+        if not memory.is_first_chunk:
+            return self.time_conv.temporal(memory.extend(x, 1), stride=2)
+        memory.keep(x[:, -1:])
         if x.shape[1] == 1:
             return x
-        return jnp.concatenate([x[:, :1], self.time_conv.temporal(x, stride=2)], axis=1)
+        rest = self.time_conv.temporal(x, stride=2)
+        return jnp.concatenate([x[:, :1], rest], axis=1)
 
 
 class Upsample(nnx.Module):
-    """Doubles, with `temporal`, the frame rate (not of a video's first frame), then height and
-    width; halves C.
+    """Doubles, with `temporal`, the frames (but not a video's first), and then height and width;
+    halves the channels.
     """
 
     def __init__(self, features: int, temporal: bool, config: VaeConfig, rngs: nnx.Rngs):
-        self.conv = Conv(features, features // 2, (3, 3), config, rngs)
+        self.conv = VideoConv(features, features // 2, (3, 3), config, rngs)
         if temporal:
-            self.time_conv = Conv(features, 2 * features, (3, 1, 1), config, rngs)
+            self.time_conv = VideoConv(features, 2 * features, (3, 1, 1), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
         if hasattr(self, "time_conv"):
-            # the first frame is neither doubled nor part of the later frames' past (A7.1)
-            single, rest = (x[:, :1], x[:, 1:]) if history.first else (x[:, :0], x)
-            extended = history.extend(rest, 2)
-            if rest.shape[1]:
-                pairs = self.time_conv.temporal(extended)
-                batch, frames, height, width, channels = pairs.shape
-                pairs = pairs.reshape(batch, frames, height, width, 2, channels // 2)
-                rest = jnp.moveaxis(pairs, 4, 2).reshape(
-                    batch, 2 * frames, height, width, channels // 2
-                )
-            x = jnp.concatenate([single, rest], axis=1)
+            # The first frame is neither doubled nor part of the later frames' past, as published.
+            single = 1 if memory.is_first_chunk else 0
+            doubled = self._double_frames(x[:, single:], memory)
+            x = jnp.concatenate([x[:, :single], doubled], axis=1)
         return self.conv.spatial(x.repeat(2, axis=2).repeat(2, axis=3))
+
+    def _double_frames(self, x: jax.Array, memory: _Memory) -> jax.Array:
+        """Return [B, 2 T, height, width, in] for x [B, T, height, width, in]."""
+        extended = memory.extend(x, 2)
+        if x.shape[1] == 0:
+            return x
+        pairs = self.time_conv.temporal(extended)
+        batch, frames, height, width, channels = pairs.shape
+        pairs = pairs.reshape(batch, frames, height, width, 2, channels // 2)
+        pairs = jnp.moveaxis(pairs, 4, 2)
+        return pairs.reshape(batch, 2 * frames, height, width, channels // 2)
 
 
 class _Middle(nnx.Module):
+    """The layers between encoder stages and latents, and between latents and decoder stages."""
+
     def __init__(self, features: int, config: VaeConfig, rngs: nnx.Rngs):
         self.layers = nnx.List(
             [
-                ResidualBlock(features, features, config, rngs),
+                VideoResidualBlock(features, features, config, rngs),
                 FrameAttention(features, config, rngs),
-                ResidualBlock(features, features, config, rngs),
+                VideoResidualBlock(features, features, config, rngs),
             ]
         )
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
         for layer in self.layers:
-            x = layer(x, history)
+            x = layer(x, memory)
         return x
 
 
-class Encoder(nnx.Module):
+class VideoEncoder(nnx.Module):
+    """Pixels [B, T, height, width, 3] to moments of the latents [B, F, H, W, 2 C]."""
+
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
         widths = [config.dim * m for m in (1, *config.dim_mult)]
-        self.conv_in = Conv(3, widths[0], (3, 3, 3), config, rngs)
+        self.conv_in = VideoConv(3, widths[0], (3, 3, 3), config, rngs)
         stages = []
         for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             for block in range(config.num_res_blocks):
-                stages.append(ResidualBlock(width_in if block == 0 else width, width, config, rngs))
+                first = width_in if block == 0 else width
+                stages.append(VideoResidualBlock(first, width, config, rngs))
             if i < len(config.temporal_downsample):
                 stages.append(Downsample(width, config.temporal_downsample[i], config, rngs))
         self.stages = nnx.List(stages)
         self.middle = _Middle(widths[-1], config, rngs)
         self.norm_out = ChannelNorm(widths[-1], config)
-        self.conv_out = Conv(widths[-1], 2 * config.z_dim, (3, 3, 3), config, rngs)
+        self.conv_out = VideoConv(widths[-1], 2 * config.z_dim, (3, 3, 3), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
-        x = self.conv_in.temporal(history.extend(x, 2))
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
+        x = self.conv_in.temporal(memory.extend(x, 2))
         for stage in self.stages:
-            x = stage(x, history)
-        x = self.middle(x, history)
-        return self.conv_out.temporal(history.extend(jax.nn.silu(self.norm_out(x)), 2))
+            x = stage(x, memory)
+        x = self.middle(x, memory)
+        x = jax.nn.silu(self.norm_out(x))
+        return self.conv_out.temporal(memory.extend(x, 2))
 
 
-class Decoder(nnx.Module):
+class VideoDecoder(nnx.Module):
+    """Latents [B, F, H, W, C] to pixels [B, T, height, width, 3]."""
+
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
         widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
         temporal_upsample = config.temporal_downsample[::-1]
-        self.conv_in = Conv(config.z_dim, widths[0], (3, 3, 3), config, rngs)
+        self.conv_in = VideoConv(config.z_dim, widths[0], (3, 3, 3), config, rngs)
         self.middle = _Middle(widths[0], config, rngs)
         stages = []
         for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
             # the upsampling before this stage halved it
             width_in = width_in if i == 0 else width_in // 2
             for block in range(config.num_res_blocks + 1):
-                stages.append(ResidualBlock(width_in if block == 0 else width, width, config, rngs))
+                first = width_in if block == 0 else width
+                stages.append(VideoResidualBlock(first, width, config, rngs))
             if i < len(temporal_upsample):
                 stages.append(Upsample(width, temporal_upsample[i], config, rngs))
         self.stages = nnx.List(stages)
         self.norm_out = ChannelNorm(widths[-1], config)
-        self.conv_out = Conv(widths[-1], 3, (3, 3, 3), config, rngs)
+        self.conv_out = VideoConv(widths[-1], 3, (3, 3, 3), config, rngs)
 
-    def __call__(self, x: jax.Array, history: _History) -> jax.Array:
-        x = self.middle(self.conv_in.temporal(history.extend(x, 2)), history)
+    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
+        x = self.conv_in.temporal(memory.extend(x, 2))
+        x = self.middle(x, memory)
         for stage in self.stages:
-            x = stage(x, history)
-        return self.conv_out.temporal(history.extend(jax.nn.silu(self.norm_out(x)), 2))
+            x = stage(x, memory)
+        x = jax.nn.silu(self.norm_out(x))
+        return self.conv_out.temporal(memory.extend(x, 2))
 
 
 class Vae(nnx.Module):
     """Encoder and decoder with latent normalisation.
 
-    `encode` and `decode` take and return a stream: pass None for a new video and hand the returned
-    stream to the next chunk. The first chunk of an encoded video has 1 modulo the temporal stride
-    (4) frames, later ones a multiple of it; decoded chunks may have any number of latent frames.
+    `encode` and `decode` take and return a VaeState: pass None for a new video, and the returned
+    state with the next chunk. The first chunk that is encoded has 1 modulo the temporal stride (4)
+    frames, later ones a multiple of it. A chunk that is decoded has any number of latent frames.
     """
 
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
+        moments = 2 * config.z_dim
         self.config = config
-        self.encoder = Encoder(config, rngs)
-        self.conv1 = Conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), config, rngs)
-        self.conv2 = Conv(config.z_dim, config.z_dim, (1, 1, 1), config, rngs)
-        self.decoder = Decoder(config, rngs)
+        self.encoder = VideoEncoder(config, rngs)
+        self.conv1 = VideoConv(moments, moments, (1, 1, 1), config, rngs)
+        self.conv2 = VideoConv(config.z_dim, config.z_dim, (1, 1, 1), config, rngs)
+        self.decoder = VideoDecoder(config, rngs)
 
-    def encode(self, pixels: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, Stream]:
-        """Pixels `[B, T, height, width, 3]` in [-1, 1] -> normalised latents `[B, F, C, H, W]`
-        float32 (the mean).
+    def encode(
+        self, pixels: jax.Array, state: VaeState | None = None
+    ) -> tuple[jax.Array, VaeState]:
+        """Encode a chunk of a video to the mean of its latents.
+
+        Args:
+          pixels: [B, T, height, width, 3] in [-1, 1].
+          state: the encoder's state after the previous chunk; None for a new video.
+
+        Returns:
+          Normalised latents [B, F, C, H, W], float32, and the state for the next chunk.
+
+        Raises:
+          ValueError: T is no number of frames that such a chunk can have.
         """
-        stride, start = self.config.temporal_stride, int(stream is None)
-        if pixels.shape[1] < start or (pixels.shape[1] - start) % stride:
-            expected = f"1 modulo {stride}" if start else f"a multiple of {stride}"
+        stride = self.config.temporal_stride
+        frames = pixels.shape[1]
+        if state is None and (frames < 1 or (frames - 1) % stride):
             raise ValueError(
-                f"Vae.encode: got {pixels.shape[1]} frames in a chunk, expected {expected}"
+                f"Vae.encode: got {frames} frames in a chunk, expected 1 modulo {stride}"
             )
-        mean, stream = self.encode_mean(pixels, stream)
-        shift, scale = self._statistics()
-        return jnp.moveaxis((mean - shift) / scale, -1, 2), stream
+        if state is not None and frames % stride:
+            raise ValueError(
+                f"Vae.encode: got {frames} frames in a chunk, expected a multiple of {stride}"
+            )
+        latents, state = self.encode_mean(pixels, state)
+        mean, std = self._statistics()
+        return jnp.moveaxis((latents - mean) / std, -1, 2), state
 
     def encode_mean(
-        self, pixels: jax.Array, stream: Stream | None = None
-    ) -> tuple[jax.Array, Stream]:
-        """The mean `[B, F, H, W, C]`, float32, before normalisation; of the encoder's variance
-        nobody makes use.
-        """
-        history = _History(stream)
-        moments = self.conv1.pointwise(self.encoder(pixels.astype(self.config.dtype), history))
-        return moments[..., : self.config.z_dim].astype(jnp.float32), tuple(history.new)
+        self, pixels: jax.Array, state: VaeState | None = None
+    ) -> tuple[jax.Array, VaeState]:
+        """Return the mean [B, F, H, W, C], float32, before normalisation, and the next state.
 
-    def decode(self, latents: jax.Array, stream: Stream | None = None) -> tuple[jax.Array, Stream]:
-        """Normalised latents `[B, F, C, H, W]` -> pixels `[B, T, height, width, 3]`, float32, not
-        clamped.
+        The encoder's variance is not used.
         """
-        history = _History(stream)
+        memory = _Memory(state)
+        moments = self.encoder(pixels.astype(self.config.dtype), memory)
+        moments = self.conv1.pointwise(moments)
+        mean = moments[..., : self.config.z_dim].astype(jnp.float32)
+        return mean, memory.next_state()
+
+    def decode(
+        self, latents: jax.Array, state: VaeState | None = None
+    ) -> tuple[jax.Array, VaeState]:
+        """Decode a chunk of a video.
+
+        Args:
+          latents: normalised, [B, F, C, H, W].
+          state: the decoder's state after the previous chunk; None for a new video.
+
+        Returns:
+          Pixels [B, T, height, width, 3], float32, around [-1, 1] and not clamped, and the state
+          for the next chunk.
+        """
+        memory = _Memory(state)
         mean, std = self._statistics()
-        z = (jnp.moveaxis(latents, 2, -1).astype(jnp.float32) * std + mean).astype(
-            self.config.dtype
-        )
-        pixels = self.decoder(self.conv2.pointwise(z), history)
-        return pixels.astype(jnp.float32), tuple(history.new)
+        z = jnp.moveaxis(latents, 2, -1).astype(jnp.float32) * std + mean
+        z = self.conv2.pointwise(z.astype(self.config.dtype))
+        pixels = self.decoder(z, memory)
+        return pixels.astype(jnp.float32), memory.next_state()
 
     def _statistics(self) -> tuple[jax.Array, jax.Array]:
+        """Return mean and std of the latent channels, each [1, 1, 1, 1, C], float32."""
         shape = (1, 1, 1, 1, self.config.z_dim)
-        return tuple(
-            jnp.asarray(v, jnp.float32).reshape(shape)
-            for v in (self.config.latent_mean, self.config.latent_std)
-        )
+        mean = jnp.asarray(self.config.latent_mean, jnp.float32).reshape(shape)
+        std = jnp.asarray(self.config.latent_std, jnp.float32).reshape(shape)
+        return mean, std
