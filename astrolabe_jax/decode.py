@@ -1,8 +1,8 @@
 """Stage decode: latents -> frames through the Wan VAE, streamed in time, and frames -> latents.
 
 Both directions go chunk by chunk with a memory, so that besides the result nothing grows with the
-length of a video, and the result is the same for every chunk length (docs/models.md, VAE). Every
-device decodes its own samples with a whole copy of the VAE.
+length of a video, and the result is the same for every chunk length (docs/models.md, VAE
+streaming). Every device decodes its own samples with a whole copy of the VAE.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Stage encode: prompts -> text embeddings [G, S, E] (docs/models.md, Text).
+"""Stage encode: prompts -> text embeddings [G, S, E] (docs/models.md, Prompt embeddings).
 
 A prompt is cleaned, tokenised to S ids with its end token, encoded by UMT5, and its rows beyond the
 last token are zero. An embedding depends on nothing but its prompt, the tokenizer and the encoder.

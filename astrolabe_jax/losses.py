@@ -67,7 +67,7 @@ def objective(
 
 
 def interpolate(current: jax.Array, old: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
-    """Return the implicit positive and negative policies (docs/objective.md, Implicit policies).
+    """Return the implicit positive and negative policies (docs/objective.md, Astrolabe loss).
 
     positive = beta current + (1 - beta) old, negative = (1 + beta) old - beta current; their mean
     is `old`. They may be predictions of clean latents or of velocities.
@@ -89,7 +89,7 @@ def astrolabe_loss(x0, current, old, r, beta: float) -> dict[str, jax.Array]:
 
     Gradients flow into `current` only. Per element d policy / d current =
     2 beta [(2r - 1)(old - x0) + beta (current - old)], so the minimiser is
-    old + (2r - 1)(x0 - old) / beta (docs/objective.md, Policy loss).
+    old + (2r - 1)(x0 - old) / beta (docs/objective.md, Astrolabe loss).
 
     Args:
       x0, current, old: clean latents [B, ...].
@@ -112,7 +112,7 @@ def diffusion_nft_loss(
     """Return DiffusionNFT's policy loss: velocities mixed, errors in x0 space, adaptively scaled.
 
     The normaliser of an error, the mean absolute error of the sample, carries no gradient
-    (docs/objective.md, DiffusionNFT).
+    (docs/objective.md, DiffusionNFT loss).
 
     Args:
       predictions: velocities, with x_t and sigma.
@@ -143,7 +143,7 @@ def diffusion_nft_loss(
 def deviation(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the mean squared difference of each sample: [B, ...], [B, ...] -> [B].
 
-    It is the surrogate of the KL divergence (docs/objective.md, KL surrogate).
+    It is the surrogate of the KL divergence (docs/objective.md, KL term).
     """
     chex.assert_equal_shape([a, b])
     return _mean(jnp.square(_f32(a) - _f32(b)))

@@ -2,7 +2,7 @@
 
 A block starts from noise and is denoised in a few steps. Then it passes once more through the
 network, clean, which leaves its clean keys and values in the cache for the blocks to come
-(docs/sampling.md, Rollout). Every function is pure and compiled; streaming/streams.py drives them
+(docs/sampling.md, Blocks). Every function is pure and compiled; streaming/streams.py drives them
 along a video.
 """
 

@@ -27,7 +27,7 @@ from astrolabe_jax.runtime.files import read_json
 from astrolabe_jax.runtime.metrics import Metrics
 from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.runtime.progress import Progress, log
-from astrolabe_jax.streaming import windows
+from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
     Evaluation,
     PromptBatch,
@@ -178,7 +178,7 @@ def samples_of(
     """
     videos = segment.videos
     _, first, row = np.unique(videos.batch.index, return_index=True, return_inverse=True)
-    texts = videos.prompts_at(windows.block_at(videos, segment.start))
+    texts = videos.prompts_at(streams.block_at(videos, segment.start))
     rows = np.array([videos.rows[texts[i]] for i in first])
     keys = prompts.sample_keys(videos.batch, run.config.seed, RngStream.LOSS, number)
     return Samples(

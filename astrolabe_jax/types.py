@@ -215,7 +215,7 @@ class PrefixContext(NamedTuple):
     """What the loss of a window reads of the frames before it, a row for each of its streams.
 
     streaming -> update. Which arrays there are depends on streaming.prefix and streaming.backprop
-    (docs/streaming.md, Prefix).
+    (docs/streaming.md, Whose keys).
     """
 
     start: Int[Array, ""]  # frames so far, in the cache's count

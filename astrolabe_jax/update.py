@@ -53,7 +53,7 @@ class StepBatch(NamedTuple):
 class TrainingForward:
     """The training forward of one policy over a whole video, or a window of one.
 
-    See docs/objective.md, Clean context, and docs/streaming.md, Prefix.
+    See docs/models.md, Clean context, and docs/streaming.md, Whose keys.
     """
 
     graphdef: Any
@@ -410,7 +410,7 @@ def blend_old(state: TrainState, decay: float) -> TrainState:
 
 @partial(jax.jit, donate_argnums=0)
 def reset_reference(state: TrainState) -> TrainState:
-    """Set reference <- current, a copy (docs/objective.md, Reference resets)."""
+    """Set reference <- current, a copy (docs/objective.md, Reference reset)."""
     return state._replace(reference=jax.tree.map(jnp.copy, state.current))
 
 

@@ -163,6 +163,26 @@ def fork(state: StreamState, each: int) -> StreamState:
     return _fork(state, each)
 
 
+def block_at(videos: VideoBatch, frame: int) -> int:
+    """Return the number of the block that a latent frame is in."""
+    return sum(plan.frame <= frame for plan in videos.blocks) - 1
+
+
+def blocks_between(videos: VideoBatch, begin: int, end: int) -> range:
+    """Return the numbers of the blocks of the latent frames from `begin` to `end`."""
+    frames = [plan.frame for plan in videos.blocks]
+    return range(
+        sum(frame < begin for frame in frames),
+        sum(frame < end for frame in frames),
+    )
+
+
+@jax.jit
+def finite(latents: jax.Array) -> jax.Array:
+    """Return whether each sample has finite numbers alone: [B, ...] -> [B] bool."""
+    return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
+
+
 def positions_of(plans: Sequence[BlockPlan]) -> np.ndarray:
     """Return the rotary positions of the frames of some blocks, int32."""
     return np.concatenate([np.asarray(plan.positions, np.int32) for plan in plans])

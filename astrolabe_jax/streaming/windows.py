@@ -97,20 +97,6 @@ def begin(run: Run, count: int, frames: int) -> StreamState:
     return streams.begin(run.policy({}), count, slots, run.latent_shape[1:])
 
 
-def block_at(videos: VideoBatch, frame: int) -> int:
-    """Return the number of the block that a latent frame is in."""
-    return sum(plan.frame <= frame for plan in videos.blocks) - 1
-
-
-def blocks_between(videos: VideoBatch, begin: int, end: int) -> range:
-    """Return the numbers of the blocks of the latent frames from `begin` to `end`."""
-    frames = [plan.frame for plan in videos.blocks]
-    return range(
-        sum(frame < begin for frame in frames),
-        sum(frame < end for frame in frames),
-    )
-
-
 def collect(
     run: Run,
     adapter: dict,
@@ -135,7 +121,7 @@ def collect(
     policy = run.policy(adapter)
     shared = shares_prefix(config)
     stop = start + run.window
-    blocks = blocks_between(videos, start if shared else 0, stop)
+    blocks = streams.blocks_between(videos, start if shared else 0, stop)
     places = _places(run, videos)
     share = piece(config, config.sampler.batch, run.mesh.size) // places.shape[1]
     pieces = []
@@ -193,7 +179,7 @@ def score_videos(
         clips = []
         scores = []
         for clip in split(frames, clip_length(run.config) or frames):
-            blocks = blocks_between(part, *clip)
+            blocks = streams.blocks_between(part, *clip)
             with progress.phase("rollout"):
                 state = streams.change_prompts(policy, part, state, blocks[0])
                 latents, state = sampled(streams.sample_blocks(policy, part, state, blocks))
@@ -238,7 +224,7 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequenc
 
     Decoded, such latents would be black frames, and scored as such.
     """
-    fine = sharding.to_host(finite(latents))[: len(texts)]
+    fine = sharding.to_host(streams.finite(latents))[: len(texts)]
     bad = np.flatnonzero(~fine)
     if len(bad):
         index = int(bad[0])
@@ -248,12 +234,6 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequenc
             "finite; they were not scored; lower optimizer.learning_rate or use "
             "model.dtype=float32"
         )
-
-
-@jax.jit
-def finite(latents: jax.Array) -> jax.Array:
-    """Return whether each sample has finite numbers alone: [B, ...] -> [B] bool."""
-    return jnp.isfinite(latents).all(axis=range(1, latents.ndim))
 
 
 def loss_parts(
@@ -285,7 +265,7 @@ def _sequence_parts(
     stream = begin(run, len(videos.timelines), stop)
     policy = run.policy(state.old)
     for number, (first, end) in enumerate(split(stop, run.window)):
-        blocks = blocks_between(videos, first, end)
+        blocks = streams.blocks_between(videos, first, end)
         positions = streams.positions_of([videos.blocks[block] for block in blocks])
         yield LossPart(
             (first, end), number, PrefixContext(np.int32(first), positions, stream.cache)
@@ -295,10 +275,10 @@ def _sequence_parts(
 
 
 def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
-    """Return what the loss reads of the past of a round's videos (docs/streaming.md, Prefix)."""
+    """Return what the loss reads of a round's past (docs/streaming.md, Whose keys)."""
     streaming = run.config.streaming
     videos = segment.videos
-    blocks = blocks_between(videos, segment.start, segment.start + run.window)
+    blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
     plans = [videos.blocks[block] for block in blocks]
     context = PrefixContext(np.int32(plans[0].start), streams.positions_of(plans))
     if streaming.backprop == "full":
@@ -326,7 +306,7 @@ def continue_streams(
     index = videos.batch.index
     chosen = continuations(run, videos.batch, total, epoch)
     policy = run.policy(adapter)
-    blocks = blocks_between(videos, segment.start, segment.start + run.window)
+    blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
     after = []
     for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
         taken = np.array([chosen[line] for line in index[places].tolist()])
@@ -525,7 +505,7 @@ def _advance_to(
         state = begin(run, count, run.latent_shape[0]) if begun is None else begun
         return _Advanced(state, [], [])
     policy = run.policy(adapter)
-    blocks = blocks_between(own, 0, start)
+    blocks = streams.blocks_between(own, 0, start)
     whole = []
     frames = []
     state = begun
@@ -592,7 +572,7 @@ def _score_clips(
     for begin, end in split(count, length or count):
         clip = frames[:, max(stride * begin - missing, 0) : stride * end - missing]
         frame = first + begin if length else start
-        texts = videos.prompts_at(block_at(videos, frame))
+        texts = videos.prompts_at(streams.block_at(videos, frame))
         waiting.append(score_async(run, clip, texts, numbers, progress))
 
     def mean() -> Scores:

@@ -1,7 +1,7 @@
 """Dense attention behind one function, and the block-causal attention of the uncached forward.
 
 Block-causal attention is run block by block on static slices of the keys, so that no mask exists
-and a fused kernel applies; the result is exact (docs/models.md, Block-causal attention).
+and a fused kernel applies; the result is exact (docs/models.md, Training mask).
 """
 
 import functools
@@ -108,7 +108,7 @@ def block_causal_attention(
       blocks: of all F frames.
       attend: as `attention_of` returns it.
       context: keys and values of the clean stream, same shape. Frames before a block are then read
-        from it, and only the block itself from keys_values (docs/streaming.md, Clean context).
+        from it, and only the block itself from keys_values (docs/models.md, Clean context).
       sink_tables: where the keys of the sink's frames are stored without rotation, the rotary table
         of these frames for each block; else None.
     """

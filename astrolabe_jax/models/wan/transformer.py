@@ -31,7 +31,7 @@ from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
 
 
 class Past(NamedTuple):
-    """What a window of a long video sees of the frames before it (docs/streaming.md, Prefix)."""
+    """What a window sees of the frames before it (docs/streaming.md, Whose keys)."""
 
     cache: kv.Cache  # of a rollout to frame `start`: one row a prompt, or one a sample
     start: jax.Array  # [] int32, frames so far in the cache's count; traced: one program for all
@@ -171,7 +171,7 @@ class WanTransformer(nnx.Module):
         """Return the cross-attention keys and values of prompts, to be passed to every call.
 
         They are [layers, B, text_len, A, K]. All rows are attended to, as in the published models
-        (docs/models.md, Text).
+        (docs/models.md, Text embedding).
 
         Args:
           text: embeddings [B, S, E], zero beyond the prompt; fewer than config.text_len rows are

@@ -5,7 +5,7 @@ Everything is checked here, before any weights are read.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Request(NamedTuple):
         return sum(shot.frames for shot in self.shots)
 
 
-class Given(NamedTuple):
+class GivenFrames(NamedTuple):
     """The frames that every video begins with, as pixels or as latents; `count` latent frames."""
 
     count: int = 0
@@ -57,7 +57,7 @@ class Given(NamedTuple):
     latents: np.ndarray | None = None  # [count, C, H, W]
 
 
-class Asked(NamedTuple):
+class Options(NamedTuple):
     """What the user asks for."""
 
     prompt: str | None = None  # exactly one of these two
@@ -67,7 +67,7 @@ class Asked(NamedTuple):
     score: bool = False  # so the rewards must understand the prompts
 
 
-class Terms(NamedTuple):
+class Limits(NamedTuple):
     """What the model makes of it."""
 
     layout: Layout
@@ -78,7 +78,7 @@ class Terms(NamedTuple):
     most: int  # of them
 
 
-def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Request]:
+def read_requests(config: ConfigDict, asked: Options, limits: Limits) -> list[Request]:
     """The videos that are asked for.
 
     Raises ValueError that names the prompt, and in it the scene or the character; OSError for
@@ -89,19 +89,19 @@ def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Reques
     if asked.score:
         rewards.validate(config.rewards)
     requests = []
-    for index, (where, text, scenes, frames) in enumerate(_scenes(config, asked, terms)):
+    for index, (where, text, scenes, frames) in enumerate(_scenes(config, asked, limits)):
         try:
             made = shots(
                 scenes,
-                terms.layout,
-                terms.rules,
+                limits.layout,
+                limits.rules,
                 config.video.fps,
-                terms.stride,
+                limits.stride,
                 frames,
-                terms.given,
+                limits.given,
             )
             for number, scene in enumerate(scenes, start=1):
-                _check_prompt(config, scene.prompt, number, asked, terms)
+                _check_prompt(config, scene.prompt, number, asked, limits)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         requests += [
@@ -110,10 +110,12 @@ def read_requests(config: ConfigDict, asked: Asked, terms: Terms) -> list[Reques
     return requests
 
 
-def _check_prompt(config: ConfigDict, prompt: str, number: int, asked: Asked, terms: Terms) -> None:
-    if (count := terms.tokens(prompt)) > terms.most:
+def _check_prompt(
+    config: ConfigDict, prompt: str, number: int, asked: Options, limits: Limits
+) -> None:
+    if (count := limits.tokens(prompt)) > limits.most:
         raise ValueError(
-            f"scene {number} has {count} tokens, the text encoder takes {terms.most} with the end "
+            f"scene {number} has {count} tokens, the text encoder takes {limits.most} with the end "
             f"token; shorten it: {prompt[:60]!r}..."
         )
     if asked.score:
@@ -121,19 +123,19 @@ def _check_prompt(config: ConfigDict, prompt: str, number: int, asked: Asked, te
 
 
 def _scenes(
-    config: ConfigDict, asked: Asked, terms: Terms
+    config: ConfigDict, asked: Options, limits: Limits
 ) -> Iterator[tuple[str, str, list[Scene], int]]:
     """(where it stands, text, scenes, pixel frames or 0 for those of the durations) of every
     video.
     """
-    fps, frames, block = config.video.fps, asked.frames or config.video.frames, terms.layout.block
+    fps, frames, block = config.video.fps, asked.frames or config.video.frames, limits.layout.block
     if asked.prompt_file is not None and asked.prompt_file.endswith(".jsonl"):
-        _check_length(frames, asked, terms)
+        _check_length(frames, asked, limits)
         for where, texts, switches in _read_switched(Path(asked.prompt_file)):
             yield (
                 where,
                 " | ".join(texts),
-                _switched(texts, switches, terms, fps, frames, where),
+                _switched(texts, switches, limits, fps, frames, where),
                 frames,
             )
         return
@@ -146,31 +148,31 @@ def _scenes(
         raise ValueError("--prompt is empty; write a prompt")
     several = any("|" in text for text in texts)
     for where, text in zip(places, texts, strict=True):
-        plain = not several if terms.rules.published else is_plain(text)
-        length = frames if plain or terms.rules.published else asked.frames
+        plain = not several if limits.rules.published else is_plain(text)
+        length = frames if plain or limits.rules.published else asked.frames
         try:
             if length:
-                _check_length(length, asked, terms)
+                _check_length(length, asked, limits)
             if plain:
                 scenes = [Scene(text.strip(), 0.0, 0, False)]
             else:
-                scenes = (parse_published if terms.rules.published else parse)(
-                    text, block, fps, terms.stride
+                scenes = (parse_published if limits.rules.published else parse)(
+                    text, block, fps, limits.stride
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         yield where, text, scenes, length
 
 
-def _check_length(frames: int, asked: Asked, terms: Terms) -> None:
+def _check_length(frames: int, asked: Options, limits: Limits) -> None:
     """Refuses a number of frames that is not whole blocks, and says which are."""
-    latents = 1 + (frames - 1) // terms.stride
-    below, above = terms.layout.whole(latents), terms.layout.whole(latents + 1, up=True)
-    if frames < 1 or frames != 1 + terms.stride * (below - 1):
-        fits = [str(1 + terms.stride * (count - 1)) for count in (below, above) if count]
+    latents = 1 + (frames - 1) // limits.stride
+    below, above = limits.layout.whole(latents), limits.layout.whole(latents + 1, up=True)
+    if frames < 1 or frames != 1 + limits.stride * (below - 1):
+        fits = [str(1 + limits.stride * (count - 1)) for count in (below, above) if count]
         name = "--frames" if asked.frames else "config.video.frames"
         whole = (
-            f"whole blocks of {terms.layout.block} latent frames make {' or '.join(fits)} frames"
+            f"whole blocks of {limits.layout.block} latent frames make {' or '.join(fits)} frames"
         )
         raise ValueError(f"{name} is {frames}; {whole}")
 
@@ -220,13 +222,13 @@ def _are(values: Any, kind: type, empty: bool = False) -> bool:
 
 
 def _switched(
-    texts: Sequence[str], switches: Sequence[int], terms: Terms, fps: int, frames: int, where: str
+    texts: Sequence[str], switches: Sequence[int], limits: Limits, fps: int, frames: int, where: str
 ) -> list[Scene]:
     """Scenes of as many blocks as lie between the switches."""
     blocks = [
         block
-        for block in terms.layout.blocks(1 + (frames - 1) // terms.stride)
-        if block.start >= terms.given
+        for block in limits.layout.blocks(1 + (frames - 1) // limits.stride)
+        if block.start >= limits.given
     ]
     scene_of = scenes_by_frame(switches, [block.start for block in blocks])
     counts = [scene_of.count(scene) for scene in range(len(texts))]
@@ -235,7 +237,7 @@ def _switched(
             f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its "
             "switch an earlier frame, or ask for more frames"
         )
-    seconds = terms.stride * terms.layout.block / fps
+    seconds = limits.stride * limits.layout.block / fps
     return [
         Scene(text, count * seconds, count, False)
         for text, count in zip(texts, counts, strict=True)
@@ -243,31 +245,33 @@ def _switched(
 
 
 def read_given(
-    image: str | None,
-    video: str | None,
-    latents: str | None,
+    paths: Mapping[str, str | None],
     config: ConfigDict,
     layout: Layout,
     vae: VaeConfig,
-    size: tuple[int, int, int],
-) -> Given:
-    """The frames to begin with: a picture, the end of a video, or latents; at most one of them.
-    ValueError or OSError.
+    latent_shape: tuple[int, int, int],
+) -> GivenFrames:
+    """Read the frames to begin with: a picture, the end of a video, or latents.
 
     Pictures are resized to config.video. Of a video, taken at its frame rate, the last frames are
     used that are whole blocks.
+
+    Args:
+      paths: by the name of the flag, 'image', 'video' or 'latents'; at most one is given.
+
+    Raises:
+      ValueError, OSError: naming the flag and the file.
     """
-    named = {"--image": image, "--video": video, "--latents": latents}
-    named = {flag: Path(name) for flag, name in named.items() if name is not None}
+    named = {f"--{flag}": Path(name) for flag, name in paths.items() if name is not None}
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} both say how videos begin; give one")
     for flag, path in named.items():
         if not path.is_file():
             raise FileNotFoundError(f"{flag}: no file {path}")
     if "--latents" in named:
-        return _read_latents(named["--latents"], layout, size)
+        return _read_latents(named["--latents"], layout, latent_shape)
     if not named:
-        return Given()
+        return GivenFrames()
     ((flag, path),) = named.items()
     target = (config.video.width, config.video.height)
     if flag == "--image":
@@ -282,10 +286,10 @@ def read_given(
             f"with whole blocks, of at least {least} frames: give a video of so many, or a model "
             "with blocks of one (framewise)"
         )
-    return Given(count, frames[len(frames) - vae.pixel_frames(count) :])
+    return GivenFrames(count, frames[len(frames) - vae.pixel_frames(count) :])
 
 
-def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Given:
+def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> GivenFrames:
     try:
         values = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:
@@ -302,4 +306,4 @@ def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Giv
             f"--latents: {path} has {len(values)} frames, which are not whole blocks of "
             f"{layout.block}"
         )
-    return Given(len(values), None, values.astype(np.float32))
+    return GivenFrames(len(values), None, values.astype(np.float32))

@@ -1,0 +1,149 @@
+"""Makes videos from prompts.
+
+    python -m astrolabe_jax.sample --config=configs/krea14b.py --prompt="a cat" --output_dir=out
+    python -m astrolabe_jax.sample --config=configs/longlive.py --prompt_file=prompts.txt \\
+        --lora=runs/longlive/lora --output_dir=out --frames=957 --config.model.positions=relative
+
+A prompt may be a list of scenes, "a cat[5s] | a dog[10s#]" (docs/sampling.md, Scene strings). A
+file holds one prompt a line, or, named .jsonl, one video a line, {"prompts": [...],
+"switch_frames": [...]}, with the latent frames where its prompts change.
+
+OUTPUT_DIR/videos/00000.mp4     the video of prompt 0; meanwhile 00000.partial.mp4 can be watched
+OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if
+                                asked for, whose means are in average_scores.json
+
+The same command goes on where it was stopped: videos that are there and were made with the same
+settings stay.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from astrolabe_jax import run as runs
+from astrolabe_jax import sharding
+from astrolabe_jax.config_checks import validate_sampling
+from astrolabe_jax.convert.lora import load_lora
+from astrolabe_jax.models.tokenizer import token_ids
+from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.preemption import Stopped, listening
+from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.sample import videos
+from astrolabe_jax.sample.requests import Limits, Options, Request, read_given, read_requests
+
+
+def prepare(options: Mapping[str, Any]) -> tuple[videos.SampleModel, list[Request]]:
+    """Check what is asked for, then load the model: return it and the requests.
+
+    Raises:
+      ValueError, OSError: before anything is compiled.
+    """
+    config = options["config"]
+    validate_sampling(config, jax.device_count(), jax.default_backend())
+    sizes, tokenizer = runs.open_base(config)
+    layout = runs.layout_of(config)
+    shape = runs.latent_size(config, sizes)
+    given = read_given(
+        {name: options[name] for name in ("image", "video", "latents")},
+        config,
+        layout,
+        sizes["vae"],
+        shape,
+    )
+    limits = Limits(
+        layout,
+        runs.rules_of(config),
+        sizes["vae"].temporal_stride,
+        given.count,
+        lambda prompt: len(token_ids(tokenizer, prompt)),
+        sizes["text_encoder"].text_len,
+    )
+    asked = Options(*(options[name] for name in Options._fields))
+    requests = read_requests(config, asked, limits)
+    adapter = None
+    if options["lora"]:
+        adapter = load_lora(options["lora"], sizes["transformer"])
+    (Path(options["output_dir"]) / "videos").mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(config.mesh)
+    return videos.load(config, adapter, given, mesh, score=asked.score), requests
+
+
+def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
+    """Make the videos.
+
+    Exits with status 2 for what cannot be done, before anything is compiled, and with 1 for what
+    goes wrong later; one message each.
+    """
+    if len(argv) > 1:
+        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
+    cli.set_up()
+    options = {name: flag.value for name, flag in given.items()}
+    directory = Path(options["output_dir"])
+    try:
+        model, requests = prepare(options)
+    except (ValueError, OSError) as error:
+        cli.fail(error, 2)
+    log(_opening(model, requests))
+    with jax.set_mesh(model.mesh), listening() as check:
+        try:
+            videos.sample(model, requests, directory, check)
+        # a reward, a full disk, a broken adapter
+        except (ValueError, OSError, FloatingPointError) as error:
+            cli.fail(error, 1)
+        except Stopped as stopped:
+            log(
+                f"{stopped}: the videos that are done are in {directory}; run the same command to "
+                "go on"
+            )
+
+
+def _opening(model: videos.SampleModel, requests: list[Request]) -> str:
+    """Return the line about what will be made."""
+    config = model.config
+    lengths = sorted({request.frames for request in requests})
+    spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
+    net = model.base.transformer.config
+    return (
+        f"{len(requests)} videos of {spans} frames ({lengths[-1] / config.video.fps:.2f} s) of "
+        f"{config.video.height}x{config.video.width}, at most "
+        f"{videos.batch_size(model, len(requests))} at once, on {model.mesh.size} x "
+        f"{jax.devices()[0].device_kind}; {net.num_layers} layers of {net.dim}, seed {config.seed}"
+    )
+
+
+def define() -> dict[str, flags.FlagHolder]:
+    """Define the flags of this program."""
+    text = flags.DEFINE_string
+    given = {
+        "config": cli.define(),
+        "prompt": text("prompt", None, "one prompt, or scenes: 'a cat[5s] | a dog[10s#]'"),
+        "prompt_file": text(
+            "prompt_file",
+            None,
+            "one prompt a line; .jsonl: prompts and switch_frames; world:NAME/SPLIT",
+        ),
+        "output_dir": text("output_dir", None, "where videos/ and results.jsonl go", required=True),
+        "lora": text("lora", None, "adapter: a PEFT directory, a run's lora/, or a weights file"),
+        "candidates": flags.DEFINE_integer("candidates", 1, "videos per prompt", lower_bound=1),
+        "frames": flags.DEFINE_integer(
+            "frames", 0, "frames per video; 0: the durations', or video.frames", lower_bound=0
+        ),
+        "image": text("image", None, "picture that every video begins with"),
+        "video": text("video", None, "video whose end every video begins with"),
+        "latents": text(
+            "latents", None, ".npy of latents [frames, C, H, W] that videos begin with"
+        ),
+        "score": flags.DEFINE_bool(
+            "score", False, "score every scene with config.rewards; keeps its frames in memory"
+        ),
+    }
+    flags.mark_flag_as_required("config")
+    return given
+
+
+if __name__ == "__main__":
+    flag_holders = define()
+    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)
