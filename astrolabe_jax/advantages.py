@@ -88,7 +88,8 @@ def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 0.0) -> np.ndarray:
     """Return the advantages [N] = (score - mean of its group) / (std + 1e-4).
 
-    Where every group has one member, mean and standard deviation are those of the whole epoch.
+    See docs/objective.md, Advantages. Where every group has one member, mean and standard deviation
+    are those of the whole epoch.
 
     Args:
       score: [N].
@@ -113,7 +114,10 @@ def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 
 
 
 def optimality(advantage: np.ndarray, clip: float) -> np.ndarray:
-    """Return r = clip(A, -clip, clip) / (2 clip) + 1/2, in [0, 1]."""
+    """Return r = clip(A, -clip, clip) / (2 clip) + 1/2, in [0, 1].
+
+    See docs/objective.md, Optimality.
+    """
     clipped = np.clip(advantage, -clip, clip)
     return np.clip(clipped / clip / 2 + 0.5, 0.0, 1.0)
 
@@ -154,14 +158,15 @@ def _members(groups: np.ndarray) -> list[np.ndarray]:
 def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: str) -> np.ndarray:
     """Return how far the main reward's rank departs from the mean rank of the others, [N].
 
-    Ranks run over the whole epoch; ties keep the order of the samples.
+    See docs/objective.md, Rank discrepancy. Ranks run over the whole epoch; ties keep the order of
+    the samples.
 
     Args:
       rewards: {name: [N]}.
       main: name of the main reward.
       direction: 'paper': positive where the main reward likes a sample more than the others do,
         which is what reward hacking looks like. 'published': the opposite sign and at most two
-        other rewards, as the released code has it (docs/published.md).
+        other rewards, as the released code has it (docs/published.md, Objective).
     """
     if direction not in ("paper", "published"):
         raise ValueError(f"kl.rank_direction is {direction!r}; use 'paper' or 'published'")
@@ -187,7 +192,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 class RiskState(NamedTuple):
-    """Controller of how many samples the KL restrains."""
+    """Controller of how many samples the KL restrains; see docs/objective.md, Risk controller."""
 
     ratio: float = 0.1  # share of the samples with a discrepancy of at least 0
     history: tuple[float, ...] = ()  # risks of the last epochs
@@ -226,6 +231,7 @@ def risk_step(state: RiskState, risk: float) -> RiskState:
 def risk_mask(discrepancy: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
     """Return which samples the KL restrains, bool [N], and the threshold that they exceed.
 
+    See docs/objective.md, Risk mask.
     The threshold is the (100 - 100 ratio)-th percentile of the discrepancies that are at least 0.
     """
     threshold = np.percentile(discrepancy[discrepancy >= 0], 100 - 100 * ratio)
@@ -233,7 +239,7 @@ def risk_mask(discrepancy: np.ndarray, ratio: float) -> tuple[np.ndarray, float]
 
 
 class ResetState(NamedTuple):
-    """Controller of the reference policy."""
+    """Controller of the reference policy; see docs/objective.md, Reference reset."""
 
     threshold: float  # mean KL of a step above which a reset is asked for
     previous: int = 0  # epoch of the last reset
@@ -242,7 +248,7 @@ class ResetState(NamedTuple):
 
 # How resets move the threshold: (floor when they are rare, ceiling when they are frequent). The
 # published numbers are exchanged, so that its first frequent reset makes the threshold jump down to
-# 0.05 (docs/published.md).
+# 0.05 (docs/published.md, Objective).
 RESET_BOUNDS = {"corrected": (0.05, 0.15), "published": (0.1, 0.05)}
 RESET_STEP = 0.01
 FREQUENT_EPOCHS = 5  # resets fewer epochs apart than this are frequent

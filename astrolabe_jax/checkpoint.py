@@ -1,4 +1,4 @@
-"""Stage checkpoint: what a run needs to go on exactly. See docs/checkpoints.md.
+"""Stage checkpoint: what a run needs to go on exactly (docs/checkpoints.md, Run directory).
 
 No other module that deals with runs knows Orbax. A working directory holds
 
@@ -134,7 +134,7 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     """Raise ValueError, with every difference, unless two fingerprints are of the same run.
 
     Entries of MAY_DIFFER may differ. A fingerprint of an older version is refused by the names that
-    its fields have today. `complaint` opens the message.
+    its fields have today (docs/checkpoints.md, Old checkpoints). `complaint` opens the message.
     """
     renamed = [f"{old} is {new} now" for old, new in _renamed_fields(saved).items()]
     if renamed:

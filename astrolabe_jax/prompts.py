@@ -85,8 +85,8 @@ def draw(
 
     Prompts are taken without replacement: the list is gone through in a random order, and then
     again in another one, across epochs; no epoch has a prompt twice. `repeated` > 1 is the
-    published behaviour (docs/published.md): each run of `repeated` sampling batches asks for the
-    same prompts, so that the epoch has prompts_per_epoch / repeated prompts with repeated x
+    published behaviour (docs/published.md, Objective): each run of `repeated` sampling batches asks
+    for the same prompts, so that the epoch has prompts_per_epoch / repeated prompts with repeated x
     samples_per_prompt videos each.
     """
     if prompts_per_epoch % repeated:
@@ -104,7 +104,8 @@ def draw(
         order = np.concatenate([order, _order(size, seed, turn + 1, distinct)])
     drawn = order[start : start + distinct]
     videos = repeated * samples_per_prompt
-    return _batch(prompts, np.repeat(drawn, videos), np.tile(np.arange(videos), distinct))
+    samples = np.tile(np.arange(videos), distinct)
+    return _batch(prompts, np.repeat(drawn, videos), samples)
 
 
 def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:

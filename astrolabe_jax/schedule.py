@@ -1,7 +1,7 @@
 """The flow-matching time axis: the only module that knows what a timestep means.
 
 A timestep t lives on [0, 1000]; sigma in [0, 1] is the share of noise: x_t = (1 - sigma) x0 + sigma
-noise, and the network predicts the velocity v = noise - x0 (docs/sampling.md, Noise levels). Tables
+noise, and the network predicts the velocity v = noise - x0 (docs/sampling.md, Schedule). Tables
 are built in float64 on the host and kept as float32; the conversions run in float32 on the device.
 """
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 T_MAX = 1000.0  # the timestep of pure noise
@@ -80,7 +80,8 @@ def training_weights(schedule: Schedule) -> np.ndarray:
     They are a bell over t, zero at its lowest, and sum to num_steps.
     """
     n = schedule.num_steps
-    bell = np.exp(-2 * ((_sigmas64(schedule) * T_MAX - n / 2) / n) ** 2)
+    t = _sigmas64(schedule) * T_MAX
+    bell = np.exp(-2 * ((t - n / 2) / n) ** 2)
     bell -= bell.min()
     return (bell * (n / bell.sum())).astype(np.float32)
 
@@ -103,7 +104,7 @@ def warp(steps: Iterable[float], schedule: Schedule) -> tuple[float, ...]:
     return tuple(float(extended[schedule.num_steps - int(d)]) for d in steps)
 
 
-def sigma_of(t: ArrayLike, schedule: Schedule, source: SigmaSource = "exact") -> jax.Array:
+def sigma_of(t: ArrayLike, schedule: Schedule, source: SigmaSource = "exact") -> Array:
     """Return the noise levels, float32 in [0, 1], of timesteps t in [0, 1000] of any shape.
 
     'exact' inverts t = 1000 sigma. 'lookup' returns the nearest table entry as the published code
@@ -117,7 +118,7 @@ def sigma_of(t: ArrayLike, schedule: Schedule, source: SigmaSource = "exact") ->
     return jnp.asarray(sigmas(schedule))[_nearest(t, schedule)]
 
 
-def add_noise(x0: jax.Array, noise: jax.Array, sigma: ArrayLike) -> jax.Array:
+def add_noise(x0: Array, noise: Array, sigma: ArrayLike) -> Array:
     """Return x_t = (1 - sigma) x0 + sigma noise, computed in float32, in the dtype of the noise.
 
     The axes of sigma are the first ones of x0.
@@ -126,7 +127,7 @@ def add_noise(x0: jax.Array, noise: jax.Array, sigma: ArrayLike) -> jax.Array:
     return ((1 - sigma) * _f32(x0) + sigma * _f32(noise)).astype(noise.dtype)
 
 
-def velocity_to_x0(x_t: jax.Array, velocity: jax.Array, sigma: ArrayLike) -> jax.Array:
+def velocity_to_x0(x_t: Array, velocity: Array, sigma: ArrayLike) -> Array:
     """Return x0 = x_t - sigma v, computed in float32, in the dtype of v.
 
     sigma: scalar, [B] or [B, F].
@@ -134,7 +135,7 @@ def velocity_to_x0(x_t: jax.Array, velocity: jax.Array, sigma: ArrayLike) -> jax
     return (_f32(x_t) - _leading(sigma, x_t) * _f32(velocity)).astype(velocity.dtype)
 
 
-def x0_to_velocity(x_t: jax.Array, x0: jax.Array, sigma: ArrayLike) -> jax.Array:
+def x0_to_velocity(x_t: Array, x0: Array, sigma: ArrayLike) -> Array:
     """Return v = (x_t - x0) / sigma, computed in float32, in the dtype of x0.
 
     sigma must not be 0.
@@ -143,12 +144,12 @@ def x0_to_velocity(x_t: jax.Array, x0: jax.Array, sigma: ArrayLike) -> jax.Array
 
 
 def euler_step(
-    x_t: jax.Array,
-    velocity: jax.Array,
+    x_t: Array,
+    velocity: Array,
     t: ArrayLike,
     schedule: Schedule,
     to_final: bool = False,
-) -> jax.Array:
+) -> Array:
     """Step from t to the next table entry: return x + v (sigma_next - sigma).
 
     After the last entry comes the final sigma, 0, or 1 for a table that runs towards noise.
@@ -162,24 +163,25 @@ def euler_step(
         soon as one t is the last entry.
     """
     final = 1.0 if schedule.inverse_timesteps or schedule.reverse_sigmas else 0.0
-    table = jnp.asarray(np.append(sigmas(schedule), np.float32(final)))
+    levels = np.append(sigmas(schedule), np.float32(final))
+    table = jnp.asarray(levels)
     index = _nearest(jnp.asarray(t, jnp.float32), schedule)
     target = final if to_final else table[index + 1]
     return x_t + velocity * _leading(target - table[index], x_t)
 
 
-def _nearest(t: jax.Array, schedule: Schedule) -> jax.Array:
+def _nearest(t: Array, schedule: Schedule) -> Array:
     """Return the indices of the table entries that are nearest to t."""
     table = jnp.asarray(timesteps(schedule))
     entries = table.reshape((-1,) + (1,) * t.ndim)
     return jnp.argmin(jnp.abs(entries - t[None]), axis=0)
 
 
-def _leading(sigma: ArrayLike, x: jax.Array) -> jax.Array:
+def _leading(sigma: ArrayLike, x: Array) -> Array:
     """Append axes of size 1 to sigma, so that it broadcasts against x from the left."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def _f32(x: jax.Array) -> jax.Array:
+def _f32(x: Array) -> Array:
     return x.astype(jnp.float32)

@@ -5,7 +5,6 @@ import io
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -32,6 +31,9 @@ X264_OPTIONS = {"preset": "veryfast", "crf": "16", "x264-params": "threads=1:mbt
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
+Line = tuple[Sequence[float], Sequence[float]]  # x and y
+
+
 class Mp4Writer:
     """A video that can be watched while it is made: H.264, yuv420p, which every player shows.
 
@@ -51,9 +53,7 @@ class Mp4Writer:
     def __enter__(self) -> "Mp4Writer":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: Exception | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self.close()
         elif self._container is not None:
@@ -67,7 +67,8 @@ class Mp4Writer:
         """
         frames = _enlarge(frames, VIDEO_HEIGHT)
         # even sides: colour is stored at half size
-        height, width = (side // 2 * 2 for side in frames.shape[1:3])
+        height = frames.shape[1] // 2 * 2
+        width = frames.shape[2] // 2 * 2
         with writing(self._path):
             container, stream = self._opened(height, width)
             for frame in frames:
@@ -145,7 +146,8 @@ def read_video(
 
 def resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a picture [height, width, 3] uint8 at (width, height)."""
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    image = Image.fromarray(picture)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
@@ -154,9 +156,11 @@ def strip(frames: np.ndarray) -> np.ndarray:
     The strip is [height, width', 3] uint8, with a white column between neighbours.
     """
     count = min(STRIP_FRAMES, len(frames))
-    times = np.rint(np.linspace(0, len(frames) - 1, count)).astype(int)
+    times = np.linspace(0, len(frames) - 1, count)
+    times = np.rint(times).astype(int)
     border = ((0, 0), (0, 1), (0, 0))
-    return np.concatenate([np.pad(frames[t], border, constant_values=255) for t in times], axis=1)
+    pieces = [np.pad(frames[time], border, constant_values=255) for time in times]
+    return np.concatenate(pieces, axis=1)
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
@@ -190,14 +194,18 @@ def contact_sheet(
         heading: [_enlarge(strip, STRIP_HEIGHT) for strip in column]
         for heading, (column, _) in columns.items()
     }
-    height, width = next(iter(strips.values()))[0].shape[:2]
+    first = next(iter(strips.values()))[0]
+    height, width = first.shape[:2]
     margin = 16
     head = 64  # pixels of the title and the headings
     pitch = height + 56  # from row to row
-    size = (margin + (width + margin) * len(columns), head + pitch * len(rows))
-    sheet = Image.new("RGB", size, PAPER)
+    sheet_width = margin + (width + margin) * len(columns)
+    sheet_height = head + pitch * len(rows)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    large, text, small = (ImageFont.load_default(size=points) for points in (20, 16, 13))
+    large = ImageFont.load_default(size=20)
+    text = ImageFont.load_default(size=16)
+    small = ImageFont.load_default(size=13)
     draw.text((margin, 10), title, INK, large)
     for i, row in enumerate(rows):
         draw.text((margin, head + pitch * i), row, INK, text)
@@ -211,11 +219,7 @@ def contact_sheet(
     return sheet
 
 
-def curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    xlabel: str,
-    log: Sequence[str] = (),
-) -> bytes:
+def curves(panels: Mapping[str, Mapping[str, Line]], xlabel: str, log: Sequence[str] = ()) -> bytes:
     """Return a PNG with a panel for each title.
 
     Args:
@@ -227,7 +231,8 @@ def curves(
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
         for label, (x, y) in lines.items():
-            axes.plot(x, y, marker="o" if len(x) < 4 else None, label=label)
+            marker = "o" if len(x) < 4 else None
+            axes.plot(x, y, marker=marker, label=label)
         positive = any(value > 0 for _, y in lines.values() for value in y)
         if title in log and positive:
             axes.set_yscale("log")

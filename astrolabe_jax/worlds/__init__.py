@@ -1,4 +1,4 @@
-"""The embedded worlds: where everything can be tried without real videos, prompts of people, or
+"""The embedded worlds: everything can be tried in them without real videos, prompts of people, or
 reward models.
 """
 

@@ -46,12 +46,14 @@ class MovingShapesConfig(tfds.core.BuilderConfig):
     def __post_init__(self):
         if self.videos_per_prompt < 1:
             raise ValueError(f"videos_per_prompt must be at least 1, got {self.videos_per_prompt}")
-        self.name = f"{'long_' * self.long}videos_per_prompt_{self.videos_per_prompt}"
+        length = "long_" if self.long else ""
+        self.name = f"{length}videos_per_prompt_{self.videos_per_prompt}"
 
 
 def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = False) -> dict:
-    """Video `index` of a split, which depends on nothing else; the videos of a prompt follow one
-    another.
+    """Return video `index` of a split, which depends on nothing else.
+
+    The videos of a prompt follow one another.
 
     Returns:
       prompt, colour, shape, direction, speed (empty: medium), background: str; video: uint8 `[33,
@@ -59,23 +61,26 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
       {prompt: str, frames: int}.
 
     Raises:
-      IndexError: for an index beyond the split; ValueError: for an unknown split.
+      IndexError: for an index beyond the split.
+      ValueError: for an unknown split.
     """
-    prompts = vocabulary.prompts(f"{'long_' * long}{split}")
+    name = f"long_{split}" if long else split
+    prompts = vocabulary.prompts(name)
     if not 0 <= index < len(prompts) * videos_per_prompt:
         raise IndexError(
             f"video {index} of moving_shapes/{split}, which has {len(prompts)} prompts x "
             f"{videos_per_prompt} videos"
         )
     prompt = prompts[index // videos_per_prompt]
-    rng = np.random.default_rng([SPLITS.index(split) + len(SPLITS) * long, index])
+    number = SPLITS.index(split) + (len(SPLITS) if long else 0)
+    rng = np.random.default_rng([number, index])
     if not long:
         return {
             "prompt": prompt,
             "video": render.sample(prompt, rng),
             **vocabulary.parse(prompt)._asdict(),
         }
-    scenes = vocabulary.long_scenes(f"long_{split}")[index // videos_per_prompt]
+    scenes = vocabulary.long_scenes(name)[index // videos_per_prompt]
     listed = [{"prompt": plain, "frames": frames} for plain, frames in scenes]
     return {"prompt": prompt, "video": render.sample_scenes(scenes, rng), "scenes": listed}
 
@@ -91,15 +96,22 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def __init__(self, *, file_format: str | None = None, **kwargs):
-        """As every builder; `file_format` is array_record (default) or parquet, which are read
-        without TensorFlow.
+        """Make a builder as every other.
+
+        `file_format` is array_record (default) or parquet, which are read without TensorFlow.
         """
         super().__init__(file_format=file_format, **kwargs)
         if file_format is None and not self.info.initialized:
             self.info.set_file_format("array_record", override=True)
 
+    @property
+    def _config(self) -> MovingShapesConfig:
+        assert isinstance(self.builder_config, MovingShapesConfig)
+        return self.builder_config
+
     def _info(self) -> tfds.core.DatasetInfo:
-        text, long = tfds.features.Text(), self.builder_config.long
+        text = tfds.features.Text()
+        long = self._config.long
         shape = (vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3)
         video = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
         described = dict.fromkeys(vocabulary.Attributes._fields, text)
@@ -117,7 +129,7 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        config = self.builder_config
-        prompts = vocabulary.prompts(f"{'long_' * config.long}{split}")
+        config = self._config
+        prompts = vocabulary.prompts(f"long_{split}" if config.long else split)
         for index in range(len(prompts) * config.videos_per_prompt):
             yield index, example(split, index, config.videos_per_prompt, config.long)

@@ -1,9 +1,10 @@
-"""Renders moving shapes: one shape on a plain background, moving steadily, with antialiased edges.
+"""Videos of one shape on a plain background, moving steadily, with antialiased edges.
 
 A shape that comes to the border is reflected there, so that a video may be of any length.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,56 +28,58 @@ JITTER = 3.0
 
 
 def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest (x, y) in pixels that the centre of a shape may take."""
+    """Return the smallest and the largest (x, y) in pixels that the centre of a shape may take."""
     side, up, down = EXTENTS[shape]
-    return np.array([side, up]) + MARGIN, SIZE - np.array([side, down]) - MARGIN
+    low = np.array([side, up]) + MARGIN
+    high = SIZE - np.array([side, down]) - MARGIN
+    return low, high
 
 
 def sample_start(
     attributes: Attributes, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER
 ) -> np.ndarray:
-    """Centre (x, y) at frame 0 of a path whose middle is uniform around the frame's centre, as far
-    as it fits.
+    """Return the centre (x, y) at frame 0 of a path whose middle is near the frame's centre.
 
-    Where `frames` do not fit between the borders, the path begins as one of FRAMES does.
+    The middle is uniform around the centre, as far as the path fits between the borders and at most
+    `jitter` pixels per axis. Where `frames` do not fit, the path begins as one of FRAMES does.
     """
     step = _step(attributes)
     side, up, down = EXTENTS[attributes.shape]
+    extents = np.array([side, (up + down) / 2])
 
-    def room(frames):
-        return (
-            SIZE / 2 - np.array([side, (up + down) / 2]) - MARGIN - np.abs(step) * (frames - 1) / 2
-        )
+    def room(frames: int) -> np.ndarray:
+        """Return how far (x, y) the middle may be from the centre."""
+        return SIZE / 2 - extents - MARGIN - np.abs(step) * (frames - 1) / 2
 
-    straight = frames if (room(frames) >= 0).all() else FRAMES
-    spread = rng.uniform(-1, 1, 2) * np.minimum(room(straight), jitter)
-    return SIZE / 2 + np.array([0, (up - down) / 2]) + spread - step * (straight - 1) / 2
+    if not (room(frames) >= 0).all():
+        frames = FRAMES
+    spread = rng.uniform(-1, 1, 2) * np.minimum(room(frames), jitter)
+    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + spread
+    return middle - step * (frames - 1) / 2
 
 
 def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray:
-    """Centres `[T, 2]` as (x, y): steady from `start` at the asked velocity, reflected at the
-    borders.
-    """
+    """Return centres `[T, 2]` as (x, y): steady from `start`, reflected at the borders."""
     low, high = bounds(attributes.shape)
     straight = start + np.arange(frames)[:, None] * _step(attributes)
+    # there and back again
     turn = (straight - low) % (2 * (high - low))
     reflected = low + np.minimum(turn, 2 * (high - low) - turn)
-    return np.where((straight < low) | (straight > high), reflected, straight)
+    outside = (straight < low) | (straight > high)
+    return np.where(outside, reflected, straight)
 
 
 def _step(attributes: Attributes) -> np.ndarray:
-    """Pixels per frame (x, y)."""
-    return (
-        np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
-    )
+    """Return the velocity (x, y) in pixels per frame."""
+    direction = np.array(vocabulary.DIRECTIONS[attributes.direction])
+    return direction * vocabulary.SPEEDS[attributes.speed]
 
 
-def edge_distance(shape: str, x, y, xp=np):
-    """Signed distance in pixels to the shape's edge (negative inside), relative to its centre; y
-    grows downwards.
+def edge_distance(shape: str, x: Any, y: Any, xp: Any = np) -> Any:
+    """Return the signed distance in pixels to the shape's edge, negative inside.
 
-    `xp` is the array module of `x` and `y` (numpy or jax.numpy), so that rewards measure the very
-    shapes drawn here.
+    `x` and `y` are relative to its centre; y grows downwards. `xp` is their array module (numpy or
+    jax.numpy), so that rewards measure the very shapes drawn here.
     """
     if shape == "circle":
         return xp.sqrt(x * x + y * y) - RADIUS
@@ -89,38 +92,48 @@ def edge_distance(shape: str, x, y, xp=np):
 
 
 def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
-    """Video uint8 `[T, SIZE, SIZE, 3]` of the shape at `centres`, `[T, 2]` as (x, y) in pixels."""
+    """Return a video uint8 `[T, SIZE, SIZE, 3]` of the shape at `centres`.
+
+    They are `[T, 2]` as (x, y) in pixels.
+    """
     pixel = np.arange(SIZE) + 0.5
     x, y = centres.T[:, :, None, None]
-    distance = edge_distance(attributes.shape, pixel[None, None, :] - x, pixel[None, :, None] - y)
+    column = pixel[None, None, :] - x
+    row = pixel[None, :, None] - y
+    distance = edge_distance(attributes.shape, column, row)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)
-    return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
+    frames = coverage * colour + (1 - coverage) * background
+    return np.rint(frames).astype(np.uint8)
 
 
 def sample(
     prompt: str, rng: np.random.Generator, frames: int = FRAMES, jitter: float = JITTER
 ) -> np.ndarray:
-    """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
+    """Return a real video uint8 `[T, SIZE, SIZE, 3]` of the prompt at a random position."""
     return sample_scenes([(prompt, frames)], rng, jitter)
 
 
 def sample_scenes(
     scenes: Sequence[tuple[str, int]], rng: np.random.Generator, jitter: float = JITTER
 ) -> np.ndarray:
-    """A ground-truth video uint8 `[T, SIZE, SIZE, 3]` of (prompt, pixel frames) after one another.
+    """Return a real video uint8 `[T, SIZE, SIZE, 3]` of (prompt, pixel frames) after one another.
 
     The shape begins at a random position, and goes on in each scene from where it is, as that
-    scene's prompt says; a bounce before does not count. ValueError for a prompt of another world.
+    scene's prompt says; a bounce before does not count. Raises ValueError for a prompt of another
+    world.
     """
-    centres, parts = None, []
+    centres = None
+    videos = []
     for prompt, frames in scenes:
         attributes = vocabulary.parse(prompt)
         if centres is None:
-            centres = bounce(attributes, sample_start(attributes, rng, frames, jitter), frames)
+            start = sample_start(attributes, rng, frames, jitter)
+            centres = bounce(attributes, start, frames)
         else:
-            place = np.clip(centres[-1], *bounds(attributes.shape))  # a larger shape has less room
-            centres = bounce(attributes, place, frames + 1)[1:]
-        parts.append(render(attributes, centres))
-    return np.concatenate(parts)
+            low, high = bounds(attributes.shape)
+            start = np.clip(centres[-1], low, high)  # a larger shape has less room
+            centres = bounce(attributes, start, frames + 1)[1:]
+        videos.append(render(attributes, centres))
+    return np.concatenate(videos)

@@ -20,7 +20,8 @@ colour.) Durations are multiples of SCENE_FRAMES, which is a window of 9 latent 
 import functools
 import itertools
 import random
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 COLOURS = {
     "red": (230, 40, 40),
@@ -36,7 +37,7 @@ BACKGROUNDS = {
     "grey": (128, 128, 128),
     "blue": COLOURS["blue"],
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 # unit steps (x, y); y grows downwards
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # pixels per frame; the middle speed has no word
@@ -69,14 +70,14 @@ class Attributes(NamedTuple):
 
 
 def to_prompt(attributes: Attributes) -> str:
-    """The prompt of these attributes."""
+    """Return the prompt of these attributes."""
     colour, shape, direction, speed, background = attributes
     motion = f"{direction} {speed}".strip()
     return f"a {colour} {shape} moving {motion} on a {background} background"
 
 
 def all_attributes() -> list[Attributes]:
-    """Every combination except a shape of its background's colour, in a fixed order."""
+    """Return every combination but a shape of its background's colour, in a fixed order."""
     combinations = itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
     return [Attributes(*values) for values in combinations if values[0] != values[-1]]
 
@@ -85,7 +86,7 @@ _BY_PROMPT = {to_prompt(attributes): attributes for attributes in all_attributes
 
 
 def parse(prompt: str) -> Attributes:
-    """Inverse of `to_prompt`; ValueError with the expected form for anything else."""
+    """Return the attributes of a prompt; raise ValueError, with the form, for anything else."""
     try:
         return _BY_PROMPT[" ".join(prompt.split())]
     except KeyError:
@@ -99,22 +100,22 @@ def parse(prompt: str) -> Attributes:
 
 
 def held_out(attributes: Attributes) -> bool:
-    """Whether this combination of colour, shape and background is kept from training.
+    """Return whether this combination of colour, shape and background is kept from training.
 
     A diagonal cut through the cube of combinations: two of each colour, four of each shape, three
     of each background.
     """
-    colour, shape, background = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
-    place = colour.index(attributes.colour) + 2 * shape.index(attributes.shape)
-    return (place + background.index(attributes.background)) % len(COLOURS) == 0
+    colour = list(COLOURS).index(attributes.colour)
+    shape = list(SHAPES).index(attributes.shape)
+    background = list(BACKGROUNDS).index(attributes.background)
+    return (colour + 2 * shape + background) % len(COLOURS) == 0
 
 
 def prompts(split: str) -> list[str]:
-    """All prompts of `train`, `test` (held-out combinations), `long_train` or `long_test`, in a
-    fixed order.
+    """Return all prompts of a split, in a fixed order.
 
-    Those of the long splits may have scenes (module docstring). Raises ValueError for another
-    split.
+    Splits are `train`, `test` (held-out combinations), `long_train` and `long_test`, whose prompts
+    may have scenes (module docstring). Raises ValueError for another one.
     """
     if split in LONG_SPLITS:
         return [_to_scenes(video) for video in _long_videos(split)]
@@ -125,79 +126,83 @@ def prompts(split: str) -> list[str]:
 
 
 def long_scenes(split: str) -> list[list[tuple[str, int]]]:
-    """The scenes of each prompt of a long split, (plain prompt, pixel frames); LONG_FRAMES a
-    video.
+    """Return the scenes, (plain prompt, pixel frames), of each prompt of a long split.
+
+    They add up to LONG_FRAMES.
     """
-    return [
-        [
-            (to_prompt(attributes), units * SCENE_FRAMES - 3 * (k == 0))
-            for k, (attributes, units) in enumerate(video)
-        ]
-        for video in _long_videos(split)
-    ]
+    videos = []
+    for video in _long_videos(split):
+        scenes = []
+        for attributes, units in video:
+            frames = units * SCENE_FRAMES
+            if not scenes:
+                frames -= 3  # the first latent frame is one pixel frame, not four
+            scenes.append((to_prompt(attributes), frames))
+        videos.append(scenes)
+    return videos
 
 
 def _of_split(split: str) -> list[Attributes]:
-    return [
-        attributes
-        for attributes in _BY_PROMPT.values()
-        if held_out(attributes) == (split == "test")
-    ]
+    test = split == "test"
+    return [attributes for attributes in _BY_PROMPT.values() if held_out(attributes) == test]
 
 
 @functools.cache
 def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
-    """Videos of one, two and three scenes by turns: attributes and length in multiples of
-    SCENE_FRAMES.
+    """Return videos of one, two and three scenes by turns.
 
-    All draws are `random.random`, the one function whose values Python promises to keep for a seed.
+    A scene is its attributes and its length in multiples of SCENE_FRAMES. All draws are
+    `random.random`, the one function whose values Python promises to keep for a seed.
     """
-    draw, pool = random.Random(split).random, _of_split(split.removeprefix("long_"))
+    draw = random.Random(split).random
+    pool = _of_split(split.removeprefix("long_"))
 
-    def pick(options):
+    def pick(options: Sequence) -> Any:
         return options[int(draw() * len(options))]
 
-    def follow(last):
-        options = [
-            [other for other in _changed(last, tables) if other in pool] for tables in CHANGES
-        ]
-        return pick(pick([others for others in options if others]))
+    def next_scene(last: Attributes) -> Attributes:
+        options = []
+        for tables in CHANGES:
+            changed = [attributes for attributes in _changed(last, tables) if attributes in pool]
+            if changed:
+                options.append(changed)
+        return pick(pick(options))
 
+    shuffled = sorted(pool, key=lambda _: draw())
     videos = []
-    for number, first in enumerate(sorted(pool, key=lambda _: draw())[: LONG_SPLITS[split]]):
+    for number, first in enumerate(shuffled[: LONG_SPLITS[split]]):
+        changes = number % 3
         scenes = [first]
-        for _ in range(number % 3):
-            scenes.append(follow(scenes[-1]))
-        cuts = (
-            0,
-            *pick(list(itertools.combinations(range(1, LONG_UNITS), number % 3))),
-            LONG_UNITS,
-        )
-        videos.append(tuple(zip(scenes, (b - a for a, b in itertools.pairwise(cuts)), strict=True)))
+        for _ in range(changes):
+            scenes.append(next_scene(scenes[-1]))
+        cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), changes)))
+        ends = itertools.pairwise((0, *cuts, LONG_UNITS))
+        lengths = [stop - start for start, stop in ends]
+        videos.append(tuple(zip(scenes, lengths, strict=True)))
     return tuple(videos)
 
 
 def _changed(attributes: Attributes, tables: dict[str, dict]) -> list[Attributes]:
-    """These attributes with every other value of all that `tables` names."""
-    choices = [
-        [value for value in table if value != getattr(attributes, name)]
-        for name, table in tables.items()
-    ]
-    return [
-        attributes._replace(**dict(zip(tables, values, strict=True)))
-        for values in itertools.product(*choices)
-    ]
+    """Return these attributes with every other value of all that `tables` names."""
+    choices = []
+    for name, table in tables.items():
+        choices.append([value for value in table if value != getattr(attributes, name)])
+    changed = []
+    for values in itertools.product(*choices):
+        changed.append(attributes._replace(**dict(zip(tables, values, strict=True))))
+    return changed
 
 
 def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
-    """The scene string of a long video."""
+    """Return the scene string of a long video."""
     *first, (last, _) = video
-    timed = [
-        f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first
-    ]
-    return " | ".join([*timed, to_prompt(last)])
+    scenes = []
+    for attributes, units in first:
+        seconds = units * SCENE_FRAMES / FPS
+        scenes.append(f"{to_prompt(attributes)}[{seconds:g}s]")
+    return " | ".join([*scenes, to_prompt(last)])
 
 
 def words() -> list[str]:
-    """Every word that occurs in a prompt, sorted."""
+    """Return every word that occurs in a prompt, sorted."""
     return sorted({word for prompt in _BY_PROMPT for word in prompt.split()})
