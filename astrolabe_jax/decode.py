@@ -40,7 +40,7 @@ def decode_video(
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def decode_chunk(
     graphdef: Any, params: dict, latents: jax.Array, state: VaeState | None
-) -> tuple[jax.Array, VaeState]:
+) -> tuple[jax.Array, VaeState | None]:
     """Decode one chunk; see `decode_video`."""
     model = layers.merge(graphdef, params)
     pixels, state = model.decode(sharding.by_sample(latents), state)
@@ -48,7 +48,7 @@ def decode_chunk(
 
 
 def encode_video(
-    vae: Net, frames: np.ndarray, state: VaeState | None, chunk: int, mesh: jax.sharding.Mesh
+    vae: Net, frames: np.ndarray, state: VaeState | None, chunk: int, mesh: sharding.AnyMesh
 ) -> tuple[jax.Array, VaeState | None]:
     """Encode the next frames uint8 [B, T, height, width, 3] of a video.
 
@@ -75,7 +75,7 @@ def encode_video(
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def encode_chunk(
     graphdef: Any, params: dict, frames: jax.Array, state: VaeState | None
-) -> tuple[jax.Array, VaeState]:
+) -> tuple[jax.Array, VaeState | None]:
     """Encode one chunk; see `encode_video`."""
     pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
     latents, state = layers.merge(graphdef, params).encode(pixels, state)

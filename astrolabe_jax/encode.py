@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
 from astrolabe_jax.convert.parts import Net
@@ -21,7 +20,9 @@ from astrolabe_jax.models.tokenizer import tokenize
 _BATCH = 8
 
 
-def encode_prompts(net: Net, tokenizer: Any, prompts: Sequence[str], mesh: Mesh) -> np.ndarray:
+def encode_prompts(
+    net: Net, tokenizer: Any, prompts: Sequence[str], mesh: sharding.AnyMesh
+) -> np.ndarray:
     """Return the embeddings [G, S, E] float32 of G prompts, zero beyond each one's end token.
 
     The prompts of a call are split over all devices of the mesh; the parameters of the text encoder
@@ -42,7 +43,7 @@ def encode_prompts(net: Net, tokenizer: Any, prompts: Sequence[str], mesh: Mesh)
     return np.concatenate(embeddings)
 
 
-def call_size(mesh: Mesh) -> int:
+def call_size(mesh: sharding.AnyMesh) -> int:
     """Return the number of prompts of one call of `embed`."""
     return -(-_BATCH // mesh.size) * mesh.size
 

@@ -39,7 +39,6 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         cli.fail(error, 2)
     # after joining: no array may exist before it
-    import jax
 
     from astrolabe_jax import train
     from astrolabe_jax.run import prepare
@@ -48,7 +47,6 @@ def main(argv: list[str]) -> None:
     with multihost.exit_together(), preemption.listening() as check:
         try:
             run = prepare(CONFIG.value, WORKDIR.value)
-            jax.set_mesh(run.mesh)
             state = train.resume(run)
         except (ValueError, OSError) as error:
             cli.fail(error, 2)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, rewards, sharding
@@ -44,7 +43,7 @@ class Run(NamedTuple):
     base: Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
-    mesh: Mesh | jax.sharding.AbstractMesh
+    mesh: sharding.AnyMesh
     latent_shape: tuple[int, int, int, int]  # (F, C, H, W), F to the end of the last window
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
@@ -134,7 +133,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
+def load_panel(config: ConfigDict, mesh: sharding.AnyMesh) -> Panel:
     """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
     scoring = config.scoring
     if scoring.overlap == "all" and jax.process_count() > 1:
@@ -172,7 +171,7 @@ def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
-def load_base(config: ConfigDict, mesh: Mesh) -> Base:
+def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> Base:
     """The base model of a config, with its parameters on the mesh. Raises ValueError or OSError."""
     with error_prefix(
         "config.base and config.transformer" if config.transformer else "config.base"
@@ -186,7 +185,7 @@ def load_base(config: ConfigDict, mesh: Mesh) -> Base:
         )
 
 
-def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
+def _place(mesh: sharding.AnyMesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
     """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split
     over `fsdp`.
     """

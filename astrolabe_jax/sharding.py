@@ -8,17 +8,22 @@ equal on every process, and each process uploads only the parts of its own devic
 ShapeDtypeStruct they make one with a sharding.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+
+AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 
 AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
@@ -59,17 +64,24 @@ def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def use_mesh(mesh: AnyMesh) -> contextlib.AbstractContextManager:
+    """Return a context in which compiled programs know the mesh: that of `jax.set_mesh`."""
+    if isinstance(mesh, AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
+    return jax.set_mesh(mesh)
+
+
+def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
     """Samples along `axis`, split over all devices."""
     return NamedSharding(mesh, P(*[None] * axis, AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, P())
 
 
-def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def param_sharding(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """The rule for one parameter. path: as of jax.tree_util.keystr.
 
     An axis of layers, which comes first, is never split: the scan over layers takes one slice of it
@@ -86,7 +98,7 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
     )
 
 
-def shard_params(mesh: Mesh, params: Any) -> Any:
+def shard_params(mesh: AnyMesh, params: Any) -> Any:
     """Frozen parameters placed by `param_sharding`."""
 
     def place(path, leaf):
@@ -95,12 +107,12 @@ def shard_params(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def shard_param(mesh: Mesh, path: tuple, leaf: Any) -> Any:
+def shard_param(mesh: AnyMesh, path: tuple, leaf: Any) -> Any:
     """One of them, at this path of keys in its tree."""
     return _place(leaf, param_sharding(mesh, "".join(f"[{key!r}]" for key in path), leaf.shape))
 
 
-def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
+def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
     """Arrays with samples along `axis`, split over all devices. ValueError unless the devices
     divide the samples.
     """
@@ -117,13 +129,13 @@ def place_batch(batch: Any, axis: int = 0) -> Any:
 
     Where the batch is traced (plan.py) it is constrained to that sharding.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(batch)):
         return jax.tree.map(functools.partial(by_sample, axis=axis), batch)
     mesh = jax.sharding.get_mesh()
     return batch if mesh.empty else shard_batch(mesh, batch, axis)
 
 
-def check_batch(mesh: Mesh, samples: int, name: str) -> None:
+def check_batch(mesh: AnyMesh, samples: int, name: str) -> None:
     """ValueError unless `samples`, the size of what `name` says, can be split over all devices of
     the mesh.
     """
@@ -134,12 +146,12 @@ def check_batch(mesh: Mesh, samples: int, name: str) -> None:
         )
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: AnyMesh, tree: Any) -> Any:
     """A full copy of every array on every device, in buffers of its own (safe to donate)."""
     return jax.tree.map(lambda leaf: _place(leaf, replicated(mesh)), tree)
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+def on_mesh(mesh: AnyMesh, function: Callable) -> Callable:
     """The function, to be jitted, traced with the mesh known to `gathered` and `by_sample`."""
 
     @functools.wraps(function)
@@ -188,8 +200,8 @@ def to_host(tree: Any) -> Any:
 def _place(leaf, sharding):
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _place(jax.random.key_data(leaf), sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data: Any = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     # Copied: on a CPU a device array can share memory with a host array, which donation would then

@@ -269,7 +269,7 @@ def _shot_blocks(
     slots = cache_slots(policy.layout, model.rules, shot.latent_frames)
     state = streams.begin(policy, count, slots, model.latent_shape)
     given = streams.blocks_between(videos, 0, shot.given)
-    if given:
+    if given and model.given is not None:
         latents = np.repeat(model.given[None], count, axis=0)
         latents = sharding.place_batch(latents)
         for block in streams.cache_blocks(policy, videos, state, latents, given, GIVEN_TIMESTEP):

@@ -196,7 +196,11 @@ def score_videos(
 
 
 def score_async(
-    run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
+    run: Run,
+    frames: np.ndarray,
+    texts: Sequence[str],
+    numbers: Sequence[int] | np.ndarray,
+    progress: Progress,
 ) -> WaitForScores:
     """Begin to score B videos; the result waits for their scores [B]. Both raise RewardError.
 
@@ -219,7 +223,9 @@ def split(frames: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, frames)) for start in range(0, frames, length)]
 
 
-def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:
+def refuse_non_finite(
+    latents: jax.Array, texts: Sequence[str], numbers: Sequence[int] | np.ndarray
+) -> None:
     """Raise FloatingPointError that names the sample whose latents are not finite.
 
     Decoded, such latents would be black frames, and scored as such.
@@ -529,12 +535,8 @@ def _advance_to(
 
 def sampled(blocks: Iterator[streams.SampledBlock]) -> tuple[jax.Array, StreamState]:
     """Return the latents [B, F, C, H, W] of some blocks, and the state behind them."""
-    latents = []
-    state = None
-    for block in blocks:
-        latents.append(block.latents)
-        state = block.state
-    return jnp.concatenate(latents, axis=1), state
+    done = list(blocks)
+    return jnp.concatenate([block.latents for block in done], axis=1), done[-1].state
 
 
 def _decode(run: Run, latents: jax.Array, decoder: Any) -> tuple[list[jax.Array], Any]:

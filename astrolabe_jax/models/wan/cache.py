@@ -48,14 +48,9 @@ class View(NamedTuple):
         return self.start + self.frames
 
     @property
-    def static(self) -> bool:
-        """Whether the block's place is known at compile time."""
-        return isinstance(self.start, int)
-
-    @property
     def growing(self) -> bool:
         """Whether every frame up to the block's end still has its own slot."""
-        return self.static and self.end <= self.slots
+        return isinstance(self.start, int) and self.start + self.frames <= self.slots
 
     @property
     def visible_tokens(self) -> jax.Array | None:
@@ -67,7 +62,7 @@ class View(NamedTuple):
     @property
     def raw_frames(self) -> int:
         """Leading frames of the block whose keys are stored un-rotated: those of a moving sink."""
-        if not (self.layout.sink_moves and self.static):
+        if not self.layout.sink_moves or not isinstance(self.start, int):
             return 0
         return min(max(self.layout.kept - self.start, 0), self.frames)
 
@@ -76,10 +71,11 @@ class View(NamedTuple):
         """Leading frames of the block that only its first pass writes: those in sink slots of the
         published buffer.
         """
-        if not self.layout.faithful_sinks or (self.static and self.start == 0):
+        start = self.start if isinstance(self.start, int) else None
+        if not self.layout.faithful_sinks or start == 0:
             return 0
         # once full, the newest block comes last
-        slot = self.start if self.growing else self.slots - self.frames
+        slot = start if start is not None and self.growing else self.slots - self.frames
         return min(max(self.layout.sink - slot, 0), self.frames)
 
 
@@ -289,11 +285,11 @@ def reference_order(
     )
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
     raw = min(layout.kept, slots) * length if layout.sink_moves else 0
-    table = rope_table(frames, (h, w), config.head_dim)
+    cos, sin = rope_table(frames, (h, w), config.head_dim)
     if rotated and raw:
-        k = k.at[:, :raw].set(rotate(k[:, :raw], tuple(part[:raw] for part in table)))
+        k = k.at[:, :raw].set(rotate(k[:, :raw], (cos[:raw], sin[:raw])))
     if not rotated:
-        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse(tuple(part[raw:] for part in table))))
+        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse((cos[raw:], sin[raw:]))))
     return k, v
 
 

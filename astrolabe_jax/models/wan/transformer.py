@@ -290,15 +290,15 @@ class WanTransformer(nnx.Module):
         cache = kv.empty_cache(self.config, batch, layout.capacity, recent.shape[3:])
         if sink:
             made = self.context(first, text, adapter, layout=layout, t=t)
-            cache = kv.place_frames(cache, *made, layout, np.arange(sink), length)
+            cache = kv.place_frames(cache, made.k, made.v, layout, np.arange(sink), length)
         frames = start - count + jnp.arange(count)
         past = Past(cache, start - count, jnp.clip(frames, 0))
         tokens, grid = self._embed(recent)
         attend = self._training_attention(count, grid, layout, past, keep=True, recent=0)
         t = _every_frame(t, recent)
-        _, _, _, made = self._layers(tokens, t, text, adapter, attend)
+        _, _, _, (k, v) = self._layers(tokens, t, text, adapter, attend)
         frames = jnp.where(frames < sink, -1, frames)
-        return kv.place_frames(cache, *made, layout, frames, length)
+        return kv.place_frames(cache, k, v, layout, frames, length)
 
     def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
         """Run one block through the cache once.
@@ -409,7 +409,10 @@ class WanTransformer(nnx.Module):
         sink_tables = None
         if layout.sink_moves:
             ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
-            sink_tables = [self._sink_table(layout, end, grid) for end in ends]
+            sink = jnp.arange(layout.kept)
+            sink_tables = [
+                rope_table(layout.shift(end) + sink, grid, self.config.head_dim) for end in ends
+            ]
 
         def run(q, k, v, layer, context):
             k = rotate(k, stored_table)
@@ -477,13 +480,14 @@ class WanTransformer(nnx.Module):
         (h, w).
         """
         x = jnp.asarray(x)
-        batch, frames, channels, *latent_hw = x.shape
+        batch, frames, channels, height, width = x.shape
         if channels != self.config.in_channels:
             raise ValueError(
                 f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, "
                 "W]"
             )
-        (h, w), (_, p, q) = self.config.grid(tuple(latent_hw)), self.config.patch_size
+        h, w = self.config.grid((height, width))
+        _, p, q = self.config.patch_size
         # channel slowest
         patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)
         return self.patch_embedding(
