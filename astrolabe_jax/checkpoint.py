@@ -139,9 +139,9 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     renamed = [f"{old} is {new} now" for old, new in _renamed_fields(saved).items()]
     if renamed:
         advice = (
-            "give a new --workdir, or go on with that version; to start anew from its adapter, "
-            "export that with `python -m astrolabe_jax.convert export-lora` and set "
-            "config.lora.init"
+            "give a new --workdir, or go on with that version; to start anew from its adapter, set "
+            "config.lora.init to the lora/ of a run that has ended, or to what `python -m "
+            "astrolabe_jax.convert export-lora` writes"
         )
         older = "an older version of astrolabe_jax has written it, with other names of fields"
         raise ValueError("\n  ".join([f"{complaint}: {older}; {advice}:", *renamed]))
