@@ -319,7 +319,7 @@ def _kept_or(
     if run.config.train.save_samples:
         with progress.phase("save samples"):
             listed = {name: values.tolist() for name, values in scores.items()}
-            kept = checkpoint.Checkpoint(point.epoch, arrays, listed)
+            kept = checkpoint.Snapshot(point.epoch, arrays, listed)
             size = checkpoint.save_samples(run.workdir, kept, point.state.old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return arrays, scores, rest
@@ -356,7 +356,7 @@ def _save(run: Run, point: Point, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     saved = _saved(point.state, segments.gathered(run, point.streams))
-    whole = checkpoint.Checkpoint(point.epoch, saved, record)
+    whole = checkpoint.Snapshot(point.epoch, saved, record)
     size = checkpoint.save(run.workdir, whole, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return point.epoch
