@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     with multihost.exit_together(), preemption.listening() as check:
         try:
             run = prepare(CONFIG.value, WORKDIR.value)
+            jax.set_mesh(run.mesh)
             state = train.resume(run)
         except (ValueError, OSError) as error:
             cli.fail(error, 2)

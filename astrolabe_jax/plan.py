@@ -111,7 +111,7 @@ def trace(run: Run) -> dict[str, Array]:
     Raises:
       ValueError: if its shape is not the one that the next stage expects.
     """
-    with jax.sharding.use_abstract_mesh(run.mesh):
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
         traced = _trace(run)
     for name, (output, expected) in traced.items():
         if output.shape != expected:
@@ -271,28 +271,28 @@ def _step_batch(run: Run) -> update.StepBatch:
     )
 
 
-def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+def _shape(*sizes: int, dtype=jnp.float32) -> Any:
+    """Return the abstract array of these sizes."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def _keys(*sizes: int) -> jax.ShapeDtypeStruct:
+def _keys(*sizes: int) -> Any:
+    """Return an abstract array of keys."""
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sizes))
 
 
 def planned_devices(config: ConfigDict) -> int:
-    """The devices that a recipe's batches were published for; without such a number, those of this
-    machine.
-    """
+    """Return the devices that a recipe's batches were published for, or those of this machine."""
     limit = config.mesh.samples_per_device
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
-def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -> None:
-    """Prints the opening summary of the run and what was traced; status 2 if it cannot be."""
+def main(argv: list[str], recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
+    """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
-    config = config.value
+    config = recipe.value
     try:
         run = abstract_run(config, devices.value or planned_devices(config))
         rows = report.describe(run, f"{run.mesh.size}, planned")

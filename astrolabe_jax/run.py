@@ -43,7 +43,7 @@ class Run(NamedTuple):
     base: Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
-    mesh: sharding.AnyMesh
+    mesh: Any  # Mesh, or AbstractMesh if it is only planned
     latent_shape: tuple[int, int, int, int]  # (F, C, H, W), F to the end of the last window
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]

@@ -8,7 +8,6 @@ equal on every process, and each process uploads only the parts of its own devic
 ShapeDtypeStruct they make one with a sharding.
 """
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -62,13 +61,6 @@ def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
             "set mesh.data to -1 to use what fsdp leaves"
         )
     return data, fsdp
-
-
-def use_mesh(mesh: AnyMesh) -> contextlib.AbstractContextManager:
-    """Return a context in which compiled programs know the mesh: that of `jax.set_mesh`."""
-    if isinstance(mesh, AbstractMesh):
-        return jax.sharding.use_abstract_mesh(mesh)
-    return jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:

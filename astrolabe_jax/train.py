@@ -141,7 +141,7 @@ def collect_or_restore(
         with progress.phase("save samples"):
             arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            samples_of_epoch = checkpoint.Checkpoint(state.epoch, arrays, scores)
+            samples_of_epoch = checkpoint.Snapshot(state.epoch, arrays, scores)
             size = checkpoint.save_samples(run.workdir, samples_of_epoch, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
@@ -344,7 +344,7 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
-    saved = checkpoint.Checkpoint(state.epoch, arrays, record)
+    saved = checkpoint.Snapshot(state.epoch, arrays, record)
     size = checkpoint.save(run.workdir, saved, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return state.epoch

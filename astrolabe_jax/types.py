@@ -286,4 +286,4 @@ class TrainState(NamedTuple):
     reference: Adapter  # what the KL keeps `current` close to
     ema: Adapter  # average of `current` for evaluation
     optimizer: Any  # state of optax
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""] | np.ndarray  # optimizer steps taken

@@ -100,7 +100,7 @@ class TrainingForward:
     def _past(self, model, lora, text: KeyValues, t, prefix: PrefixContext) -> Past:
         """Return the keys of the past that this policy reads. text: of the samples."""
         if self.prefix == "rollout_old":
-            cache = jax.lax.stop_gradient(prefix.cache)
+            cache: Any = jax.lax.stop_gradient(prefix.cache)
         elif self.prefix == "full":
             cache = self._cache_of_whole(model, lora, text, prefix.whole)
         else:

@@ -41,6 +41,7 @@ from astrolabe_jax.types import (
 )
 
 WaitForScores = Callable[[], Scores]
+VideoNumbers = Sequence[int] | np.ndarray  # of the videos in their epoch or evaluation
 
 
 def window_start(run: Run, epoch: int) -> int:
@@ -199,7 +200,7 @@ def score_async(
     run: Run,
     frames: np.ndarray,
     texts: Sequence[str],
-    numbers: Sequence[int] | np.ndarray,
+    numbers: VideoNumbers,
     progress: Progress,
 ) -> WaitForScores:
     """Begin to score B videos; the result waits for their scores [B]. Both raise RewardError.
@@ -214,7 +215,7 @@ def score_async(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
-    wait = measured(lambda: run.panel.score(frames, texts, numbers))
+    wait = measured(lambda: run.panel.score(frames, texts, list(numbers)))
     return lambda: measured(wait)
 
 
@@ -223,9 +224,7 @@ def split(frames: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, frames)) for start in range(0, frames, length)]
 
 
-def refuse_non_finite(
-    latents: jax.Array, texts: Sequence[str], numbers: Sequence[int] | np.ndarray
-) -> None:
+def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: VideoNumbers) -> None:
     """Raise FloatingPointError that names the sample whose latents are not finite.
 
     Decoded, such latents would be black frames, and scored as such.

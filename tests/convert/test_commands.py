@@ -319,7 +319,7 @@ def workdir(tmp_path):
     for epoch, factor in ((9, 0), (10, 1)):
         adapters = jax.tree.map(lambda leaf, by=factor: jnp.asarray(by * leaf), policies)
         state = TrainState(**adapters, optimizer=(), step=jnp.int32(1))
-        whole = checkpoint.Checkpoint(epoch, {"train": state}, {})
+        whole = checkpoint.Snapshot(epoch, {"train": state}, {})
         checkpoint.save(tmp_path / "run", whole, identity, keep=2)
     return tmp_path / "run"
 

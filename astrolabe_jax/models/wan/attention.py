@@ -139,7 +139,9 @@ class PastKeys(NamedTuple):
     """Keys and values of one layer that a window sees of the frames before it."""
 
     keys_values: KeyValues  # [b, (sink + n) L, A, K]: the sink, then the n frames before the window
-    start: jax.Array  # [] int32, frames before the window; traced, one program serves every window
+    start: (
+        jax.Array | np.int32
+    )  # [] int32, frames before the window; traced, one program serves every window
     frame_tokens: int  # L
 
 

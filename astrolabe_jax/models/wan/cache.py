@@ -36,14 +36,16 @@ class View(NamedTuple):
     slots: int
     # First frame, in the cache's count. A Python int reads exactly the frames that exist; a traced
     # one is allowed once the cache is full, and anywhere if the view is `partial`.
-    start: int | jax.Array
+    start: int | jax.Array | np.int32
     frames: int  # of the block
     aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` moved them
     partial: bool = False  # `start` is traced and the cache may not be full
-    positions: jax.Array | None = None  # [frames] rotary positions; None: the frames' numbers
+    positions: jax.Array | np.ndarray | None = (
+        None  # [frames] rotary positions; None: the frames' numbers
+    )
 
     @property
-    def end(self) -> int | jax.Array:
+    def end(self) -> int | jax.Array | np.int32:
         """One past the block's last frame."""
         return self.start + self.frames
 

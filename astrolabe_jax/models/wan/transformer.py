@@ -34,10 +34,12 @@ class Past(NamedTuple):
     """What a window sees of the frames before it (docs/streaming.md, Whose keys)."""
 
     cache: kv.Cache  # of a rollout to frame `start`: one row a prompt, or one a sample
-    start: jax.Array  # [] int32, frames so far in the cache's count; traced: one program for all
+    start: (
+        jax.Array | np.int32
+    )  # [] int32, frames so far in the cache's count; traced: one program for all
     # [W] int32 rotary positions of the window, of which x may be the first frames; None: the
     # numbers of the frames
-    positions: jax.Array | None = None
+    positions: jax.Array | np.ndarray | None = None
 
 
 class Attention(nnx.Module):
