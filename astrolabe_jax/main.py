@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
         cli.fail(error, 2)
     # after joining: no array may exist before it
 
+    import jax
+
     from astrolabe_jax import train
     from astrolabe_jax.run import prepare
     from astrolabe_jax.runtime import preemption
