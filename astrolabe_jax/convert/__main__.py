@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from astrolabe_jax.convert import commands, describe, lora, parts, rewards
+from astrolabe_jax.convert import commands, describe, lora, parts
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("original", "diffusers")
@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     one = command("reward", "Writes the directory that a published reward model is loaded from.")
-    one.add_argument("kind", choices=rewards.KINDS)
+    from astrolabe_jax.rewards.convert import KINDS  # rewards import convert, not the reverse
+
+    one.add_argument("kind", choices=KINDS)
     one.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
     )
@@ -113,10 +115,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _reward(args: argparse.Namespace) -> None:
-    given = rewards.Given(
+    from astrolabe_jax.rewards.convert import convert
+    from astrolabe_jax.rewards.directory import PublishedFiles
+
+    published = PublishedFiles(
         tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised
     )
-    rewards.convert(args.kind, given, args.to)
+    convert(args.kind, published, args.to)
 
 
 def _inspect(args: argparse.Namespace) -> None:

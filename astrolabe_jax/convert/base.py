@@ -24,18 +24,14 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.parts import (
-    PARTS,
-    SIZES,
+from astrolabe_jax.convert.nets import (
     Net,
-    described,
     field_faults,
-    load_net,
     make_config,
-    save_net,
-    shapes,
     sizes_of,
+    with_shards,
 )
+from astrolabe_jax.convert.parts import PARTS, SIZES, described, load_net, save_net, shapes
 from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
@@ -184,12 +180,12 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
     layout = layout_of(directory)
     path = directory / layout.mark
     if faults := [
-        fault for name, values in content.items() for fault in field_faults(name, values)
+        fault for name, values in content.items() for fault in field_faults(PARTS[name], values)
     ]:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     for name, values in content.items():
         try:
-            parts[name] = make_config(name, values, **numerics)
+            parts[name] = make_config(PARTS[name], values, **numerics)
         except ValueError as error:
             raise ValueError(
                 f"{directory / layout.configs.get(name, layout.mark)}, {error}"
@@ -306,10 +302,7 @@ def files_of(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.name.endswith(INDEX):
-        shards = read_json(path).get("weight_map")
-        return [path, *sorted({path.parent / str(shard) for shard in (shards or {}).values()})]
-    return [path]
+    return with_shards(path)
 
 
 def save_base(

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.convert import base, engine, lora, parts, store
-from astrolabe_jax.convert.sources import Source, open_part
+from astrolabe_jax.convert import base, lora, nets, parts, store
+from astrolabe_jax.convert.nets import NetCheckpoint
+from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
@@ -41,9 +40,9 @@ def import_(
             raise ValueError(f"--entry is of one file; {given} is a directory")
         sources = [open_part(given, part, "", num_heads) for part in parts.PARTS]
     for source in sources:
-        if (to / source.part).exists():
+        if (to / source.spec.name).exists():
             raise FileExistsError(
-                f"{to / source.part} is there already; remove it or give another --to"
+                f"{to / source.spec.name} is there already; remove it or give another --to"
             )
     described = to / "config.json"
     content = read_json(described) if described.exists() else {}
@@ -55,30 +54,16 @@ def import_(
     words = [path for path in words if path.is_file()]
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
-    trees = [_stacks(source, dtype) for source in sources]
+    trees = [nets.stacks(source, dtype) for source in sources]
     to.mkdir(parents=True, exist_ok=True)
     for path in words:
         write_atomic(to / path.name, path.read_bytes())
     for source, stacks in zip(sources, trees, strict=True):
         stacked = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / source.part, stacks, Progress(source.part, stacked))
-        content[source.part] = parts.sizes_of(source.config)
+        store.save(to / source.spec.name, stacks, Progress(source.spec.name, stacked))
+        content[source.spec.name] = nets.sizes_of(source.config)
         write_atomic(described, json.dumps(content, indent=2).encode())
-    return [to / source.part for source in sources]
-
-
-def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
-    rules, expected = (
-        parts.rules(source.part, source.config),
-        parts.shapes(source.part, source.config).params,
-    )
-    if dtype:
-        expected = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
-        )
-    else:
-        expected = engine.with_dtypes(rules, source.tensors, expected)
-    return engine.stacks(rules, source.tensors, expected)
+    return [to / source.spec.name for source in sources]
 
 
 def export(given: Path, to: Path, part: str, form: str) -> Path:
@@ -172,16 +157,15 @@ def _check_new(to: Path) -> None:
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> Path:
-    net = parts.shapes(source.part, source.config).params
-    names = engine.source_shapes(parts.rules(source.part, source.config, form), net)
-    original = engine.source_shapes(parts.rules(source.part, source.config), net)
+def _write(to: Path, source: NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> Path:
+    names = nets.source_shapes(source.spec, source.config, form)
+    original = nets.source_shapes(source.spec, source.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     to.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(
         to,
         renamed,
-        progress=Progress(source.part, sum(tensor.nbytes for tensor in renamed.values())),
+        progress=Progress(source.spec.name, sum(tensor.nbytes for tensor in renamed.values())),
     )
     return to
 

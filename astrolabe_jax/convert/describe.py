@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astrolabe_jax.convert import base, engine, lora, parts, sources, store
+from astrolabe_jax.convert import base, engine, lora, nets, parts, store
+from astrolabe_jax.convert.open import config_of, open_part
 from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
 
 
@@ -65,8 +66,12 @@ def describe(given: Path) -> dict[str, Any]:
 
 def _describe_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        source = sources.open_part(path)
-        sizes = {"part": source.part, "format": "import", "sizes": parts.sizes_of(source.config)}
+        source = open_part(path)
+        sizes = {
+            "part": source.spec.name,
+            "format": "import",
+            "sizes": nets.sizes_of(source.config),
+        }
         return (
             _counts(path, source.tensors) | sizes | {"families": [], "complete": True, "faults": []}
         )
@@ -88,7 +93,8 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     """Sizes, families, and what is missing or too much."""
-    measured = parts.measure(part, form, weights.tensors)
+    spec = parts.PARTS[part]
+    measured = nets.measure(spec, form, weights.tensors)
     names = {
         (net["transformer"].dim, net["transformer"].num_layers): name
         for name, net in parts.SIZES.items()
@@ -100,17 +106,14 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     )
     found = {"sizes": measured, "size": size, "families": _families(part, weights, size)}
     try:
-        tensors = parts.without_aliases(part, weights.tensors)
+        tensors = spec.prepare(weights.tensors)
         # The shapes do not depend on the heads, nor on the statistics of latents.
         unseen = {
             "latent_mean": (0.0,) * measured.get("z_dim", 1),
             "latent_std": (1.0,) * measured.get("z_dim", 1),
         }
-        config = sources.config_of(part, form, tensors, unseen if part == "vae" else {}, 1)
-        wanted = engine.source_shapes(
-            parts.rules(part, config, form), parts.shapes(part, config).params
-        )
-        faults = engine.mismatches(wanted, tensors)
+        config = config_of(part, form, tensors, unseen if part == "vae" else {}, 1)
+        faults = engine.mismatches(nets.source_shapes(spec, config, form), tensors)
     except ValueError as error:
         faults = [str(error)]
     return found | {"complete": not faults, "faults": faults}
