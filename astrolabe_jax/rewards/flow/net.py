@@ -6,6 +6,7 @@ pictures are channels-last. See docs/rewards.md, Motion.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,11 @@ class SeaRaft(nnx.Module):
 
     def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
         self.config = config
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
         dim = config.dim
         mix = _SIDES**2 * STRIDE**2
         self.context = SeaRaftEncoder(6, config, rngs)
-        self.init_conv = SeaRaftConv(2 * dim, 2 * dim, 3, config, rngs)
+        self.init_conv = conv(2 * dim, 2 * dim, 3)
         self.features = SeaRaftEncoder(3, config, rngs)
         # of the flow, and four of its uncertainty
         self.flow_head = SeaRaftHead(dim, 6, 3, config, rngs)
@@ -76,41 +78,54 @@ class SeaRaft(nnx.Module):
         correlations empty, which then are zero.
         """
         height, width = first.shape[1:3]
-        pads = [(side // 2, side - side // 2) for side in (-height % STRIDE, -width % STRIDE)]
+        rows = -height % STRIDE
+        columns = -width % STRIDE
+        top = rows // 2
+        left = columns // 2
+        pads = [(0, 0), (top, rows - top), (left, columns - left), (0, 0)]
         first = self._prepared(first, pads)
         second = self._prepared(second, pads)
-        both = self.init_conv(self.context(jnp.concatenate([first, second], axis=-1)))
+        pair = jnp.concatenate([first, second], axis=-1)
+        both = self.init_conv(self.context(pair))
         state, context = jnp.split(both, 2, axis=-1)
-        pyramid = correlations(self.features(first), self.features(second), self.config.levels)
+        pyramid = correlations(
+            self.features(first),
+            self.features(second),
+            self.config.levels,
+        )
         flow = self._change(state)
 
         # The flow is not upsampled before the end: what the published code makes of the others is
         # for its loss.
         def iterate(carry, _):
             state, flow = carry
-            found = lookup(pyramid, flow, self.config.radius)
-            state = self._update(state, context, found, flow)
+            nearby = lookup(pyramid, flow, self.config.radius)
+            state = self._update(state, context, nearby, flow)
             return (state, flow + self._change(state)), None
 
-        (state, flow), _ = jax.lax.scan(iterate, (state, flow), length=self.config.iterations)
-        flow = upsampled(flow, 0.25 * self.upsample_weight(state).astype(jnp.float32))
-        (top, _), (left, _) = pads
+        carry = (state, flow)
+        carry, _ = jax.lax.scan(iterate, carry, length=self.config.iterations)
+        state, flow = carry
+        weights = 0.25 * self.upsample_weight(state).astype(jnp.float32)
+        flow = upsampled(flow, weights)
         return flow[:, top : top + height, left : left + width]
 
     def _prepared(self, frames: jax.Array, pads: list[tuple[int, int]]) -> jax.Array:
         frames = 2 * (frames.astype(jnp.float32) / 255) - 1
-        frames = jnp.pad(frames, ((0, 0), *pads, (0, 0)), mode="edge")
+        frames = jnp.pad(frames, pads, mode="edge")
         return by_sample(frames.astype(self.config.dtype))
 
     def _change(self, state: jax.Array) -> jax.Array:
         return self.flow_head(state)[..., :2].astype(jnp.float32)
 
     def _update(
-        self, state: jax.Array, context: jax.Array, found: jax.Array, flow: jax.Array
+        self, state: jax.Array, context: jax.Array, nearby: jax.Array, flow: jax.Array
     ) -> jax.Array:
-        motion = self.motion(found.astype(state.dtype), flow.astype(state.dtype))
+        dtype = state.dtype
+        motion = self.motion(nearby.astype(dtype), flow.astype(dtype))
         for block in self.refine:
-            state = block(jnp.concatenate([state, context, motion], axis=-1))
+            x = jnp.concatenate([state, context, motion], axis=-1)
+            state = block(x)
         return state
 
 
@@ -118,7 +133,8 @@ class SeaRaftEncoder(nnx.Module):
     """Pictures [N, h, w, C] -> [N, h/8, w/8, 2 dim]: a ResNet without pooling."""
 
     def __init__(self, features_in: int, config: SeaRaftConfig, rngs: nnx.Rngs):
-        self.conv_in = SeaRaftConv(features_in, config.initial_dim, 7, config, rngs, stride=2)
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+        self.conv_in = conv(features_in, config.initial_dim, 7, stride=2)
         self.norm_in = SeaRaftBatchNorm(config.initial_dim, config)
         width = config.initial_dim
         blocks = []
@@ -128,7 +144,7 @@ class SeaRaftEncoder(nnx.Module):
                 blocks.append(SeaRaftResidualBlock(width, dim, stride, config, rngs))
                 width = dim
         self.blocks = nnx.List(blocks)
-        self.conv_out = SeaRaftConv(width, 2 * config.dim, 1, config, rngs)
+        self.conv_out = conv(width, 2 * config.dim, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return features [N, h/8, w/8, 2 dim]."""
@@ -144,12 +160,13 @@ class SeaRaftResidualBlock(nnx.Module):
     def __init__(
         self, features_in: int, features: int, stride: int, config: SeaRaftConfig, rngs: nnx.Rngs
     ):
-        self.conv1 = SeaRaftConv(features_in, features, 3, config, rngs, stride=stride)
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+        self.conv1 = conv(features_in, features, 3, stride=stride)
         self.norm1 = SeaRaftBatchNorm(features, config)
-        self.conv2 = SeaRaftConv(features, features, 3, config, rngs)
+        self.conv2 = conv(features, features, 3)
         self.norm2 = SeaRaftBatchNorm(features, config)
         if stride > 1 or features_in != features:
-            self.shortcut = SeaRaftConv(features_in, features, 1, config, rngs, stride=stride)
+            self.shortcut = conv(features_in, features, 1, stride=stride)
             self.norm3 = SeaRaftBatchNorm(features, config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -165,8 +182,9 @@ class SeaRaftHead(nnx.Module):
     """conv3x3, rectified, and a convolution of size `size`."""
 
     def __init__(self, dim: int, features: int, size: int, config: SeaRaftConfig, rngs: nnx.Rngs):
-        self.conv1 = SeaRaftConv(dim, 2 * dim, 3, config, rngs)
-        self.conv2 = SeaRaftConv(2 * dim, features, size, config, rngs)
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+        self.conv1 = conv(dim, 2 * dim, 3)
+        self.conv2 = conv(2 * dim, features, size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [N, h, w, features] of x [N, h, w, dim]."""
@@ -177,20 +195,22 @@ class SeaRaftMotionEncoder(nnx.Module):
     """Correlations and flow to features of motion, of which the last two are the flow."""
 
     def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
         dim = config.dim
-        self.correlation1 = SeaRaftConv(config.lookups, 2 * dim, 1, config, rngs)
-        self.correlation2 = SeaRaftConv(2 * dim, dim + dim // 2, 3, config, rngs)
-        self.flow1 = SeaRaftConv(2, dim, 7, config, rngs)
-        self.flow2 = SeaRaftConv(dim, dim // 2, 3, config, rngs)
-        self.conv = SeaRaftConv(dim + 2 * (dim // 2), dim - 2, 3, config, rngs)
+        self.correlation1 = conv(config.lookups, 2 * dim, 1)
+        self.correlation2 = conv(2 * dim, dim + dim // 2, 3)
+        self.flow1 = conv(2, dim, 7)
+        self.flow2 = conv(dim, dim // 2, 3)
+        self.conv = conv(dim + 2 * (dim // 2), dim - 2, 3)
 
-    def __call__(self, found: jax.Array, flow: jax.Array) -> jax.Array:
+    def __call__(self, nearby: jax.Array, flow: jax.Array) -> jax.Array:
         """Return [N, h, w, dim] of correlations [N, h, w, lookups] and flow [N, h, w, 2]."""
-        x = jax.nn.relu(self.correlation1(found))
+        x = jax.nn.relu(self.correlation1(nearby))
         x = jax.nn.relu(self.correlation2(x))
         y = jax.nn.relu(self.flow1(flow))
         y = jax.nn.relu(self.flow2(y))
-        both = jax.nn.relu(self.conv(jnp.concatenate([x, y], axis=-1)))
+        both = jnp.concatenate([x, y], axis=-1)
+        both = jax.nn.relu(self.conv(both))
         return jnp.concatenate([both, flow], axis=-1)
 
 
@@ -198,15 +218,16 @@ class SeaRaftRefinement(nnx.Module):
     """A ConvNeXt block [N, h, w, 3 dim] -> [N, h, w, dim]."""
 
     def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
+        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
         dim = config.dim
         wide = 3 * dim
         param_dtype = jnp.dtype(config.param_dtype)
-        self.depthwise = SeaRaftConv(wide, wide, 7, config, rngs, groups=wide)
+        self.depthwise = conv(wide, wide, 7, groups=wide)
         self.norm = LayerNorm(wide, eps=1e-6, param_dtype=param_dtype)
         self.fc1 = Linear(wide, 4 * dim, param_dtype=param_dtype, rngs=rngs)
         self.fc2 = Linear(4 * dim, wide, param_dtype=param_dtype, rngs=rngs)
         self.gamma = nnx.Param(jnp.full((wide,), 1e-6, param_dtype))
-        self.conv_out = SeaRaftConv(wide, dim, 1, config, rngs)
+        self.conv_out = conv(wide, dim, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [N, h, w, dim] of x [N, h, w, 3 dim]."""
@@ -223,10 +244,11 @@ class SeaRaftConv(nnx.Module):
         features_in: int,
         features: int,
         size: int,
-        config: SeaRaftConfig,
-        rngs: nnx.Rngs,
         stride: int = 1,
         groups: int = 1,
+        *,
+        config: SeaRaftConfig,
+        rngs: nnx.Rngs,
     ):
         param_dtype = jnp.dtype(config.param_dtype)
         shape = (size, size, features_in // groups, features)
@@ -278,11 +300,13 @@ def correlations(first: jax.Array, second: jax.Array, levels: int) -> list[jax.A
     are 207 MB together.
     """
     batch, height, width, channels = first.shape
-    first = first.astype(jnp.float32).reshape(batch, height * width, channels) / channels**0.5
+    first = first.astype(jnp.float32)
+    first = first.reshape(batch, height * width, channels) / channels**0.5
     second = second.astype(jnp.float32)
     pyramid = []
     for _ in range(levels):
-        pyramid.append(jnp.einsum("npc,nhwc->nphw", first, second, precision=_EXACT))
+        products = jnp.einsum("npc,nhwc->nphw", first, second, precision=_EXACT)
+        pyramid.append(products)
         second = _halved(second)
     return pyramid
 
@@ -302,23 +326,27 @@ def lookup(pyramid: list[jax.Array], flow: jax.Array, radius: int) -> jax.Array:
       [N, h, w, levels (2 radius + 1)**2] float32; of a level's offsets that of x is the slow one.
     """
     batch, height, width, _ = flow.shape
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), axis=-1)
-    places = (flow + grid.astype(jnp.float32)[None]).reshape(batch, height * width, 2)
+    columns, rows = jnp.meshgrid(jnp.arange(width), jnp.arange(height))
+    grid = jnp.stack([columns, rows], axis=-1)
+    places = flow + grid.astype(jnp.float32)[None]
+    places = places.reshape(batch, height * width, 2)
     offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
 
     def hats(centres: jax.Array, size: int) -> jax.Array:
         """Return weights [N, P, offsets, size] around centres [N, P]."""
-        points = (centres[:, :, None] + offsets[None, None])[..., None]
-        positions = jnp.arange(size, dtype=jnp.float32)[None, None, None]
-        return jnp.maximum(0.0, 1.0 - jnp.abs(points - positions))
+        points = centres[:, :, None] + offsets[None, None]
+        positions = jnp.arange(size, dtype=jnp.float32)
+        distance = jnp.abs(points[..., None] - positions[None, None, None])
+        return jnp.maximum(0.0, 1.0 - distance)
 
-    found = []
+    parts = []
     for level, volume in enumerate(pyramid):
-        x = hats(places[..., 0] / 2**level, volume.shape[3])
-        y = hats(places[..., 1] / 2**level, volume.shape[2])
+        scaled = places / 2**level
+        x = hats(scaled[..., 0], volume.shape[3])
+        y = hats(scaled[..., 1], volume.shape[2])
         part = jnp.einsum("nphw,npiw,npjh->npij", volume, x, y, precision=_EXACT)
-        found.append(part.reshape(batch, height, width, -1))
-    return jnp.concatenate(found, axis=-1)
+        parts.append(part.reshape(batch, height, width, -1))
+    return jnp.concatenate(parts, axis=-1)
 
 
 def upsampled(flow: jax.Array, weights: jax.Array) -> jax.Array:
@@ -330,7 +358,8 @@ def upsampled(flow: jax.Array, weights: jax.Array) -> jax.Array:
     batch, height, width, _ = flow.shape
     mix = weights.reshape(batch, height, width, _SIDES**2, STRIDE, STRIDE)
     mix = jax.nn.softmax(mix, axis=3)
-    padded = jnp.pad(STRIDE * flow, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    border = (1, 1)
+    padded = jnp.pad(STRIDE * flow, ((0, 0), border, border, (0, 0)))
     neighbours = [
         padded[:, i : i + height, j : j + width] for i in range(_SIDES) for j in range(_SIDES)
     ]
@@ -345,8 +374,11 @@ def _halved(x: jax.Array) -> jax.Array:
     Bilinear interpolation with half-pixel centres is the mean of 2 x 2.
     """
     batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
+    rows = height // 2
+    columns = width // 2
+    x = x[:, : 2 * rows, : 2 * columns]
+    x = x.reshape(batch, rows, 2, columns, 2, channels)
+    return x.mean(axis=(2, 4))
 
 
 def _row(vector: jax.Array, dtype) -> jax.Array:
