@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, prompts, rewards, sharding
+from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
@@ -21,7 +21,8 @@ from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     test_prompts: tuple[str, ...]
     adapter: dict  # of every policy before the first epoch; on the host
     starts: tuple[int, ...]  # latent frames at which a trained window may begin; whole videos: 0
-    panel: Panel  # the rewards, ready to score
+    reward_runner: RewardRunner  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
@@ -114,8 +115,8 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
     train, test = lists["train"], lists["test"]
-    panel = load_panel(config, mesh)
-    identity |= panel.identity
+    reward_runner = load_rewards(config, mesh)
+    identity |= reward_runner.identity
     return Run(
         config,
         workdir,
@@ -129,11 +130,11 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
         test,
         adapter,
         starts,
-        panel,
+        reward_runner,
     )
 
 
-def load_panel(config: ConfigDict, mesh: sharding.AnyMesh) -> Panel:
+def load_rewards(config: ConfigDict, mesh: sharding.AnyMesh) -> RewardRunner:
     """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
     scoring = config.scoring
     if scoring.overlap == "all" and jax.process_count() > 1:
@@ -142,7 +143,7 @@ def load_panel(config: ConfigDict, mesh: sharding.AnyMesh) -> Panel:
             "one order; expected host or none"
         )
     loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
-    return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
+    return RewardRunner(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:

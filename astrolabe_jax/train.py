@@ -20,7 +20,7 @@ from astrolabe_jax import checkpoint, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
@@ -332,7 +332,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         return None
     finally:
         metrics.close()
-        run.panel.settle()
+        run.reward_runner.settle()
 
 
 def _save(run: Run, state: RunState, progress: Progress) -> int:

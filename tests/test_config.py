@@ -16,6 +16,7 @@ from astrolabe_jax.config import (
     repeats,
     with_reference,
 )
+from astrolabe_jax.rewards import registry as rewards
 from configs import moving_shapes
 
 

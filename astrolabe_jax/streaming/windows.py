@@ -23,7 +23,7 @@ from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax.config import clip_length, piece, rounds, shares_prefix
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.layers import merge
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.progress import Progress
@@ -215,7 +215,7 @@ def score_async(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
-    wait = measured(lambda: run.panel.score(frames, texts, list(numbers)))
+    wait = measured(lambda: run.reward_runner.score_async(frames, texts, list(numbers)))
     return lambda: measured(wait)
 
 
