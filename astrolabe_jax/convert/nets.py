@@ -154,23 +154,24 @@ def without_aliases(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> d
     Raises:
       ConversionError: for a tensor that is there under both names with different values.
     """
-    found = dict(tensors)
+    named = dict(tensors)
     for alias, name in aliases.items():
-        if alias not in found:
+        if alias not in named:
             continue
-        tensor = found.pop(alias)
-        if name in found and _digest(tensor) != _digest(found[name]):
+        tensor = named.pop(alias)
+        if name in named and _digest(tensor) != _digest(named[name]):
             raise engine.ConversionError(
                 f"{alias} and {name} must be the same tensor, but their values differ; download "
                 "the file again"
             )
-        found.setdefault(name, tensor)
-    return found
+        named.setdefault(name, tensor)
+    return named
 
 
 def _digest(tensor: Any) -> tuple:
     content = np.ascontiguousarray(np.asarray(tensor))
-    digest = hashlib.sha256(content.reshape(-1).view(np.uint8).data).digest()
+    octets = content.reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(octets.data).digest()
     return content.shape, content.dtype, digest
 
 
@@ -198,10 +199,10 @@ def checked(spec: NetSpec, config: Any, form: str, tensors: Mapping[str, Any]) -
     Raises:
       ConversionError: listing every tensor that is missing, unused or of another shape.
     """
-    wanted = source_shapes(spec, config, form)
-    engine.check(wanted, tensors)
+    stored = source_shapes(spec, config, form)
+    engine.check(stored, tensors)
     plain = source_shapes(spec, config)
-    named = {name: tensors[stored] for name, stored in zip(plain, wanted, strict=True)}
+    named = {name: tensors[theirs] for name, theirs in zip(plain, stored, strict=True)}
     return NetCheckpoint(spec, config, named)
 
 

@@ -258,9 +258,9 @@ def _scores(names: Sequence[str], answer: Any) -> dict[str, float]:
 
 def _final_score(answer: Any) -> float:
     try:
-        found = _FINAL_SCORE.search(answer["choices"][0]["message"]["content"])
+        match = _FINAL_SCORE.search(answer["choices"][0]["message"]["content"])
     except (LookupError, TypeError):
-        found = None
-    if not found:
+        match = None
+    if not match:
         raise OSError(f"the answer has no 'Final Score:' of 1 to 5: {json.dumps(answer)[:300]}")
-    return float(found[1]) / 5
+    return float(match[1]) / 5

@@ -72,14 +72,17 @@ def prepared(images: jax.Array, size: int) -> jax.Array:
     """
     height, width = images.shape[1:3]
     short = min(height, width)
-    images = resize(images, (size * height // short, size * width // short), "pil")
+    inner = (size * height // short, size * width // short)
+    images = resize(images, inner, "pil")
     top, left = ((side - size) // 2 for side in images.shape[1:3])
-    return normalised(images[:, top : top + size, left : left + size])
+    images = images[:, top : top + size, left : left + size]
+    return normalised(images)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "mesh"))
 def _scores(graphdef: Any, params: Any, images: jax.Array, *, size: int, mesh: Mesh) -> jax.Array:
     def scores(params, images):
-        return layers.merge(graphdef, params)(prepared(sharding.by_sample(images), size))
+        net = layers.merge(graphdef, params)
+        return net(prepared(sharding.by_sample(images), size))
 
     return sharding.on_mesh(mesh, scores)(params, images)

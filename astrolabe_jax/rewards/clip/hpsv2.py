@@ -75,7 +75,8 @@ def load(names: Sequence[str], setting: Setting, options: HPSv2Options) -> Score
             per_call=options.frames_per_batch,
             mesh=setting.mesh,
         )
-        cosines = _cosines(images, _map_texts(text_features, params, ids, setting.mesh))
+        texts = _map_texts(text_features, params, ids, setting.mesh)
+        cosines = _cosines(images, texts)
         scores = {}
         for name in names:
             scores[name] = top_mean(cosines)
@@ -96,8 +97,9 @@ def prepared(images: jax.Array, size: int) -> jax.Array:
     scale = size / max(height, width)
     inner = (max(1, round(height * scale)), max(1, round(width * scale)))
     images = resize(images, inner, "torch")
-    pads = [((size - side) // 2, size - side - (size - side) // 2) for side in inner]
-    return normalised(jnp.pad(images, ((0, 0), *pads, (0, 0))))
+    missing = [size - side for side in inner]
+    rows, columns = ((count // 2, count - count // 2) for count in missing)
+    return normalised(jnp.pad(images, ((0, 0), rows, columns, (0, 0))))
 
 
 def _map_texts(text_features: Callable, params: Any, ids: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -105,8 +107,10 @@ def _map_texts(text_features: Callable, params: Any, ids: np.ndarray, mesh: Mesh
     size = -(-_PROMPTS // mesh.size) * mesh.size
     features = []
     for start in range(0, len(ids), size):
-        rows = np.minimum(np.arange(start, start + size), len(ids) - 1)
-        features.append(text_features(params, sharding.shard_batch(mesh, ids[rows])))
+        rows = np.arange(start, start + size)
+        rows = np.minimum(rows, len(ids) - 1)
+        batch = sharding.shard_batch(mesh, ids[rows])
+        features.append(text_features(params, batch))
     return jnp.concatenate(features)[: len(ids)]
 
 
@@ -116,7 +120,8 @@ def _image_features(
 ) -> jax.Array:
     def features(params, images):
         net = layers.merge(graphdef, params)
-        return clip.normalised(net.vision(prepared(sharding.by_sample(images), size)))
+        images = prepared(sharding.by_sample(images), size)
+        return clip.normalised(net.vision(images))
 
     return sharding.on_mesh(mesh, features)(params, images)
 
@@ -124,7 +129,8 @@ def _image_features(
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def _text_features(graphdef: Any, params: Any, ids: jax.Array, *, mesh: Mesh) -> jax.Array:
     def features(params, ids):
-        return clip.normalised(layers.merge(graphdef, params).text(ids))
+        net = layers.merge(graphdef, params)
+        return clip.normalised(net.text(ids))
 
     return sharding.on_mesh(mesh, features)(params, ids)
 

@@ -5,6 +5,7 @@ tower, which is causal, its first end token; each is normalised and projected to
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -114,12 +115,16 @@ class CLIPVision(nnx.Module):
         side = self.config.image_size // size
         batch = images.shape[0]
         patches = images.astype(dtype).reshape(batch, side, size, side, size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * side, -1)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(batch, side * side, -1)
         x = self.patch_embedding(by_sample(patches))
-        first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (batch, 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.positions[...].astype(dtype)[None]
+        first = self.class_embedding[...].astype(dtype)
+        first = jnp.broadcast_to(first, (batch, 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1)
+        x = x + self.positions[...].astype(dtype)[None]
         x = _scanned(self.blocks, self.norm_in(x), causal=False)
-        return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)
+        features = self.projection(self.norm_out(x[:, 0]))
+        return features.astype(jnp.float32)
 
 
 class CLIPText(nnx.Module):
@@ -145,12 +150,14 @@ class CLIPText(nnx.Module):
         A text ends at its first token with the largest id, which is the end token: what stands
         behind it, zeros in OpenCLIP and more end tokens in OpenAI's, does not matter.
         """
-        positions = self.positions[...][: ids.shape[1]].astype(self.config.dtype)
-        x = by_sample(self.token_embedding(ids)) + positions[None]
-        x = _scanned(self.blocks, x, causal=True)
+        positions = self.positions[...][: ids.shape[1]]
+        positions = positions.astype(self.config.dtype)
+        x = by_sample(self.token_embedding(ids))
+        x = _scanned(self.blocks, x + positions[None], causal=True)
         ends = jnp.argmax(ids, axis=1)
-        x = jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0]
-        return self.projection(self.norm_out(x)).astype(jnp.float32)
+        x = jnp.take_along_axis(x, ends[:, None, None], axis=1)
+        features = self.projection(self.norm_out(x[:, 0]))
+        return features.astype(jnp.float32)
 
 
 class AestheticNet(nnx.Module):
@@ -208,10 +215,11 @@ class CLIPAttention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, param_dtype, rngs: nnx.Rngs):
         self.heads = heads
-        self.q = Linear(dim, dim, param_dtype=param_dtype, rngs=rngs)
-        self.k = Linear(dim, dim, param_dtype=param_dtype, rngs=rngs)
-        self.v = Linear(dim, dim, param_dtype=param_dtype, rngs=rngs)
-        self.o = Linear(dim, dim, param_dtype=param_dtype, rngs=rngs)
+        dense = functools.partial(Linear, dim, dim, param_dtype=param_dtype, rngs=rngs)
+        self.q = dense()
+        self.k = dense()
+        self.v = dense()
+        self.o = dense()
 
     def __call__(self, x: jax.Array, causal: bool) -> jax.Array:
         """Return what x [B, N, D] reads of itself."""
@@ -219,7 +227,8 @@ class CLIPAttention(nnx.Module):
         q = self.q(x).reshape(shape)
         k = self.k(x).reshape(shape)
         v = self.v(x).reshape(shape)
-        return self.o(attention(q, k, v, causal=causal).reshape(x.shape))
+        y = attention(q, k, v, causal=causal)
+        return self.o(y.reshape(x.shape))
 
 
 def normalised(features: jax.Array) -> jax.Array:
@@ -250,4 +259,5 @@ def _scanned(blocks: CLIPBlock, x: jax.Array, causal: bool) -> jax.Array:
 
 
 def _normal(shape: tuple[int, ...], std: float, dtype, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param((std * jax.random.normal(rngs.params(), shape)).astype(dtype))
+    values = std * jax.random.normal(rngs.params(), shape)
+    return nnx.Param(values.astype(dtype))

@@ -74,7 +74,10 @@ def load(names: Sequence[str], setting: Setting, options: FlowOptions) -> Scorer
         del prompts
         batch, count = frames.shape[:2]
         if count < 2:
-            still = {DYNAMIC: np.zeros(batch, np.float32), SMOOTH: np.ones(batch, np.float32)}
+            still = {
+                DYNAMIC: np.zeros(batch, np.float32),
+                SMOOTH: np.ones(batch, np.float32),
+            }
             return {name: still[name] for name in names}
         motion = map_frames(
             motion_between,
@@ -98,13 +101,16 @@ def motion_of(flow: jax.Array) -> Motion:
     """Return what the rewards need of flow [N, height, width, 2] in pixels."""
     batch, height, width, _ = flow.shape
     diagonal = math.hypot(height, width)
-    lengths = (jnp.linalg.norm(flow, axis=-1) / (_LARGE * diagonal)).reshape(batch, height * width)
-    top, _ = jax.lax.top_k(lengths, max(1, math.floor(0.05 * height * width)))
+    lengths = jnp.linalg.norm(flow, axis=-1) / (_LARGE * diagonal)
+    lengths = lengths.reshape(batch, height * width)
+    largest = max(1, math.floor(0.05 * height * width))
+    top, _ = jax.lax.top_k(lengths, largest)
     side = min(STRIDE, height, width)
     rows = height // side
     columns = width // side
     whole = flow[:, : rows * side, : columns * side]
-    field = whole.reshape(batch, rows, side, columns, side, 2).mean(axis=(2, 4))
+    field = whole.reshape(batch, rows, side, columns, side, 2)
+    field = field.mean(axis=(2, 4))
     return Motion(
         jnp.mean(top, axis=1),
         jnp.mean(jnp.minimum(top, 1.0), axis=1),
@@ -129,7 +135,8 @@ def dynamic_degree(motion: Motion, *, published: bool = False) -> jax.Array:
     a = jnp.mean(motion.top_clipped, axis=1)
     excess = a if published else jnp.mean(motion.top, axis=1)
     magnitude = jnp.exp(-jnp.square(a - 0.6) / (2 * 0.2**2))
-    magnitude = magnitude * (1 - jnp.clip((excess - 1.2) / 1.2, 0, 1))
+    punishment = jnp.clip((excess - 1.2) / 1.2, 0, 1)
+    magnitude = magnitude * (1 - punishment)
     magnitude = magnitude * (1 - 0.5 * jnp.exp(-3 * a))
     changes = jnp.abs(jnp.diff(motion.mean_clipped, axis=1))
     if changes.shape[1]:
@@ -168,8 +175,10 @@ def smoothness(field: jax.Array) -> jax.Array:
         lengths = jnp.linalg.norm(vectors, axis=-1)
         return jnp.sum(jnp.where(inside, lengths, 0.0), axis=(1, 2))
 
-    jitter = total(later - here) / (total(later) + total(here) + still)
-    return jnp.mean(1 - jitter.reshape(batch, count - 1), axis=1)
+    whole = total(later) + total(here) + still
+    jitter = total(later - here) / whole
+    jitter = jitter.reshape(batch, count - 1)
+    return jnp.mean(1 - jitter, axis=1)
 
 
 def _advected(here: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -178,14 +187,20 @@ def _advected(here: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     here, after: flow [h, w, 2] of consecutive pairs.
     """
     rows, columns = here.shape[:2]
-    x = jnp.arange(columns, dtype=jnp.float32)[None, :] + here[..., 0]
-    y = jnp.arange(rows, dtype=jnp.float32)[:, None] + here[..., 1]
-    inside = (x >= 0) & (x <= columns - 1) & (y >= 0) & (y <= rows - 1)
-    parts = [
-        jax.scipy.ndimage.map_coordinates(after[..., i], [y, x], order=1, mode="nearest")
-        for i in range(2)
-    ]
-    return jnp.stack(parts, axis=-1), inside
+    x = jnp.arange(columns, dtype=jnp.float32)[None, :]
+    y = jnp.arange(rows, dtype=jnp.float32)[:, None]
+    x = x + here[..., 0]
+    y = y + here[..., 1]
+    inside = (x >= 0) & (x <= columns - 1)
+    inside = inside & (y >= 0) & (y <= rows - 1)
+    interpolated = functools.partial(
+        jax.scipy.ndimage.map_coordinates,
+        coordinates=[y, x],
+        order=1,
+        mode="nearest",
+    )
+    later = [interpolated(after[..., i]) for i in range(2)]
+    return jnp.stack(later, axis=-1), inside
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
@@ -194,6 +209,8 @@ def _motion(
 ) -> Motion:
     def motion(params, first, second):
         net = layers.merge(graphdef, params)
-        return motion_of(net(sharding.by_sample(first), sharding.by_sample(second)))
+        first = sharding.by_sample(first)
+        second = sharding.by_sample(second)
+        return motion_of(net(first, second))
 
     return sharding.on_mesh(mesh, motion)(params, first, second)

@@ -124,11 +124,11 @@ def check_template(template: str, tokens: Sequence[str], path: Path) -> None:
 
     Raises ValueError naming the file `path`.
     """
-    found = _SPECIAL.findall(template)
+    special = _SPECIAL.findall(template)
     places = template.count(PLACE)
-    if places != 1 or found != list(tokens):
+    if places != 1 or special != list(tokens):
         raise ValueError(
-            f"{path} has {places} places {PLACE} and the tokens {', '.join(found) or 'none'}; "
+            f"{path} has {places} places {PLACE} and the tokens {', '.join(special) or 'none'}; "
             f"expected one place and {', '.join(tokens)}, in this order"
         )
 

@@ -258,12 +258,12 @@ def assemble(
     config = dataclasses.replace(spec.published, **measured)
     sources = nets.source_shapes(spec, config, form)
     pairs = _lora_shapes(sources, adapter.rank) if adapter else {}
-    wanted = dict(sources)
+    expected = dict(sources)
     if OUTPUT in tensors:
-        wanted[OUTPUT] = (config.vocab_size, config.dim)
+        expected[OUTPUT] = (config.vocab_size, config.dim)
     for pair in pairs.values():
-        wanted |= pair
-    engine.check(wanted, tensors)
+        expected |= pair
+    engine.check(expected, tensors)
     used = {name: tensors[name] for name in sources}
     if adapter:
         for name, pair in pairs.items():

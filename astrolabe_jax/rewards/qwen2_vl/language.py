@@ -1,5 +1,7 @@
 """The decoder of Qwen2-VL without its output layer: embeddings -> hidden states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,22 +45,30 @@ class QwenDecoder(nnx.Module):
           where: [B, n], the tokens that are asked about.
           table: the rotary table [B or 1, L, K/2] of the positions.
         """
-        is_placeholder = (ids == self.config.image_token) | (ids == self.config.video_token)
+        is_image = ids == self.config.image_token
+        is_video = ids == self.config.video_token
         vision = vision.astype(self.config.dtype)
-        x = by_sample(_filled(self.embedding(ids), is_placeholder, vision))
+        x = _filled(self.embedding(ids), is_image | is_video, vision)
+        x = by_sample(x)
         blockdef, params = nnx.split(self.blocks)
 
         def layer(x, params):
             return nnx.merge(blockdef, params)(x, table), None
 
         x, _ = jax.lax.scan(layer, x, params)
-        return self.norm(jnp.take_along_axis(x, where[..., None], axis=1))
+        x = jnp.take_along_axis(x, where[..., None], axis=1)
+        return self.norm(x)
 
 
 def _filled(x: jax.Array, is_placeholder: jax.Array, vision: jax.Array) -> jax.Array:
     """Return x [B, L, D] with the rows of vision [B, V, D] in the placeholders [B, L], in order."""
     index = jnp.cumsum(is_placeholder, axis=1) - 1
-    rows = jnp.take_along_axis(vision, index[..., None], axis=1, mode="clip")
+    rows = jnp.take_along_axis(
+        vision,
+        index[..., None],
+        axis=1,
+        mode="clip",
+    )
     return jnp.where(is_placeholder[..., None], rows, x)
 
 
@@ -68,27 +78,31 @@ class QwenDecoderBlock(nnx.Module):
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         dim = config.dim
         param_dtype = jnp.dtype(config.param_dtype)
+        dense = functools.partial(linear, config=config, rngs=rngs)
         self.head_dim = config.head_dim
         self.norm1 = RMSNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.q = linear(dim, dim, config, rngs)
-        self.k = linear(dim, config.dim_kv, config, rngs)
-        self.v = linear(dim, config.dim_kv, config, rngs)
-        self.o = linear(dim, dim, config, rngs, use_bias=False)
+        self.q = dense(dim, dim)
+        self.k = dense(dim, config.dim_kv)
+        self.v = dense(dim, config.dim_kv)
+        self.o = dense(dim, dim, use_bias=False)
         self.norm2 = RMSNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.gate = linear(dim, config.dim_ffn, config, rngs, use_bias=False)
-        self.up = linear(dim, config.dim_ffn, config, rngs, use_bias=False)
-        self.down = linear(config.dim_ffn, dim, config, rngs, use_bias=False)
+        self.gate = dense(dim, config.dim_ffn, use_bias=False)
+        self.up = dense(dim, config.dim_ffn, use_bias=False)
+        self.down = dense(config.dim_ffn, dim, use_bias=False)
 
     def __call__(self, x: jax.Array, table: Table) -> jax.Array:
         """Return x [B, L, D] after the block."""
         y = self.norm1(x)
-        q = rotate(self._heads(self.q(y)), table)
-        k = rotate(self._heads(self.k(y)), table)
+        q = self._heads(self.q(y))
+        k = self._heads(self.k(y))
         v = self._heads(self.v(y))
+        q = rotate(q, table)
+        k = rotate(k, table)
         y = attention(q, k, v, causal=True)
         x = x + self.o(y.reshape(x.shape))
         y = self.norm2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        gate = jax.nn.silu(self.gate(y))
+        return x + self.down(gate * self.up(y))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)

@@ -64,7 +64,8 @@ def grayscale(frames: jax.Array) -> jax.Array:
     """
     red, green, blue = (frames[..., i].astype(jnp.int32) for i in range(3))
     gray = (2989 * red + 5870 * green + 1140 * blue) // 10000
-    return jnp.broadcast_to(gray.astype(jnp.uint8)[..., None], frames.shape)
+    gray = gray.astype(jnp.uint8)[..., None]
+    return jnp.broadcast_to(gray, frames.shape)
 
 
 def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -72,7 +73,8 @@ def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
 
     There are t * rows * columns / 4 tokens.
     """
-    return -(-frames // PATCH_FRAMES), height // PATCH_SIDE, width // PATCH_SIDE
+    time = -(-frames // PATCH_FRAMES)
+    return time, height // PATCH_SIDE, width // PATCH_SIDE
 
 
 def patches(images: jax.Array) -> jax.Array:
@@ -96,7 +98,8 @@ def patches(images: jax.Array) -> jax.Array:
     x = images.reshape(batch, time, both, *grid, channels)
     x = x.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
     x = jnp.concatenate([x] * (PATCH_FRAMES // both), axis=7)
-    return x.reshape(batch, time * rows * columns, channels * PATCH_FRAMES * PATCH_SIDE**2)
+    values = channels * PATCH_FRAMES * PATCH_SIDE**2
+    return x.reshape(batch, time * rows * columns, values)
 
 
 def normalised_patches(images: jax.Array) -> jax.Array:
@@ -119,11 +122,14 @@ def prepared(frames: jax.Array, preparation: Preparation, devices: int = 1) -> j
     samples, count = frames.shape[:2]
 
     def resized(pictures: jax.Array) -> jax.Array:
-        return resize(grayscale(pictures) if gray else pictures, size, rounding)
+        if gray:
+            pictures = grayscale(pictures)
+        return resize(pictures, size, rounding)
 
-    pictures = frames.reshape(devices, -1, *frames.shape[2:]).swapaxes(0, 1)
-    pictures = jax.lax.map(resized, pictures)
-    return normalised_patches(pictures.swapaxes(0, 1).reshape(samples, count, *size, 3))
+    pictures = frames.reshape(devices, -1, *frames.shape[2:])
+    pictures = jax.lax.map(resized, pictures.swapaxes(0, 1))
+    videos = pictures.swapaxes(0, 1).reshape(samples, count, *size, 3)
+    return normalised_patches(videos)
 
 
 def sampled_count(
@@ -165,5 +171,7 @@ def frame_indices(frames: int, count: int) -> tuple[int, ...]:
     last = np.float32(frames - 1)
     numbers = np.arange(count, dtype=np.float32)
     step = last / np.float32(count - 1)
-    places = np.where(numbers < count // 2, step * numbers, last - step * numbers[::-1])
+    forwards = step * numbers
+    backwards = last - step * numbers[::-1]
+    places = np.where(numbers < count // 2, forwards, backwards)
     return tuple(np.rint(places).astype(int).tolist())

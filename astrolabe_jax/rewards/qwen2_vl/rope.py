@@ -61,7 +61,8 @@ def _row_positions(row: np.ndarray, grids: Sequence[Grid], config: Qwen2VLConfig
             block = np.zeros((3, 1), np.int32)
         elif remaining:
             t, h, w = remaining.pop(0)
-            block = np.indices((t, h // MERGE, w // MERGE)).reshape(3, -1)
+            block = np.indices((t, h // MERGE, w // MERGE))
+            block = block.reshape(3, -1)
         else:
             raise ValueError(f"has placeholders at {i}, beyond those of its grids {list(grids)}")
         stop = i + block.shape[1]
@@ -82,33 +83,45 @@ def text_table(config: Qwen2VLConfig, positions: np.ndarray) -> Table:
 
     Each section of the frequencies turns with its own row of the positions.
     """
-    frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    frequency = _frequencies(config.rope_theta, config.head_dim)
     axis = np.repeat(np.arange(3), config.mrope_section)  # of each frequency
-    return _cos_sin(np.moveaxis(np.asarray(positions)[axis], 0, -1) * frequency)
+    positions = np.asarray(positions)[axis]
+    return _cos_sin(np.moveaxis(positions, 0, -1) * frequency)
 
 
 @cache
 def vision_table(head_dim: int, rows: int, columns: int) -> Table:
     """Return the table [rows * columns, K/2] of one frame's patches, in order of `block_order`."""
-    frequency = VISION_THETA ** (-np.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    frequency = _frequencies(VISION_THETA, head_dim // 2)
     row, column = block_order(rows, columns)
     angles = [np.outer(row, frequency), np.outer(column, frequency)]
     return _cos_sin(np.concatenate(angles, axis=-1))
 
 
+def _frequencies(theta: float, dim: int) -> np.ndarray:
+    """Return [dim / 2], from 1 down to almost 1 / theta."""
+    return theta ** (-np.arange(0, dim, 2) / dim)
+
+
 def block_order(rows: int, columns: int) -> np.ndarray:
     """Return row and column [2, rows * columns] of each patch, those of one token together."""
-    place = np.indices((rows, columns)).reshape(2, rows // MERGE, MERGE, columns // MERGE, MERGE)
+    place = np.indices((rows, columns))
+    place = place.reshape(2, rows // MERGE, MERGE, columns // MERGE, MERGE)
     return place.swapaxes(2, 3).reshape(2, -1)
 
 
 def _cos_sin(angle: np.ndarray) -> Table:
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos = np.cos(angle).astype(np.float32)
+    sin = np.sin(angle).astype(np.float32)
+    return cos, sin
 
 
 def rotate(x: jax.Array, table: Table) -> jax.Array:
     """Return x [B, N, A, K], turned by a table [B or 1, N, K/2] in float32, in the dtype of x."""
     cos, sin = (jnp.asarray(part)[:, :, None, :] for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
+    turned = [
+        first * cos - second * sin,
+        second * cos + first * sin,
+    ]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

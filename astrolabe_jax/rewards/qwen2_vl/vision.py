@@ -1,5 +1,7 @@
 """The vision tower of Qwen2-VL: patches of images or videos of one grid -> tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,9 +19,8 @@ class QwenVision(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         self.config = config
-        self.patch_embed = linear(
-            PATCH_VALUES, config.vision_dim, config, rngs, use_bias=False, quantised=False
-        )
+        dense = functools.partial(linear, config=config, rngs=rngs)
+        self.patch_embed = dense(PATCH_VALUES, config.vision_dim, use_bias=False, quantised=False)
         self.blocks = stacked(
             lambda rngs: QwenVisionBlock(config, rngs), config.vision_layers, rngs
         )
@@ -33,7 +34,8 @@ class QwenVision(nnx.Module):
         patches that are not those of the grid.
         """
         t, h, w = grid
-        fits = patches.ndim == 3 and patches.shape[1:] == (t * h * w, PATCH_VALUES)
+        expected = (t * h * w, PATCH_VALUES)
+        fits = patches.ndim == 3 and patches.shape[1:] == expected
         if not fits or h % MERGE or w % MERGE:
             raise ValueError(
                 f"patches have the shape {list(patches.shape)}; expected [B, {t * h * w}, "
@@ -42,9 +44,11 @@ class QwenVision(nnx.Module):
             )
         config = self.config
         samples = patches.shape[0]
-        x = by_sample(self.patch_embed(patches.astype(config.dtype)))
+        x = self.patch_embed(patches.astype(config.dtype))
+        x = by_sample(x)
         x = x.reshape(samples * t, h * w, config.vision_dim)  # each temporal patch on its own
-        cos, sin = vision_table(config.vision_dim // config.vision_heads, h, w)
+        head_dim = config.vision_dim // config.vision_heads
+        cos, sin = vision_table(head_dim, h, w)
         table = (cos[None], sin[None])
         blockdef, params = nnx.split(self.blocks)
 
@@ -52,7 +56,8 @@ class QwenVision(nnx.Module):
             return nnx.merge(blockdef, params)(x, table), None
 
         x, _ = jax.lax.scan(layer, x, params)
-        return self.merger(x.reshape(samples, t * h * w, config.vision_dim))
+        x = x.reshape(samples, t * h * w, config.vision_dim)
+        return self.merger(x)
 
 
 class QwenVisionBlock(nnx.Module):
@@ -61,19 +66,23 @@ class QwenVisionBlock(nnx.Module):
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         dim = config.vision_dim
         param_dtype = jnp.dtype(config.param_dtype)
+        dense = functools.partial(linear, config=config, rngs=rngs)
         self.heads = config.vision_heads
         self.norm1 = LayerNorm(dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.qkv = linear(dim, 3 * dim, config, rngs)
-        self.proj = linear(dim, dim, config, rngs)
+        self.qkv = dense(dim, 3 * dim)
+        self.proj = dense(dim, dim)
         self.norm2 = LayerNorm(dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.fc1 = linear(dim, config.vision_ffn, config, rngs)
-        self.fc2 = linear(config.vision_ffn, dim, config, rngs)
+        self.fc1 = dense(dim, config.vision_ffn)
+        self.fc2 = dense(config.vision_ffn, dim)
 
     def __call__(self, x: jax.Array, table: Table) -> jax.Array:
         """Return x [N, patches, vision_dim] after the block."""
-        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1)
+        qkv = self.qkv(self.norm1(x))
+        qkv = qkv.reshape(*x.shape[:2], 3 * self.heads, -1)
         q, k, v = jnp.split(qkv, 3, axis=2)
-        y = attention(rotate(q, table), rotate(k, table), v)
+        q = rotate(q, table)
+        k = rotate(k, table)
+        y = attention(q, k, v)
         x = x + self.proj(y.reshape(x.shape))
         y = self.fc1(self.norm2(x))
         return x + self.fc2(y * jax.nn.sigmoid(1.702 * y))
@@ -85,11 +94,14 @@ class QwenMerger(nnx.Module):
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         wide = MERGE**2 * config.vision_dim
         param_dtype = jnp.dtype(config.param_dtype)
+        dense = functools.partial(linear, config=config, rngs=rngs)
         self.norm = LayerNorm(config.vision_dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.fc1 = linear(wide, wide, config, rngs)
-        self.fc2 = linear(wide, config.dim, config, rngs)
+        self.fc1 = dense(wide, wide)
+        self.fc2 = dense(wide, config.dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return tokens [B, N / 4, D] of patches [B, N, vision_dim]."""
-        x = self.norm(x).reshape(x.shape[0], x.shape[1] // MERGE**2, -1)
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        samples, rows, _ = x.shape
+        x = self.norm(x).reshape(samples, rows // MERGE**2, -1)
+        x = jax.nn.gelu(self.fc1(x), approximate=False)
+        return self.fc2(x)

@@ -1,4 +1,4 @@
-"""SEA-RAFT in torch, from its description (spec/rewards.md 10.2), and its weights by their
+"""SEA-RAFT in torch, from its description, and its weights by their
 published names.
 """
 

@@ -45,7 +45,7 @@ def oracle(kind):
 
 
 def whole(tokens, placeholder, grid, prompt):
-    """The string of spec 6, written out."""
+    """The string of the published code, written out."""
     pictures = placeholder * (grid[0] * grid[1] * grid[2] // 4)
     before, after = chats.TEMPLATES[tokens].split("{text_prompt}")
     return (
