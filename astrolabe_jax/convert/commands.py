@@ -25,7 +25,7 @@ POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
 def import_(
-    source: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
+    path: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
 ) -> list[Path]:
     """Write a file's part, or all parts and the tokenizer of a base, as Orbax directories.
 
@@ -33,7 +33,7 @@ def import_(
     `to`/config.json when it is whole.
 
     Args:
-      source: a file of weights, an imported part, or a base.
+      path: a file of weights, an imported part, or a base.
       to: directory of the results.
       entry: the state dict to read of a nested file.
       dtype: of the results; by default that of the file.
@@ -45,16 +45,16 @@ def import_(
     Raises:
       ValueError, OSError: the content is no whole part, or a part is there already.
     """
-    directory = base.SHIPPED.get(str(source), source)
+    directory = base.SHIPPED.get(str(path), path)
     is_part = directory.is_file() or store.is_store(directory)
     layout = None if is_part else base.layout_of(directory)
     if layout is None:
-        opened = [open_part(source, "", entry, num_heads)]
+        opened = [open_part(path, "", entry, num_heads)]
         tokenizer_files = []
     elif entry:
-        raise ValueError(f"--entry is of one file; {source} is a directory")
+        raise ValueError(f"--entry is of one file; {path} is a directory")
     else:
-        opened = [open_part(source, part, "", num_heads) for part in parts.PARTS]
+        opened = [open_part(path, part, "", num_heads) for part in parts.PARTS]
         tokenizer_files = [directory / layout.tokenizer / name for name in base.TOKENIZERS]
     for part in opened:
         _check_free(to / part.part)
@@ -66,9 +66,9 @@ def import_(
         load_tokenizer(directory / layout.tokenizer)
     leaves = [_stacks(part, dtype) for part in opened]
     to.mkdir(parents=True, exist_ok=True)
-    for path in tokenizer_files:
-        if path.is_file():
-            write_atomic(to / path.name, path.read_bytes())
+    for file in tokenizer_files:
+        if file.is_file():
+            write_atomic(to / file.name, file.read_bytes())
     for part, stacks in zip(opened, leaves, strict=True):
         size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
         store.save(to / part.part, stacks, _meter(part.part, size))
@@ -89,19 +89,19 @@ def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
     return engine.stacks(rules, source.tensors, expected)
 
 
-def export(source: Path, to: Path, part: str, form: str) -> Path:
+def export(path: Path, to: Path, part: str, form: str) -> Path:
     """Write a part as one safetensors file, `to`, under the names of a format; return `to`.
 
-    `source` is what `open_part` takes.
+    `path` is what `open_part` takes.
     """
     _check_free(to)
     _check_safetensors(to)
-    opened = open_part(source, part)
+    opened = open_part(path, part)
     return _write(to, opened, opened.tensors, form)
 
 
 def merge(
-    source: Path,
+    path: Path,
     adapter: Path,
     to: Path,
     form: str,
@@ -114,7 +114,7 @@ def merge(
     """
     _check_free(to)
     _check_safetensors(to)
-    opened = open_part(source, "transformer", num_heads=num_heads)
+    opened = open_part(path, "transformer", num_heads=num_heads)
     pairs, scale = lora.open_lora(adapter, opened.config)
     tensors = dict(opened.tensors)
     for module in TARGETS:
@@ -132,20 +132,20 @@ def merge(
     return _write(to, opened, tensors, form)
 
 
-def export_lora(source: Path, to: Path, form: str, policy: str = "ema") -> Path:
+def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> Path:
     """Write an adapter as a directory of PEFT or diffusers; return the directory `to`.
 
     Args:
-      source: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
+      path: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
         it, or what `open_lora` takes.
       to: the directory, which must not be there.
       form: a name of lora.SAVERS.
       policy: which of a checkpoint's adapters, one of POLICIES.
     """
     _check_free(to)
-    checkpoint = _checkpoint(source)
+    checkpoint = _checkpoint(path)
     if checkpoint is None:
-        adapter, scale = lora.open_lora(source)
+        adapter, scale = lora.open_lora(path)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
     else:
