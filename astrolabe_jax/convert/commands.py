@@ -71,7 +71,7 @@ def import_(
             write_atomic(to / file.name, file.read_bytes())
     for part, stacks in zip(opened, leaves, strict=True):
         size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / part.part, stacks, _meter(part.part, size))
+        store.save(to / part.part, stacks, byte_counter(part.part, size))
         content[part.part] = parts.sizes_of(part.config)
         write_atomic(config_path, json.dumps(content, indent=2).encode())
     return [to / part.part for part in opened]
@@ -206,11 +206,13 @@ def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> 
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to, renamed, progress=_meter(source.part, size))
+    write_safetensors(to, renamed, progress=byte_counter(source.part, size))
     return to
 
 
-def _meter(what: str, size: int) -> Callable[[int], None]:
-    """Return a function that takes the bytes that are written, and logs them to stderr."""
+def byte_counter(what: str, total: int) -> Callable[[int], None]:
+    """Return a function that is given numbers of bytes as they are written, and logs to stderr how
+    many of the total are done.
+    """
     progress = Progress(log=functools.partial(log, file=sys.stderr))
-    return progress.counter(what, size, "bytes")
+    return progress.counter(what, total, "bytes")

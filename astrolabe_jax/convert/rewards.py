@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrolabe_jax.convert import clip, qwen2_vl, reward_store, sea_raft, templates
-from astrolabe_jax.convert.commands import Progress
+from astrolabe_jax.convert.commands import byte_counter
 from astrolabe_jax.convert.reward_store import Checkpoint, Kind
 from astrolabe_jax.models import clip_tokenizer
 from astrolabe_jax.models.qwen2_vl import config as sizes
@@ -71,7 +71,13 @@ def convert(kind: str, given: Given, to: Path) -> Path:
     made = KINDS[kind](given)
     total = sum(piece.nbytes for stack in made.checkpoint.stacks.values() for piece in stack.pieces)
     reward_store.write(
-        to, made.kind, made.checkpoint, made.sources, made.texts, Progress(kind, total), made.facts
+        to,
+        made.kind,
+        made.checkpoint,
+        made.sources,
+        made.texts,
+        byte_counter(kind, total),
+        made.facts,
     )
     return to
 
