@@ -18,8 +18,8 @@ from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Progress
-from astrolabe_jax.rewards import RewardError
 from astrolabe_jax.rewards.panel import Scores
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.rollout import noise_from_keys, rollout
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.types import PromptBatch
@@ -123,7 +123,7 @@ def judge(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
-    waiting = counted(lambda: run.panel.score(frames, texts, numbers))
+    waiting = counted(lambda: run.panel.score_async(frames, texts, numbers))
     return lambda: counted(waiting)
 
 

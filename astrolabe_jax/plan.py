@@ -19,15 +19,17 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, generate, report, rewards, segments, sharding, stream, update
+from astrolabe_jax import encode, generate, report, segments, sharding, stream, update
 from astrolabe_jax.config import piece, repeats, rounds, samples, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
-from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
+from astrolabe_jax.convert.nets import make_config, sizes_of
+from astrolabe_jax.convert.parts import PARTS, SIZES
 from astrolabe_jax.decode import decode, decode_chunk
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.prepare import Run, geometry, numerics, story_of
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli
 
 
@@ -48,7 +50,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    panel = Panel(
+    panel = RewardRunner(
         rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
     )
     return Run(
@@ -76,7 +78,7 @@ def _sizes(config: ConfigDict) -> dict[str, Any]:
     if not config.model.size:
         return bases.configs(config.base, **chosen)
     return {
-        part: make_config(part, sizes_of(net), **chosen)
+        part: make_config(PARTS[part], sizes_of(net), **chosen)
         for part, net in SIZES[config.model.size].items()
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, prompts, rewards, sharding
+from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, validate, window_starts
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
@@ -23,7 +23,8 @@ from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     adapter: dict  # of every policy before the first epoch; on the host
     # latent frames at which a trained window may begin; () where whole videos are trained
     starts: tuple[int, ...]
-    panel: Panel  # the rewards, ready to score
+    panel: RewardRunner  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
@@ -115,7 +116,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
+def load_panel(config: ConfigDict, mesh: Mesh) -> RewardRunner:
     """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
     scoring = config.scoring
     if scoring.overlap == "all" and jax.process_count() > 1:
@@ -124,7 +125,7 @@ def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
             "one order; expected host or none"
         )
     loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
-    return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
+    return RewardRunner(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:

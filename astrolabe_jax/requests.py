@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import prompts, rewards
+from astrolabe_jax import prompts
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime.media import read_png, read_video, resized
 from astrolabe_jax.streaming.scenes import (
     Rules,

@@ -37,7 +37,7 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, prepare, prompts, rewards, sharding
+from astrolabe_jax import encode, prepare, prompts, sharding
 from astrolabe_jax import stream as streams
 from astrolabe_jax.config import flatten, validate_sampling
 from astrolabe_jax.convert.base import Base
@@ -49,7 +49,8 @@ from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.report import TICK_SECONDS, clock, say
 from astrolabe_jax.requests import Asked, Given, Request, Terms, read_given, read_requests
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.rollout import noise_from_keys
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
@@ -74,7 +75,7 @@ class Model(NamedTuple):
     latent_size: tuple[int, int, int]  # C, H, W
     given: jax.Array | None  # latents [T0, C, H, W] that begin every video
     identity: dict[str, Any]  # what a video depends on, besides its request
-    panel: Panel | None  # the rewards that score it
+    panel: RewardRunner | None  # the rewards that score it
 
 
 def load(
@@ -163,7 +164,8 @@ def make(
                 held.append(frames)
             if score and ends:
                 texts = [request.shots[number].prompts[scene] for request in requests]
-                for name, values in model.panel.score(np.concatenate(held, 1), texts)().items():
+                scored = model.panel.score_async(np.concatenate(held, 1), texts)()
+                for name, values in scored.items():
                     for row, value in zip(scores, values, strict=True):
                         row.setdefault((number, scene), {})[name] = float(value)
                 held.clear()

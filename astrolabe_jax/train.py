@@ -21,7 +21,7 @@ from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.generate import Texts, encode_texts, generate, joined
 from astrolabe_jax.prepare import Run
 from astrolabe_jax.report import Metrics, Progress, say
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
 from astrolabe_jax.runtime.preemption import Stopped

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 
-from astrolabe_jax import rewards
 from astrolabe_jax.config import (
     REFERENCE_SWITCHES,
     flatten,
@@ -15,6 +14,7 @@ from astrolabe_jax.config import (
     validate,
     with_reference,
 )
+from astrolabe_jax.rewards import registry as rewards
 from configs import moving_shapes
 
 

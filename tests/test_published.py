@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from astrolabe_jax import plan, prepare, report, rewards
+from astrolabe_jax import plan, prepare, report
 from astrolabe_jax.config import (
     REFERENCE_SWITCHES,
     flatten,
@@ -19,6 +19,7 @@ from astrolabe_jax.config import (
     with_reference,
 )
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.rewards import registry as rewards
 from configs import causal_forcing, krea14b, longlive, published, self_forcing
 from tests.meshes import mesh_of
 from tests.tiny_base import write_tiny_base

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from astrolabe_jax.convert import commands, describe, lora, parts, rewards
+from astrolabe_jax.convert import commands, describe, lora, parts
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("original", "diffusers")
@@ -109,7 +109,9 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=rewards.KINDS)
+    from astrolabe_jax.rewards.convert import KINDS  # rewards import convert, not the reverse
+
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
     )
@@ -135,10 +137,13 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reward(args: argparse.Namespace) -> None:
-    given = rewards.Given(
+    from astrolabe_jax.rewards.convert import convert
+    from astrolabe_jax.rewards.directory import PublishedFiles
+
+    published = PublishedFiles(
         tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised
     )
-    rewards.convert(args.kind, given, args.to)
+    convert(args.kind, published, args.to)
 
 
 _COMMANDS = {

@@ -22,18 +22,8 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.parts import (
-    PARTS,
-    SIZES,
-    Net,
-    described,
-    field_faults,
-    load_net,
-    make_config,
-    save_net,
-    shapes,
-    sizes_of,
-)
+from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
+from astrolabe_jax.convert.parts import PARTS, SIZES, described, load_net, save_net, shapes
 from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
@@ -220,13 +210,13 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
     path = directory / layout.mark
     faults = []
     for part, values in content.items():
-        faults += field_faults(part, values)
+        faults += field_faults(PARTS[part], values)
     if faults:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     parts = {}
     for part, values in content.items():
         try:
-            parts[part] = make_config(part, values, **numerics)
+            parts[part] = make_config(PARTS[part], values, **numerics)
         except ValueError as error:
             config_path = directory / layout.configs.get(part, layout.mark)
             raise ValueError(f"{config_path}, {error}") from None
@@ -357,10 +347,7 @@ def files_of(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.name.endswith(INDEX):
-        shards = read_json(path).get("weight_map") or {}
-        return [path, *sorted({path.parent / str(shard) for shard in shards.values()})]
-    return [path]
+    return with_shards(path)
 
 
 def save_base(

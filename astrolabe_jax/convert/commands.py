@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.convert import base, engine, lora, parts, store
-from astrolabe_jax.convert.sources import Source, open_part
+from astrolabe_jax.convert import base, lora, nets, parts, store
+from astrolabe_jax.convert.nets import NetCheckpoint
+from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
@@ -56,37 +55,26 @@ def import_(
     else:
         opened = [open_part(path, part, "", num_heads) for part in parts.PARTS]
         tokenizer_files = [directory / layout.tokenizer / name for name in base.TOKENIZERS]
-    for part in opened:
-        _check_free(to / part.part)
+    for net in opened:
+        _check_free(to / net.spec.name)
     config_path = to / "config.json"
     content = read_json(config_path) if config_path.exists() else {}
     if not set(content) <= set(parts.PARTS):
         raise FileExistsError(f"{config_path} is none that import wrote; give another --to")
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
-    leaves = [_stacks(part, dtype) for part in opened]
+    leaves = [nets.stacks(net, dtype) for net in opened]
     to.mkdir(parents=True, exist_ok=True)
     for file in tokenizer_files:
         if file.is_file():
             write_atomic(to / file.name, file.read_bytes())
-    for part, stacks in zip(opened, leaves, strict=True):
+    for net, stacks in zip(opened, leaves, strict=True):
+        name = net.spec.name
         size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / part.part, stacks, byte_counter(part.part, size))
-        content[part.part] = parts.sizes_of(part.config)
+        store.save(to / name, stacks, byte_counter(name, size))
+        content[name] = nets.sizes_of(net.config)
         write_atomic(config_path, json.dumps(content, indent=2).encode())
-    return [to / part.part for part in opened]
-
-
-def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
-    rules = parts.rules(source.part, source.config)
-    expected = parts.shapes(source.part, source.config).params
-    if dtype:
-        expected = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
-        )
-    else:
-        expected = engine.with_dtypes(rules, source.tensors, expected)
-    return engine.stacks(rules, source.tensors, expected)
+    return [to / net.spec.name for net in opened]
 
 
 def export(path: Path, to: Path, part: str, form: str) -> Path:
@@ -198,15 +186,14 @@ def _check_safetensors(to: Path) -> None:
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> Path:
+def _write(to: Path, net: NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> Path:
     """Write tensors, which have the original names of a part, under those of a format."""
-    net = parts.shapes(source.part, source.config).params
-    names = engine.source_shapes(parts.rules(source.part, source.config, form), net)
-    original = engine.source_shapes(parts.rules(source.part, source.config), net)
+    names = nets.source_shapes(net.spec, net.config, form)
+    original = nets.source_shapes(net.spec, net.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to, renamed, progress=byte_counter(source.part, size))
+    write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
     return to
 
 

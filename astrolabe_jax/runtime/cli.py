@@ -5,6 +5,7 @@ them is wrong.
 import os
 import re
 import sys
+from typing import NoReturn
 
 import jax
 from absl import flags, logging
@@ -63,7 +64,7 @@ def set_up() -> None:
     jax.config.update("jax_default_matmul_precision", precision)
 
 
-def fail(message: str | Exception, status: int) -> None:
+def fail(message: str | Exception, status: int) -> NoReturn:
     """Ends a program with one message, without traceback."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)

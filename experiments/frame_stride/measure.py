@@ -19,9 +19,10 @@ import numpy as np
 from absl import app, flags
 from scipy.stats import spearmanr
 
-from astrolabe_jax import prompts, report, rewards
+from astrolabe_jax import prompts, report
 from astrolabe_jax.generate import encode_texts, generate
 from astrolabe_jax.prepare import prepare
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.types import Purpose
 

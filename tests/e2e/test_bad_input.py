@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from astrolabe_jax import prepare, rewards, train
+from astrolabe_jax import prepare, train
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.rewards import registry as rewards
 from tests.e2e import runs
 from tests.models import tiny
 from tests.tiny_base import write_tiny_base

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from astrolabe_jax import generate, prepare, report, rewards, train
+from astrolabe_jax import generate, prepare, report, train
 from astrolabe_jax.convert import commands
+from astrolabe_jax.rewards import registry as rewards
 from tests.e2e import runs
 
 
