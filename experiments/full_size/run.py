@@ -73,9 +73,7 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     nets = {}
     for part in ("transformer", "vae"):
-        config = make_config(
-            parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics
-        )
+        config = make_config(parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
         where = bases.weights_of(str(directory / BASE), part)
         nets[part] = bases.read_net(
             part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)
