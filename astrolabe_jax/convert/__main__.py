@@ -33,17 +33,17 @@ class _Command(NamedTuple):
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("path", type=Path, metavar="FILE|DIR")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    described = describe.describe(args.source)
+    described = describe.describe(args.path)
     print(json.dumps(described, indent=1) if args.json else describe.text(described))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("path", type=Path, metavar="FILE|DIR")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--entry",
@@ -63,23 +63,23 @@ def _add_num_heads(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    commands.import_(args.source, args.to, args.entry, args.dtype, args.num_heads)
+    commands.import_(args.path, args.to, args.entry, args.dtype, args.num_heads)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="DIR")
+    parser.add_argument("path", type=Path, metavar="DIR")
     parser.add_argument("--to", type=Path, required=True, metavar="FILE")
     parser.add_argument("--part", choices=parts.PARTS, required=True)
     parser.add_argument("--format", choices=FORMATS, default="original")
 
 
 def _export(args: argparse.Namespace) -> None:
-    commands.export(args.source, args.to, args.part, args.format)
+    commands.export(args.path, args.to, args.part, args.format)
 
 
 def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source",
+        "path",
         type=Path,
         metavar="CHECKPOINT",
         help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
@@ -92,11 +92,11 @@ def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_lora(args: argparse.Namespace) -> None:
-    commands.export_lora(args.source, args.to, args.format, args.policy)
+    commands.export_lora(args.path, args.to, args.format, args.policy)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="BASE")
+    parser.add_argument("path", type=Path, metavar="BASE")
     parser.add_argument("adapter", type=Path, metavar="LORA")
     parser.add_argument("--to", type=Path, required=True, metavar="FILE")
     parser.add_argument("--format", choices=FORMATS, default="original")
@@ -105,7 +105,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    commands.merge(args.source, args.adapter, args.to, args.format, args.dtype, args.num_heads)
+    commands.merge(args.path, args.adapter, args.to, args.format, args.dtype, args.num_heads)
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,13 +22,7 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.nets import (
-    Net,
-    field_faults,
-    make_config,
-    sizes_of,
-    with_shards,
-)
+from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
 from astrolabe_jax.convert.parts import PARTS, SIZES, described, load_net, save_net, shapes
 from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
 from astrolabe_jax.models import layers
@@ -224,8 +218,8 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
         try:
             parts[part] = make_config(PARTS[part], values, **numerics)
         except ValueError as error:
-            source = directory / layout.configs.get(part, layout.mark)
-            raise ValueError(f"{source}, {error}") from None
+            config_path = directory / layout.configs.get(part, layout.mark)
+            raise ValueError(f"{config_path}, {error}") from None
     faults = list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"]))
     if faults:
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
@@ -285,8 +279,7 @@ def load_base(
         digest.update(path.read_bytes() if path.is_file() else b"")
     nets = {}
     for part, config in parts.items():
-        source = transformer if part == "transformer" and transformer else base
-        path = weights_of(source, part)
+        path = weights_of(transformer if part == "transformer" and transformer else base, part)
         for file in files_of(path):
             with open(file, "rb") as content:
                 hashlib.file_digest(content, lambda: digest)
@@ -320,13 +313,13 @@ def read_net(part: str, path: Path, config: Any, place: PlaceLeaf = keep_on_host
         raise type(error)(f"{path}: {error}") from None
 
 
-def weights_of(source: str | Path, part: str) -> Path:
+def weights_of(base: str | Path, part: str) -> Path:
     """Return where the weights of a part are.
 
-    `source` is a file of weights or a store, which is returned, or a base, in which they are looked
-    up. Raises FileNotFoundError or ValueError, which say what is expected.
+    `base` is a base, or a file of weights or a store, which is returned as it is. Raises
+    FileNotFoundError or ValueError, which say what is expected.
     """
-    path = SHIPPED.get(str(source), Path(source))
+    path = SHIPPED.get(str(base), Path(base))
     if store.is_store(path):
         return path
     if path.is_file():

@@ -85,11 +85,11 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _describe_store(path: Path) -> dict[str, Any]:
     """Return the description of a part that import made."""
-    source = open_part(path)
-    return _counts(path, source.tensors) | {
-        "part": source.spec.name,
+    net = open_part(path)
+    return _counts(path, net.tensors) | {
+        "part": net.spec.name,
         "format": "import",
-        "sizes": nets.sizes_of(source.config),
+        "sizes": nets.sizes_of(net.config),
         "families": [],
         "complete": True,
         "faults": [],
@@ -122,8 +122,8 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
 
 def _size_name(measured: Mapping[str, Any]) -> str:
     """Return the name of a published transformer's size, or ''."""
-    for name, sizes in parts.SIZES.items():
-        net = sizes["transformer"]
+    for name, configs in parts.SIZES.items():
+        net = configs["transformer"]
         if (net.dim, net.num_layers) == (measured.get("dim"), measured.get("num_layers")):
             return name
     return ""

@@ -8,7 +8,7 @@ the folder of its net, and add a line to KINDS.
 from collections.abc import Callable
 from pathlib import Path
 
-from astrolabe_jax.convert.commands import Progress
+from astrolabe_jax.convert.commands import byte_counter
 from astrolabe_jax.rewards import directory
 from astrolabe_jax.rewards.clip import weights as clip
 from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents
@@ -36,5 +36,5 @@ def convert(kind: str, published: PublishedFiles, to: Path) -> Path:
     directory.check_new(to)
     contents = KINDS[kind](published)
     pieces = [piece for stack in contents.stacks.values() for piece in stack.pieces]
-    directory.write(to, contents, Progress(kind, sum(piece.nbytes for piece in pieces)))
+    directory.write(to, contents, byte_counter(kind, sum(piece.nbytes for piece in pieces)))
     return to

@@ -73,14 +73,13 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     nets = {}
     for part in ("transformer", "vae"):
-        config = make_config(
-            parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics
-        )
+        config = make_config(parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
         where = bases.weights_of(str(directory / BASE), part)
         nets[part] = bases.read_net(
             part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)
         )
-    net, vae = nets["transformer"], nets["vae"]
+    net = nets["transformer"]
+    vae = nets["vae"]
     layout = Layout(block=3)
     rng = np.random.default_rng(0)
     policy = streams.Policy(
@@ -113,13 +112,13 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
         latent_hw,
     )
     seconds = {"transformer": [], "vae": []}
-    stream = None
+    vae_state = None
     began = time.monotonic()
     shown = []
     for step in shot.steps:
         piece = timed(seconds["transformer"], lambda: next(blocks))
 
-        def decode(latents=piece.latents, state=stream):
+        def decode(latents=piece.latents, state=vae_state):
             chunks = []
             for i in range(latents.shape[1]):
                 pixels, state = decode_chunk(
@@ -128,7 +127,7 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
                 chunks.append(pixels)
             return chunks, state
 
-        chunks, stream = timed(seconds["vae"], decode)
+        chunks, vae_state = timed(seconds["vae"], decode)
         shown.append(sum(chunk.shape[1] for chunk in chunks))
         finite = bool(np.isfinite(np.asarray(piece.latents, np.float32)).all())
         print(

@@ -248,9 +248,9 @@ def write_package(directory, layout, sources):
         for part in parts.PARTS
     }
     net, vae, text = (tiny_base.PARTS[part] for part in ("transformer", "vae", "text_encoder"))
-    words = directory / bases.LAYOUTS[layout].tokenizer
-    words.mkdir(parents=True)
-    (words / "tokenizer.json").write_text((sources / "tokenizer.json").read_text())
+    tokenizer_dir = directory / bases.LAYOUTS[layout].tokenizer
+    tokenizer_dir.mkdir(parents=True)
+    (tokenizer_dir / "tokenizer.json").write_text((sources / "tokenizer.json").read_text())
     configs = {
         "transformer": {
             "_class_name": "WanTransformer3DModel",
@@ -345,9 +345,9 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "PARTS", published)
     net = tiny_base.PARTS["transformer"]
     repository = tmp_path / "Wan2.1"
-    words = repository / "google" / "umt5-xxl"
-    words.mkdir(parents=True)
-    (words / "tokenizer.json").write_text(word_tokenizer(tiny_base._WORDS))
+    tokenizer_dir = repository / "google" / "umt5-xxl"
+    tokenizer_dir.mkdir(parents=True)
+    (tokenizer_dir / "tokenizer.json").write_text(word_tokenizer(tiny_base.WORDS))
     config = {
         "_class_name": "WanModel",
         "model_type": "t2v",
