@@ -51,10 +51,12 @@ from astrolabe_jax.types import (
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
-    """The run of `config` on so many devices, with shapes in place of its arrays, and without
-    prompts and directory.
+    """Return the run of `config` on so many devices, with shapes in place of its arrays.
 
-    Raises ValueError or OSError as run.prepare does. Weights of rewards need not be there.
+    It has no prompts and no directory; weights of rewards need not be there.
+
+    Raises:
+      ValueError, OSError: as run.prepare does.
     """
     validate(config, rewards.TABLE, devices, jax.default_backend())
     parts = _sizes(config)
@@ -88,8 +90,9 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """The config of each part: of a published model, whose base need not be there, or as the base
-    says.
+    """Return the config of each part.
+
+    It is that of a published model, whose base need not be there, or as the base says.
     """
     chosen = numerics(config)
     if not config.model.size:

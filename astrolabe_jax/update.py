@@ -383,7 +383,7 @@ def average(mean, new, decay):
 def ema_decay(step, cap: float) -> jax.Array:
     """Return the decay of the evaluation average at the optimizer step `step`, from 0.
 
-    See docs/objective.md, Averages.
+    See docs/objective.md, Evaluation average.
     """
     return jnp.minimum((1 + step) / (10 + step), cap)
 
@@ -392,7 +392,7 @@ def old_decay(kind: str, step: int, constant: float) -> float:
     """Return the weight that the behaviour policy keeps after an epoch that ended at step `step`.
 
     kind: 'type0' on-policy, 'type1' Astrolabe's schedule, 'type2' DiffusionNFT's slow start, or
-    'constant' (docs/objective.md, Averages).
+    'constant' (docs/objective.md, Behaviour policy).
     """
     if kind == "type2":
         return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)

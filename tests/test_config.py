@@ -16,7 +16,6 @@ from astrolabe_jax.config import (
     repeats,
     with_reference,
 )
-from astrolabe_jax.rewards import registry as rewards
 from configs import moving_shapes
 
 

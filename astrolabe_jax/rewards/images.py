@@ -3,7 +3,7 @@
 Published scores depend on the last bit of the preparation, so `resize` computes what PIL and torch
 do, as products with banded matrices that are built on the host in float64. All of it runs inside
 the jit of a scorer. Integers are exact on every device; nothing here depends on the rest of a
-batch. See docs/rewards.md, Preparation of frames.
+batch. See docs/rewards.md, Image preparation.
 """
 
 import functools

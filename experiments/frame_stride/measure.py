@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 from absl import app, flags
+from astrolabe_jax.generate import encode_texts, generate
+from astrolabe_jax.prepare import prepare
 from scipy.stats import spearmanr
 
 from astrolabe_jax import prompts, rewards
-from astrolabe_jax.generate import encode_texts, generate
-from astrolabe_jax.prepare import prepare
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.types import RngStream

@@ -13,11 +13,11 @@ import tempfile
 
 import numpy as np
 from absl import app, flags
+from astrolabe_jax.prepare import prepare
 
 from astrolabe_jax import report, sharding
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.evaluate import evaluate
-from astrolabe_jax.prepare import prepare
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress
 

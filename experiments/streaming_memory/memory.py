@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from astrolabe_jax.prepare import Run
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -37,7 +38,6 @@ from astrolabe_jax import plan, segments, sharding, stream, update
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
-from astrolabe_jax.prepare import Run
 from configs import longlive, moving_shapes_long
 
 VARIANTS = {  # streaming.sampling, streaming.backprop

@@ -91,7 +91,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, modulated per frame (spec/model.md 3.4)."""
+    """Self-attention, cross-attention and feed-forward, modulated per frame."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(_modulation(config, 6, rngs))
@@ -125,7 +125,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated LayerNorm and the linear map from tokens to patches (spec/model.md 3.7)."""
+    """Modulated LayerNorm and the linear map from tokens to patches."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(_modulation(config, 2, rngs))
@@ -530,8 +530,9 @@ def _every_frame(t, x):
 
 
 def _stored_table(table, frames, layout):
-    """The rotary table of keys as they are cached, for `frames` [n] that are traced: a moving sink
-    is not rotated.
+    """Return the rotary table of keys as they are cached, for `frames` [n] that are traced.
+
+    A moving sink is not rotated.
     """
     if not layout.sink_moves:
         return table

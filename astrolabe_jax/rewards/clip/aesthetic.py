@@ -3,7 +3,7 @@
     config.rewards.aesthetic = {"weight": 1.0, "path": "rewards/aesthetic"}
 
 The published code takes single pictures; of a video, frames are scored, and their mean, usually 4
-to 7, is the reward. See docs/rewards.md, Aesthetics.
+to 7, is the reward. See docs/rewards.md, Aesthetic.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """CLIP: OpenCLIP's and Hugging Face's names <-> the parameter trees of rewards/clip/net.py.
 
-Where the files come from: docs/rewards.md, Converting the weights.
+Where the files come from: docs/rewards.md, Conversion.
 """
 
 import math

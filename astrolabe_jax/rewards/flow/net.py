@@ -2,7 +2,7 @@
 
 Two convolutional encoders at an eighth of the size, the correlations of all pairs of positions at
 several scales, and a recurrent update that looks them up around its last estimate. Inside this file
-pictures are channels-last. See docs/rewards.md, Motion.
+pictures are channels-last. See docs/rewards.md, Dynamic degree.
 """
 
 import dataclasses

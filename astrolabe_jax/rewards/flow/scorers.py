@@ -4,7 +4,7 @@
 
 Flow is seen by SEA-RAFT on levels 0..255, which it expects; the published code gives it [0, 1], on
 which it sees almost nothing. One pass over the pairs of frames serves both rewards. See
-docs/rewards.md, Motion.
+docs/rewards.md, Dynamic degree.
 """
 
 import dataclasses

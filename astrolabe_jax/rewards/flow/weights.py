@@ -1,6 +1,6 @@
 """SEA-RAFT: names of its public code <-> the parameter tree of rewards/flow/net.py.
 
-Where the file comes from: docs/rewards.md, Converting the weights.
+Where the file comes from: docs/rewards.md, Conversion.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Names are plain, as convert/weights.py gives them: without `model.` and `base_model.model.` in
 front. Newer versions of transformers put `language_model.` before those of the decoder. Where the
-files come from: docs/rewards.md, Converting the weights.
+files come from: docs/rewards.md, Conversion.
 """
 
 import functools
