@@ -33,16 +33,19 @@ LAYOUTS = {
 }
 
 
-def sampled(layout, frames, sampler=SAMPLER, trace=False):
-    """One video from stored noise, of which two videos of one length have the same."""
+def sampled(layout, frames, sampler=SAMPLER, blocks=None):
+    """One video from stored noise, the same for all videos of a length; always with its trace, so
+    that tests of one layout share their programs.
+    """
     policy = policy_of(layout, sampler=sampler)
-    return sample(policy, plain_videos(layout, frames), noise(frames, steps=3), trace=trace)
+    videos = plain_videos(layout, frames)
+    return sample(policy, videos, noise(frames, steps=3), blocks=blocks, trace=True)
 
 
 @pytest.mark.parametrize("layout, frames", LAYOUTS.values(), ids=LAYOUTS)
 def test_uncached_forward_with_clean_context_returns_the_sampled_latents(layout, frames):
     """The sampler's own last-step inputs, read against the clean video, give the video back."""
-    video = sampled(layout, frames, trace=True)
+    video = sampled(layout, frames)
     graphdef, params = tiny.model()
     inputs = jnp.concatenate([trace.inputs[-2] for trace in video.traces], axis=1)
     t = jnp.full((1, frames), SAMPLER.steps[-1])
@@ -77,9 +80,10 @@ def test_faithful_sinks_change_nothing_where_the_sink_fits_one_block(layout, fra
 
 
 def test_faithful_sinks_change_a_block_smaller_than_the_sink():
-    layout = Layout(block=1, window=4, sink=2)
-    ours = sampled(layout, 2).latents
-    theirs = sampled(dataclasses.replace(layout, faithful_sinks=True), 2).latents
+    layout, frames = LAYOUTS["framewise"]
+    ours = sampled(layout, frames, blocks=range(2)).latents
+    faithful = dataclasses.replace(layout, faithful_sinks=True)
+    theirs = sampled(faithful, frames, blocks=range(2)).latents
     assert np.abs(ours[:, 0] - theirs[:, 0]).max() > 1e-3  # zero keys of frame 1 are read
     assert np.abs(ours[:, 1] - theirs[:, 1]).max() > 1e-3  # frame 1 reads its own stale keys
 
@@ -93,16 +97,18 @@ def test_relative_equals_absolute_until_the_first_eviction():
 
 
 @pytest.mark.parametrize(
-    "layout, frames, cut", [(Layout(block=2), 4, 2), (Layout(block=2, window=4, sink=2), 10, 8)]
+    "name, cut",
+    [("global", 2), ("sink", 8), ("first frame", 3)],
 )
-def test_two_pieces_equal_one(layout, frames, cut):
+def test_two_pieces_equal_one(name, cut):
+    layout, frames = LAYOUTS[name]
     policy = policy_of(layout)
     videos = plain_videos(layout, frames)
     whole = sampled(layout, frames)
     blocks = range(len(videos.blocks))
     middle = streams.block_at(videos, cut)
-    head = sample(policy, videos, noise(frames), blocks=blocks[:middle])
-    tail = sample(policy, videos, noise(frames), head.state, blocks[middle:])
+    head = sample(policy, videos, noise(frames), blocks=blocks[:middle], trace=True)
+    tail = sample(policy, videos, noise(frames), head.state, blocks[middle:], trace=True)
     pieces = np.concatenate([head.latents, tail.latents], axis=1)
     np.testing.assert_allclose(pieces, whole.latents, atol=1e-6)
     for one, other in zip(jax.tree.leaves(tail.state), jax.tree.leaves(whole.state), strict=True):
@@ -113,12 +119,12 @@ def test_initial_latents_continue_the_video_they_come_from():
     """Given frames are cached at timestep 0 as a sampled block is, so its own beginning continues a
     video unchanged.
     """
-    layout = Layout(block=2, window=4)
+    layout, frames = LAYOUTS["local"]
     policy = policy_of(layout)
-    videos = plain_videos(layout, 8)
-    whole = sampled(layout, 8)
+    videos = plain_videos(layout, frames)
+    whole = sampled(layout, frames)
     given = cache(policy, videos, whole.latents[:, :4], range(2), trace=True)
-    rest = sample(policy, videos, noise(8), given.state, range(2, 4), trace=True)
+    rest = sample(policy, videos, noise(frames), given.state, range(2, 4), trace=True)
     np.testing.assert_array_equal(given.latents, whole.latents[:, :4])
     np.testing.assert_allclose(rest.latents, whole.latents[:, 4:], atol=1e-6)
     passes = [len(trace.timestep) for trace in given.traces + rest.traces]
@@ -126,12 +132,12 @@ def test_initial_latents_continue_the_video_they_come_from():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    layout = Layout(block=2, window=4)
+    layout, frames = LAYOUTS["local"]
     policy = policy_of(layout)
-    videos = plain_videos(layout, 6, count=3)
+    videos = plain_videos(layout, frames, count=3)
     together = sample(policy, videos).latents
     for i in range(3):
-        alone = sample(policy, videos.take(np.array([i]))).latents
+        alone = sample(policy, videos.take(np.array([i])), trace=True).latents
         np.testing.assert_allclose(alone, together[i : i + 1], atol=1e-6)
     assert np.abs(together[0] - together[1]).max() > 0.1
 
@@ -141,7 +147,8 @@ def test_noise_is_counter_based():
     of_step = jax.random.fold_in(jax.random.fold_in(keys[1], 9), 3)
     block = rollout.block_noise(keys, 9, 4, 4, (1, 2, 2))
     np.testing.assert_array_equal(block[3, 1], jax.random.normal(of_step, (4, 1, 2, 2)))
-    first = [rollout.block_noise(keys, frame, 2, 1, (1, 2, 2))[:, 0, 0, 0, 0, 0] for frame in (0, 2)]
+    blocks = [rollout.block_noise(keys, frame, 2, 1, (1, 2, 2)) for frame in (0, 2)]
+    first = [block[:, 0, 0, 0, 0, 0] for block in blocks]
     assert len(np.unique(first)) == 4  # frames and steps
 
 
@@ -164,7 +171,7 @@ def test_compiled_programs_do_not_grow_with_length_once_the_cache_is_full():
 def test_first_block_may_take_other_steps():
     layout = Layout(block=1)
     sampler = dataclasses.replace(SAMPLER, first_steps=(1000.0, 750.0, 500.0))
-    other = sampled(layout, 2, sampler, trace=True)
+    other = sampled(layout, 2, sampler)
     timesteps = [list(trace.timestep) for trace in other.traces]
     assert timesteps == [[1000, 750, 500, 0], [1000, 625, 0]]
     np.testing.assert_array_equal(other.traces[0].inputs[-1], other.latents[:, :1])
@@ -173,8 +180,9 @@ def test_first_block_may_take_other_steps():
 
 
 def test_trace_follows_the_sampler():
-    stored = noise(4)
-    trace, _ = sampled(Layout(block=2), 4, trace=True).traces
+    layout, frames = LAYOUTS["global"]
+    stored = noise(frames)
+    trace = sampled(layout, frames).traces[0]
     np.testing.assert_array_equal(trace.inputs[0], stored[0][:, :2])
     np.testing.assert_allclose(
         trace.inputs[1], 0.375 * trace.x0[0] + 0.625 * stored[1][:, :2], atol=1e-6
@@ -199,7 +207,7 @@ def test_a_cache_smaller_than_the_window_refuses_to_overflow():
     policy = policy_of(layout)
     videos = plain_videos(layout, 4)
     with pytest.raises(ValueError, match="the cache of 2 frames is full and smaller than"):
-        sample(policy, videos, noise(4), begin(policy, videos, slots=2))
+        sample(policy, videos, noise(4), begin(policy, videos, slots=2), blocks=[1])
 
 
 def test_sample_block_refuses_noise_of_another_number_of_steps():
