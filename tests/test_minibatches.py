@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astrolabe_jax.config import rounds
 from astrolabe_jax.minibatches import cut, levels, plan_pass
 from tests.tiny_training import make_config
 
@@ -102,3 +103,33 @@ def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, eac
     fitting = [p for p in range(1, each + 1) if each % p == 0 and (limit == -1 or p <= limit)]
     assert rest == 0
     assert size == max(fitting)
+
+
+@pytest.mark.parametrize(
+    ("devices", "prompts", "microbatch"),
+    [
+        (1, 4, 4),  # two rounds of two pasts
+        (2, 4, 16),
+        (4, 2, 8),  # several devices hold the same past
+    ],
+)
+def test_a_microbatch_has_equally_many_videos_of_each_shared_past(devices, prompts, microbatch):
+    """They are adjacent, in the order of the streams, so that each device has the pasts of its
+    samples.
+    """
+    config = make_config(
+        model__block=1,
+        streaming__window=2,
+        streaming__prompts_per_device=2,
+        prompts__prompts_per_epoch=prompts,
+        prompts__samples_per_prompt=8,
+        optimizer__microbatch=microbatch,
+    )
+    count, streams = rounds(config, devices)
+    videos = 8 * prompts
+    order = plan_pass(config, 0, 0, np.ones(videos, bool), devices).order
+    np.testing.assert_array_equal(np.sort(order.reshape(-1)), np.arange(videos))
+    stream = (order // (videos // (count * streams))).reshape(-1, streams, microbatch // streams)
+    first = stream[:, :1, :1]
+    assert (first % streams == 0).all()  # of a round
+    np.testing.assert_array_equal(stream - first, np.arange(streams)[None, :, None] + 0 * stream)

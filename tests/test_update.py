@@ -35,8 +35,7 @@ def compiled(config_json, mesh):
     return update.TrainStep(ConfigDict(json.loads(config_json)), tiny.model()[0], LAYOUT, mesh)
 
 
-def run_step(config, batch=None, mesh=None, state=None):
-    mesh = mesh or ONE
+def run_step(config, batch=None, mesh=ONE, state=None):
     batch = sharding.shard_batch(
         mesh, make_batch(make_samples()) if batch is None else batch, axis=1
     )

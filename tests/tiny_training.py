@@ -14,36 +14,38 @@ from tests.meshes import ONE
 from tests.models import tiny
 
 LAYOUT = Layout(block=2)
-SAMPLES, FRAMES = 8, 4
+SAMPLES = 8
+FRAMES = 4
 
 
 def make_config(**fields):
-    """The defaults at test size; fields as 'loss.kind' with the dot written __."""
+    """Return the defaults at test size, with fields such as 'loss.kind' written loss__kind."""
     config = get_config()
-    config.lora.rank, config.lora.alpha = 2, 2.0
+    config.lora.rank = 2
+    config.lora.alpha = 2.0
     config.optimizer.microbatch = SAMPLES
     config.optimizer.learning_rate = 1e-2
     config.loss.kl_weight = 0.1
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(changes)
     return config
 
 
 @functools.cache
 def adapter(seed=50):
+    """Return `tiny.adapter` on the host."""
     return jax.device_get(tiny.adapter(seed=seed))
 
 
-def make_state(config, mesh=None, step=1):
-    """Four different policies, so that no term vanishes."""
-    mesh = mesh or ONE
+def make_state(config, mesh=ONE, step=1):
+    """Return a state of four different policies, so that no term vanishes."""
     state = update.init_state(config, adapter(), mesh)
     others = {"old": adapter(0), "reference": adapter(1), "ema": adapter(2), "step": np.int32(step)}
     return state._replace(**sharding.replicate(mesh, others))
 
 
 def make_samples(count=SAMPLES):
+    """Return samples of all optimalities, of which the KL restrains two in three."""
     return Samples(
         latents=tiny.latents(FRAMES, count),
         r=np.linspace(0.1, 0.9, count, dtype=np.float32),
@@ -55,6 +57,7 @@ def make_samples(count=SAMPLES):
 
 
 def make_batch(samples, microbatch=SAMPLES):
+    """Return the samples as microbatches, at the default noise levels in turn."""
     t = np.resize(np.array([1000, 937.5, 833.3333, 625], np.float32), len(samples.r))
     flat = (samples.latents, samples.r, kl_weights(samples.mask), samples.prompt, t, samples.key)
     return update.StepBatch(*(x.reshape(-1, microbatch, *x.shape[1:]) for x in flat))
