@@ -15,7 +15,7 @@ from astrolabe_jax import sharding
 from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import VaeState
-from astrolabe_jax.types import Frames, Latents
+from astrolabe_jax.types import Frames, HostFrames, Latents
 
 
 def decode_video(
@@ -48,7 +48,7 @@ def decode_chunk(
 
 
 def encode_video(
-    vae: Net, frames: Frames, state: VaeState | None, chunk: int, mesh: sharding.AnyMesh
+    vae: Net, frames: HostFrames, state: VaeState | None, chunk: int, mesh: sharding.AnyMesh
 ) -> tuple[Latents, VaeState | None]:
     """Encode the next frames uint8 [B, T, height, width, 3] of a video.
 

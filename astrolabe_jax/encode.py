@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from astrolabe_jax import sharding
 from astrolabe_jax.convert.parts import Net
@@ -24,7 +24,7 @@ _BATCH = 8
 
 def encode_prompts(
     net: Net, tokenizer: Any, prompts: Sequence[str], mesh: sharding.AnyMesh
-) -> Embeddings:
+) -> Float[np.ndarray, "G S E"]:
     """Return the embeddings [G, S, E] float32 of G prompts, zero beyond each one's end token.
 
     The prompts of a call are split over all devices of the mesh; the parameters of the text encoder

@@ -5,12 +5,12 @@ The equations are those of docs/objective.md. x0 is a sampled clean latent; `cur
 x_t; r in [0, 1] is the optimality of the sample (advantages.optimality).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from astrolabe_jax.types import Array
 
@@ -157,7 +157,7 @@ def deviation(a: Predicted, b: Predicted) -> PerSample:
     return _mean(jnp.square(_f32(a) - _f32(b)))
 
 
-def kl_weights(mask: Bool[Array, " B"]) -> PerSample:
+def kl_weights(mask: Any) -> Any:
     """Return weights [B] whose weighted mean of deviations is the mean over the masked samples.
 
     All are 0 if no sample is masked. Uniform KL is a mask of ones.

@@ -72,7 +72,7 @@ Block = Float[Array, "B P C H W"]  # latents of one block
 class Trace(NamedTuple):
     """Every network call of one block: the steps, then the clean pass."""
 
-    timestep: Float[Array, " passes"]
+    timestep: Float[np.ndarray, " passes"]
     inputs: Float[Array, "passes B P C H W"]
     velocity: Float[Array, "passes B P C H W"]
     x0: Float[Array, "passes B P C H W"]  # inputs - sigma(timestep) velocity

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, sharding
@@ -136,7 +137,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def load_rewards(config: ConfigDict, mesh: sharding.AnyMesh) -> RewardRunner:
+def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
     """Return the rewards of a config, their weights on the mesh.
 
     Raises:

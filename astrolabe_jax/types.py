@@ -42,6 +42,7 @@ else:
 
 Latents = Float[Array, "B F C H W"]
 Frames = UInt8[Array, "B T height width 3"]
+HostFrames = UInt8[np.ndarray, "B T height width 3"]
 Embeddings = Float[Array, "B S E"]
 PerSample = Float[Array, " B"]
 

@@ -202,9 +202,7 @@ def _read_switched(line: str, where: str) -> tuple[list[str], list[int]]:
         raise ValueError(
             f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}'
         )
-    switches: Any = content.get("switch_frames")
-    if switches is None and len(texts) == 1:
-        switches = []
+    switches = _switches_of(content, len(texts))
     ascending = _is_list_of(switches, int) and sorted(set(switches)) == switches
     if not ascending or len(switches) != len(texts) - 1:
         raise ValueError(
@@ -212,6 +210,11 @@ def _read_switched(line: str, where: str) -> tuple[list[str], list[int]]:
             "ascending order, one for each change of the prompt"
         )
     return [text.strip() for text in texts], switches
+
+
+def _switches_of(content: dict, prompts: int) -> Any:
+    """Return the switch frames of a line; a video of one prompt may leave them out."""
+    return content.get("switch_frames", [] if prompts == 1 else None)
 
 
 def _is_list_of(values: Any, kind: type) -> bool:
