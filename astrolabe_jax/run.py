@@ -49,7 +49,7 @@ class Run(NamedTuple):
     latent_shape: tuple[int, int, int, int]  # (F, C, H, W), F to the end of the last window
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
-    adapter: dict  # of every policy before the first epoch; on the host
+    adapter: Any  # of every policy before the first epoch, on the host; None: merged in the base
     starts: tuple[int, ...]  # latent frames at which a trained window may begin; whole videos: 0
     reward_runner: RewardRunner  # the rewards, ready to score
 
@@ -63,7 +63,7 @@ class Run(NamedTuple):
         """Latent frames that an epoch trains on: the window, or the whole video."""
         return self.config.streaming.window or self.latent_shape[0]
 
-    def policy(self, adapter: dict) -> Policy:
+    def policy(self, adapter: dict | None) -> Policy:
         """Return what videos are sampled from."""
         net = self.base.transformer
         return Policy(

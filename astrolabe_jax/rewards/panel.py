@@ -54,6 +54,11 @@ class RewardRunner:
         self._under_way: concurrent.futures.Future | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rewards; none if nothing is to be scored."""
+        return tuple(name for group in self._loaded for name in group.names)
+
+    @property
     def identity(self) -> dict[str, str]:
         """Hashes of the weights, by reward.NAME: two runs with other ones are not the same."""
         known = [group for group in self._loaded if group.scorer.identity]
