@@ -177,7 +177,8 @@ def test_only_lost_records_are_named(straight, base, tmp_path, capsys):
     runs.start(config, copy)
     assert "has lost" not in capsys.readouterr().out
     (copy / "metrics.jsonl").write_text("".join(kept))
-    runs.start(runs.small_config(base, **{"train.eval_every": 1}), copy)
+    often = runs.small_config(base, **{"train.eval_every": 1})
+    runs.go_on(prepare(config, copy)._replace(config=often), lambda: None)
     assert (
         "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
     )
