@@ -141,8 +141,8 @@ def collect_or_restore(
         with progress.phase("save samples"):
             arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            samples = checkpoint.Checkpoint(state.epoch, arrays, scores)
-            size = checkpoint.save_samples(run.workdir, samples, old, run.fingerprint)
+            sampled = checkpoint.Checkpoint(state.epoch, arrays, scores)
+            size = checkpoint.save_samples(run.workdir, sampled, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
 
