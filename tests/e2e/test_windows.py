@@ -1,6 +1,4 @@
-"""Training on windows of long videos, epoch by epoch through the real conductor, in every
-variant.
-"""
+"""Training on windows of long videos, epoch by epoch through the real conductor, every variant."""
 
 import functools
 import json
@@ -286,8 +284,9 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
 
 
 def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
-    """The same videos of six frames, cut into other clips."""
-    shown, scores = {}, {}
+    """The same videos of six frames, cut into other clips; a single one has no late part."""
+    shown = {}
+    scores = {}
     for window in (2, 3, 6):
         changes = {"eval.frames": 0, "streaming.window": 6, "streaming.score_frames": window}
         config = runs.small_config(base, **runs.WINDOWS | ONE | changes)
@@ -298,13 +297,16 @@ def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
             )
     np.testing.assert_array_equal(shown[6], shown[2])
     np.testing.assert_array_equal(shown[3], shown[2])
-    for window, found in scores.items():
+    assert set(scores[6]) == {*config.rewards, "total"}
+    for window in (2, 3):
+        evaluation = scores[window]
         begins = [f"total/{first}" for first in range(0, 6, window)]
-        assert [name for name in found if name.startswith("total/")] == begins
+        assert [name for name in evaluation if name.startswith("total/")] == begins
         np.testing.assert_allclose(
-            found["total"], np.mean([found[name] for name in begins], axis=0)
+            evaluation["total"], np.mean([evaluation[name] for name in begins], axis=0)
         )
     np.testing.assert_array_equal(scores[2]["late"], scores[2]["total/4"])
+    np.testing.assert_array_equal(scores[3]["late"], scores[3]["total/3"])
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
 
