@@ -400,7 +400,7 @@ def test_the_command_line(base, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
     ]
     done = subprocess.run([*command, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
-    assert done.returncode == 0 and "1 videos, 8 frames in" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 videos: 8 frames in" in done.stdout, done.stderr
     assert rows_of(tmp_path / "out")[0]["metadata"]["frames"] == 8
     for flag, message in (
         ("--prompt=a[5S]", "character 2 of 'a.5S.'"),
