@@ -83,7 +83,7 @@ def test_an_embedding_depends_on_its_prompt_alone(tokenizer, model):
         np.testing.assert_array_equal(row, alone[i % 4])
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("data, fsdp", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
 def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
     """Prompts are split over all devices, large parameters over fsdp; eleven prompts fill two calls
     of eight.
