@@ -20,7 +20,7 @@ from astrolabe_jax import checkpoint, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
@@ -141,8 +141,8 @@ def collect_or_restore(
         with progress.phase("save samples"):
             arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            sampled = checkpoint.Checkpoint(state.epoch, arrays, scores)
-            size = checkpoint.save_samples(run.workdir, sampled, old, run.fingerprint)
+            samples_of_epoch = checkpoint.Snapshot(state.epoch, arrays, scores)
+            size = checkpoint.save_samples(run.workdir, samples_of_epoch, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
 
@@ -332,7 +332,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         return None
     finally:
         metrics.close()
-        run.panel.settle()
+        run.reward_runner.settle()
 
 
 def _save(run: Run, state: RunState, progress: Progress) -> int:
@@ -344,7 +344,7 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
-    saved = checkpoint.Checkpoint(state.epoch, arrays, record)
+    saved = checkpoint.Snapshot(state.epoch, arrays, record)
     size = checkpoint.save(run.workdir, saved, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return state.epoch

@@ -7,9 +7,10 @@ from astrolabe_jax.config import get_config
 
 
 def mesh_of(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
-    """The mesh of a config with these sizes, over all devices or the given ones."""
+    """Return the mesh of a config with these sizes, over `devices`, by default all of them."""
     config = get_config().mesh
-    config.data, config.fsdp = data, fsdp
+    config.data = data
+    config.fsdp = fsdp
     return sharding.make_mesh(config, devices)
 
 

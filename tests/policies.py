@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 
+from astrolabe_jax.types import TrainState
 
-def assert_same_state(state, want, atol=2e-6) -> None:
-    """Gradients, which the moments carry, and what a first optimizer step made of them; both states
-    on the host.
+
+def assert_same_state(state: TrainState, want: TrainState, atol: float = 2e-6) -> None:
+    """Compare gradients, which the moments carry, and what a first optimizer step made of them.
+
+    Both states are on the host.
     """
     for a, b in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(want.optimizer), strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
@@ -16,5 +19,7 @@ def assert_same_state(state, want, atol=2e-6) -> None:
             moment = want.optimizer[0].mu[name][half]
             clear = np.abs(moment) > 1e-3 * np.abs(moment).max()
             for policy in ("current", "ema"):
-                a, b = (getattr(s, policy)[name][half][clear] for s in (state, want))
-                np.testing.assert_allclose(a, b, atol=1e-5, err_msg=f"{policy} {name}.{half}")
+                got = getattr(state, policy)[name][half][clear]
+                expected = getattr(want, policy)[name][half][clear]
+                error = f"{policy} {name}.{half}"
+                np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=error)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from astrolabe_jax import sharding
-from astrolabe_jax.convert.parts import Net
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.decode import decode_chunk, decode_video, to_uint8
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig

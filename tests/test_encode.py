@@ -9,7 +9,7 @@ import sentencepiece
 from flax import nnx
 
 from astrolabe_jax import encode, sharding
-from astrolabe_jax.convert.parts import Net
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models import tokenizer as tokenizers
 from astrolabe_jax.models.umt5 import UMT5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax import losses
+from astrolabe_jax.losses import Predictions
 
 
 def predictions(count, batch=3):
@@ -16,10 +17,14 @@ def one(value):
     return jnp.full((1, 1), value)
 
 
+def nft_loss(x0, x_t, v, v_old, sigma, r, beta, clip_max):
+    """DiffusionNFT's loss, which reads no reference."""
+    velocities = Predictions(x0, v, v_old, jnp.zeros_like(v), x_t, sigma)
+    return losses.diffusion_nft_loss(velocities, r, beta, clip_max)
+
+
 def test_worked_example():
-    """objective.md 5: beta 0.1, f 0.7, o 0.5, x0 1, r 0.8; and the same numbers under DiffusionNFT
-    (section 6).
-    """
+    """beta 0.1, f 0.7, o 0.5, x0 1, r 0.8; and the same numbers under DiffusionNFT."""
     x0, old, r = one(1.0), one(0.5), jnp.array([0.8])
     positive, negative = losses.interpolate(one(0.7), old, 0.1)
     np.testing.assert_allclose([positive.item(), negative.item()], [0.52, 0.48], rtol=1e-6)
@@ -32,9 +37,7 @@ def test_worked_example():
     np.testing.assert_allclose(jax.grad(policy)(one(3.5)).item(), 0, atol=1e-7)  # the minimiser
 
     x_t, sigma = one(2.0), jnp.array([0.5])
-    nft = losses.diffusion_nft_loss(
-        x0, x_t, (x_t - 0.7) / 0.5, (x_t - 0.5) / 0.5, sigma, r, 0.1, clip_max=5.0
-    )
+    nft = nft_loss(x0, x_t, (x_t - 0.7) / 0.5, (x_t - 0.5) / 0.5, sigma, r, 0.1, clip_max=5.0)
     np.testing.assert_allclose(nft["policy"], [24.4], rtol=1e-5)
     np.testing.assert_allclose([nft["positive"], nft["negative"]], [[0.48], [0.52]], rtol=1e-5)
 
@@ -76,7 +79,7 @@ def test_diffusion_nft_is_the_normalised_x0_loss():
     f, o = x_t - lead * v, x_t - lead * v_old
     plain = losses.astrolabe_loss(x0, f, o, r, beta)
     weights = [np.abs(mixed - x0).mean((1, 2, 3, 4)) for mixed in losses.interpolate(f, o, beta)]
-    nft = losses.diffusion_nft_loss(x0, x_t, v, v_old, sigma, r, beta, clip_max)
+    nft = nft_loss(x0, x_t, v, v_old, sigma, r, beta, clip_max)
     want = (
         clip_max
         * (r * plain["positive"] / weights[0] + (1 - r) * plain["negative"] / weights[1])
@@ -93,12 +96,12 @@ def test_adaptive_normaliser_carries_no_gradient_and_has_a_floor():
     sigma, r = jnp.ones(3), jnp.ones(3)
 
     def policy(v):
-        return losses.diffusion_nft_loss(x0, x_t, v, v_old, sigma, r, 1.0, 1.0)["policy"].sum()
+        return nft_loss(x0, x_t, v, v_old, sigma, r, 1.0, 1.0)["policy"].sum()
 
     gap = x_t - v - x0
     fixed = 2 * -gap / np.abs(gap).mean((1, 2, 3, 4), keepdims=True) / gap[0].size
     np.testing.assert_allclose(jax.grad(policy)(v), fixed, rtol=1e-4, atol=1e-8)
-    exact = losses.diffusion_nft_loss(x0, x_t, x_t - x0, x_t - x0, sigma, r, 1.0, 1.0)["policy"]
+    exact = nft_loss(x0, x_t, x_t - x0, x_t - x0, sigma, r, 1.0, 1.0)["policy"]
     np.testing.assert_array_equal(exact < 1e-6, True)  # not 0 / 0
 
 
@@ -110,7 +113,7 @@ def test_no_gradient_reaches_the_behaviour_policy(kind):
     def policy(old):
         if kind == "astrolabe":
             return losses.astrolabe_loss(x0, forward, old, r, 0.1)["policy"].sum()
-        return losses.diffusion_nft_loss(x0, x_t, forward, old, r, r, 0.1, 5.0)["policy"].sum()
+        return nft_loss(x0, x_t, forward, old, r, r, 0.1, 5.0)["policy"].sum()
 
     np.testing.assert_array_equal(jax.grad(policy)(old), 0)
 
@@ -134,7 +137,7 @@ def test_kl_weights_give_the_mean_of_the_masked_samples():
 
 
 def test_a_masked_sample_weighs_the_same_in_any_microbatch_only_with_the_epochs_count():
-    """objective.md 15.10: with counts per microbatch, a masked sample that is alone weighs more."""
+    """With counts per microbatch, as published, a masked sample that is alone weighs more."""
     mask = np.array([True, True, True, False])
     published = np.concatenate([losses.kl_weights(part) for part in mask.reshape(2, 2)])
     np.testing.assert_allclose(published, [1, 1, 2, 0])
@@ -147,3 +150,34 @@ def test_shapes_are_checked():
         losses.astrolabe_loss(x0, forward, old[:2], jnp.ones(3), 0.1)
     with pytest.raises(AssertionError, match="one number per sample"):
         losses.astrolabe_loss(x0, forward, old, jnp.ones((3, 1)), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["astrolabe", "diffusion_nft"])
+def test_objective_is_the_policy_loss_and_the_weighted_deviation_from_the_reference(kind):
+    x0, current, old, reference, x_t = predictions(5)
+    sigma = jnp.array([1.0, 0.5, 0.1])
+    r = jnp.array([0.1, 0.5, 0.8])
+    weight = jnp.array([2.0, 0.0, 1.0])
+    terms = losses.objective(
+        losses.Coefficients(kind, beta=0.1, kl_weight=0.3, clip_max=4.0),
+        Predictions(x0, current, old, reference, x_t, sigma),
+        r,
+        weight,
+    )
+    if kind == "astrolabe":
+        policy = losses.astrolabe_loss(x0, current, old, r, 0.1)
+    else:
+        policy = nft_loss(x0, x_t, current, old, sigma, r, 0.1, 4.0)
+    np.testing.assert_array_equal(terms["policy_loss"], policy["policy"])
+    kl = weight * losses.deviation(current, reference)
+    np.testing.assert_array_equal(terms["kl_loss"], kl)
+    np.testing.assert_allclose(terms["total_loss"], policy["policy"] + 0.3 * kl, rtol=1e-6)
+    np.testing.assert_array_equal(terms["old_deviate"], losses.deviation(current, old))
+    np.testing.assert_array_equal(terms["old_kl_div"], losses.deviation(old, reference))
+    assert all(term.shape == (3,) for term in terms.values())
+
+
+def test_velocities_need_the_noisy_latents_and_their_level():
+    x0, current, old, reference = predictions(4)
+    with pytest.raises(ValueError, match="give both"):
+        losses.diffusion_nft_loss(Predictions(x0, current, old, reference), jnp.ones(3), 0.1, 5.0)

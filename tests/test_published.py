@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from astrolabe_jax import plan, report, rewards
+from astrolabe_jax import plan, report
 from astrolabe_jax.config import (
     REFERENCE_SWITCHES,
     flatten,
@@ -20,6 +20,7 @@ from astrolabe_jax.config import (
 )
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
 from configs import (
     causal_forcing,

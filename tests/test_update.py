@@ -1,8 +1,9 @@
-"""update.py: the train step's invariances, its agreement with the rollout, its plan of an epoch.
+"""The train step: its invariances, its gradient, what it refuses, and the averages of policies.
 
 Its agreement with the published optimizer step is an entry of the golden runner (fh_nft_step.npz).
 """
 
+import copy
 import functools
 import json
 
@@ -10,66 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from astrolabe_jax import sharding, update
-from astrolabe_jax.config import get_config
-from astrolabe_jax.losses import kl_weights
-from astrolabe_jax.models.layers import merge
-from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
-from astrolabe_jax.schedule import velocity_to_x0
+from astrolabe_jax.types import TrainState
 from tests.meshes import ONE, mesh_of
 from tests.models import tiny
 from tests.policies import assert_same_state
-
-LAYOUT = Layout(block=2)
-SAMPLES, FRAMES = 8, 4
-
-
-def make_config(**fields):
-    """The defaults at test size; fields as 'loss.kind' with the dot written __."""
-    config = get_config()
-    config.lora.rank, config.lora.alpha = 2, 2.0
-    config.optimizer.microbatch = SAMPLES
-    config.optimizer.learning_rate = 1e-2
-    config.loss.kl_weight = 0.1
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
-    return config
-
-
-@functools.cache
-def adapter(seed=50):
-    return jax.device_get(tiny.adapter(seed=seed))
-
-
-def make_state(config, mesh=None, step=1):
-    """Four different policies, so that no term vanishes."""
-    mesh = mesh or ONE
-    state = update.init_state(config, adapter(), mesh)
-    others = {"old": adapter(0), "reference": adapter(1), "ema": adapter(2), "step": np.int32(step)}
-    return state._replace(**sharding.replicate(mesh, others))
-
-
-def make_samples(count=SAMPLES):
-    return update.Samples(
-        latents=tiny.latents(FRAMES, count),
-        r=np.linspace(0.1, 0.9, count, dtype=np.float32),
-        mask=np.arange(count) % 3 > 0,
-        prompt=np.arange(count, dtype=np.int32) % 2,
-        key=jax.random.split(jax.random.key(5), count),
-        text=tiny.text(2),
-    )
-
-
-def make_batch(samples, microbatch=SAMPLES):
-    t = np.resize(np.array([1000, 937.5, 833.3333, 625], np.float32), len(samples.r))
-    flat = (samples.latents, samples.r, kl_weights(samples.mask), samples.prompt, t, samples.key)
-    return update.Batch(*(x.reshape(-1, microbatch, *x.shape[1:]) for x in flat))
+from tests.tiny_training import (
+    LAYOUT,
+    SAMPLES,
+    adapter,
+    make_batch,
+    make_config,
+    make_samples,
+    make_state,
+)
 
 
 @functools.cache
@@ -78,14 +35,14 @@ def compiled(config_json, mesh):
     return update.TrainStep(ConfigDict(json.loads(config_json)), tiny.model()[0], LAYOUT, mesh)
 
 
-def run_step(config, batch=None, mesh=None, state=None):
-    mesh = mesh or ONE
+def run_step(config, batch=None, mesh=ONE, state=None):
     batch = sharding.shard_batch(
         mesh, make_batch(make_samples()) if batch is None else batch, axis=1
     )
     state = make_state(config, mesh) if state is None else state
     params = sharding.shard_params(mesh, tiny.model()[1])
-    return compiled(config.to_json(), mesh)(state, params, make_samples().text, batch)
+    with jax.set_mesh(mesh):
+        return compiled(config.to_json(), mesh)(state, params, make_samples().text, batch)
 
 
 @functools.cache
@@ -119,56 +76,6 @@ def test_eight_devices_take_the_same_step(data, fsdp):
     assert_same_step((state, metrics), whole_batch_step())
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(block=2),
-        Layout(block=1, window=3),
-        Layout(block=2, window=4, sink=1),
-        Layout(block=2, window=4, sink=2, positions="relative"),
-    ],
-    ids=str,
-)
-def test_clean_context_forward_equals_the_rollout(layout):
-    """streaming.md 6.6: from the sampler's own last-step input, every block returns exactly what
-    was sampled.
-    """
-    graphdef, params = tiny.model()
-    sampler, frames, text, t = Sampler(steps=(1000.0, 625.0)), 6, tiny.text(1), jnp.array([625.0])
-    forwards = [
-        update.training_forward(make_config(loss__context=context), graphdef, layout)
-        for context in ("clean", "noisy")
-    ]
-
-    @jax.jit
-    def both(params, adapter, text):  # as constants they would be folded, slowly
-        noise = noise_from_keys(jax.random.split(jax.random.key(0), 1), tiny.FRAME)
-        latents, _, traces = rollout(
-            graphdef,
-            params,
-            adapter,
-            text,
-            noise,
-            frames=frames,
-            latent_hw=tiny.LATENT_HW,
-            layout=layout,
-            sampler=sampler,
-            trace=True,
-        )
-        # the last pass is the clean one
-        x_t = jnp.concatenate([trace.inputs[-2] for trace in traces], axis=1)
-        return latents, [
-            velocity_to_x0(x_t, forward.velocity(params, adapter, text, latents, x_t, t), t / 1000)
-            for forward in forwards
-        ]
-
-    latents, (clean, noisy) = both(params, adapter(), text)
-    np.testing.assert_allclose(clean, latents, atol=2e-5)
-    gap = np.abs(noisy - latents)
-    # the first block has no context
-    assert gap[:, : layout.block].max() < 2e-5 and gap[:, layout.block :].max() > 1e-2
-
-
 def one_micro(count=2):
     return jax.tree.map(lambda leaf: leaf[0], make_batch(make_samples(count), count))
 
@@ -179,16 +86,15 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
     With the astrolabe loss and noisy context nothing that depends on `current` is held fixed.
     """
     graphdef, params = tiny.model()
-    config, direction = make_config(loss__context="noisy"), adapter(9)
-    forward = update.training_forward(config, graphdef, LAYOUT)
+    config = make_config(loss__context="noisy")
+    direction = adapter(9)
+    objective = update.Objective(config, update.training_forward(config, graphdef, LAYOUT))
 
     @jax.jit
     @jax.value_and_grad
     def loss(adapters, params):
-        state = update.TrainState(**adapters, ema=None, optimizer=None, step=0)
-        terms = update.sample_terms(
-            config, forward, update.standard_normal, state, params, tiny.text(2), one_micro()
-        )
+        state = TrainState(**adapters, ema=None, optimizer=None, step=0)
+        terms = update.sample_terms(objective, state, params, tiny.text(2), one_micro())
         return terms["total_loss"].sum()
 
     def moved(step):
@@ -205,52 +111,14 @@ def test_gradient_reaches_only_the_current_policy_and_is_right():
     )
 
 
-def test_no_gradient_through_the_clean_context():
-    """The gradient is that of a forward which is handed the context as a constant."""
-    graphdef, params = tiny.model()
-    text, weight = tiny.text(1), tiny.latents(FRAMES, seed=3)
-    x0, x_t, t = tiny.latents(FRAMES, seed=1), tiny.latents(FRAMES, seed=2), jnp.array([700.0])
-    forward = update.training_forward(make_config(), graphdef, LAYOUT)
-
-    def own(policy, params, context):
-        return forward.velocity(params, policy, text, x0, x_t, t)
-
-    def given(policy, params, context):
-        model = merge(graphdef, params)
-        return model(
-            x_t,
-            jnp.full((1, FRAMES), 700.0),
-            model.encode_text(text, policy),
-            policy,
-            layout=LAYOUT,
-            context=context,
-        )
-
-    @jax.jit
-    def gradients(policy, params):
-        model = merge(graphdef, params)
-        context = model.context(x0, model.encode_text(text, policy), policy, layout=LAYOUT)
-        return [
-            jax.grad(lambda policy, run=run: (run(policy, params, context) * weight).sum())(policy)
-            for run in (own, given)
-        ]
-
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-        *gradients(adapter(), params),
-    )
-
-
 def test_velocity_deviations_times_sigma_squared_are_those_of_clean_latents():
     graphdef, params = tiny.model()
 
     def terms(kind, params):
         config = make_config(loss__kind=kind, loss__context="noisy")
-        forward = update.training_forward(config, graphdef, LAYOUT)
-        state = update.TrainState(adapter(), adapter(0), adapter(1), None, None, 0)
-        return update.sample_terms(
-            config, forward, update.standard_normal, state, params, tiny.text(2), one_micro(4)
-        )
+        objective = update.Objective(config, update.training_forward(config, graphdef, LAYOUT))
+        state = TrainState(adapter(), adapter(0), adapter(1), None, None, 0)
+        return update.sample_terms(objective, state, params, tiny.text(2), one_micro(4))
 
     x0_space, v_space = jax.jit(
         lambda params: [terms(kind, params) for kind in ("astrolabe", "diffusion_nft")]
@@ -333,35 +201,15 @@ def test_devices_that_hold_less_take_the_same_steps_in_pieces(devices, limit, re
         assert_same_state(got[0], want[0])
 
 
-@given(
-    devices=st.sampled_from([1, 2, 4, 8]),
-    each=st.integers(1, 12),
-    limit=st.integers(1, 16) | st.just(-1),
-)
-def test_a_cut_plan_is_the_same_plan_in_the_largest_pieces_that_fit(devices, each, limit):
-    config = make_config(
-        optimizer__microbatch=devices * each,
-        kl__reduction="microbatch",
-        loss__timestep_draw="batch",
-    )
-    config.mesh.samples_per_device = limit
-    mask = np.arange(3 * devices * each) % 3 > 0
-    whole = plan(config, mask=mask)
-    pieces = update.cut(config, whole, devices)
-    for part, wanted in zip(pieces, whole, strict=True):
-        np.testing.assert_array_equal(part.reshape(-1), wanted.reshape(-1))
-    size, rest = divmod(pieces.order.shape[2], devices)
-    fitting = [p for p in range(1, each + 1) if each % p == 0 and (limit == -1 or p <= limit)]
-    assert rest == 0 and size == max(fitting)
-
-
 def run_epoch(config, samples, state=None, mesh=ONE):
     """Every (state, metrics) that `update` yields for epoch 2, on the host."""
     state = make_state(config, mesh) if state is None else sharding.replicate(mesh, state)
     # how steps and passes divide an epoch is not compiled in
-    step = compiled(make_config().to_json(), mesh)
-    steps = update.update(step, config, mesh, state, tiny.model()[1], samples, 2)
-    return [jax.device_get((state, metrics)) for state, metrics in steps]
+    step = copy.copy(compiled(make_config().to_json(), mesh))
+    step.config = config
+    with jax.set_mesh(mesh):
+        steps = update.update(step, state, tiny.model()[1], samples, 2)
+        return [jax.device_get((state, metrics)) for state, metrics in steps]
 
 
 def test_an_epoch_takes_every_step_of_every_pass():
@@ -431,88 +279,11 @@ def test_an_epoch_names_an_adapter_that_is_not_finite():
         run_epoch(make_config(), make_samples(), state=broken_moments())
 
 
-# The plan of a pass.
-
-
-def plan(config, epoch=0, turn=0, count=24, mask=None):
-    return update.plan_pass(config, epoch, turn, np.ones(count, bool) if mask is None else mask)
-
-
-def test_a_pass_visits_every_sample_once_in_an_order_of_its_own():
-    config = make_config(optimizer__microbatch=4, optimizer__steps_per_pass=3)
-    first = plan(config)
-    assert first.order.shape == first.t.shape == first.kl_weight.shape == (3, 2, 4)
-    np.testing.assert_array_equal(np.sort(first.order.reshape(-1)), np.arange(24))
-    np.testing.assert_array_equal(plan(config).order, first.order)
-    reseeded = make_config(seed=1, optimizer__microbatch=4, optimizer__steps_per_pass=3)
-    others = [plan(config, epoch=1), plan(config, turn=1), plan(reseeded)]
-    assert all(np.any(other.order != first.order) for other in others)
-
-
-def levels_by_sample(config, turn, count=24):
-    drawn = plan(config, turn=turn, count=count)
-    levels = np.empty(count)
-    levels[drawn.order.reshape(-1)] = drawn.t.reshape(-1)
-    return levels
-
-
-def test_stratified_levels_are_balanced_over_neighbours_and_over_passes():
-    config = make_config(optimizer__microbatch=4)
-    table = np.sort(np.asarray(update.levels(config), np.float32))
-    passes = np.stack([levels_by_sample(config, turn) for turn in range(8)])
-    for turn in range(8):
-        np.testing.assert_array_equal(
-            np.sort(passes[turn].reshape(6, 4), axis=1), np.tile(table, (6, 1))
-        )
-    for cycle in (passes[:4], passes[4:]):
-        np.testing.assert_array_equal(np.sort(cycle, axis=0), np.tile(table[:, None], (1, 24)))
-    assert np.any(passes[:4] != passes[4:])
-    counts = np.unique(
-        levels_by_sample(make_config(optimizer__microbatch=1), 0, count=6), return_counts=True
-    )[1]
-    assert counts.max() <= 2  # 6 samples over 4 levels
-
-
-def test_nothing_is_learnt_without_noise():
-    krea = make_config(sampler__steps=(1000, 750, 500, 250, 0))
-    assert update.levels(krea) == update.levels(make_config(sampler__steps=(1000, 750, 500, 250)))
-
-
-def test_batch_levels_are_one_to_a_microbatch():
-    config = make_config(optimizer__microbatch=4, loss__timestep_draw="batch")
-    drawn = np.concatenate([plan(config, epoch).t.reshape(-1, 4) for epoch in range(20)])
-    assert np.all(drawn == drawn[:, :1])
-    assert set(drawn[:, 0]) == set(np.asarray(update.levels(config), np.float32))
-
-
-def test_levels_warped_or_raw():
-    np.testing.assert_allclose(update.levels(make_config()), (1000, 937.5, 833.33333, 625))
-    assert update.levels(make_config(loss__timesteps="raw")) == (1000, 750, 500, 250)
-    assert update.levels(make_config(sampler__warp=False)) == (1000, 750, 500, 250)
-
-
-def test_kl_weights_by_epoch_or_microbatch():
-    mask = np.arange(24) < 6
-    for reduction, size in (("epoch", 24), ("microbatch", 4)):
-        config = make_config(optimizer__microbatch=4, kl__reduction=reduction)
-        drawn = plan(config, mask=mask)
-        chosen = mask[drawn.order.reshape(-1)].reshape(-1, size)
-        assert np.all(drawn.kl_weight.reshape(-1, size)[~chosen] == 0)
-        np.testing.assert_allclose(
-            drawn.kl_weight.reshape(-1, size).mean(axis=1), chosen.any(axis=1), rtol=1e-6
-        )
-
-
-def test_plan_refuses_incomplete_microbatches():
-    with pytest.raises(ValueError, match="24 samples .*optimizer.microbatch"):
-        plan(make_config(optimizer__microbatch=5))
-
-
 # Averages and copies of policies.
 
 
 def test_decays_of_the_behaviour_policy():
-    """The table of objective.md 8."""
+    """The table of docs/objective.md, Behaviour policy."""
     table = {
         100: (0, 0.1, 0.1875),
         208: (0, 0.208, 0.9975),

@@ -18,13 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, prompts, rewards, sharding
+from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax import run as runs
 from astrolabe_jax.config import flatten
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.models.lora import merge_adapter
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
 from astrolabe_jax.runtime.media import Mp4Writer
 from astrolabe_jax.runtime.progress import Progress, log
@@ -49,7 +50,7 @@ class SampleModel(NamedTuple):
     latent_shape: tuple[int, int, int]  # C, H, W
     given: np.ndarray | None  # latents [T0, C, H, W] that begin every video
     fingerprint: dict[str, Any]  # what a video depends on, besides its request
-    panel: Panel | None  # the rewards that score it
+    reward_runner: RewardRunner | None  # the rewards that score it
     mesh: Mesh
 
 
@@ -97,9 +98,11 @@ def load(
     policy = Policy(net.params, None, net.graphdef, net.config, layout, sampler)
     sizes = {"vae": base.vae.config, "transformer": net.config}
     shape = runs.latent_size(config, sizes)
-    panel = runs.load_panel(config, mesh) if score else None
+    reward_runner = runs.load_rewards(config, mesh) if score else None
     rules = runs.rules_of(config)
-    return SampleModel(config, base, policy, rules, shape, latents, fingerprint, panel, mesh)
+    return SampleModel(
+        config, base, policy, rules, shape, latents, fingerprint, reward_runner, mesh
+    )
 
 
 def _merged(params: dict, adapter: dict, scale: float) -> dict:
@@ -151,11 +154,11 @@ def make_videos(
                 pool.submit(writer.add, video)
                 for writer, video in zip(writers, part.frames, strict=True)
             ]
-            if model.panel is not None:
+            if model.reward_runner is not None:
                 scene_frames.append(part.frames)
                 if part.ends:
                     frames = np.concatenate(scene_frames, axis=1)
-                    _add_scores(model.panel, requests, part, frames, scores)
+                    _add_scores(model.reward_runner, requests, part, frames, scores)
                     scene_frames.clear()
             add(part.frames.shape[0] * part.frames.shape[1])
         for video in encoding:
@@ -167,7 +170,7 @@ def make_videos(
 
 
 def _add_scores(
-    panel: Panel,
+    reward_runner: RewardRunner,
     requests: Sequence[Request],
     part: VideoPart,
     frames: np.ndarray,
@@ -175,7 +178,7 @@ def _add_scores(
 ) -> None:
     """Score a scene of every video, and add what comes out to `scores`."""
     texts = [request.shots[part.shot].timeline.prompts[part.scene] for request in requests]
-    for name, values in panel.score(frames, texts)().items():
+    for name, values in reward_runner.score_async(frames, texts)().items():
         for row, value in zip(scores, values, strict=True):
             row.setdefault((part.shot, part.scene), {})[name] = float(value)
 
@@ -269,7 +272,7 @@ def _shot_blocks(
     slots = cache_slots(policy.layout, model.rules, shot.latent_frames)
     state = streams.begin(policy, count, slots, model.latent_shape)
     given = streams.blocks_between(videos, 0, shot.given)
-    if given:
+    if given and model.given is not None:
         latents = np.repeat(model.given[None], count, axis=0)
         latents = sharding.place_batch(latents)
         for block in streams.cache_blocks(policy, videos, state, latents, given, GIVEN_TIMESTEP):
@@ -310,7 +313,7 @@ def _row(model: SampleModel, request: Request, path: Path, scores: dict) -> dict
                 "first_frame": first,
                 "frames": end - first,
             }
-            if model.panel is not None:
+            if model.reward_runner is not None:
                 row["scores"] = scores[number, scene]
             scenes.append(row)
         begin += shot.frames
@@ -338,7 +341,7 @@ def _row(model: SampleModel, request: Request, path: Path, scores: dict) -> dict
 def key_of(model: SampleModel, request: Request) -> str:
     """Return a hash of all that a row of results depends on."""
     scored = None
-    if model.panel is not None:
+    if model.reward_runner is not None:
         settings = model.config.rewards.items()
         scored = sorted((name, rewards.options(value)) for name, value in settings)
     asked = [request.index, request.candidate, request.prompt, request.shots, scored]
@@ -377,7 +380,7 @@ def sample(
         for row in make_videos(model, batch, size, add, videos):
             rows[row["sample_id"]] = row
         _write_rows(directory, rows)
-    if model.panel is not None:
+    if model.reward_runner is not None:
         scores = [row["scores"] for row in rows.values()]
         means = {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
         content = json.dumps(means, indent=1, allow_nan=False)

@@ -20,7 +20,8 @@ import numpy as np
 from absl import app, flags
 from scipy.stats import spearmanr
 
-from astrolabe_jax import prompts, rewards
+from astrolabe_jax import prompts
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress

@@ -32,6 +32,7 @@ from astrolabe_jax import sharding
 from astrolabe_jax.config import get_config
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import engine, parts
+from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
@@ -73,7 +74,7 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     nets = {}
     for part in ("transformer", "vae"):
-        config = parts.make_config(part, parts.sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
+        config = make_config(parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
         where = bases.weights_of(str(directory / BASE), part)
         nets[part] = bases.read_net(
             part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)

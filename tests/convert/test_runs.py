@@ -1,5 +1,5 @@
-"""A run takes its base and its first adapter from files of any dialect; what is in them is its
-identity.
+"""A run takes its base and its first adapter from files of any dialect; their content is in its
+fingerprint.
 """
 
 import shutil
@@ -27,7 +27,7 @@ def prepared(workdir, base, **changes):
 
 
 def framewise(path, seed):
-    """Weights in place of the base's, nested and prefixed as Causal-Forcing's are."""
+    """Write weights nested and prefixed as Causal-Forcing's are; return path and parameters."""
     net = tiny.random_params(
         parts.shapes("transformer", tiny_base.TRANSFORMER).params, np.random.default_rng(seed)
     )

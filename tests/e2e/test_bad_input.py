@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from astrolabe_jax import rewards
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.models import tiny

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from astrolabe_jax import report, rewards, train
+from astrolabe_jax import report, train
 from astrolabe_jax.convert import commands
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
 from astrolabe_jax.streaming import streams, windows
 from tests.e2e import runs

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import evaluate, prompts, rewards, sharding, train
+from astrolabe_jax import evaluate, prompts, sharding, train
 from astrolabe_jax.config import flatten
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream, Segment
 from astrolabe_jax.update import TrainStep

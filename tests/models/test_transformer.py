@@ -88,11 +88,11 @@ def _frame_influence(layout, frames, teacher_forcing=False):
     Returns the influence of the noisy frames and, under teacher forcing, of the clean frames.
     """
     graphdef, params = tiny.model()
-    x, clean = tiny.latents(frames), tiny.latents(frames, seed=1)
+    x = tiny.latents(frames)
+    clean = tiny.latents(frames, seed=1)
     # One tangent for each input frame, zero elsewhere.
-    tangents = np.eye(frames, dtype=np.float32).reshape(frames, 1, frames, 1, 1, 1) * tiny.normal(
-        2, *x.shape
-    )
+    one_frame = np.eye(frames, dtype=np.float32).reshape(frames, 1, frames, 1, 1, 1)
+    tangents = one_frame * tiny.normal(2, *x.shape)
 
     @jax.jit
     def influence(params, tangents, clean_tangents):
@@ -120,7 +120,7 @@ def _reachable(direct, layers):
 
 
 def _training_mask(frames, block, window, sink=0, independent=False):
-    """spec/model.md 7.1 and 7.2 written out frame by frame, with the optional sink."""
+    """The training mask of docs/models.md written out frame by frame, with the optional sink."""
     mask = np.zeros((frames, frames), bool)
     for f in range(frames):
         if independent:
@@ -174,9 +174,7 @@ def test_teacher_forcing_by_exactly_zero_derivatives(layout):
 
 
 def test_narrow_window_masks_tokens_not_frames():
-    """Outside a window smaller than the block a token sees itself, not its frame (spec/model.md
-    7.1).
-    """
+    """Outside a window smaller than the block a token sees itself, not its frame."""
     graphdef, params = tiny.model(dataclasses.replace(tiny.CONFIG, num_layers=1))
 
     def corner(x):
@@ -298,7 +296,7 @@ def test_layout_refuses_lengths(layout, frames, culprit):
 
 
 def test_layout_of_longlive():
-    """Worked example of spec/model.md 8.2: window 12, sink 3, blocks of 3."""
+    """Window 12, sink 3, blocks of 3: what each block sees, and where the sink moves to."""
     blocks = Layout(block=3, window=12, sink=3).blocks(18)
     assert [b.ranges for b in blocks[2:]] == [
         ((0, 9),),
@@ -309,15 +307,19 @@ def test_layout_of_longlive():
     assert [b.shift for b in blocks] == [0, 0, 0, 0, 3, 6]
 
 
-def test_config_refuses():
-    sizes = {"dim": 24, "ffn_dim": 32, "num_layers": 2, "num_heads": 2}
-    for change, culprit in (
-        ({"num_heads": 5}, "num_heads"),
-        ({"num_layers": 0}, "num_layers"),
-        ({"attention": "flash"}, "attention"),
-        ({"patch_size": (2, 2, 2)}, "patch_size"),
-    ):
-        with pytest.raises(ValueError, match=culprit):
-            WanConfig(**(sizes | change))
+SIZES = {"dim": 24, "ffn_dim": 32, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_heads": 5}, {"num_layers": 0}, {"attention": "flash"}, {"patch_size": (2, 2, 2)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_config_refuses(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        WanConfig(**(SIZES | change))
+
+
+def test_config_refuses_latents_that_the_patch_does_not_divide():
     with pytest.raises(ValueError, match="latent size"):
-        WanConfig(**sizes).grid((5, 4))
+        WanConfig(**SIZES).grid((5, 4))

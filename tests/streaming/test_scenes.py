@@ -1,0 +1,260 @@
+"""Scene strings and the timeline that follows from them: text and whole numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.streaming.scenes import (
+    Rules,
+    Scene,
+    given_blocks,
+    is_plain,
+    parse,
+    parse_published,
+    scenes_by_frame,
+    shots,
+    timeline_of,
+)
+
+ABSOLUTE = Layout(block=3, window=12, sink=3)
+RELATIVE = Layout(block=3, window=12, sink=3, positions="relative")
+NO_SINK = Layout(block=3, window=9, positions="relative")
+
+
+def test_durations_and_cuts():
+    assert parse("a cat[5s] | a dog[10s#]|a [2.5 s] bird", 3, 16) == [
+        Scene("a cat", 5.0, 6, False),
+        Scene("a dog", 10.0, 13, True),
+        Scene("a  bird", 2.5, 3, False),
+    ]
+    assert parse("a | b", 1, 16)[0] == Scene("a", 10.5, 42, False)  # of blocks of any size
+    assert parse("a #1 fan [at work] | b", 3, 16)[0] == Scene("a #1 fan [at work]", 10.5, 14, False)
+
+
+def test_published_strings_are_read_as_published():
+    assert parse_published("a #1 fan | [5S] b", 1, 16) == [
+        Scene("a #1 fan", 3.5, 14, True),
+        Scene("[5S] b", 3.5, 14, False),
+    ]
+    assert [scene.blocks for scene in parse_published("a[5s][6s] | b[5.s#]", 3, 16)] == [6, 6]
+    assert parse_published("|", 3, 16)[1].prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "what", "why"),
+    [
+        ("a[5s] | ", 8, " ", "is a scene without a prompt"),
+        ("a[5s]||b", 7, "", "is a scene without a prompt"),
+        ("a [5S] | b", 3, "[5S]", "is no duration"),
+        ("a | b [ 5s ]", 7, "[ 5s ]", "is no duration"),
+        ("a | b[.5s]", 6, "[.5s]", "is no duration"),
+        ("a | b[-5s]", 6, "[-5s]", "is no duration"),
+        ("a[5s #] | b", 2, "[5s #]", "is no duration"),
+        ("a[5sec] | b", 2, "[5sec]", "is no duration"),
+        ("a[5s | b", 2, "[5s ", "is no duration"),
+        ("a | b[#]", 6, "[#]", "is no duration"),
+        ("a[5s] [6s] | b", 7, "[6s]", "is a second duration"),
+        ("a | b[5]", 6, "[5]", "is no duration"),
+        ("a | b[0s]", 6, "[0s]", "is no time between 0 and a day"),
+        ("a[99999s] | b", 2, "[99999s]", "is no time between 0 and a day"),
+    ],
+)
+def test_faults_are_found_with_their_place(text, at, what, why):
+    with pytest.raises(ValueError) as error:
+        parse(text, 3, 16)
+    assert str(error.value).startswith(f"character {at} of {text!r}: {what!r} {why}")
+
+
+def test_plain_prompts():
+    assert is_plain("[4k] a cat [at work] #1, [2 dogs], [3 stars]")
+    assert not is_plain("a | b")
+    assert not is_plain("a [5S]")
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 30), st.booleans()), min_size=1, max_size=5),
+    st.integers(1, 4),
+)
+def test_videos_are_as_long_as_they_say(parts, block):
+    text = " | ".join(
+        f"scene {i}[{seconds:.2f}s{'#' * cut}]" for i, (seconds, cut) in enumerate(parts)
+    )
+    scenes = parse(text, block, 16)
+    layout = Layout(block=block, window=3 * block, positions="relative")
+    video = shots(scenes, layout, Rules(), 16)
+    prompts = [prompt for shot in video for prompt in shot.timeline.prompts]
+    assert prompts == [scene.prompt for scene in scenes]
+    assert len(video) == 1 + sum(scene.cut for scene in scenes[:-1])
+    for shot in video:
+        timeline = shot.timeline
+        seconds = [scene.seconds for scene in scenes if scene.prompt in timeline.prompts]
+        blocks = [scene.blocks for scene in scenes if scene.prompt in timeline.prompts]
+        shown = 1 + 4 * (shot.latent_frames - 1)
+        assert shown - 4 * block < shot.frames <= shown
+        assert shot.frames == max(round(sum(seconds) * 16), 1 + 4 * (block * sum(blocks) - 1))
+        counts = np.bincount([plan.scene for plan in timeline.blocks]).tolist()
+        assert counts[:-1] == blocks[:-1]
+        assert counts[-1] >= blocks[-1]
+
+
+def video(layout, rules, *lengths, cut=False, **options):
+    scenes = [Scene(str(i), blocks * 0.75, blocks, cut) for i, blocks in enumerate(lengths)]
+    return shots(scenes, layout, rules, 16, **options)
+
+
+def blocks_of(layout, rules, *lengths, cut=False):
+    """The blocks of a video that is one shot."""
+    (shot,) = video(layout, rules, *lengths, cut=cut)
+    return shot.timeline.blocks
+
+
+def kept(layout, rules, *lengths, cut=False):
+    """What the first change of prompts keeps."""
+    return blocks_of(layout, rules, *lengths, cut=cut)[lengths[0]].change.keep
+
+
+def test_a_flush_keeps_the_first_frame_and_the_last_two():
+    plan = blocks_of(RELATIVE, Rules(), 6, 3)[6]
+    assert plan.change.keep == (0, 10, 11)  # of a window of 12
+    assert plan.change.end == 18
+    assert (plan.frame, plan.start, plan.positions) == (18, 3, (3, 4, 5))
+    assert not plan.cut
+    # of the 6 that are there; published: places 10 and 11, which are empty
+    assert kept(RELATIVE, Rules(), 2, 3) == (0, 4, 5)
+    assert kept(RELATIVE, Rules(published=True), 2, 3) == (0, 10, 11)
+    single = Layout(block=1, window=12, positions="relative")
+    assert kept(single, Rules(), 1, 3) == (0,)
+    assert kept(single, Rules(), 2, 3) == (0, 1)
+
+
+def test_absolute_positions_go_on_after_a_flush_and_jump_behind_a_cut():
+    plans = blocks_of(ABSOLUTE, Rules(), 6, 3)[5:8]
+    assert [plan.positions for plan in plans] == [(15, 16, 17), (18, 19, 20), (21, 22, 23)]
+    plans = blocks_of(ABSOLUTE, Rules(), 6, 3, cut=True)[5:8]
+    assert [plan.positions for plan in plans] == [(15, 16, 17), (45, 46, 47), (21, 22, 23)]
+    assert [plan.start for plan in plans] == [15, 3, 6]
+    assert plans[1].cut
+
+
+def test_a_cut_with_relative_positions_keeps_the_sink():
+    plan = blocks_of(RELATIVE, Rules(), 6, 3, cut=True)[6]
+    assert plan.change.keep == (0, 1, 2)
+    assert plan.positions == (3, 4, 5)
+    assert kept(RELATIVE, Rules(published=True), 6, 3, cut=True) == (0, 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rules"),
+    [
+        (NO_SINK, Rules()),
+        (RELATIVE, Rules(cut="nothing")),
+        (ABSOLUTE, Rules(cut="nothing")),
+    ],
+)
+def test_a_cut_that_keeps_nothing_begins_a_new_shot(layout, rules):
+    _, second = video(layout, rules, 6, 3, cut=True)
+    # the last in part
+    assert [plan.frame for plan in second.timeline.blocks] == [0, 3, 6, 9]
+    assert second.frames == 36
+    assert not any(plan.change for plan in second.timeline.blocks)
+
+
+def test_where_all_transitions_are_cuts_scenes_without_a_sink_are_shots():
+    assert len(video(NO_SINK, Rules("cut"), 6, 3)) == 2
+
+
+def test_a_recache_makes_the_keys_of_the_window_anew():
+    plan = blocks_of(RELATIVE, Rules("recache"), 6, 3)[6]
+    change = plan.change
+    assert change.keep is None
+    assert change.frames == change.positions == tuple(range(6, 18))
+    assert change.skip == 3
+    assert plan.start == 18
+    plan = blocks_of(RELATIVE, Rules("recache", global_sink=False), 6, 3)[6]
+    assert plan.change.skip == 0
+    # a window just full: the sink is made anew as well
+    change = blocks_of(RELATIVE, Rules("recache"), 4, 3)[4].change
+    assert change.frames == tuple(range(12))
+    assert change.skip == 0
+
+
+def test_a_recache_behind_a_cut_knows_which_frames_the_cache_holds():
+    scenes = [Scene("a", 4.5, 6, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
+    (shot,) = shots(scenes, RELATIVE, Rules("recache"), 16)
+    change = shot.timeline.blocks[8].change
+    assert change.frames == (0, 1, 2, 18, 19, 20, 21, 22, 23)
+    assert change.positions == tuple(range(9))
+
+
+def test_a_timeline_of_so_many_frames_leaves_the_rest_to_its_last_scene():
+    """It is the shot of the same length, and knows where prompts change."""
+    scenes = [Scene("a", 1.5, 2, False), Scene("b", 1.5, 2, True), Scene("c", 0.0, 0, False)]
+    timeline = timeline_of(scenes, 18, RELATIVE, Rules())
+    assert [plan.scene for plan in timeline.blocks] == [0, 0, 1, 1, 2, 2]
+    assert timeline.changes == [6, 12]
+    assert timeline.prompts == ("a", "b", "c")
+    (shot,) = shots(scenes, RELATIVE, Rules(), 16, frames=1 + 4 * 17)
+    assert shot.timeline == timeline
+
+
+def test_switches_take_one_block_each():
+    assert scenes_by_frame([40, 80], range(0, 90, 3)) == [0] * 14 + [1] * 13 + [2] * 3
+    assert scenes_by_frame([2, 2], [0, 3, 6]) == [0, 1, 2]
+
+
+def test_given_frames_come_first():
+    """They are blocks of the first scene, and come before its time."""
+    (shot,) = video(RELATIVE, Rules(), 2, 2, given=6)
+    plans = shot.timeline.blocks
+    assert [plan.frame for plan in plans] == [0, 3, 6, 9, 12, 15]
+    assert [plan.scene for plan in plans] == [0, 0, 0, 0, 1, 1]
+    assert shot.given == 6
+    assert shot.latent_frames == 18
+    assert shot.frames == 21 + 48
+    assert plans[4].change.keep == (0, 10, 11)
+    assert plans[:2] == tuple(given_blocks(RELATIVE, 6))
+
+
+@pytest.mark.parametrize(
+    ("layout", "lengths", "options", "message"),
+    [
+        (RELATIVE, (6, 3), {"frames": 69}, "69 frames are over before scene 2 begins"),
+        (
+            RELATIVE,
+            (1,),
+            {"given": 6, "frames": 21},
+            "all of the 21 frames are given, 21 frames .* at least 33",
+        ),
+        (ABSOLUTE, (400,), {}, "exceed the 1024 absolute positions; use positions='relative'"),
+    ],
+)
+def test_what_cannot_be_is_refused(layout, lengths, options, message):
+    with pytest.raises(ValueError, match=message):
+        video(layout, Rules(), *lengths, **options)
+
+
+def test_timelines_are_plain_data():
+    """They are part of what a video is recognised by."""
+    (shot,) = video(RELATIVE, Rules("recache"), 6, 3)
+    _, plans = json.loads(json.dumps(shot._asdict()))["timeline"]
+    assert plans[6][7][2] == list(range(6, 18))
+    assert {shot.timeline: "hashable"}[shot.timeline]
+
+
+@pytest.mark.parametrize("frames", [1, 4, 7])
+def test_an_independent_first_frame_is_a_block(frames):
+    layout = Layout(block=3, window=9, independent_first_frame=True, positions="relative")
+    (shot,) = shots([Scene("a", 0.0, 0, False)], layout, Rules(), 16, frames=1 + 4 * (frames - 1))
+    counts = [plan.count for plan in shot.timeline.blocks]
+    assert counts == [1, 3, 3][: 1 + frames // 3]
+    assert shot.latent_frames == frames
+
+
+def test_a_recache_of_places_that_hold_nothing_is_refused():
+    scenes = [Scene("a", 1.5, 2, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
+    with pytest.raises(ValueError, match="a re-cache behind a published flush"):
+        shots(scenes, RELATIVE, Rules("recache", published=True), 16)
