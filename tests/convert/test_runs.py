@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare
 from astrolabe_jax.convert import commands, lora, parts
+from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.convert import torch_files
@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 
 
 def prepared(workdir, base, **changes):
-    return prepare.prepare(runs.small_config(base, **changes), workdir)
+    return prepare(runs.small_config(base, **changes), workdir)
 
 
 def framewise(path, seed):

@@ -8,12 +8,13 @@ import types
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare, train
+from astrolabe_jax import train
 from astrolabe_jax.rewards import __main__ as self_check
 from astrolabe_jax.rewards import convert as convert_rewards
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.qwen2_vl import hpsv3
 from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3
+from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
 from tests.e2e.test_processes import assert_close, both, environment_of
@@ -119,7 +120,7 @@ def test_a_scorer_that_fails_on_its_third_call_loses_nothing(
     ):
         runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
     assert len(calls) == 3
-    assert train.resume(prepare.prepare(config(base, directory), tmp_path / "run")).epoch == 1
+    assert runs.resumed(prepare(config(base, directory), tmp_path / "run")).epoch == 1
     runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
     runs.assert_same_run(made, workdir, tmp_path / "run")
 
@@ -133,10 +134,10 @@ def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_pat
         convert_rewards.convert(HPSV3.name, given._replace(dtype="bfloat16"), other)
     changed = config(base, other)
     with pytest.raises(ValueError, match="reward.hpsv3: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
-        prepare.prepare(changed, workdir)
+        prepare(changed, workdir)
     moved = tmp_path / "moved"
     moved.symlink_to(directory)
-    assert prepare.prepare(config(base, moved), workdir).fingerprint["reward.hpsv3"]
+    assert prepare(config(base, moved), workdir).fingerprint["reward.hpsv3"]
 
 
 def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(
