@@ -153,9 +153,9 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     first = Path(rows[0]["video_path"]).read_bytes()
     make_videos = videos.make_videos
 
-    def counted(model, batch, *rest):
+    def counted(run, given, batch, *rest):
         calls.extend(batch)
-        return make_videos(model, batch, *rest)
+        return make_videos(run, given, batch, *rest)
 
     monkeypatch.setattr(videos, "make_videos", counted)
     rows = ask(base, tmp_path, prompt_file=listed)

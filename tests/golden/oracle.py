@@ -1,8 +1,9 @@
-"""The published DiT and its rollout in numpy, written from spec/model.md alone: an oracle for the
-runner's own tests.
+"""The published DiT and its rollout in numpy, written from its description alone (docs/models.md):
+an oracle for the runner's own tests.
 
 It shares no code with astrolabe_jax. Weights keep their original names and layouts; the cache is
-the shifting buffer of model.md 8.2 with its indices, quirks included. float64 throughout.
+the shifting buffer of docs/models.md (KV cache) with its indices, quirks included. float64
+throughout.
 """
 
 import dataclasses
@@ -95,8 +96,8 @@ def rope(x, frames, grid):
 
 
 def training_forward(weights, config, x, t, prompts, block: int, local: int):
-    """The uncached forward under the dense mask of model.md 7.1; also returns that mask, frame by
-    frame.
+    """The uncached forward under the dense mask (docs/models.md, Training mask); also returns that
+    mask, frame by frame.
     """
     frames, length, grid = x.shape[1], config["fsl"], (config["lat_h"] // 2, config["lat_w"] // 2)
     i = np.arange(frames * length)
@@ -136,7 +137,7 @@ def cached_pass(
     cut: bool = False,
     force: bool = False,
 ):
-    """One call of model.md 8.2 and 8.3 on the block at `start_frame`; updates the buffer, returns
+    """One call of the cached forward on the block at `start_frame`; updates the buffer, returns
     the velocity.
 
     cut: the block behind a hard cut; force: sink_recache_after_switch.
@@ -193,15 +194,15 @@ def cached_pass(
 
 
 def flush(buffer: Buffer, length: int) -> None:
-    """A scene boundary (sampling.md 7.3)."""
+    """A scene boundary (docs/sampling.md, Flush)."""
     for part in (buffer.k, buffer.v):
         part[:, :, length : 3 * length] = part[:, :, -2 * length :].copy()
     buffer.local_end = 3 * length
 
 
 def recache(weights, config, scenario, buffer: Buffer, latents, prompts):
-    """A prompt switch behind the frames `latents` (sampling.md 8): (input, velocity, first frame)
-    of its call.
+    """A prompt switch behind the frames `latents` (docs/sampling.md, Re-caching): (input, velocity,
+    first frame) of its call.
     """
     if not scenario["gsink"]:
         buffer.k[:], buffer.v[:] = 0, 0
@@ -220,7 +221,7 @@ def recache(weights, config, scenario, buffer: Buffer, latents, prompts):
 def rollout(
     weights: dict, config: dict, noise, renoise, prompts, initial=None, scene_of=None, cuts=()
 ) -> dict:
-    """A whole rollout (sampling.md 4) under config['scenario']: every array of a c_* file but its
+    """A whole rollout under config['scenario']: every array of a c_* file but its
     inputs.
 
     prompts [scenes, B, S, E]; scene_of: the scene of each block; cuts: whether each scene ends in a
@@ -313,7 +314,9 @@ def schedule(
     inverse_timesteps: bool = False,
     reverse_sigmas: bool = False,
 ):
-    """(sigmas, timesteps) of the general table of sampling.md 1, in the reference's float32."""
+    """(sigmas, timesteps) of the general table (docs/sampling.md, Schedule), in the reference's
+    float32.
+    """
     start = sigma_min + (sigma_max - sigma_min) * denoising_strength
     i = np.arange(steps) / (steps if extra_one_step else steps - 1)
     u = (start + (sigma_min - start) * i).astype(np.float32)

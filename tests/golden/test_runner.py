@@ -322,7 +322,7 @@ def test_training_forwards_equal_the_oracle(folder, weights):
     assert failures(folder / "b_x.npz") == {}
 
 
-# Config of an a_* file beyond what the shared folder has; spec/sampling.md 1 says what each field
+# Config of an a_* file beyond what the shared folder has; docs/sampling.md says what each field
 # does.
 SCHEDULES = {
     "class_defaults": {"sigma_min": 0.003 / 1.002, "extra_one_step": False, "shift": 3.0},
@@ -391,7 +391,9 @@ KEYS = ["video_c", "avg", "video_main", "video_a", "video_b"]
 
 
 def selective_kl_file(epochs: int) -> dict[str, np.ndarray]:
-    """Rewards [epoch, key, sample] and the rank disagreement of spec/objective.md 7.1."""
+    """Rewards [epoch, key, sample] and the rank disagreement (docs/objective.md, Rank
+    discrepancy).
+    """
     rng = np.random.default_rng(4)
     rewards = rng.normal(size=(epochs, len(KEYS), 12))
     ranks = (rewards[..., None, :] > rewards[..., None]).sum(-1) + 1.0  # 1 is the best
