@@ -84,7 +84,7 @@ RENAMED = {
 }
 
 
-class Checkpoint(NamedTuple):
+class Snapshot(NamedTuple):
     """The state of a run between two epochs, or the samples of the epoch that follows."""
 
     epoch: int  # epochs that are finished
@@ -139,9 +139,9 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     renamed = [f"{old} is {new} now" for old, new in _renamed_fields(saved).items()]
     if renamed:
         advice = (
-            "give a new --workdir, or go on with that version; to start anew from its adapter, "
-            "export that with `python -m astrolabe_jax.convert export-lora` and set "
-            "config.lora.init"
+            "give a new --workdir, or go on with that version; to start anew from its adapter, set "
+            "config.lora.init to the lora/ of a run that has ended, or to what `python -m "
+            "astrolabe_jax.convert export-lora` writes"
         )
         older = "an older version of astrolabe_jax has written it, with other names of fields"
         raise ValueError("\n  ".join([f"{complaint}: {older}; {advice}:", *renamed]))
@@ -168,20 +168,20 @@ def _renamed_fields(saved: Fingerprint) -> dict[str, str]:
     return fields
 
 
-def save(workdir: Path, checkpoint: Checkpoint, fingerprint: Fingerprint, keep: int) -> int:
+def save(workdir: Path, snapshot: Snapshot, fingerprint: Fingerprint, keep: int) -> int:
     """Save a checkpoint, of which the last `keep` are kept, and return its bytes on the disk.
 
     Samples in flight are those of a finished epoch now, and removed. All processes call it. Raises
     WriteError if the file system refuses.
     """
-    size = _write(workdir / CHECKPOINTS, checkpoint, {"identity": dict(fingerprint)}, keep)
+    size = _write(workdir / CHECKPOINTS, snapshot, {"identity": dict(fingerprint)}, keep)
     _remove_samples(workdir)
     return size
 
 
 def restore(
     workdir: Path, template: Callable[[int], Any], fingerprint: Fingerprint
-) -> Checkpoint | None:
+) -> Snapshot | None:
     """Return the newest checkpoint that is whole, or None if there is none.
 
     The devices and processes may be others than those it was saved on. Newer ones, whose content is
@@ -224,7 +224,7 @@ def restore(
     return found
 
 
-def save_samples(workdir: Path, samples: Checkpoint, policy: Any, fingerprint: Fingerprint) -> int:
+def save_samples(workdir: Path, samples: Snapshot, policy: Any, fingerprint: Fingerprint) -> int:
     """Save what an epoch has sampled, before anything is learnt from it, and return its bytes.
 
     It takes the place of any other epoch's. Raises and is called as `save`, which removes it again.
@@ -244,7 +244,7 @@ def save_samples(workdir: Path, samples: Checkpoint, policy: Any, fingerprint: F
 
 def restore_samples(
     workdir: Path, epoch: int, template: Any, policy: Any, fingerprint: Fingerprint
-) -> Checkpoint | None:
+) -> Snapshot | None:
     """Return what `save_samples` has saved for this epoch, policy and run; None: sample again.
 
     A warning says why samples that are there are not used: they are damaged, or not those of this
@@ -312,10 +312,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 # A checkpoint, or None and what is wrong with it.
-_Attempt = tuple[Checkpoint | None, str]
+_Attempt = tuple[Snapshot | None, str]
 
 
-def _faulty(load: Callable[[], Checkpoint], path: Path) -> _Attempt:
+def _faulty(load: Callable[[], Snapshot], path: Path) -> _Attempt:
     """Return what `load` returns, or what is damaged; raise what is no damage."""
     try:
         with _reading(path):
@@ -325,7 +325,7 @@ def _faulty(load: Callable[[], Checkpoint], path: Path) -> _Attempt:
         return None, str(error)
 
 
-def _unusable(load: Callable[[], Checkpoint]) -> _Attempt:
+def _unusable(load: Callable[[], Snapshot]) -> _Attempt:
     """Return what `load` returns, or whatever keeps it from that; samples can be made again."""
     try:
         return load(), ""
@@ -359,7 +359,7 @@ def _sound(load: Callable[[], _Attempt]) -> _Attempt:
 
 def _load(
     path: Path, template: Any, fingerprint: Fingerprint, what: str, policy: int | None = None
-) -> Checkpoint:
+) -> Snapshot:
     """Read EPOCH, on each process alone, with its whole record as `progress`.
 
     `what` names it in errors; `policy` is the checksum of the policy that must have sampled it.
@@ -378,7 +378,7 @@ def _load(
         raise ValueError("another policy has sampled them")
     targets = jax.tree.map(_target, template)
     state = _read_part(path, "state", ocp.args.StandardRestore(targets))
-    return Checkpoint(int(path.name), state, record)
+    return Snapshot(int(path.name), state, record)
 
 
 def _read_part(path: Path, part: str, how: Any) -> Any:
@@ -408,11 +408,11 @@ def _put_aside(path: Path) -> str:
 # Writing, and what proves that content is whole.
 
 
-def _write(directory: Path, checkpoint: Checkpoint, record: dict[str, Any], keep: int) -> int:
-    """Save `checkpoint` as EPOCH with `record` in its progress; return the bytes on the disk."""
-    state = checkpoint.state
+def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: int) -> int:
+    """Save `snapshot` as EPOCH with `record` in its progress; return the bytes on the disk."""
+    state = snapshot.state
     record = record | {
-        "progress": checkpoint.progress,
+        "progress": snapshot.progress,
         "shapes": _shapes(state),
         "checksum": int(checksum(state)),
     }
@@ -420,11 +420,11 @@ def _write(directory: Path, checkpoint: Checkpoint, record: dict[str, Any], keep
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
     )
-    path = directory / str(checkpoint.epoch)
+    path = directory / str(snapshot.epoch)
     try:
         multihost.on_primary(lambda: directory.mkdir(parents=True, exist_ok=True))
         with _quiet(), _manager(directory, keep, clean=True) as manager:
-            manager.save(checkpoint.epoch, args=arguments)
+            manager.save(snapshot.epoch, args=arguments)
     except (OSError, ValueError) as error:
         code = _system_error(error)
         if not code:

@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from astrolabe_jax import sharding
 from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import VaeState
+from astrolabe_jax.types import Frames, HostFrames, Latents
 
 
 def decode_video(
-    vae: Net, latents: jax.Array, state: VaeState | None, chunk: int
-) -> tuple[list[jax.Array], VaeState | None]:
+    vae: Net, latents: Latents, state: VaeState | None, chunk: int
+) -> tuple[list[Frames], VaeState | None]:
     """Decode the next latents [B, F, C, H, W] of a video, `chunk` latent frames at a time.
 
     Args:
@@ -39,8 +39,8 @@ def decode_video(
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def decode_chunk(
-    graphdef: Any, params: dict, latents: jax.Array, state: VaeState | None
-) -> tuple[jax.Array, VaeState]:
+    graphdef: Any, params: dict, latents: Latents, state: VaeState | None
+) -> tuple[Frames, VaeState | None]:
     """Decode one chunk; see `decode_video`."""
     model = layers.merge(graphdef, params)
     pixels, state = model.decode(sharding.by_sample(latents), state)
@@ -48,8 +48,8 @@ def decode_chunk(
 
 
 def encode_video(
-    vae: Net, frames: np.ndarray, state: VaeState | None, chunk: int, mesh: jax.sharding.Mesh
-) -> tuple[jax.Array, VaeState | None]:
+    vae: Net, frames: HostFrames, state: VaeState | None, chunk: int, mesh: sharding.AnyMesh
+) -> tuple[Latents, VaeState | None]:
     """Encode the next frames uint8 [B, T, height, width, 3] of a video.
 
     Args:
@@ -74,8 +74,8 @@ def encode_video(
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def encode_chunk(
-    graphdef: Any, params: dict, frames: jax.Array, state: VaeState | None
-) -> tuple[jax.Array, VaeState]:
+    graphdef: Any, params: dict, frames: Frames, state: VaeState | None
+) -> tuple[Latents, VaeState | None]:
     """Encode one chunk; see `encode_video`."""
     pixels = sharding.by_sample(frames).astype("float32") / 127.5 - 1
     latents, state = layers.merge(graphdef, params).encode(pixels, state)

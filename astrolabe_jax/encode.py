@@ -10,18 +10,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Float, Int, Shaped
 
 from astrolabe_jax import sharding
 from astrolabe_jax.convert.parts import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import tokenize
+from astrolabe_jax.types import Array, Embeddings
 
 # Prompts of a call, or the next multiple of the devices: one shape, so one rounding.
 _BATCH = 8
 
 
-def encode_prompts(net: Net, tokenizer: Any, prompts: Sequence[str], mesh: Mesh) -> np.ndarray:
+def encode_prompts(
+    net: Net, tokenizer: Any, prompts: Sequence[str], mesh: sharding.AnyMesh
+) -> Float[np.ndarray, "G S E"]:
     """Return the embeddings [G, S, E] float32 of G prompts, zero beyond each one's end token.
 
     The prompts of a call are split over all devices of the mesh; the parameters of the text encoder
@@ -42,12 +45,14 @@ def encode_prompts(net: Net, tokenizer: Any, prompts: Sequence[str], mesh: Mesh)
     return np.concatenate(embeddings)
 
 
-def call_size(mesh: Mesh) -> int:
+def call_size(mesh: sharding.AnyMesh) -> int:
     """Return the number of prompts of one call of `embed`."""
     return -(-_BATCH // mesh.size) * mesh.size
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def embed(graphdef: Any, params: dict, ids: jax.Array, mask: jax.Array) -> jax.Array:
+def embed(
+    graphdef: Any, params: dict, ids: Int[Array, "B S"], mask: Shaped[Array, "B S"]
+) -> Embeddings:
     """Return embeddings [B, S, E], in the encoder's dtype, of token ids and mask [B, S]."""
     return sharding.by_sample(layers.merge(graphdef, params).embed(ids, mask))

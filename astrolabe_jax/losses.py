@@ -10,6 +10,12 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from astrolabe_jax.types import Array
+
+Predicted = Float[Array, "B *dims"]
+PerSample = Float[Array, " B"]
 
 MIN_NORMALISER = 1e-5  # floor of DiffusionNFT's adaptive normaliser
 
@@ -17,12 +23,12 @@ MIN_NORMALISER = 1e-5  # floor of DiffusionNFT's adaptive normaliser
 class Predictions(NamedTuple):
     """What three policies predict for a batch of samples: clean latents, or velocities."""
 
-    x0: jax.Array  # [B, ...] the sampled clean latents
-    current: jax.Array  # [B, ...] of the trained policy
-    old: jax.Array  # [B, ...] of the behaviour policy
-    reference: jax.Array  # [B, ...] of the reference policy
-    x_t: jax.Array | None = None  # [B, ...] the noisy latents; velocities need them
-    sigma: jax.Array | None = None  # [B] the noise level in [0, 1]; velocities need it
+    x0: Predicted  # the sampled clean latents
+    current: Predicted  # of the trained policy
+    old: Predicted  # of the behaviour policy
+    reference: Predicted  # of the reference policy
+    x_t: Predicted | None = None  # the noisy latents; velocities need them
+    sigma: PerSample | None = None  # the noise level in [0, 1]; velocities need it
 
 
 class Coefficients(NamedTuple):
@@ -37,8 +43,8 @@ class Coefficients(NamedTuple):
 
 
 def objective(
-    coefficients: Coefficients, predictions: Predictions, r: Any, kl_weight: Any
-) -> dict[str, jax.Array]:
+    coefficients: Coefficients, predictions: Predictions, r: PerSample, kl_weight: PerSample
+) -> dict[str, PerSample]:
     """Return every term of the objective, {name: [B]} float32; `total_loss` carries the gradient.
 
     Args:
@@ -66,7 +72,7 @@ def objective(
     }
 
 
-def interpolate(current: jax.Array, old: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+def interpolate(current: Predicted, old: Predicted, beta: float) -> tuple[Predicted, Predicted]:
     """Return the implicit positive and negative policies (docs/objective.md, Astrolabe loss).
 
     positive = beta current + (1 - beta) old, negative = (1 + beta) old - beta current; their mean
@@ -84,7 +90,9 @@ def interpolate(current: jax.Array, old: jax.Array, beta: float) -> tuple[jax.Ar
     return beta * current + (1 - beta) * old, (1 + beta) * old - beta * current
 
 
-def astrolabe_loss(x0, current, old, r, beta: float) -> dict[str, jax.Array]:
+def astrolabe_loss(
+    x0: Predicted, current: Predicted, old: Predicted, r: PerSample, beta: float
+) -> dict[str, PerSample]:
     """Return Astrolabe's policy loss r |x+ - x0|^2 + (1 - r) |x- - x0|^2 in x0 space.
 
     Gradients flow into `current` only. Per element d policy / d current =
@@ -107,8 +115,8 @@ def astrolabe_loss(x0, current, old, r, beta: float) -> dict[str, jax.Array]:
 
 
 def diffusion_nft_loss(
-    predictions: Predictions, r, beta: float, clip_max: float
-) -> dict[str, jax.Array]:
+    predictions: Predictions, r: PerSample, beta: float, clip_max: float
+) -> dict[str, PerSample]:
     """Return DiffusionNFT's policy loss: velocities mixed, errors in x0 space, adaptively scaled.
 
     The normaliser of an error, the mean absolute error of the sample, carries no gradient
@@ -140,7 +148,7 @@ def diffusion_nft_loss(
     return {"policy": policy, "positive": positive, "negative": negative}
 
 
-def deviation(a: jax.Array, b: jax.Array) -> jax.Array:
+def deviation(a: Predicted, b: Predicted) -> PerSample:
     """Return the mean squared difference of each sample: [B, ...], [B, ...] -> [B].
 
     It is the surrogate of the KL divergence (docs/objective.md, KL term).
@@ -162,7 +170,7 @@ def kl_weights(mask: Any) -> Any:
     return mask * (mask.shape[0] / mask.sum().clip(1)).astype("float32")
 
 
-def total_loss(policy: jax.Array, kl: jax.Array, kl_weight: float) -> jax.Array:
+def total_loss(policy: PerSample, kl: PerSample, kl_weight: float) -> PerSample:
     """Return policy + kl_weight kl of each sample, [B]; `kl` already carries `kl_weights`."""
     chex.assert_rank([policy, kl], 1)
     return policy + kl_weight * kl

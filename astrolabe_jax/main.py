@@ -1,8 +1,4 @@
-"""Train: python -m astrolabe_jax.main --config=RECIPE --workdir=DIRECTORY [--config.FIELD=VALUE]
-
-For example --config=configs/moving_shapes.py --workdir=runs/demo. The same command continues the
-run in its directory.
-"""
+"""Train: python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo"""
 
 from absl import app, flags
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, minibatches, report, rewards, sharding, update
+from astrolabe_jax import encode, minibatches, report, sharding, update
 from astrolabe_jax.config import (
     piece,
     repeats,
@@ -31,10 +31,12 @@ from astrolabe_jax.config import (
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.base import Base
-from astrolabe_jax.convert.parts import SIZES, make_config, sizes_of
+from astrolabe_jax.convert.nets import make_config, sizes_of
+from astrolabe_jax.convert.parts import PARTS, SIZES
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.run import Run, geometry, numerics, timeline_of
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.streaming import streams, windows
@@ -49,10 +51,12 @@ from astrolabe_jax.types import (
 
 
 def abstract_run(config: ConfigDict, devices: int) -> Run:
-    """The run of `config` on so many devices, with shapes in place of its arrays, and without
-    prompts and directory.
+    """Return the run of `config` on so many devices, with shapes in place of its arrays.
 
-    Raises ValueError or OSError as run.prepare does. Weights of rewards need not be there.
+    It has no prompts and no directory; weights of rewards need not be there.
+
+    Raises:
+      ValueError, OSError: as run.prepare does.
     """
     validate(config, rewards.TABLE, devices, jax.default_backend())
     parts = _sizes(config)
@@ -65,7 +69,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    panel = Panel(
+    reward_runner = RewardRunner(
         rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
     )
     return Run(
@@ -81,19 +85,20 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         (),
         adapter,
         starts,
-        panel,
+        reward_runner,
     )
 
 
 def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """The config of each part: of a published model, whose base need not be there, or as the base
-    says.
+    """Return the config of each part.
+
+    It is that of a published model, whose base need not be there, or as the base says.
     """
     chosen = numerics(config)
     if not config.model.size:
         return bases.configs(config.base, **chosen)
     return {
-        part: make_config(part, sizes_of(net), **chosen)
+        part: make_config(PARTS[part], sizes_of(net), **chosen)
         for part, net in SIZES[config.model.size].items()
     }
 
@@ -111,7 +116,7 @@ def trace(run: Run) -> dict[str, Array]:
     Raises:
       ValueError: if its shape is not the one that the next stage expects.
     """
-    with jax.sharding.use_abstract_mesh(run.mesh):
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
         traced = _trace(run)
     for name, (output, expected) in traced.items():
         if output.shape != expected:
@@ -271,28 +276,28 @@ def _step_batch(run: Run) -> update.StepBatch:
     )
 
 
-def _shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+def _shape(*sizes: int, dtype=jnp.float32) -> Any:
+    """Return the abstract array of these sizes."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def _keys(*sizes: int) -> jax.ShapeDtypeStruct:
+def _keys(*sizes: int) -> Any:
+    """Return an abstract array of keys."""
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sizes))
 
 
 def planned_devices(config: ConfigDict) -> int:
-    """The devices that a recipe's batches were published for; without such a number, those of this
-    machine.
-    """
+    """Return the devices that a recipe's batches were published for, or those of this machine."""
     limit = config.mesh.samples_per_device
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
-def main(argv: list[str], config: flags.FlagHolder, devices: flags.FlagHolder) -> None:
-    """Prints the opening summary of the run and what was traced; status 2 if it cannot be."""
+def main(argv: list[str], recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
+    """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
-    config = config.value
+    config = recipe.value
     try:
         run = abstract_run(config, devices.value or planned_devices(config))
         rows = report.describe(run, f"{run.mesh.size}, planned")

@@ -162,7 +162,7 @@ def _rewards(run: Run) -> str:
     weighted = " + ".join(
         f"{weight:g} {name}" for name, weight in reward_weights(run.config).items()
     )
-    place = f", weights on the {scoring.weights}" if run.panel.weights else ""
+    place = f", weights on the {scoring.weights}" if run.reward_runner.weights else ""
     return f"{weighted}; overlap {scoring.overlap}{place}"
 
 
@@ -229,7 +229,7 @@ def memory(run: Run) -> dict[str, int]:
         caches, decoders = _streams(run)
         split_over_devices["cache"] = _cache_bytes(run, caches, run.layout.capacity)
         split_over_devices["decoder"] = _decoder_bytes(run, decoders)
-    on_each_device = {"rewards": run.panel.weights} if run.panel.weights else {}
+    on_each_device = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
     on_each_device["base"] = _base_bytes(run)
     on_each_device["four policies"] = 4 * _bytes(run.adapter)
     on_each_device["optimizer"] = 2 * _bytes(run.adapter)

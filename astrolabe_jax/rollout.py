@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from astrolabe_jax import sharding
 from astrolabe_jax.models.layers import merge
@@ -27,7 +28,7 @@ from astrolabe_jax.schedule import (
     sigma_of,
     velocity_to_x0,
 )
-from astrolabe_jax.types import Place, Policy
+from astrolabe_jax.types import Array, Embeddings, Place, Policy
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,20 @@ class Sampler:
         return sigma_of(t, self.schedule, self.sigma_source)
 
 
+Block = Float[Array, "B P C H W"]  # latents of one block
+
+
 class Trace(NamedTuple):
     """Every network call of one block: the steps, then the clean pass."""
 
-    timestep: np.ndarray  # [passes]
-    inputs: jax.Array  # [passes, B, P, C, H, W]
-    velocity: jax.Array  # likewise
-    x0: jax.Array  # likewise: inputs - sigma(timestep) velocity
+    timestep: Float[np.ndarray, " passes"]
+    inputs: Float[Array, "passes B P C H W"]
+    velocity: Float[Array, "passes B P C H W"]
+    x0: Float[Array, "passes B P C H W"]  # inputs - sigma(timestep) velocity
 
 
 @jax.jit
-def encode_text(policy: Policy, embeddings: jax.Array) -> KeyValues:
+def encode_text(policy: Policy, embeddings: Embeddings) -> KeyValues:
     """Return the cross-attention keys and values of prompts [B, S, E]: the `text` of a block."""
     model = merge(policy.graphdef, policy.params)
     return model.encode_text(embeddings, scaled(policy.adapter, policy.lora_scale))
@@ -85,11 +89,11 @@ def encode_text(policy: Policy, embeddings: jax.Array) -> KeyValues:
 def sample_block(
     policy: Policy,
     text: KeyValues,
-    noise: jax.Array,
+    noise: Float[Array, "steps B P C H W"],
     cache: kv.Cache,
     place: Place,
     trace: bool = False,
-) -> tuple[jax.Array, kv.Cache, Trace | None]:
+) -> tuple[Block, kv.Cache, Trace | None]:
     """Sample one block.
 
     Args:
@@ -131,7 +135,7 @@ def sample_block(
 def cache_block(
     policy: Policy,
     text: KeyValues,
-    latents: jax.Array,
+    latents: Block,
     cache: kv.Cache,
     place: Place,
     t: float = 0.0,
@@ -149,7 +153,7 @@ def cache_block(
 def recache(
     policy: Policy,
     text: KeyValues,
-    latents: jax.Array,
+    latents: Float[Array, "B n C H W"],
     cache: kv.Cache,
     place: Place,
     skip: int = 0,
@@ -175,7 +179,11 @@ def recache(
 
 @jax.jit
 def reencode(
-    policy: Policy, text: KeyValues, first: jax.Array, recent: jax.Array, start: jax.Array
+    policy: Policy,
+    text: KeyValues,
+    first: Float[Array, "B sink C H W"],
+    recent: Float[Array, "B n C H W"],
+    start: Int[Array, ""],
 ) -> kv.Cache:
     """Return a cache for frame `start` made in one pass from latents (WanTransformer.reencode)."""
     model = merge(policy.graphdef, policy.params)
@@ -185,7 +193,9 @@ def reencode(
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "shape"))
-def block_noise(keys, frame, steps: int, frames: int, shape: tuple[int, int, int]) -> jax.Array:
+def block_noise(
+    keys: jax.Array, frame: Int[Array, ""], steps: int, frames: int, shape: tuple[int, int, int]
+) -> Float[Array, "steps B P C H W"]:
     """Return the noise [steps, B, P, C, H, W] of the block at `frame`; it is counter-based.
 
     A sample's noise is normal(fold_in(fold_in(key, frame), step)): it depends on its key, frame and

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import checkpoint, prompts, rewards, sharding
+from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
@@ -22,7 +22,8 @@ from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
@@ -44,13 +45,13 @@ class Run(NamedTuple):
     base: Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
-    mesh: Mesh | jax.sharding.AbstractMesh
+    mesh: Any  # Mesh, or AbstractMesh if it is only planned
     latent_shape: tuple[int, int, int, int]  # (F, C, H, W), F to the end of the last window
     train_prompts: tuple[str, ...]
     test_prompts: tuple[str, ...]
-    adapter: dict  # of every policy before the first epoch; on the host
+    adapter: Any  # of every policy before the first epoch, on the host; None: merged in the base
     starts: tuple[int, ...]  # latent frames at which a trained window may begin; whole videos: 0
-    panel: Panel  # the rewards, ready to score
+    reward_runner: RewardRunner  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
@@ -62,7 +63,7 @@ class Run(NamedTuple):
         """Latent frames that an epoch trains on: the window, or the whole video."""
         return self.config.streaming.window or self.latent_shape[0]
 
-    def policy(self, adapter: dict) -> Policy:
+    def policy(self, adapter: dict | None) -> Policy:
         """Return what videos are sampled from."""
         net = self.base.transformer
         return Policy(
@@ -77,11 +78,13 @@ class Run(NamedTuple):
 
 
 def prepare(config: ConfigDict, workdir: Path | str) -> Run:
-    """Checks the config, the base model, the prompts and the working directory, and loads what a
-    run needs.
+    """Check the config, the base model, the prompts and the directory, and load what a run needs.
 
-    All processes of a run call it, and read the same files. Raises ValueError or OSError whose
-    message names the field, file or line at fault, and the next step; on all processes, if on one.
+    All processes of a run call it, and read the same files.
+
+    Raises:
+      ValueError, OSError: naming the field, file or line at fault, and the next step; on all
+        processes, if on one.
     """
     run = multihost.on_all(lambda: _read(config, Path(workdir)))
     mine = run.fingerprint | {"workdir": str(workdir)}
@@ -92,7 +95,7 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
 
 
 def _read(config: ConfigDict, workdir: Path) -> Run:
-    """All of `prepare` but for the working directory; without the other processes."""
+    """Do all of `prepare` but for the working directory, without the other processes."""
     validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
     rewards.validate(config.rewards)
     sizes, tokenizer = open_base(config)
@@ -115,8 +118,8 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
     train, test = lists["train"], lists["test"]
-    panel = load_panel(config, mesh)
-    identity |= panel.identity
+    reward_runner = load_rewards(config, mesh)
+    identity |= reward_runner.identity
     return Run(
         config,
         workdir,
@@ -130,12 +133,16 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
         test,
         adapter,
         starts,
-        panel,
+        reward_runner,
     )
 
 
-def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
-    """The rewards of a config, their weights on the mesh. Raises ValueError or OSError."""
+def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
+    """Return the rewards of a config, their weights on the mesh.
+
+    Raises:
+      ValueError, OSError: naming the reward and what is at fault.
+    """
     scoring = config.scoring
     if scoring.overlap == "all" and jax.process_count() > 1:
         raise ValueError(
@@ -143,12 +150,13 @@ def load_panel(config: ConfigDict, mesh: Mesh) -> Panel:
             "one order; expected host or none"
         )
     loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
-    return Panel(loaded, scoring.overlap, scoring.weights, scoring.timeout)
+    return RewardRunner(loaded, scoring.overlap, scoring.weights, scoring.timeout)
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
-    """ValueError unless the processes were started alike: they would compute different things
-    together.
+    """Raise ValueError unless the processes were started alike.
+
+    They would compute different things together.
     """
     for name in sorted({*first, *mine}):
         if first.get(name) != mine.get(name):
@@ -159,21 +167,26 @@ def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
 
 
 def numerics(config: ConfigDict) -> dict[str, Any]:
-    """What a run chooses about nets whose sizes are given: the keywords of bases.configs."""
+    """Return what a run chooses about nets whose sizes are given: keywords of bases.configs."""
     return {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
 
 
 def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
-    """The sizes of the nets of config.base (bases.configs) and its tokenizer; no weights are
-    read.
+    """Return the sizes of the nets of config.base (bases.configs) and its tokenizer.
+
+    No weights are read.
     """
     with error_prefix("config.base"):
         sizes = bases.configs(config.base, config.model.size, **numerics(config))
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
-def load_base(config: ConfigDict, mesh: Mesh) -> Base:
-    """The base model of a config, with its parameters on the mesh. Raises ValueError or OSError."""
+def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> Base:
+    """Return the base model of a config, with its parameters on the mesh.
+
+    Raises:
+      ValueError, OSError: naming the field and the file at fault.
+    """
     with error_prefix(
         "config.base and config.transformer" if config.transformer else "config.base"
     ):
@@ -186,9 +199,10 @@ def load_base(config: ConfigDict, mesh: Mesh) -> Base:
         )
 
 
-def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
-    """A leaf of the base on the mesh: those of the VAE whole on every device, the large nets split
-    over `fsdp`.
+def _place(mesh: sharding.AnyMesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
+    """Place a leaf of the base on the mesh.
+
+    Those of the VAE are whole on every device; the large nets are split over `fsdp`.
     """
     if part == "vae":
         return sharding.replicate(mesh, leaf)
@@ -198,10 +212,13 @@ def _place(mesh: Mesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
 def geometry(
     config: ConfigDict, sizes: Mapping[str, Any]
 ) -> tuple[Layout, Sampler, tuple[int, int, int, int]]:
-    """Blocks, denoising steps and the shape (F, C, H, W) of sampled latents for nets of these sizes
-    (bases.configs).
+    """Return blocks, denoising steps and the shape (F, C, H, W) of sampled latents.
 
-    Raises ValueError, naming the fields, where they do not fit each other.
+    Args:
+      sizes: of the nets, from bases.configs.
+
+    Raises:
+      ValueError: naming the fields that do not fit each other.
     """
     layout, sampler, size = layout_of(config), sampler_of(config), latent_size(config, sizes)
     with error_prefix("config.video.frames"):
@@ -216,7 +233,7 @@ def geometry(
 
 
 def layout_of(config: ConfigDict) -> Layout:
-    """Blocks, window and sink."""
+    """Return blocks, window and sink."""
     model = config.model
     with error_prefix("config.model"):
         return Layout(
@@ -231,7 +248,7 @@ def layout_of(config: ConfigDict) -> Layout:
 
 
 def sampler_of(config: ConfigDict) -> Sampler:
-    """The denoising steps."""
+    """Return the denoising steps."""
     settings = config.sampler
     schedule = Schedule(shift=settings.shift)
     steps = tuple(float(t) for t in settings.steps)
@@ -346,8 +363,10 @@ def _without_change(
 
 
 def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of a latent frame; refuses heights and widths that the VAE or the patches do not
-    divide.
+    """Return (C, H, W) of a latent frame.
+
+    Raises:
+      ValueError: for heights and widths that the VAE or the patches do not divide.
     """
     video, vae, net = config.video, sizes["vae"], sizes["transformer"]
     unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
@@ -385,7 +404,7 @@ def _prompts(
 
 
 def _first_adapter(config: ConfigDict, base: Base) -> dict:
-    """The adapter that every policy starts from: fresh, or read from config.lora.init."""
+    """Return the adapter that every policy starts from: fresh, or from config.lora.init."""
     lora, net = config.lora, base.transformer.config
     dtype = jnp.dtype(lora.dtype)
     if not lora.init:
@@ -407,7 +426,7 @@ def _hash(pieces: Iterable[bytes]) -> str:
 
 @contextlib.contextmanager
 def error_prefix(field: str) -> Iterator[None]:
-    """Puts the field at fault in front of an error's message."""
+    """Put the field at fault in front of an error's message."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,4 @@
-"""One mesh, one table of rules: where every array of a run lives. Computation follows the data
-(spec/platform.md 4).
+"""One mesh, one table of rules: where every array of a run lives. Computation follows the data.
 
 The batch is split over all devices, so that each runs its own samples; what is large and frozen is
 split over the `fsdp` axis besides, and gathered layer by layer where it is used (transformer and
@@ -14,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+
+AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 
 AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
@@ -30,10 +33,12 @@ SPLIT_PARAMS = re.compile(r"\['kernel'\]$|(?<!\['position_bias'\])\['embedding'\
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:
-    """The mesh of `config` (config.mesh: data, fsdp) over `devices`, by default all devices of all
-    processes.
+    """Return the mesh of config.mesh (data, fsdp) over `devices`, by default all of all processes.
 
-    `data` -1 takes what `fsdp` leaves. ValueError unless data x fsdp is the number of devices.
+    `data` -1 takes what `fsdp` leaves.
+
+    Raises:
+      ValueError: unless data x fsdp is the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     return jax.make_mesh(
@@ -42,7 +47,10 @@ def make_mesh(config: ConfigDict, devices=None) -> Mesh:
 
 
 def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
-    """`make_mesh` for so many devices that are not there: programs are traced on it, not run."""
+    """Return `make_mesh` for so many devices that are not there.
+
+    Programs are traced on it, not run.
+    """
     return AbstractMesh(_mesh_shape(config, devices), AXES, axis_types=_AXIS_TYPES)
 
 
@@ -59,21 +67,24 @@ def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Samples along `axis`, split over all devices."""
+def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
+    """Return the sharding of samples along `axis`, split over all devices."""
     return NamedSharding(mesh, P(*[None] * axis, AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """A full copy on every device."""
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Return the sharding of a full copy on every device."""
     return NamedSharding(mesh, P())
 
 
-def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """The rule for one parameter. path: as of jax.tree_util.keystr.
+def param_sharding(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding of one parameter.
 
     An axis of layers, which comes first, is never split: the scan over layers takes one slice of it
     at a time. Of equal axes the last is split; where none divides, the parameter is replicated.
+
+    Args:
+      path: as of jax.tree_util.keystr.
     """
     size = mesh.shape[FSDP]
     axes = range(len(shape) - 2, len(shape))  # in and out of a linear or a convolution
@@ -86,8 +97,8 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
     )
 
 
-def shard_params(mesh: Mesh, params: Any) -> Any:
-    """Frozen parameters placed by `param_sharding`."""
+def shard_params(mesh: AnyMesh, params: Any) -> Any:
+    """Place frozen parameters by `param_sharding`."""
 
     def place(path, leaf):
         return _place(leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape))
@@ -95,14 +106,16 @@ def shard_params(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, params)
 
 
-def shard_param(mesh: Mesh, path: tuple, leaf: Any) -> Any:
-    """One of them, at this path of keys in its tree."""
+def shard_param(mesh: AnyMesh, path: tuple, leaf: Any) -> Any:
+    """Place one of them, at this path of keys in its tree."""
     return _place(leaf, param_sharding(mesh, "".join(f"[{key!r}]" for key in path), leaf.shape))
 
 
-def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
-    """Arrays with samples along `axis`, split over all devices. ValueError unless the devices
-    divide the samples.
+def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
+    """Place arrays with samples along `axis`, split over all devices.
+
+    Raises:
+      ValueError: unless the devices divide the samples.
     """
 
     def place(path, leaf):
@@ -117,15 +130,16 @@ def place_batch(batch: Any, axis: int = 0) -> Any:
 
     Where the batch is traced (plan.py) it is constrained to that sharding.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(batch)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(batch)):
         return jax.tree.map(functools.partial(by_sample, axis=axis), batch)
     mesh = jax.sharding.get_mesh()
     return batch if mesh.empty else shard_batch(mesh, batch, axis)
 
 
-def check_batch(mesh: Mesh, samples: int, name: str) -> None:
-    """ValueError unless `samples`, the size of what `name` says, can be split over all devices of
-    the mesh.
+def check_batch(mesh: AnyMesh, samples: int, name: str) -> None:
+    """Raise ValueError unless `samples` can be split over all devices of the mesh.
+
+    name: of what holds the samples.
     """
     if samples % mesh.size:
         raise ValueError(
@@ -134,13 +148,16 @@ def check_batch(mesh: Mesh, samples: int, name: str) -> None:
         )
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A full copy of every array on every device, in buffers of its own (safe to donate)."""
+def replicate(mesh: AnyMesh, tree: Any) -> Any:
+    """Place a full copy of every array on every device, in buffers of its own (safe to donate)."""
     return jax.tree.map(lambda leaf: _place(leaf, replicated(mesh)), tree)
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The function, to be jitted, traced with the mesh known to `gathered` and `by_sample`."""
+def on_mesh(mesh: AnyMesh, function: Callable) -> Callable:
+    """Return the function, to be jitted, traced under a mesh.
+
+    `gathered` and `by_sample` then know it.
+    """
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
@@ -151,7 +168,7 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
 
 
 def gathered(param: jax.Array) -> jax.Array:
-    """A parameter where it is used: whole on every device, under `on_mesh`; elsewhere as it is.
+    """Return a parameter where it is used: whole on every device, under a mesh.
 
     Without it the compiler may split the features of the activations instead, and move those.
     """
@@ -171,7 +188,7 @@ def by_sample(x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def to_host(tree: Any) -> Any:
-    """The whole arrays as numpy on every process, wherever their parts live."""
+    """Return the whole arrays as numpy on every process, wherever their parts live."""
 
     def fetch(leaf):
         if (
@@ -188,8 +205,8 @@ def to_host(tree: Any) -> Any:
 def _place(leaf, sharding):
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _place(jax.random.key_data(leaf), sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data: Any = _place(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     # Copied: on a CPU a device array can share memory with a host array, which donation would then

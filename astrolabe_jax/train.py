@@ -20,7 +20,7 @@ from astrolabe_jax import checkpoint, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.evaluate import ceiling, evaluate, held_out
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import read_json
@@ -127,10 +127,9 @@ def collect_or_restore(
     """Return the segment of an epoch: sampled now, or what a killed run has saved of it."""
     start = windows.window_start(run, state.epoch)
     old = state.train.old
-    place = (run.workdir, state.epoch)
     if run.config.train.save_samples:
         shapes = windows.segment_shapes(run, start)
-        found = checkpoint.restore_samples(*place, shapes, old, run.fingerprint)
+        found = checkpoint.restore_samples(run.workdir, state.epoch, shapes, old, run.fingerprint)
         if found is not None:
             log(f"epoch {state.epoch + 1} goes on with the samples that were saved")
             scores = {k: np.array(values, np.float32) for k, values in found.progress.items()}
@@ -142,7 +141,8 @@ def collect_or_restore(
         with progress.phase("save samples"):
             arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            size = checkpoint.save_samples(*place, arrays, scores, old, run.fingerprint)
+            samples_of_epoch = checkpoint.Snapshot(state.epoch, arrays, scores)
+            size = checkpoint.save_samples(run.workdir, samples_of_epoch, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
 
@@ -332,7 +332,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         return None
     finally:
         metrics.close()
-        run.panel.settle()
+        run.reward_runner.settle()
 
 
 def _save(run: Run, state: RunState, progress: Progress) -> int:
@@ -344,7 +344,8 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
     }
     keep = run.config.train.checkpoints_kept
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
-    size = checkpoint.save(run.workdir, state.epoch, arrays, record, run.fingerprint, keep)
+    saved = checkpoint.Snapshot(state.epoch, arrays, record)
+    size = checkpoint.save(run.workdir, saved, run.fingerprint, keep)
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return state.epoch
 

@@ -19,7 +19,8 @@ Shapes are written with these letters:
     timesteps        [B, F]                     0 (clean) to 1000 (noise);  sigma in [0, 1]
     rewards          {name: [B]}                float32, higher is better
 
-An array may be its abstract self, jax.ShapeDtypeStruct, where a run is only planned (plan.py).
+An array may live on the devices or on the host, or, where a run is only planned (plan.py), be its
+abstract self, jax.ShapeDtypeStruct; a type checker sees the first.
 """
 
 import enum
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from astrolabe_jax.models.wan.config import Layout, WanConfig
     from astrolabe_jax.rollout import Sampler
 
-Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    Array = jax.Array
+else:
+    Array = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 Latents = Float[Array, "B F C H W"]
 Frames = UInt8[Array, "B T height width 3"]
+HostFrames = UInt8[np.ndarray, "B T height width 3"]
 Embeddings = Float[Array, "B S E"]
 PerSample = Float[Array, " B"]
 
@@ -142,7 +146,7 @@ class VideoBatch(NamedTuple):
     batch: PromptBatch
     timelines: tuple[Timeline, ...]  # one a video
     rows: Mapping[str, int]  # prompt of a scene -> its row of `embeddings`
-    embeddings: Embeddings  # [prompts, S, E], every distinct prompt once; on the host
+    embeddings: Embeddings | np.ndarray  # [prompts, S, E], every distinct prompt once; on the host
     keys: jax.Array  # [B] keys of the noise
     # Blocks begin at traced frames, so that one compiled program serves all of them; else a block
     # that is sampled while the cache fills has a program of its own, with shorter reads.
@@ -190,16 +194,21 @@ class Place:
     A pytree: `start` and `positions` are arrays, what remains is static under jit.
     """
 
-    start: Int[Array, ""] | None  # first frame, traced; None: `static_start` is it
-    positions: Int[Array, " P"] | None  # rotary, of the block's frames; None: the frames' numbers
+    start: Int[Array, ""] | np.int32 | None  # first frame, traced; None: `static_start` is it
+    positions: (
+        Int[Array, " P"] | np.ndarray | None
+    )  # rotary, of the block's frames; None: the frames' numbers
     static_start: int | None = struct.field(pytree_node=False, default=None)
     aligned: bool = struct.field(pytree_node=False, default=True)  # see models/wan/cache.View
     partial: bool = struct.field(pytree_node=False, default=False)  # likewise
 
     @property
-    def frame(self) -> int | jax.Array:
+    def frame(self) -> int | jax.Array | np.int32:
         """First frame of the block, in the cache's count."""
-        return self.static_start if self.start is None else self.start
+        if self.start is not None:
+            return self.start
+        assert self.static_start is not None
+        return self.static_start
 
 
 class StreamState(NamedTuple):
@@ -218,8 +227,8 @@ class PrefixContext(NamedTuple):
     (docs/streaming.md, Whose keys).
     """
 
-    start: Int[Array, ""]  # frames so far, in the cache's count
-    positions: Int[Array, " W"]  # rotary positions of the window's frames
+    start: Int[Array, ""] | np.int32  # frames so far, in the cache's count
+    positions: Int[Array, " W"] | np.ndarray  # rotary positions of the window's frames
     cache: Any | None = None  # keys and values of the rollout
     first: Float[Array, "B sink C H W"] | None = None  # clean latents of the sink
     recent: Float[Array, "B n C H W"] | None = None  # the last ones
@@ -264,7 +273,7 @@ class Samples(NamedTuple):
     mask: np.ndarray  # [N] bool, samples that the KL restrains; all unless kl.kind is 'selective'
     prompt: Int[np.ndarray, " N"]  # int32, each sample's row of `text`
     key: jax.Array  # [N] keys of this epoch's noise
-    text: Embeddings  # [G, S, E]
+    text: Embeddings | np.ndarray  # [G, S, E]
 
 
 class TrainState(NamedTuple):
@@ -278,4 +287,4 @@ class TrainState(NamedTuple):
     reference: Adapter  # what the KL keeps `current` close to
     ema: Adapter  # average of `current` for evaluation
     optimizer: Any  # state of optax
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""] | np.ndarray  # optimizer steps taken

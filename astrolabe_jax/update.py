@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import losses, sharding
@@ -101,12 +100,13 @@ class TrainingForward:
     def _past(self, model, lora, text: KeyValues, t, prefix: PrefixContext) -> Past:
         """Return the keys of the past that this policy reads. text: of the samples."""
         if self.prefix == "rollout_old":
-            cache = jax.lax.stop_gradient(prefix.cache)
+            cache: Any = jax.lax.stop_gradient(prefix.cache)
         elif self.prefix == "full":
             cache = self._cache_of_whole(model, lora, text, prefix.whole)
         else:
-            first = prefix.first
-            recent = prefix.recent[:, prefix.recent.shape[1] - self.recent_frames :]
+            first, recent = prefix.first, prefix.recent
+            assert first is not None and recent is not None
+            recent = recent[:, recent.shape[1] - self.recent_frames :]
             text = _one_a_stream(text, first)
             first, recent, text, lora = jax.lax.stop_gradient((first, recent, text, lora))
             level = t if self.prefix == "noised_prefix" else self.context_noise
@@ -122,7 +122,7 @@ class TrainingForward:
         streams, frames = whole.shape[:2]
         latent_hw = tuple(whole.shape[3:])
         cache = kv.empty_cache(model.config, streams, self.layout.capacity, latent_hw)
-        return kv.place_visible(cache, *context, self.layout, frames)
+        return kv.place_visible(cache, context.k, context.v, self.layout, frames)
 
     @property
     def recent_frames(self) -> int:
@@ -171,7 +171,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: ConfigDict, adapter: dict, mesh: Mesh) -> TrainState:
+def init_state(config: ConfigDict, adapter: dict, mesh: sharding.AnyMesh) -> TrainState:
     """Return the state before the first epoch, on the mesh. Every policy has its own buffers."""
     return sharding.replicate(mesh, first_state(config, jax.tree.map(np.asarray, adapter)))
 
@@ -213,7 +213,7 @@ class TrainStep:
         config: ConfigDict,
         graphdef: Any,
         layout: Layout,
-        mesh: Mesh,
+        mesh: sharding.AnyMesh,
         noise: SampleNoise = standard_normal,
     ):
         self.config = config
@@ -383,7 +383,7 @@ def average(mean, new, decay):
 def ema_decay(step, cap: float) -> jax.Array:
     """Return the decay of the evaluation average at the optimizer step `step`, from 0.
 
-    See docs/objective.md, Averages.
+    See docs/objective.md, Evaluation average.
     """
     return jnp.minimum((1 + step) / (10 + step), cap)
 
@@ -392,7 +392,7 @@ def old_decay(kind: str, step: int, constant: float) -> float:
     """Return the weight that the behaviour policy keeps after an epoch that ended at step `step`.
 
     kind: 'type0' on-policy, 'type1' Astrolabe's schedule, 'type2' DiffusionNFT's slow start, or
-    'constant' (docs/objective.md, Averages).
+    'constant' (docs/objective.md, Behaviour policy).
     """
     if kind == "type2":
         return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
@@ -445,12 +445,15 @@ def update(
             number += 1
             batch = _step_batch(samples, order, t, kl_weight, turn)
 
-            def of_microbatch(i, state, latents, order=order):
-                return parts(order[i], state, latents)
-
-            state, metrics = train_step(state, params, text, batch, parts and of_microbatch)
+            of_microbatch = parts and partial(_parts_of, parts, order)
+            state, metrics = train_step(state, params, text, batch, of_microbatch)
             place = f"epoch {epoch + 1}, step {number}"
             yield state, _checked(jax.device_get(metrics), order.reshape(-1), place)
+
+
+def _parts_of(parts: LossParts, order: np.ndarray, i: int, state: TrainState, latents: jax.Array):
+    """Return the parts of microbatch i of a step over the samples `order` [m, B]."""
+    return parts(order[i], state, latents)
 
 
 def _step_batch(samples: Samples, order, t, kl_weight, turn: int) -> StepBatch:

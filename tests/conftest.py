@@ -12,8 +12,14 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
-import jax  # noqa: E402  (the flags above must be set before the first import)
-import pytest  # noqa: E402
+# ruff: noqa: E402  (the flags above must be set before the first import of JAX)
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes by name in the signatures of these stages are checked in tests only.
+STAGES = ("encode", "rollout", "decode", "losses")
+install_import_hook([f"astrolabe_jax.{stage}" for stage in STAGES], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

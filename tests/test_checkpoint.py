@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from astrolabe_jax import checkpoint
-from astrolabe_jax.checkpoint import Checkpoint
+from astrolabe_jax.checkpoint import Snapshot
 
 FINGERPRINT = {
     "base": "abc",
@@ -46,9 +46,7 @@ def make_state(seed):
 
 
 def save(workdir, epoch, keep):
-    return checkpoint.save(
-        workdir, Checkpoint(epoch, make_state(epoch), PROGRESS), FINGERPRINT, keep
-    )
+    return checkpoint.save(workdir, Snapshot(epoch, make_state(epoch), PROGRESS), FINGERPRINT, keep)
 
 
 def assert_same(a, b):
@@ -60,7 +58,7 @@ def assert_same(a, b):
 def test_round_trip_is_exact_and_only_the_newest_are_kept(tmp_path):
     assert checkpoint.restore(tmp_path, lambda epoch: make_state(0), FINGERPRINT) is None
     for epoch in (0, 2, 4):
-        whole = Checkpoint(epoch, make_state(epoch), PROGRESS | {"step": epoch})
+        whole = Snapshot(epoch, make_state(epoch), PROGRESS | {"step": epoch})
         checkpoint.save(tmp_path, whole, FINGERPRINT, keep=2)
     found = checkpoint.restore(tmp_path, lambda epoch: make_state(0), FINGERPRINT)
     assert found.epoch == 4 and found.progress == PROGRESS | {"step": 4}
@@ -82,7 +80,7 @@ def test_restores_onto_other_devices(tmp_path):
         )
         return state
 
-    saved = Checkpoint(1, placed(make_state(1), 8), PROGRESS)
+    saved = Snapshot(1, placed(make_state(1), 8), PROGRESS)
     checkpoint.save(tmp_path, saved, FINGERPRINT, keep=1)
     template = placed(make_state(0), 2)
     state = checkpoint.restore(tmp_path, lambda epoch: template, FINGERPRINT).state
@@ -277,7 +275,7 @@ def test_a_run_of_the_old_form_is_refused_by_name(tmp_path):
     """
     workdir = tmp_path / "run"
     checkpoint.claim(workdir, OLD_FORM)
-    checkpoint.save(workdir, Checkpoint(2, make_state(2), PROGRESS), OLD_FORM, keep=2)
+    checkpoint.save(workdir, Snapshot(2, make_state(2), PROGRESS), OLD_FORM, keep=2)
     before = contents(workdir)
     for refused in (
         lambda: checkpoint.claim(workdir, NEW_FORM),
@@ -294,7 +292,7 @@ def test_a_run_of_the_old_form_is_refused_by_name(tmp_path):
 
 
 def test_samples_of_the_old_form_are_not_used(tmp_path, caplog):
-    samples = Checkpoint(3, cut(8, make_samples(3)), SCORES)
+    samples = Snapshot(3, cut(8, make_samples(3)), SCORES)
     checkpoint.save_samples(tmp_path, samples, make_state(3)["current"], OLD_FORM)
     with caplog.at_level(logging.WARNING):
         assert in_flight(tmp_path, fingerprint=NEW_FORM) is None
@@ -396,7 +394,7 @@ def in_flight(workdir, **changes):
 
 def save_samples(workdir, epoch=3):
     policy = make_state(epoch)["current"]
-    samples = Checkpoint(epoch, cut(8, make_samples(epoch)), SCORES)
+    samples = Snapshot(epoch, cut(8, make_samples(epoch)), SCORES)
     return checkpoint.save_samples(workdir, samples, policy, FINGERPRINT)
 
 

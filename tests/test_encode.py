@@ -9,6 +9,7 @@ import sentencepiece
 from flax import nnx
 
 from astrolabe_jax import encode, sharding
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models import tokenizer as tokenizers
 from astrolabe_jax.models.umt5 import UMT5
@@ -29,7 +30,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return layers.split(UMT5(CONFIG, nnx.Rngs(0)))
+    graphdef, params = layers.split(UMT5(CONFIG, nnx.Rngs(0)))
+    return Net(graphdef, params, CONFIG)
 
 
 def test_words_keep_their_order_after_the_special_tokens(tokenizer):
@@ -67,7 +69,7 @@ def test_cleaning(text, cleaned):
 
 
 def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
-    got = encode.encode_prompts(*model, tokenizer, PROMPTS, CONFIG, ONE)
+    got = encode.encode_prompts(model, tokenizer, PROMPTS, ONE)
     assert got.shape == (4, CONFIG.text_len, CONFIG.dim) and got.dtype == np.float32
     lengths = [int(np.flatnonzero(np.any(row != 0, axis=-1))[-1]) + 1 for row in got]
     assert lengths == [4, 6, 1, 2]
@@ -75,34 +77,31 @@ def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):
 
 def test_an_embedding_depends_on_its_prompt_alone(tokenizer, model):
     many = [PROMPTS[i % 4] for i in range(11)]  # more than one batch, the last one filled up
-    got = encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE)
-    alone = [
-        encode.encode_prompts(*model, tokenizer, [prompt], CONFIG, ONE)[0] for prompt in PROMPTS
-    ]
+    got = encode.encode_prompts(model, tokenizer, many, ONE)
+    alone = [encode.encode_prompts(model, tokenizer, [prompt], ONE)[0] for prompt in PROMPTS]
     for i, row in enumerate(got):
         np.testing.assert_array_equal(row, alone[i % 4])
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("data, fsdp", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
 def test_eight_devices_encode_the_same(tokenizer, model, data, fsdp):
     """Prompts are split over all devices, large parameters over fsdp; eleven prompts fill two calls
     of eight.
     """
-    graphdef, params = model
-    many, mesh = [PROMPTS[i % 4] for i in range(11)], mesh_of(data, fsdp)
-    placed = sharding.shard_params(mesh, params)
+    many = [PROMPTS[i % 4] for i in range(11)]
+    mesh = mesh_of(data, fsdp)
+    placed = sharding.shard_params(mesh, model.params)
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed)) == (fsdp > 1)
-    got = encode.encode_prompts(graphdef, placed, tokenizer, many, CONFIG, mesh)
-    np.testing.assert_allclose(
-        got, encode.encode_prompts(*model, tokenizer, many, CONFIG, ONE), atol=2e-6
-    )
-    ids_mask = sharding.shard_batch(mesh, tokenizers.tokenize(tokenizer, many[:8], CONFIG.text_len))
-    spec = encode.embed(graphdef, placed, *ids_mask, mesh=mesh).sharding
+    with jax.set_mesh(mesh):
+        got = encode.encode_prompts(model._replace(params=placed), tokenizer, many, mesh)
+        ids_mask = sharding.place_batch(tokenizers.tokenize(tokenizer, many[:8], CONFIG.text_len))
+        spec = encode.embed(model.graphdef, placed, *ids_mask).sharding
+    np.testing.assert_allclose(got, encode.encode_prompts(model, tokenizer, many, ONE), atol=2e-6)
     assert spec.is_equivalent_to(sharding.batch_sharding(mesh), 3)
 
 
 def test_no_prompts_give_an_empty_batch(tokenizer, model):
-    assert encode.encode_prompts(*model, tokenizer, [], CONFIG, ONE).shape == (
+    assert encode.encode_prompts(model, tokenizer, [], ONE).shape == (
         0,
         CONFIG.text_len,
         CONFIG.dim,

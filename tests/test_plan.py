@@ -1,4 +1,4 @@
-"""plan.py describes the run that prepare.py would make, without its files."""
+"""plan.py describes the run that run.py would make, without its files."""
 
 import os
 import re
@@ -10,7 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import plan, prepare, report, segments, sharding, train
+from astrolabe_jax import plan, report, sharding, train
+from astrolabe_jax.decode import decode_video
+from astrolabe_jax.run import prepare
+from astrolabe_jax.streaming import streams, windows
 from tests.e2e import runs
 from tests.tiny_base import write_tiny_base
 
@@ -26,12 +29,11 @@ def base(tmp_path_factory):
 )
 def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
     config = runs.small_config(base, **changes | {"prompts.prompts_per_epoch": 4})
-    run, planned = (
-        prepare.prepare(config, tmp_path / "run"),
-        plan.abstract_run(config, jax.device_count()),
-    )
+    run = prepare(config, tmp_path / "run")
+    planned = plan.abstract_run(config, jax.device_count())
     assert report.memory(planned) == report.memory(run)
-    rows, wanted = report.describe(planned, "8"), report.describe(run, "8")
+    rows = report.describe(planned, "8")
+    wanted = report.describe(run, "8")
     unknown = {"epoch": f" of {len(run.train_prompts)}", "run": f" of {len(run.test_prompts)}"}
     assert rows == {
         name: text.replace(unknown.get(name, "\0"), "") for name, text in wanted.items()
@@ -97,23 +99,25 @@ def test_the_memory_of_streams_is_that_of_their_arrays(base, tmp_path):
         base, **runs.WINDOWS | {"sampler.batch": 4, "optimizer.microbatch": 4}
     )
     run = runs.prepared(config, tmp_path / "run", 2)
-    past = segments.begin(run, 2)
-    latents = sharding.shard_batch(run.mesh, np.zeros((2, 1, *run.latent_shape[1:]), np.float32))
-    past = past._replace(vae=segments.decoded(run, latents, None)[1])
-    both = [past, segments.fork(run, past, 2)]
+    latents = np.zeros((2, 1, *run.latent_shape[1:]), np.float32)
+    with jax.set_mesh(run.mesh):
+        past = windows.begin(run, 2, run.latent_shape[0])
+        _, decoder = decode_video(run.base.vae, sharding.place_batch(latents), None, 1)
+        past = past._replace(decoder=decoder)
+        both = [past, streams.fork(past, 2)]
 
     def held(trees):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trees))
 
-    assert report.memory(run)["cache"] == held([streams.cache for streams in both])
-    assert report.memory(run)["decoder"] == held([streams.vae for streams in both])
+    assert report.memory(run)["cache"] == held([state.cache for state in both])
+    assert report.memory(run)["decoder"] == held([state.decoder for state in both])
 
 
 def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
     config = runs.small_config(
         base, **{"prompts.tuned_for": 384, "train.epochs": 1, "eval.videos": 2}
     )
-    run = prepare.prepare(config, tmp_path / "run")
+    run = prepare(config, tmp_path / "run")
     assert report.warnings(run)[0].startswith(
         "warning: an epoch has 8 videos, the recipe's 384: its learning rate"
     )

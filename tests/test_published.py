@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from astrolabe_jax import plan, prepare, report, rewards
+from astrolabe_jax import plan, report
 from astrolabe_jax.config import (
     REFERENCE_SWITCHES,
     flatten,
@@ -20,6 +20,8 @@ from astrolabe_jax.config import (
 )
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.run import prepare
 from configs import (
     causal_forcing,
     krea14b,
@@ -244,7 +246,7 @@ def test_streaming_is_prepared_with_another_base(tmp_path):
     }
     changes |= {f"prompts.{split}": f"world:moving_shapes/{split}" for split in ("train", "test")}
     config.update_from_flattened_dict(changes | {"video.height": 16, "video.width": 16})
-    run = prepare.prepare(config, tmp_path / "run")
+    run = prepare(config, tmp_path / "run")
     assert run.starts == (21,) and run.latent_shape == (42, 4, 2, 2)
 
 

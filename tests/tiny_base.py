@@ -13,7 +13,7 @@ from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 from tests.models import tiny
 
-_WORDS = vocabulary.words()
+WORDS = vocabulary.words()
 TRANSFORMER = dataclasses.replace(tiny.CONFIG, text_dim=16, text_len=16)
 VAE = VaeConfig(
     dim=4,
@@ -23,7 +23,7 @@ VAE = VaeConfig(
     latent_mean=(0.0,) * 4,
     latent_std=(1.0,) * 4,
 )
-TEXT = dataclasses.replace(tiny.TEXT, vocab_size=3 + len(_WORDS), text_len=16)
+TEXT = dataclasses.replace(tiny.TEXT, vocab_size=3 + len(WORDS), text_len=16)
 PARTS = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT}
 
 
@@ -32,5 +32,5 @@ def write_tiny_base(directory: Path, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     nets = [shapes(part, config) for part, config in PARTS.items()]
     nets = [net._replace(params=tiny.random_params(net.params, rng)) for net in nets]
-    save_base(directory, *nets, word_tokenizer(_WORDS))
+    save_base(directory, *nets, word_tokenizer(WORDS))
     return directory

@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from astrolabe_jax.convert import commands, describe, lora, parts, rewards
+from astrolabe_jax.convert import commands, describe, lora, parts
 
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("original", "diffusers")
@@ -33,17 +33,17 @@ class _Command(NamedTuple):
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("path", type=Path, metavar="FILE|DIR")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    described = describe.describe(args.source)
+    described = describe.describe(args.path)
     print(json.dumps(described, indent=1) if args.json else describe.text(described))
 
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="FILE|DIR")
+    parser.add_argument("path", type=Path, metavar="FILE|DIR")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--entry",
@@ -63,23 +63,23 @@ def _add_num_heads(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    commands.import_(args.source, args.to, args.entry, args.dtype, args.num_heads)
+    commands.import_(args.path, args.to, args.entry, args.dtype, args.num_heads)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="DIR")
+    parser.add_argument("path", type=Path, metavar="DIR")
     parser.add_argument("--to", type=Path, required=True, metavar="FILE")
     parser.add_argument("--part", choices=parts.PARTS, required=True)
     parser.add_argument("--format", choices=FORMATS, default="original")
 
 
 def _export(args: argparse.Namespace) -> None:
-    commands.export(args.source, args.to, args.part, args.format)
+    commands.export(args.path, args.to, args.part, args.format)
 
 
 def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source",
+        "path",
         type=Path,
         metavar="CHECKPOINT",
         help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
@@ -92,11 +92,11 @@ def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_lora(args: argparse.Namespace) -> None:
-    commands.export_lora(args.source, args.to, args.format, args.policy)
+    commands.export_lora(args.path, args.to, args.format, args.policy)
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="BASE")
+    parser.add_argument("path", type=Path, metavar="BASE")
     parser.add_argument("adapter", type=Path, metavar="LORA")
     parser.add_argument("--to", type=Path, required=True, metavar="FILE")
     parser.add_argument("--format", choices=FORMATS, default="original")
@@ -105,11 +105,13 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    commands.merge(args.source, args.adapter, args.to, args.format, args.dtype, args.num_heads)
+    commands.merge(args.path, args.adapter, args.to, args.format, args.dtype, args.num_heads)
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=rewards.KINDS)
+    from astrolabe_jax.rewards.convert import KINDS  # rewards import convert, not the reverse
+
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
     )
@@ -135,10 +137,13 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reward(args: argparse.Namespace) -> None:
-    given = rewards.Given(
+    from astrolabe_jax.rewards.convert import convert
+    from astrolabe_jax.rewards.directory import PublishedFiles
+
+    published = PublishedFiles(
         tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised
     )
-    rewards.convert(args.kind, given, args.to)
+    convert(args.kind, published, args.to)
 
 
 _COMMANDS = {

@@ -22,18 +22,8 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.parts import (
-    PARTS,
-    SIZES,
-    Net,
-    described,
-    field_faults,
-    load_net,
-    make_config,
-    save_net,
-    shapes,
-    sizes_of,
-)
+from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
+from astrolabe_jax.convert.parts import PARTS, SIZES, described, load_net, save_net, shapes
 from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.tokenizer import load_tokenizer
@@ -220,16 +210,16 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
     path = directory / layout.mark
     faults = []
     for part, values in content.items():
-        faults += field_faults(part, values)
+        faults += field_faults(PARTS[part], values)
     if faults:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     parts = {}
     for part, values in content.items():
         try:
-            parts[part] = make_config(part, values, **numerics)
+            parts[part] = make_config(PARTS[part], values, **numerics)
         except ValueError as error:
-            source = directory / layout.configs.get(part, layout.mark)
-            raise ValueError(f"{source}, {error}") from None
+            config_path = directory / layout.configs.get(part, layout.mark)
+            raise ValueError(f"{config_path}, {error}") from None
     faults = list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"]))
     if faults:
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
@@ -289,8 +279,7 @@ def load_base(
         digest.update(path.read_bytes() if path.is_file() else b"")
     nets = {}
     for part, config in parts.items():
-        source = transformer if part == "transformer" and transformer else base
-        path = weights_of(source, part)
+        path = weights_of(transformer if part == "transformer" and transformer else base, part)
         for file in files_of(path):
             with open(file, "rb") as content:
                 hashlib.file_digest(content, lambda: digest)
@@ -324,13 +313,13 @@ def read_net(part: str, path: Path, config: Any, place: PlaceLeaf = keep_on_host
         raise type(error)(f"{path}: {error}") from None
 
 
-def weights_of(source: str | Path, part: str) -> Path:
+def weights_of(base: str | Path, part: str) -> Path:
     """Return where the weights of a part are.
 
-    `source` is a file of weights or a store, which is returned, or a base, in which they are looked
-    up. Raises FileNotFoundError or ValueError, which say what is expected.
+    `base` is a base, or a file of weights or a store, which is returned as it is. Raises
+    FileNotFoundError or ValueError, which say what is expected.
     """
-    path = SHIPPED.get(str(source), Path(source))
+    path = SHIPPED.get(str(base), Path(base))
     if store.is_store(path):
         return path
     if path.is_file():
@@ -358,10 +347,7 @@ def files_of(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    if path.name.endswith(INDEX):
-        shards = read_json(path).get("weight_map") or {}
-        return [path, *sorted({path.parent / str(shard) for shard in shards.values()})]
-    return [path]
+    return with_shards(path)
 
 
 def save_base(

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.convert import base, engine, lora, parts, store
-from astrolabe_jax.convert.sources import Source, open_part
+from astrolabe_jax.convert import base, lora, nets, parts, store
+from astrolabe_jax.convert.nets import NetCheckpoint
+from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
@@ -25,7 +24,7 @@ POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
 def import_(
-    source: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
+    path: Path, to: Path, entry: str = "", dtype: str = "", num_heads: int | None = None
 ) -> list[Path]:
     """Write a file's part, or all parts and the tokenizer of a base, as Orbax directories.
 
@@ -33,7 +32,7 @@ def import_(
     `to`/config.json when it is whole.
 
     Args:
-      source: a file of weights, an imported part, or a base.
+      path: a file of weights, an imported part, or a base.
       to: directory of the results.
       entry: the state dict to read of a nested file.
       dtype: of the results; by default that of the file.
@@ -45,63 +44,52 @@ def import_(
     Raises:
       ValueError, OSError: the content is no whole part, or a part is there already.
     """
-    directory = base.SHIPPED.get(str(source), source)
+    directory = base.SHIPPED.get(str(path), path)
     is_part = directory.is_file() or store.is_store(directory)
     layout = None if is_part else base.layout_of(directory)
     if layout is None:
-        opened = [open_part(source, "", entry, num_heads)]
+        opened = [open_part(path, "", entry, num_heads)]
         tokenizer_files = []
     elif entry:
-        raise ValueError(f"--entry is of one file; {source} is a directory")
+        raise ValueError(f"--entry is of one file; {path} is a directory")
     else:
-        opened = [open_part(source, part, "", num_heads) for part in parts.PARTS]
+        opened = [open_part(path, part, "", num_heads) for part in parts.PARTS]
         tokenizer_files = [directory / layout.tokenizer / name for name in base.TOKENIZERS]
-    for part in opened:
-        _check_free(to / part.part)
+    for net in opened:
+        _check_free(to / net.spec.name)
     config_path = to / "config.json"
     content = read_json(config_path) if config_path.exists() else {}
     if not set(content) <= set(parts.PARTS):
         raise FileExistsError(f"{config_path} is none that import wrote; give another --to")
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
-    leaves = [_stacks(part, dtype) for part in opened]
+    leaves = [nets.stacks(net, dtype) for net in opened]
     to.mkdir(parents=True, exist_ok=True)
-    for path in tokenizer_files:
-        if path.is_file():
-            write_atomic(to / path.name, path.read_bytes())
-    for part, stacks in zip(opened, leaves, strict=True):
+    for file in tokenizer_files:
+        if file.is_file():
+            write_atomic(to / file.name, file.read_bytes())
+    for net, stacks in zip(opened, leaves, strict=True):
+        name = net.spec.name
         size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / part.part, stacks, _meter(part.part, size))
-        content[part.part] = parts.sizes_of(part.config)
+        store.save(to / name, stacks, byte_counter(name, size))
+        content[name] = nets.sizes_of(net.config)
         write_atomic(config_path, json.dumps(content, indent=2).encode())
-    return [to / part.part for part in opened]
+    return [to / net.spec.name for net in opened]
 
 
-def _stacks(source: Source, dtype: str) -> dict[tuple, engine.Stack]:
-    rules = parts.rules(source.part, source.config)
-    expected = parts.shapes(source.part, source.config).params
-    if dtype:
-        expected = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), expected
-        )
-    else:
-        expected = engine.with_dtypes(rules, source.tensors, expected)
-    return engine.stacks(rules, source.tensors, expected)
-
-
-def export(source: Path, to: Path, part: str, form: str) -> Path:
+def export(path: Path, to: Path, part: str, form: str) -> Path:
     """Write a part as one safetensors file, `to`, under the names of a format; return `to`.
 
-    `source` is what `open_part` takes.
+    `path` is what `open_part` takes.
     """
     _check_free(to)
     _check_safetensors(to)
-    opened = open_part(source, part)
+    opened = open_part(path, part)
     return _write(to, opened, opened.tensors, form)
 
 
 def merge(
-    source: Path,
+    path: Path,
     adapter: Path,
     to: Path,
     form: str,
@@ -114,7 +102,7 @@ def merge(
     """
     _check_free(to)
     _check_safetensors(to)
-    opened = open_part(source, "transformer", num_heads=num_heads)
+    opened = open_part(path, "transformer", num_heads=num_heads)
     pairs, scale = lora.open_lora(adapter, opened.config)
     tensors = dict(opened.tensors)
     for module in TARGETS:
@@ -132,20 +120,20 @@ def merge(
     return _write(to, opened, tensors, form)
 
 
-def export_lora(source: Path, to: Path, form: str, policy: str = "ema") -> Path:
+def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> Path:
     """Write an adapter as a directory of PEFT or diffusers; return the directory `to`.
 
     Args:
-      source: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
+      path: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
         it, or what `open_lora` takes.
       to: the directory, which must not be there.
       form: a name of lora.SAVERS.
       policy: which of a checkpoint's adapters, one of POLICIES.
     """
     _check_free(to)
-    checkpoint = _checkpoint(source)
+    checkpoint = _checkpoint(path)
     if checkpoint is None:
-        adapter, scale = lora.open_lora(source)
+        adapter, scale = lora.open_lora(path)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
     else:
@@ -198,19 +186,20 @@ def _check_safetensors(to: Path) -> None:
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _write(to: Path, source: Source, tensors: Mapping[str, Lazy], form: str) -> Path:
+def _write(to: Path, net: NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> Path:
     """Write tensors, which have the original names of a part, under those of a format."""
-    net = parts.shapes(source.part, source.config).params
-    names = engine.source_shapes(parts.rules(source.part, source.config, form), net)
-    original = engine.source_shapes(parts.rules(source.part, source.config), net)
+    names = nets.source_shapes(net.spec, net.config, form)
+    original = nets.source_shapes(net.spec, net.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(to, renamed, progress=_meter(source.part, size))
+    write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
     return to
 
 
-def _meter(what: str, size: int) -> Callable[[int], None]:
-    """Return a function that takes the bytes that are written, and logs them to stderr."""
+def byte_counter(what: str, total: int) -> Callable[[int], None]:
+    """Return a function that is given numbers of bytes as they are written, and logs to stderr how
+    many of the total are done.
+    """
     progress = Progress(log=functools.partial(log, file=sys.stderr))
-    return progress.counter(what, size, "bytes")
+    return progress.counter(what, total, "bytes")

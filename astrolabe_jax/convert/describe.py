@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astrolabe_jax.convert import base, engine, lora, parts, sources, store
+from astrolabe_jax.convert import base, engine, lora, nets, parts, store
+from astrolabe_jax.convert.open import config_of, open_part
 from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
 
 
@@ -84,11 +85,11 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _describe_store(path: Path) -> dict[str, Any]:
     """Return the description of a part that import made."""
-    source = sources.open_part(path)
-    return _counts(path, source.tensors) | {
-        "part": source.part,
+    net = open_part(path)
+    return _counts(path, net.tensors) | {
+        "part": net.spec.name,
         "format": "import",
-        "sizes": parts.sizes_of(source.config),
+        "sizes": nets.sizes_of(net.config),
         "families": [],
         "complete": True,
         "faults": [],
@@ -97,19 +98,17 @@ def _describe_store(path: Path) -> dict[str, Any]:
 
 def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     """Return sizes and families of a part, and what it lacks or has too much."""
-    measured = parts.measure(part, form, weights.tensors)
+    spec = parts.PARTS[part]
+    measured = nets.measure(spec, form, weights.tensors)
     size = _size_name(measured) if part == "transformer" else ""
     try:
-        tensors = parts.without_aliases(part, weights.tensors)
+        tensors = spec.prepare(weights.tensors)
         # Placeholders: shapes depend neither on the statistics of latents nor on the heads.
         channels = measured.get("z_dim", 1)
         statistics = {"latent_mean": (0.0,) * channels, "latent_std": (1.0,) * channels}
         beside = statistics if part == "vae" else {}
-        config = sources.config_of(part, form, tensors, beside, num_heads=1)
-        expected = engine.source_shapes(
-            parts.rules(part, config, form), parts.shapes(part, config).params
-        )
-        faults = engine.mismatches(expected, tensors)
+        config = config_of(part, form, tensors, beside, num_heads=1)
+        faults = engine.mismatches(nets.source_shapes(spec, config, form), tensors)
     except ValueError as error:
         faults = [str(error)]
     return {
@@ -123,8 +122,8 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
 
 def _size_name(measured: Mapping[str, Any]) -> str:
     """Return the name of a published transformer's size, or ''."""
-    for name, nets in parts.SIZES.items():
-        net = nets["transformer"]
+    for name, configs in parts.SIZES.items():
+        net = configs["transformer"]
         if (net.dim, net.num_layers) == (measured.get("dim"), measured.get("num_layers")):
             return name
     return ""

@@ -2,9 +2,9 @@
 [layers, R, out]}}.
 
 Read are PEFT directories, LongLive's lora.pt, files with `diffusion_model.` or diffusers'
-`transformer.` in front of the names, and what a run of this program exports (docs/checkpoints.md,
-LoRA dialects). They must hold exactly the ten adapted linears of every block. Written are PEFT
-(0.10.0 and later) and diffusers.
+`transformer.` in front of the names, and what a run of this program exports. They must hold exactly
+the ten adapted linears of every block. Written are PEFT (0.10.0 and later) and diffusers. See
+docs/checkpoints.md, LoRA dialects.
 """
 
 import itertools

@@ -96,12 +96,16 @@ def save(
 
 
 def is_store(path: Path) -> bool:
-    """Whether Orbax finished writing a checkpoint here."""
+    """Return whether Orbax finished writing a checkpoint here."""
     return (path / METADATA).is_file()
 
 
 def open_leaves(directory: Path) -> dict[str, Leaf]:
-    """The arrays of a store by their dotted paths; none is read. StoreError if it is damaged."""
+    """Return the arrays of a store by their dotted paths; none is read.
+
+    Raises:
+      StoreError: if the store is damaged.
+    """
     described = read_json(directory / METADATA)
     leaves = {}
     try:
@@ -126,8 +130,10 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
 
 
 def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
-    """The leaves in the tree `expected`; StoreError that lists every one that is missing, unknown
-    or misshapen.
+    """Return the leaves in the tree `expected`.
+
+    Raises:
+      StoreError: listing every leaf that is missing, unknown or of another shape.
     """
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
     faults = [f"missing leaf: {name}" for name in flat if name not in leaves]

@@ -1,9 +1,7 @@
-"""Scores a video with the rewards of a config, to see that they work here before a run depends on
-them.
+"""Score a video with the rewards of a config, to see that they work here before a run needs them.
 
-    python -m astrolabe_jax.rewards --config=configs/self_forcing.py:hpsv3 --video=a.mp4 --prompt="a
-    cat"
-        [--golden=golden.json [--record]] [--config.FIELD=VALUE ...]
+    python -m astrolabe_jax.rewards --config=configs/self_forcing.py:hpsv3 --video=a.mp4 \
+        --prompt="a cat" [--golden=golden.json [--record]] [--config.FIELD=VALUE ...]
 
 Prints every reward with its parts, the seconds of a first call (with compilation) and of a second
 one, and the memory of its weights. --golden compares with the scores that the file has for these
@@ -23,81 +21,89 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from astrolabe_jax import rewards, sharding
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax import sharding
+from astrolabe_jax.rewards import registry
+from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media
 from astrolabe_jax.runtime.files import read_json, write_atomic
 
 MIB = 2**20
 
 
-def peak() -> int:
-    """The most bytes that were in use so far, of a device if it tells, or of the process."""
-    told = jax.local_devices()[0].memory_stats() or {}
-    return told.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+def peak_bytes() -> int:
+    """Return the most bytes that were in use so far, of a device if it tells, or of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return stats.get("peak_bytes_in_use", process)
 
 
 def measured(
-    loaded: rewards.Loaded, frames: np.ndarray, prompt: str
+    loaded: registry.Loaded, frames: np.ndarray, prompt: str
 ) -> tuple[dict[str, float], list[float]]:
-    """Scores of one video, and the seconds of two calls."""
-    seconds, scores = [], {}
+    """Return the scores of one video, and the seconds of two calls."""
+    seconds = []
+    scores = {}
     for _ in range(2):
         began = time.monotonic()
-        scores = rewards.score(loaded, frames[None], [prompt])
+        scores = registry.score(loaded, frames[None], [prompt])
         seconds.append(time.monotonic() - began)
     return {name: float(values[0]) for name, values in scores.items()}, seconds
 
 
-def golden_key(name: str, loaded: rewards.Loaded, frames: np.ndarray, prompt: str) -> str:
-    """What a recorded score is the score of."""
+def golden_key(name: str, loaded: registry.Loaded, frames: np.ndarray, prompt: str) -> str:
+    """Return a hash of what a recorded score is the score of."""
     digest = hashlib.sha256(np.ascontiguousarray(frames).tobytes())
     digest.update(json.dumps([name, loaded.scorer.identity, list(frames.shape), prompt]).encode())
     return digest.hexdigest()
 
 
-def compared(
-    path: Path, found: Mapping[str, tuple[str, float]], tolerance: float, record: bool
-) -> bool:
-    """Records scores {key: (reward, score)} in a file of them, or compares; whether none
-    differs.
-    """
-    known = read_json(path) if path.exists() else {}
-    if record:
-        known |= {key: {"reward": name, "score": score} for key, (name, score) in found.items()}
-        write_atomic(path, (json.dumps(known, indent=2) + "\n").encode())
-        print(f"recorded {len(found)} scores in {path}")
-        return True
+def record(path: Path, scores: Mapping[str, tuple[str, float]]) -> None:
+    """Add scores, {golden_key: (reward, score)}, to a file of recorded ones."""
+    recorded = read_json(path) if path.exists() else {}
+    for key, (name, score) in scores.items():
+        recorded[key] = {"reward": name, "score": score}
+    write_atomic(path, (json.dumps(recorded, indent=2) + "\n").encode())
+    print(f"recorded {len(scores)} scores in {path}")
+
+
+def agrees(path: Path, scores: Mapping[str, tuple[str, float]], tolerance: float) -> bool:
+    """Print each score beside its recorded one, and return whether none differs."""
+    recorded = read_json(path) if path.exists() else {}
     same = True
-    for key, (name, score) in found.items():
-        if key not in known:
+    for key, (name, score) in scores.items():
+        if key not in recorded:
             print(
                 f"  {name}: {path} has no score of these weights, frames and prompt; --record adds "
                 "it"
             )
             continue
-        error = abs(score - known[key]["score"])
+        golden = recorded[key]["score"]
+        error = abs(score - golden)
+        verdict = "agrees with" if error <= tolerance else "DIFFERS from"
+        print(f"  {name}: {score:.6f} {verdict} the recorded {golden:.6f} by {error:.2g}")
         same &= error <= tolerance
-        told = "agrees with" if error <= tolerance else "DIFFERS from"
-        print(f"  {name}: {score:.6f} {told} the recorded {known[key]['score']:.6f} by {error:.2g}")
     return same
 
 
-def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
-    """Status 2 for what cannot be scored, 1 for a reward that fails or differs from its recorded
-    score.
+def main(argv: list[str], holders: Mapping[str, flags.FlagHolder]) -> None:
+    """Score a video and print the scores.
+
+    The status is 2 for what cannot be scored, 1 for a reward that fails or differs from its
+    recorded score.
     """
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
-    config, prompt, path = given["config"].value, given["prompt"].value, Path(given["video"].value)
+    config = holders["config"].value
+    prompt = holders["prompt"].value
+    path = Path(holders["video"].value)
     try:
         frames = media.read_video(path, config.video.fps)
-        rewards.validate(config.rewards)
-        rewards.check_prompt(list(config.rewards), prompt)
+        registry.validate(config.rewards)
+        registry.check_prompt(list(config.rewards), prompt)
         began = time.monotonic()
-        setting = rewards.Setting(sharding.make_mesh(config.mesh), config.video.fps)
-        groups = rewards.load(config.rewards, setting)
+        setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)
+        groups = registry.load(config.rewards, setting)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
     print(
@@ -107,25 +113,36 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
     )
     found: dict[str, tuple[str, float]] = {}
     for group in groups:
-        try:
-            scores, (first, again) = measured(group, frames, prompt)
-        except rewards.RewardError as error:
-            cli.fail(error, 1)
-        memory = f"weights {Panel([group]).weights / MIB:,.0f} MiB, peak {peak() / MIB:,.0f}"
-        print(f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; {memory}")
-        for name, score in scores.items():
-            print(f"  {name:32} {score:.6f}")
-            if name in group.names:
-                found[golden_key(name, group, frames, prompt)] = name, score
-    golden = given["golden"].value
-    if golden and not compared(
-        Path(golden), found, given["tolerance"].value, given["record"].value
-    ):
+        found |= _print_scores(group, frames, prompt)
+    if not holders["golden"].value:
+        return
+    golden = Path(holders["golden"].value)
+    if holders["record"].value:
+        record(golden, found)
+    elif not agrees(golden, found, holders["tolerance"].value):
         sys.exit(1)
 
 
+def _print_scores(
+    group: registry.Loaded, frames: np.ndarray, prompt: str
+) -> dict[str, tuple[str, float]]:
+    """Print what one call scores and takes; return {golden_key: (reward, score)}."""
+    try:
+        scores, (first, again) = measured(group, frames, prompt)
+    except registry.RewardError as error:
+        cli.fail(error, 1)
+    weights = RewardRunner([group]).weights / MIB
+    print(
+        f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights {weights:,.0f} "
+        f"MiB, peak {peak_bytes() / MIB:,.0f}"
+    )
+    for name, score in scores.items():
+        print(f"  {name:32} {score:.6f}")
+    return {golden_key(name, group, frames, prompt): (name, scores[name]) for name in group.names}
+
+
 if __name__ == "__main__":
-    holders = {
+    flag_holders = {
         "config": cli.define(),
         "video": flags.DEFINE_string("video", None, "a video file", required=True),
         "prompt": flags.DEFINE_string("prompt", None, "what it should show", required=True),
@@ -136,4 +153,4 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, holders), flags_parser=cli.parse)
+    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)

@@ -1,29 +1,40 @@
-"""Scores videos while the caller samples the next ones, and keeps weights of rewards where the
-config wants them.
+"""Score videos while the caller samples the next ones, with the weights of rewards where the config
+wants them.
 """
 
 import concurrent.futures
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from astrolabe_jax import rewards
-from astrolabe_jax.rewards import Loaded, RewardError
+from astrolabe_jax.rewards import registry
+from astrolabe_jax.rewards.registry import Loaded, RewardError
 
 Scores = dict[str, np.ndarray]
 
 
-class Panel:
+class _Videos(NamedTuple):
+    """The arguments of one call."""
+
+    frames: Any
+    prompts: Sequence[str]
+    numbers: Sequence[int]
+
+
+class RewardRunner:
     """The rewards of a run.
 
-    overlap: which of them may be under way when `score` returns: none; those without weights on the
-    mesh (host), such as remote ones; or all, whose memory is then needed beside that of sampling.
-    place: where their weights are between two calls, on the devices or in the memory of the host.
-    timeout: seconds that a batch of videos may take its rewards; what takes longer is an error.
+    Args:
+      loaded: what registry.load returns.
+      overlap: which of them may be under way when `score_async` returns: none; those without
+        weights on the mesh (host), such as remote ones; or all, whose memory is then needed beside
+        that of sampling.
+      place: where their weights are between two calls: on the device, or in the memory of the host.
+      timeout: seconds that the rewards of a batch may take; more is an error.
     """
 
     def __init__(
@@ -33,19 +44,23 @@ class Panel:
         place: str = "device",
         timeout: float = 3600.0,
     ):
-        self._overlap, self._timeout = overlap, timeout
+        self._overlap = overlap
+        self._timeout = timeout
         self._home = [
             jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params) for group in loaded
         ]
-        self._loaded = (
-            [_moved_to_host(group) for group in loaded] if place == "host" else list(loaded)
-        )
         self._swapped = place == "host"
-        self._waiting: concurrent.futures.Future | None = None
+        self._loaded = list(map(_moved_to_host, loaded)) if self._swapped else list(loaded)
+        self._under_way: concurrent.futures.Future | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rewards; none if nothing is to be scored."""
+        return tuple(name for group in self._loaded for name in group.names)
 
     @property
     def identity(self) -> dict[str, str]:
-        """Of the rewards that have one: what makes two runs the same."""
+        """Hashes of the weights, by reward.NAME: two runs with other ones are not the same."""
         known = [group for group in self._loaded if group.scorer.identity]
         return {f"reward.{name}": group.scorer.identity for group in known for name in group.names}
 
@@ -58,42 +73,63 @@ class Panel:
             for leaf in leaves
         )
 
-    def score(
+    def score_async(
         self, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
     ) -> Callable[[], Scores]:
-        """Begins to score B videos; what it returns waits for the scores.
+        """Begin to score B videos, and return a function that waits for the scores.
 
-        Arguments, scores and errors are those of rewards.score, for all rewards. The scores of the
-        call before are waited for first: the frames of two batches are held at most.
+        The scores of the call before are waited for first, so that the frames of two batches are
+        held at most.
+
+        Args:
+          frames: decoded videos, uint8 `[B, T, height, width, 3]`.
+          prompts: B prompts.
+          numbers: B numbers of the videos among those of their epoch, for errors.
+
+        Returns:
+          A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, or raises
+          RewardError, as registry.score does.
+
+        Raises:
+          RewardError: for a reward that may not be under way when this returns.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
+        videos = _Videos(frames, prompts, numbers)
         self.settle()
-        beside = [i for i, group in enumerate(self._loaded) if self._may_wait(group)]
-        now = [i for i in range(len(self._loaded)) if i not in beside]
-        self._waiting = first = self._begin(beside, frames, prompts, numbers)
-        scores = self._await(self._begin(now, frames, prompts, numbers), now, numbers)
-        return lambda: scores | self._await(first, beside, numbers)
+        later = [i for i, group in enumerate(self._loaded) if self._may_overlap(group)]
+        now = [i for i in range(len(self._loaded)) if i not in later]
+        under_way = self._begin(later, videos)
+        self._under_way = under_way
+        scores = self._await(self._begin(now, videos), now, numbers)
+        return lambda: scores | self._await(under_way, later, numbers)
 
     def settle(self) -> None:
-        """Waits until nothing is under way: a program that ends while a thread of its own computes
-        may crash.
+        """Wait until nothing is under way.
+
+        A program that ends while a thread of its own computes may crash.
         """
-        if self._waiting:
-            concurrent.futures.wait([self._waiting], self._timeout)
-            self._waiting = None
+        if self._under_way:
+            concurrent.futures.wait([self._under_way], self._timeout)
+            self._under_way = None
 
-    def _may_wait(self, group: Loaded) -> bool:
-        return self._overlap == "all" or (self._overlap == "host" and group.scorer.params is None)
+    def _may_overlap(self, group: Loaded) -> bool:
+        if self._overlap == "host":
+            return group.scorer.params is None
+        return self._overlap == "all"
 
-    def _begin(self, groups: Sequence[int], *given: Any) -> concurrent.futures.Future:
-        """Scores these groups, one after the other, on a thread that does not keep the program from
-        its end.
+    def _begin(self, groups: Sequence[int], videos: _Videos) -> concurrent.futures.Future:
+        """Score with these groups, one after the other, on a thread of its own.
+
+        The thread does not keep the program from its end.
         """
         future = concurrent.futures.Future()
 
         def work() -> None:
+            scores: Scores = {}
             try:
-                future.set_result({k: v for i in groups for k, v in self._score(i, *given).items()})
+                for group in groups:
+                    scores |= self._score(group, videos)
+                future.set_result(scores)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -109,7 +145,7 @@ class Panel:
         try:
             return future.result(self._timeout)
         except concurrent.futures.TimeoutError:
-            self._waiting = None  # nobody waits for it again
+            self._under_way = None  # nobody waits for it again
             names = ", ".join(repr(name) for i in groups for name in self._loaded[i].names)
             raise RewardError(
                 f"rewards {names} did not answer within {self._timeout:g} s for samples "
@@ -117,20 +153,19 @@ class Panel:
                 "config.scoring.timeout"
             ) from None
 
-    def _score(self, i: int, frames: Any, prompts: Sequence[str], numbers: Sequence[int]) -> Scores:
+    def _score(self, i: int, videos: _Videos) -> Scores:
         group = self._loaded[i]
         if not self._swapped or group.scorer.params is None:
-            return rewards.score(group, frames, prompts, numbers)
+            return registry.score(group, *videos)
         params = jax.device_put(group.scorer.params, self._home[i])
         try:
-            return rewards.score(
-                group._replace(scorer=group.scorer._replace(params=params)),
-                frames,
-                prompts,
-                numbers,
-            )
+            return registry.score(_with_params(group, params), *videos)
         finally:
             jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def _with_params(group: Loaded, params: Any) -> Loaded:
+    return group._replace(scorer=group.scorer._replace(params=params))
 
 
 def _moved_to_host(group: Loaded) -> Loaded:
@@ -141,6 +176,4 @@ def _moved_to_host(group: Loaded) -> Loaded:
         leaf.delete()
         return moved
 
-    return group._replace(
-        scorer=group.scorer._replace(params=jax.tree.map(move, group.scorer.params))
-    )
+    return _with_params(group, jax.tree.map(move, group.scorer.params))

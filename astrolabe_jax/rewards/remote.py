@@ -1,29 +1,23 @@
-"""Rewards that another program computes, asked over HTTP: one's own by a plain contract, and
-UnifiedReward.
+"""Rewards that another program computes and serves over HTTP: one of your own, and UnifiedReward.
 
-The contract of one's own: for each video a POST of JSON
+A program of your own answers, for each video, a POST of JSON
 
     {"rewards": ["taste"], "prompt": "a cat", "fps": 16.0, "frames": ["<base64 of an image file>",
     ...]}
 
-which is answered with status 200 and {"scores": {"taste": 0.71}}: a number for each reward asked
-for, larger is better. In TABLE the line is `"taste":
-Reward(load="astrolabe_jax.rewards.remote:load")`, in a config
+with status 200 and {"scores": {"taste": 0.71}}: a number for each reward asked for, larger is
+better. In registry.TABLE the line is `"taste": Reward(load="astrolabe_jax.rewards.remote:load")`,
+in a config
 
     config.rewards.taste = {"weight": 1.0, "url": "http://127.0.0.1:8000/score"}
 
-UnifiedReward (spec/rewards.md 9) is asked through an OpenAI-compatible chat endpoint about single
-frames, whose scores are averaged.
-
-Options of both, besides `url`: timeout, seconds that the server may be silent; retries, of a
-request that met no server, silence, or a status 429 or 5xx, each after twice the time of the last;
-concurrency, requests at once; fallback, the score of a video that could not be had (by default that
-is an error); key_variable, the environment variable that has the server's key, which is sent as a
-bearer token and nowhere shown.
+UnifiedReward is asked through an OpenAI-compatible chat endpoint about single frames, whose scores
+are averaged. See docs/rewards.md, Remote rewards.
 """
 
 import base64
 import concurrent.futures
+import dataclasses
 import http.client
 import io
 import json
@@ -39,14 +33,73 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from astrolabe_jax.convert.templates import UNIFIEDREWARD, read_template
-from astrolabe_jax.rewards import SampleError, Scorer, Setting
+from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
+from astrolabe_jax.rewards.templates import PublishedText, read_template
 
 FIRST_PAUSE = 0.5  # seconds before the first retry
 ANSWER_LIMIT = 1 << 20  # bytes that are read of an answer
 FORMATS = {"png": {}, "jpeg": {"quality": 95}}
-SIZE = (512, 512)  # of the frames that UnifiedReward sees
-SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
+UNIFIEDREWARD_TEXT = PublishedText(
+    "rewards.py",  # Astrolabe or Flow-GRPO
+    {"question": "d68ab1dcf4dc3a39ec5dfab963d17fe30a6e5f713eb49f743ed88a4c8ce4317f"},
+)
+UNIFIEDREWARD_SIZE = (512, 512)  # of the frames that it sees
+_FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """How to ask a server.
+
+    Raises ValueError for options that cannot be, OSError for a key that is not set.
+    """
+
+    url: str
+    timeout: float = 60.0  # seconds that the server may be silent
+    # of a request that met no server, silence, or a status 429 or 5xx; each waits twice as long
+    retries: int = 3
+    concurrency: int = 8  # requests at once
+    fallback: float | None = None  # score of a video that could not be had; None: an error
+    # environment variable with the server's key, which is sent as a bearer token and nowhere shown
+    key_variable: str = ""
+
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {self.url!r}; expected http://... or https://...")
+        if self.timeout <= 0 or self.retries < 0:
+            raise ValueError(
+                f"timeout is {self.timeout} and retries {self.retries}; expected a positive number "
+                "and at least 0"
+            )
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency is {self.concurrency}; expected at least 1")
+        if self.key_variable and self.key_variable not in os.environ:
+            raise OSError(
+                f"key_variable is {self.key_variable!r}, which is not set in the environment"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions(RequestOptions):
+    """Options of a program of your own."""
+
+    frames: int = 0  # how many are sent, evenly spaced; 0: all
+    format: str = "png"  # of the images, or jpeg
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; expected one of {', '.join(FORMATS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnifiedRewardOptions(RequestOptions):
+    """Options of UnifiedReward."""
+
+    template: str  # the published astrolabe/rewards.py, which is read, not run
+    url: str = "http://127.0.0.1:17140/v1"
+    model: str = "UnifiedReward-7b-v1.5"
+    frames: int = 8  # how many are scored, evenly spaced
 
 
 class Server(NamedTuple):
@@ -58,92 +111,61 @@ class Server(NamedTuple):
     key: str | None
 
 
-def load(
-    names: tuple[str, ...],
-    setting: Setting,
-    url: str,
-    timeout: float = 60.0,
-    retries: int = 3,
-    concurrency: int = 8,
-    fallback: float | None = None,
-    key_variable: str = "",
-    frames: int = 0,
-    format: str = "png",
-) -> Scorer:
-    """A scorer of one's own. frames: so many, evenly spaced, are sent, 0: all; format: of the
-    images, png or jpeg.
+def load(names: tuple[str, ...], setting: Setting, options: ServerOptions) -> Scorer:
+    """Return the scorer of a program of your own."""
+    server = _server(options, options.url)
 
-    Raises ValueError for options that cannot be, OSError for an environment variable that is not
-    set.
-    """
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    server = _server(url, timeout, retries, key_variable)
-
-    def one(video: np.ndarray, prompt: str) -> dict[str, float]:
-        images = [_image(frame, format) for frame in video[_spaced(len(video), frames)]]
+    def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
+        frames = video[_evenly_spaced(len(video), options.frames)]
         body = {
             "rewards": list(names),
             "prompt": prompt,
             "fps": float(setting.fps),
-            "frames": images,
+            "frames": [_encoded(frame, options.format) for frame in frames],
         }
         return _scores(names, ask(server, body))
 
-    return _scorer(names, one, concurrency, fallback)
+    return _scorer(names, ask_about, options)
 
 
-def load_unified(
-    names: tuple[str, ...],
-    setting: Setting,
-    template: str,
-    url: str = "http://127.0.0.1:17140/v1",
-    model: str = "UnifiedReward-7b-v1.5",
-    timeout: float = 60.0,
-    retries: int = 3,
-    concurrency: int = 8,
-    fallback: float | None = None,
-    key_variable: str = "",
-    frames: int = 8,
-) -> Scorer:
-    """UnifiedReward in [0, 1]. template: the published astrolabe/rewards.py, which is read, not
-    run.
+def load_unified(names: tuple[str, ...], setting: Setting, options: UnifiedRewardOptions) -> Scorer:
+    """Return the scorer of UnifiedReward, with scores in [0, 1].
 
-    Raises ValueError or OSError for options that cannot be, or another template.
+    Raises ValueError or OSError for another template.
     """
     del setting
-    question = read_template(Path(template), UNIFIEDREWARD)
-    server = _server(f"{url.rstrip('/')}/chat/completions", timeout, retries, key_variable)
+    question = read_template(Path(options.template), UNIFIEDREWARD_TEXT)
+    server = _server(options, f"{options.url.rstrip('/')}/chat/completions")
 
-    def one(video: np.ndarray, prompt: str) -> dict[str, float]:
+    def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
+        text = {"type": "text", "text": question.replace("{prompt}", prompt)}
         scores = []
-        for frame in video[_spaced(len(video), frames)]:
-            seen = Image.fromarray(frame).resize(SIZE, Image.Resampling.BICUBIC)
-            image = {
-                "type": "image_url",
-                "image_url": {"url": f"data:image;base64,{_image(np.asarray(seen), 'png')}"},
-            }
-            text = {"type": "text", "text": question.replace("{prompt}", prompt)}
+        for frame in video[_evenly_spaced(len(video), options.frames)]:
+            picture = Image.fromarray(frame).resize(UNIFIEDREWARD_SIZE, Image.Resampling.BICUBIC)
+            url = f"data:image;base64,{_encoded(np.asarray(picture), 'png')}"
+            image = {"type": "image_url", "image_url": {"url": url}}
             message = {"role": "user", "content": [image, text]}
-            scores.append(
-                _final_score(ask(server, {"model": model, "temperature": 0, "messages": [message]}))
-            )
+            body = {"model": options.model, "temperature": 0, "messages": [message]}
+            scores.append(_final_score(ask(server, body)))
         return dict.fromkeys(names, float(np.mean(scores)))
 
-    return _scorer(names, one, concurrency, fallback)
+    return _scorer(names, ask_about, options)
 
 
 def ask(server: Server, body: dict[str, Any]) -> Any:
-    """The JSON that the server answers. Raises OSError, naming the server, when all tries have
-    failed.
+    """Return the JSON that a server answers to a POST of `body`.
+
+    Raises:
+      OSError: naming the server, when all tries have failed.
     """
     content = json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"} | (
-        {"Authorization": f"Bearer {server.key}"} if server.key else {}
-    )
-    for tried in range(server.retries + 1):
-        if tried:
-            time.sleep(FIRST_PAUSE * 2 ** (tried - 1))
+    headers = {"Content-Type": "application/json"}
+    if server.key:
+        headers["Authorization"] = f"Bearer {server.key}"
+    reason = ""
+    for attempt in range(server.retries + 1):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
         try:
             request = urllib.request.Request(server.url, content, headers)
             with urllib.request.urlopen(request, timeout=server.timeout) as answer:
@@ -161,41 +183,34 @@ def ask(server: Server, body: dict[str, Any]) -> Any:
     )
 
 
-def _server(url: str, timeout: float, retries: int, key_variable: str) -> Server:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"url is {url!r}; expected http://... or https://...")
-    if timeout <= 0 or retries < 0:
-        raise ValueError(
-            f"timeout is {timeout} and retries {retries}; expected a positive number and at least 0"
-        )
-    if key_variable and key_variable not in os.environ:
-        raise OSError(f"key_variable is {key_variable!r}, which is not set in the environment")
-    return Server(url, timeout, retries, os.environ[key_variable] if key_variable else None)
+def _server(options: RequestOptions, url: str) -> Server:
+    key = os.environ[options.key_variable] if options.key_variable else None
+    return Server(url, options.timeout, options.retries, key)
 
 
 def _scorer(
-    names: Sequence[str], one: Callable, concurrency: int, fallback: float | None
+    names: Sequence[str],
+    ask_about: Callable[[np.ndarray, str], dict[str, float]],
+    options: RequestOptions,
 ) -> Scorer:
-    """A scorer that asks `one(video, prompt)` about several videos at once."""
-    if concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency}; expected at least 1")
+    """Return a scorer that calls `ask_about(video, prompt)` for several videos at once."""
 
-    def guarded(video: np.ndarray, prompt: str) -> dict[str, float]:
+    def scores_of(video: np.ndarray, prompt: str) -> dict[str, float]:
         try:
-            return one(video, prompt)
+            return ask_about(video, prompt)
         except OSError:
-            if fallback is None:
+            if options.fallback is None:
                 raise
-            return dict.fromkeys(names, float(fallback))
+            return dict.fromkeys(names, float(options.fallback))
 
     def score(params: None, frames: Any, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+        pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
         try:
-            asked = [
-                pool.submit(guarded, video, text)
-                for video, text in zip(np.asarray(frames), prompts, strict=True)
+            futures = [
+                pool.submit(scores_of, video, prompt)
+                for video, prompt in zip(np.asarray(frames), prompts, strict=True)
             ]
-            return _collected(names, asked)
+            return _collected(names, futures)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -203,32 +218,28 @@ def _scorer(
 
 
 def _collected(
-    names: Sequence[str], asked: Sequence[concurrent.futures.Future]
+    names: Sequence[str], futures: Sequence[concurrent.futures.Future]
 ) -> dict[str, np.ndarray]:
-    """The answers, in the order asked; SampleError for the first that is none, as soon as it is
-    known.
+    """Return {name: [B]} from the futures of B videos.
+
+    Raises SampleError as soon as one of them has failed.
     """
-    done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_EXCEPTION)
-    for row, future in enumerate(asked):
+    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    for row, future in enumerate(futures):
         if future in done and (error := future.exception()):
             raise SampleError(row, str(error)) from error
-    return {
-        name: np.array([future.result()[name] for future in asked], np.float32) for name in names
-    }
+    scores = [future.result() for future in futures]
+    return {name: np.array([row[name] for row in scores], np.float32) for name in names}
 
 
-def _spaced(count: int, wanted: int) -> np.ndarray:
-    """So many evenly spaced of `count` frames, the first and the last among them; all if 0 or more
-    are wanted.
-    """
-    return (
-        np.arange(count)
-        if not 0 < wanted < count
-        else np.rint(np.linspace(0, count - 1, wanted)).astype(int)
-    )
+def _evenly_spaced(frames: int, count: int) -> np.ndarray:
+    """Return `count` numbers of frames, the first and the last among them; all if count is 0."""
+    if not 0 < count < frames:
+        return np.arange(frames)
+    return np.rint(np.linspace(0, frames - 1, count)).astype(int)
 
 
-def _image(frame: np.ndarray, format: str) -> str:
+def _encoded(frame: np.ndarray, format: str) -> str:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, format, **FORMATS[format])
     return base64.b64encode(file.getvalue()).decode()
@@ -236,21 +247,20 @@ def _image(frame: np.ndarray, format: str) -> str:
 
 def _scores(names: Sequence[str], answer: Any) -> dict[str, float]:
     scores = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(scores, dict) or not all(
-        isinstance(scores.get(name), int | float) for name in names
-    ):
-        told = json.dumps(answer)[:200]
+    scores = scores if isinstance(scores, dict) else {}
+    if not all(isinstance(scores.get(name), int | float) for name in names):
         raise OSError(
-            f'the answer is {told}; expected {{"scores": ...}} with numbers for {", ".join(names)}'
+            f'the answer is {json.dumps(answer)[:200]}; expected {{"scores": ...}} with numbers '
+            f"for {', '.join(names)}"
         )
     return {name: float(scores[name]) for name in names}
 
 
 def _final_score(answer: Any) -> float:
     try:
-        text = answer["choices"][0]["message"]["content"]
-        return float(SCORE.search(text)[1]) / 5
+        match = _FINAL_SCORE.search(answer["choices"][0]["message"]["content"])
     except (LookupError, TypeError):
-        raise OSError(
-            f"the answer has no 'Final Score:' of 1 to 5: {json.dumps(answer)[:300]}"
-        ) from None
+        match = None
+    if not match:
+        raise OSError(f"the answer has no 'Final Score:' of 1 to 5: {json.dumps(answer)[:300]}")
+    return float(match[1]) / 5

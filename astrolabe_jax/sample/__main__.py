@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import run as runs
-from astrolabe_jax import sharding
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.tokenizer import token_ids
+from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import log
@@ -35,8 +36,11 @@ from astrolabe_jax.sample import videos
 from astrolabe_jax.sample.requests import Limits, Options, Request, read_given, read_requests
 
 
-def prepare(options: Mapping[str, Any]) -> tuple[videos.SampleModel, list[Request]]:
-    """Check what is asked for, then load the model: return it and the requests.
+def prepare(options: Mapping[str, Any]) -> tuple[Run, np.ndarray | None, list[Request]]:
+    """Check what is asked for, then load the run.
+
+    Returns:
+      the run, the latents that begin every video, if any, and the requests.
 
     Raises:
       ValueError, OSError: before anything is compiled.
@@ -66,9 +70,10 @@ def prepare(options: Mapping[str, Any]) -> tuple[videos.SampleModel, list[Reques
     adapter = None
     if options["lora"]:
         adapter = load_lora(options["lora"], sizes["transformer"])
-    (Path(options["output_dir"]) / "videos").mkdir(parents=True, exist_ok=True)
-    mesh = sharding.make_mesh(config.mesh)
-    return videos.load(config, adapter, given, mesh, score=asked.score), requests
+    directory = Path(options["output_dir"])
+    (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
+    run, latents = videos.load(config, adapter, given, directory, score=asked.score)
+    return run, latents, requests
 
 
 def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
@@ -81,35 +86,34 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
         cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     options = {name: flag.value for name, flag in given.items()}
-    directory = Path(options["output_dir"])
     try:
-        model, requests = prepare(options)
+        run, latents, requests = prepare(options)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
-    log(_opening(model, requests))
-    with jax.set_mesh(model.mesh), listening() as check:
+    log(_opening(run, requests))
+    with jax.set_mesh(run.mesh), listening() as check:
         try:
-            videos.sample(model, requests, directory, check)
+            videos.sample(run, latents, requests, check)
         # a reward, a full disk, a broken adapter
         except (ValueError, OSError, FloatingPointError) as error:
             cli.fail(error, 1)
         except Stopped as stopped:
             log(
-                f"{stopped}: the videos that are done are in {directory}; run the same command to "
-                "go on"
+                f"{stopped}: the videos that are done are in {run.workdir}; run the same command "
+                "to go on"
             )
 
 
-def _opening(model: videos.SampleModel, requests: list[Request]) -> str:
+def _opening(run: Run, requests: list[Request]) -> str:
     """Return the line about what will be made."""
-    config = model.config
+    config = run.config
     lengths = sorted({request.frames for request in requests})
     spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
-    net = model.base.transformer.config
+    net = run.base.transformer.config
     return (
         f"{len(requests)} videos of {spans} frames ({lengths[-1] / config.video.fps:.2f} s) of "
         f"{config.video.height}x{config.video.width}, at most "
-        f"{videos.batch_size(model, len(requests))} at once, on {model.mesh.size} x "
+        f"{videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
         f"{jax.devices()[0].device_kind}; {net.num_layers} layers of {net.dim}, seed {config.seed}"
     )
 

@@ -1,7 +1,6 @@
-"""What `python -m astrolabe_jax.sample` is asked for: videos, by their shots, and frames that they
-begin with.
+"""Reads what `python -m astrolabe_jax.sample` is asked for, before any weights are read.
 
-Everything is checked here, before any weights are read.
+That is videos, by their shots, and the frames that they begin with.
 """
 
 import json
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import prompts, rewards
+from astrolabe_jax import prompts
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime.media import read_png, read_video, resized
 from astrolabe_jax.streaming.scenes import (
     Rules,
@@ -38,9 +38,7 @@ class Request(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file: the number of the prompt, and, from its second video on, that of the
-        video.
-        """
+        """Stem of its file: the prompt's number, and the video's from the second one on."""
         return f"{self.index:05d}" + (f"-{self.candidate}" if self.candidate else "")
 
     @property
@@ -50,9 +48,9 @@ class Request(NamedTuple):
 
 
 class GivenFrames(NamedTuple):
-    """The frames that every video begins with, as pixels or as latents; `count` latent frames."""
+    """The frames that every video begins with, as pixels or as latents."""
 
-    count: int = 0
+    count: int = 0  # latent frames
     pixels: np.ndarray | None = None  # [T, height, width, 3] uint8
     latents: np.ndarray | None = None  # [count, C, H, W]
 
@@ -68,176 +66,173 @@ class Options(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the model makes of it."""
+    """What the model can do."""
 
     layout: Layout
-    rules: Rules
+    rules: Rules  # how scenes follow each other
     stride: int  # pixel frames of a latent frame
-    given: int  # latent frames that are there before
-    tokens: Callable[[str], int]  # of a prompt
-    most: int  # of them
+    given: int  # latent frames that videos begin with
+    count_tokens: Callable[[str], int]  # of a prompt
+    max_tokens: int
 
 
-def read_requests(config: ConfigDict, asked: Options, limits: Limits) -> list[Request]:
-    """The videos that are asked for.
+class _Video(NamedTuple):
+    """One video as it is asked for."""
 
-    Raises ValueError that names the prompt, and in it the scene or the character; OSError for
-    files.
+    where: str  # it stands: a flag, or a line of a file
+    text: str
+    scenes: list[Scene]
+    frames: int  # pixel frames, 0 for those of the durations
+
+
+def read_requests(config: ConfigDict, options: Options, limits: Limits) -> list[Request]:
+    """Return the videos that are asked for.
+
+    Raises:
+      ValueError: naming the prompt, and in it the scene or the character.
+      OSError: for files.
     """
-    if (asked.prompt is None) == (asked.prompt_file is None):
+    if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give either --prompt or --prompt_file")
-    if asked.score:
+    if options.score:
         rewards.validate(config.rewards)
     requests = []
-    for index, (where, text, scenes, frames) in enumerate(_scenes(config, asked, limits)):
+    for index, video in enumerate(_videos(config, options, limits)):
         try:
-            made = shots(
-                scenes,
+            planned = shots(
+                video.scenes,
                 limits.layout,
                 limits.rules,
                 config.video.fps,
                 limits.stride,
-                frames,
+                video.frames,
                 limits.given,
             )
-            for number, scene in enumerate(scenes, start=1):
-                _check_prompt(config, scene.prompt, number, asked, limits)
+            for number, scene in enumerate(video.scenes, start=1):
+                _check_tokens(scene.prompt, number, limits)
+                if options.score:
+                    rewards.check_prompt(config.rewards, scene.prompt)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        requests += [
-            Request(index, candidate, text, tuple(made)) for candidate in range(asked.candidates)
-        ]
+            raise ValueError(f"{video.where}: {error}") from None
+        for candidate in range(options.candidates):
+            requests.append(Request(index, candidate, video.text, tuple(planned)))
     return requests
 
 
-def _check_prompt(
-    config: ConfigDict, prompt: str, number: int, asked: Options, limits: Limits
-) -> None:
-    if (count := limits.tokens(prompt)) > limits.most:
+def _check_tokens(prompt: str, number: int, limits: Limits) -> None:
+    """Raise ValueError if the prompt of scene `number` is too long for the text encoder."""
+    count = limits.count_tokens(prompt)
+    if count > limits.max_tokens:
         raise ValueError(
-            f"scene {number} has {count} tokens, the text encoder takes {limits.most} with the end "
-            f"token; shorten it: {prompt[:60]!r}..."
+            f"scene {number} has {count} tokens, the text encoder takes {limits.max_tokens} with "
+            f"the end token; shorten it: {prompt[:60]!r}..."
         )
-    if asked.score:
-        rewards.check_prompt(config.rewards, prompt)
 
 
-def _scenes(
-    config: ConfigDict, asked: Options, limits: Limits
-) -> Iterator[tuple[str, str, list[Scene], int]]:
-    """(where it stands, text, scenes, pixel frames or 0 for those of the durations) of every
-    video.
-    """
-    fps, frames, block = config.video.fps, asked.frames or config.video.frames, limits.layout.block
-    if asked.prompt_file is not None and asked.prompt_file.endswith(".jsonl"):
-        _check_length(frames, asked, limits)
-        for where, texts, switches in _read_switched(Path(asked.prompt_file)):
-            yield (
-                where,
-                " | ".join(texts),
-                _switched(texts, switches, limits, fps, frames, where),
-                frames,
-            )
+def _videos(config: ConfigDict, options: Options, limits: Limits) -> Iterator[_Video]:
+    """Give every video that is asked for."""
+    frames = options.frames or config.video.frames
+    if options.prompt_file is None:
+        assert options.prompt is not None
+        if not options.prompt.strip():
+            raise ValueError("--prompt is empty; write a prompt")
+        texts = {"--prompt": options.prompt}
+    elif options.prompt_file.endswith(".jsonl"):
+        _check_length(frames, options, limits)
+        yield from _switched_videos(Path(options.prompt_file), limits, config.video.fps, frames)
         return
-    if asked.prompt is None:
-        texts = [line for line in prompts.load(asked.prompt_file, lambda line: 0, 0)]
-        places = [f"{asked.prompt_file}, line {i}" for i in range(1, len(texts) + 1)]
-    elif asked.prompt.strip():
-        texts, places = [asked.prompt], ["--prompt"]
     else:
-        raise ValueError("--prompt is empty; write a prompt")
-    several = any("|" in text for text in texts)
-    for where, text in zip(places, texts, strict=True):
-        plain = not several if limits.rules.published else is_plain(text)
-        length = frames if plain or limits.rules.published else asked.frames
+        lines = prompts.load(options.prompt_file, lambda line: 0, 0)
+        texts = {f"{options.prompt_file}, line {i}": line for i, line in enumerate(lines, start=1)}
+    published = limits.rules.published
+    has_scenes = any("|" in text for text in texts.values())
+    for where, text in texts.items():
+        plain = not has_scenes if published else is_plain(text)
+        length = frames if plain or published else options.frames
         try:
             if length:
-                _check_length(length, asked, limits)
-            if plain:
-                scenes = [Scene(text.strip(), 0.0, 0, False)]
-            else:
-                scenes = (parse_published if limits.rules.published else parse)(
-                    text, block, fps, limits.stride
-                )
+                _check_length(length, options, limits)
+            scenes = [Scene(text.strip(), 0.0, 0, False)]
+            if not plain:
+                read = parse_published if published else parse
+                scenes = read(text, limits.layout.block, config.video.fps, limits.stride)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        yield where, text, scenes, length
+        yield _Video(where, text, scenes, length)
 
 
-def _check_length(frames: int, asked: Options, limits: Limits) -> None:
-    """Refuses a number of frames that is not whole blocks, and says which are."""
+def _check_length(frames: int, options: Options, limits: Limits) -> None:
+    """Raise ValueError for a number of frames that is not whole blocks; it says which are."""
+    layout = limits.layout
     latents = 1 + (frames - 1) // limits.stride
-    below, above = limits.layout.whole(latents), limits.layout.whole(latents + 1, up=True)
+    below = layout.whole(latents)
+    above = layout.whole(latents + 1, up=True)
     if frames < 1 or frames != 1 + limits.stride * (below - 1):
         fits = [str(1 + limits.stride * (count - 1)) for count in (below, above) if count]
-        name = "--frames" if asked.frames else "config.video.frames"
-        whole = (
-            f"whole blocks of {limits.layout.block} latent frames make {' or '.join(fits)} frames"
+        name = "--frames" if options.frames else "config.video.frames"
+        raise ValueError(
+            f"{name} is {frames}; whole blocks of {layout.block} latent frames make "
+            f"{' or '.join(fits)} frames"
         )
-        raise ValueError(f"{name} is {frames}; {whole}")
 
 
-def _read_switched(path: Path) -> list[tuple[str, list[str], list[int]]]:
-    """(place, prompts, switch frames) of each line of a .jsonl."""
-    made = []
-    for i, line in enumerate(prompts.load(str(path), lambda line: 0, 0), start=1):
-        where = f"{path}, line {i}"
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        texts, switches = (
-            content.get(name) if isinstance(content, dict) else None
-            for name in ("prompts", "switch_frames")
+def _switched_videos(path: Path, limits: Limits, fps: int, frames: int) -> Iterator[_Video]:
+    """Give the video of each line of a .jsonl, whose prompts change at stated latent frames."""
+    for number, line in enumerate(prompts.load(str(path), lambda line: 0, 0), start=1):
+        where = f"{path}, line {number}"
+        texts, switches = _read_switched(line, where)
+        scenes = _switched_scenes(texts, switches, limits, fps, frames)
+        if isinstance(scenes, int):
+            raise ValueError(
+                f"{where}: prompt {scenes + 1} gets no block of the {frames} frames; give its "
+                "switch an earlier frame, or ask for more frames"
+            )
+        yield _Video(where, " | ".join(texts), scenes, frames)
+
+
+def _read_switched(line: str, where: str) -> tuple[list[str], list[int]]:
+    """Return prompts and switch frames of a line of JSON; ValueError if it is of another form."""
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    known = isinstance(content, dict) and not set(content) - {"prompts", "switch_frames"}
+    texts = content.get("prompts") if known else None
+    if not _is_list_of(texts, str) or not texts or not all(text.strip() for text in texts):
+        raise ValueError(
+            f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}'
         )
-        if (
-            not _are(texts, str)
-            or not all(text.strip() for text in texts)
-            or set(content) - {"prompts", "switch_frames"}
-        ):
-            raise ValueError(
-                f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}'
-            )
-        if len(texts) == 1 and switches is None:
-            switches = []
-        if (
-            not _are(switches, int, empty=True)
-            or sorted(set(switches)) != switches
-            or len(switches) != len(texts) - 1
-        ):
-            raise ValueError(
-                f"{where}: switch_frames is {switches!r}; expected {len(texts) - 1} latent frames "
-                "in ascending order, one for each change of the prompt"
-            )
-        made.append((where, [text.strip() for text in texts], switches))
-    return made
+    switches = _switches_of(content, len(texts))
+    ascending = _is_list_of(switches, int) and sorted(set(switches)) == switches
+    if not ascending or len(switches) != len(texts) - 1:
+        raise ValueError(
+            f"{where}: switch_frames is {switches!r}; expected {len(texts) - 1} latent frames in "
+            "ascending order, one for each change of the prompt"
+        )
+    return [text.strip() for text in texts], switches
 
 
-def _are(values: Any, kind: type, empty: bool = False) -> bool:
-    return (
-        isinstance(values, list)
-        and (empty or bool(values))
-        and all(type(value) is kind for value in values)
-    )
+def _switches_of(content: dict, prompts: int) -> Any:
+    """Return the switch frames of a line; a video of one prompt may leave them out."""
+    return content.get("switch_frames", [] if prompts == 1 else None)
 
 
-def _switched(
-    texts: Sequence[str], switches: Sequence[int], limits: Limits, fps: int, frames: int, where: str
-) -> list[Scene]:
-    """Scenes of as many blocks as lie between the switches."""
-    blocks = [
-        block
-        for block in limits.layout.blocks(1 + (frames - 1) // limits.stride)
-        if block.start >= limits.given
-    ]
-    scene_of = scenes_by_frame(switches, [block.start for block in blocks])
+def _is_list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _switched_scenes(
+    texts: Sequence[str], switches: Sequence[int], limits: Limits, fps: int, frames: int
+) -> list[Scene] | int:
+    """Return scenes of as many blocks as lie between the switches, or the scene that has none."""
+    layout = limits.layout
+    blocks = layout.blocks(1 + (frames - 1) // limits.stride)
+    starts = [block.start for block in blocks if block.start >= limits.given]
+    scene_of = scenes_by_frame(switches, starts)
     counts = [scene_of.count(scene) for scene in range(len(texts))]
     if 0 in counts:
-        raise ValueError(
-            f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its "
-            "switch an earlier frame, or ask for more frames"
-        )
-    seconds = limits.stride * limits.layout.block / fps
+        return counts.index(0)
+    seconds = limits.stride * layout.block / fps
     return [
         Scene(text, count * seconds, count, False)
         for text, count in zip(texts, counts, strict=True)
@@ -290,6 +285,7 @@ def read_given(
 
 
 def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> GivenFrames:
+    """Read latents [frames, C, H, W] from a .npy; ValueError if they are of another form."""
     try:
         values = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:

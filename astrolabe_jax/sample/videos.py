@@ -15,42 +15,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, prompts, rewards, sharding
+from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax import run as runs
 from astrolabe_jax.config import flatten
 from astrolabe_jax.convert.base import Base
 from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.models.lora import merge_adapter
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.panel import RewardRunner
+from astrolabe_jax.run import Run
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
 from astrolabe_jax.runtime.media import Mp4Writer
 from astrolabe_jax.runtime.progress import Progress, log
 from astrolabe_jax.sample.requests import GivenFrames, Request
 from astrolabe_jax.streaming import streams
-from astrolabe_jax.streaming.scenes import Rules, Shot, cache_slots
-from astrolabe_jax.types import Policy, PromptBatch, RngStream, VideoBatch
+from astrolabe_jax.streaming.scenes import Shot, cache_slots
+from astrolabe_jax.types import PromptBatch, RngStream, VideoBatch
 
 # Sections of the config that a video depends on; of `sampler` all but the batch.
 CONTENT = ("seed", "model.", "sampler.", "video.", "scenes.")
 NO_CONTENT = ("sampler.batch", "model.remat", "video.decode_chunk")
+VIDEOS = "videos"  # folder of the results
 GIVEN_TIMESTEP = 0.0  # at which given frames are read into the cache, whatever context_noise is
-
-
-class SampleModel(NamedTuple):
-    """Everything that is loaded once."""
-
-    config: ConfigDict
-    base: Base
-    policy: Policy  # with the adapter merged into its parameters
-    rules: Rules  # how scenes follow each other
-    latent_shape: tuple[int, int, int]  # C, H, W
-    given: np.ndarray | None  # latents [T0, C, H, W] that begin every video
-    fingerprint: dict[str, Any]  # what a video depends on, besides its request
-    panel: Panel | None  # the rewards that score it
-    mesh: Mesh
 
 
 class VideoPart(NamedTuple):
@@ -66,18 +54,22 @@ def load(
     config: ConfigDict,
     lora: tuple[dict, float] | None,
     given: GivenFrames,
-    mesh: Mesh,
+    directory: Path,
     score: bool = False,
-) -> SampleModel:
+) -> tuple[Run, np.ndarray | None]:
     """Load the model of a config, with an adapter and its scale merged in.
 
-    Its rewards are loaded if videos are to be scored.
+    Args:
+      directory: of the results.
+      score: also load the rewards of the config.
+
+    Returns:
+      the run, and the latents [T0, C, H, W] that begin every video, if any.
 
     Raises:
       ValueError, OSError: naming the field or file at fault.
     """
-    layout = runs.layout_of(config)
-    sampler = runs.sampler_of(config)
+    mesh = sharding.make_mesh(config.mesh)
     base = runs.load_base(config, mesh)
     net = base.transformer
     fingerprint: dict[str, Any] = {"base": base.fingerprint}
@@ -94,12 +86,23 @@ def load(
         fingerprint["given"] = _hash([latents])
     fields = {name: value for name, value in flatten(config).items() if name.startswith(CONTENT)}
     fingerprint |= {name: value for name, value in fields.items() if name not in NO_CONTENT}
-    policy = Policy(net.params, None, net.graphdef, net.config, layout, sampler)
     sizes = {"vae": base.vae.config, "transformer": net.config}
-    shape = runs.latent_size(config, sizes)
-    panel = runs.load_panel(config, mesh) if score else None
-    rules = runs.rules_of(config)
-    return SampleModel(config, base, policy, rules, shape, latents, fingerprint, panel, mesh)
+    run = Run(
+        config=config,
+        workdir=directory,
+        fingerprint=fingerprint,
+        base=base,
+        layout=runs.layout_of(config),
+        sampler=runs.sampler_of(config),
+        mesh=mesh,
+        latent_shape=(0, *runs.latent_size(config, sizes)),
+        train_prompts=(),
+        test_prompts=(),
+        adapter=None,
+        starts=(0,),
+        reward_runner=runs.load_rewards(config, mesh) if score else RewardRunner([]),
+    )
+    return run, latents
 
 
 def _merged(params: dict, adapter: dict, scale: float) -> dict:
@@ -109,7 +112,7 @@ def _merged(params: dict, adapter: dict, scale: float) -> dict:
     return merge(params, adapter, scale)
 
 
-def _encoded(base: Base, pixels: np.ndarray, chunk: int, mesh: Mesh) -> np.ndarray:
+def _encoded(base: Base, pixels: np.ndarray, chunk: int, mesh: sharding.AnyMesh) -> np.ndarray:
     """Return the latents [T0, C, H, W] of frames [T, height, width, 3] uint8."""
     copies = np.repeat(pixels[None], mesh.size, axis=0)  # one a device
     latents, _ = encode_video(base.vae, copies, None, chunk, mesh)
@@ -117,15 +120,16 @@ def _encoded(base: Base, pixels: np.ndarray, chunk: int, mesh: Mesh) -> np.ndarr
 
 
 def make_videos(
-    model: SampleModel,
+    run: Run,
+    given: np.ndarray | None,
     requests: Sequence[Request],
     size: int,
     add: Callable[[int], None],
-    directory: Path,
 ) -> list[dict]:
     """Make the videos of `requests`, which differ in their prompts alone, at once.
 
     Args:
+      given: latents [T0, C, H, W] that begin every video, if any.
       size: videos that the programs are compiled for, at least as many.
       add: called with every few frames that are handed to the encoders.
 
@@ -137,37 +141,38 @@ def make_videos(
     """
     # of each video: (shot, scene) -> {reward: value}
     scores: list[dict] = [{} for _ in requests]
-    paths = [directory / f"{request.name}.mp4" for request in requests]
+    videos = run.workdir / VIDEOS
+    paths = [videos / f"{request.name}.mp4" for request in requests]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Mp4Writer(path, model.config.video.fps)) for path in paths]
+        writers = [stack.enter_context(Mp4Writer(path, run.config.video.fps)) for path in paths]
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(requests)))
         # the last part, while the next one is sampled
         encoding: list[concurrent.futures.Future] = []
         scene_frames: list[np.ndarray] = []
-        for part in _parts(model, requests, size):
+        for part in _parts(run, given, requests, size):
             for video in encoding:
                 video.result()
             encoding = [
                 pool.submit(writer.add, video)
                 for writer, video in zip(writers, part.frames, strict=True)
             ]
-            if model.panel is not None:
+            if run.reward_runner.names:
                 scene_frames.append(part.frames)
                 if part.ends:
                     frames = np.concatenate(scene_frames, axis=1)
-                    _add_scores(model.panel, requests, part, frames, scores)
+                    _add_scores(run, requests, part, frames, scores)
                     scene_frames.clear()
             add(part.frames.shape[0] * part.frames.shape[1])
         for video in encoding:
             video.result()
     return [
-        _row(model, request, path, found)
+        _row(run, request, path, found)
         for request, path, found in zip(requests, paths, scores, strict=True)
     ]
 
 
 def _add_scores(
-    panel: Panel,
+    run: Run,
     requests: Sequence[Request],
     part: VideoPart,
     frames: np.ndarray,
@@ -175,7 +180,7 @@ def _add_scores(
 ) -> None:
     """Score a scene of every video, and add what comes out to `scores`."""
     texts = [request.shots[part.shot].timeline.prompts[part.scene] for request in requests]
-    for name, values in panel.score(frames, texts)().items():
+    for name, values in run.reward_runner.score_async(frames, texts)().items():
         for row, value in zip(scores, values, strict=True):
             row.setdefault((part.shot, part.scene), {})[name] = float(value)
 
@@ -190,10 +195,12 @@ class _Waiting(NamedTuple):
     ends: bool
 
 
-def _parts(model: SampleModel, requests: Sequence[Request], size: int) -> Iterator[VideoPart]:
+def _parts(
+    run: Run, given: np.ndarray | None, requests: Sequence[Request], size: int
+) -> Iterator[VideoPart]:
     """Give the frames of the videos, block by block; the next block is under way meanwhile."""
     waiting = None
-    for part in _sampled(model, requests, size):
+    for part in _sampled(run, given, requests, size):
         if waiting is not None:
             yield _fetched(waiting, requests)
         waiting = part
@@ -215,7 +222,9 @@ def _fetched(part: _Waiting, requests: Sequence[Request]) -> VideoPart:
     return VideoPart(part.shot, part.scene, frames, part.ends)
 
 
-def _sampled(model: SampleModel, requests: Sequence[Request], size: int) -> Iterator[_Waiting]:
+def _sampled(
+    run: Run, given: np.ndarray | None, requests: Sequence[Request], size: int
+) -> Iterator[_Waiting]:
     """Sample and decode the videos, a block at a time."""
     rows = np.resize(np.arange(len(requests)), size)  # the batch is filled up
     batch = PromptBatch(
@@ -223,17 +232,17 @@ def _sampled(model: SampleModel, requests: Sequence[Request], size: int) -> Iter
         np.array([request.index for request in requests], np.int32),
         np.array([request.candidate for request in requests], np.int32),
     )
-    keys = prompts.sample_keys(batch, model.config.seed, RngStream.SAMPLE, 0)[rows]
-    chunk = model.config.video.decode_chunk
+    keys = prompts.sample_keys(batch, run.config.seed, RngStream.SAMPLE, 0)[rows]
+    chunk = run.config.video.decode_chunk
     first_frame = 0
     for number, shot in enumerate(requests[0].shots):
-        videos = _video_batch(model, requests, rows, number, keys)
+        videos = _video_batch(run, requests, rows, number, keys)
         videos = videos._replace(first_frame=first_frame)
         last_blocks = {plan.scene: plan.frame for plan in shot.timeline.blocks}
         left = shot.frames
         decoder = None
-        for block in _shot_blocks(model, shot, videos):
-            decoded, decoder = decode_video(model.base.vae, block.latents, decoder, chunk)
+        for block in _shot_blocks(run, given, shot, videos):
+            decoded, decoder = decode_video(run.base.vae, block.latents, decoder, chunk)
             # of the last block only what is asked for
             frames = jnp.concatenate(decoded, axis=1)[:, :left]
             left -= frames.shape[1]
@@ -244,13 +253,13 @@ def _sampled(model: SampleModel, requests: Sequence[Request], size: int) -> Iter
 
 
 def _video_batch(
-    model: SampleModel, requests: Sequence[Request], rows: np.ndarray, shot: int, keys: jax.Array
+    run: Run, requests: Sequence[Request], rows: np.ndarray, shot: int, keys: jax.Array
 ) -> VideoBatch:
     """Return what a shot of the videos `rows` is sampled from; every prompt is encoded once."""
     timelines = [requests[row].shots[shot].timeline for row in rows]
     distinct = list(dict.fromkeys(prompt for t in timelines for prompt in t.prompts))
-    base = model.base
-    embeddings = encode.encode_prompts(base.text, base.tokenizer, distinct, model.mesh)
+    base = run.base
+    embeddings = encode.encode_prompts(base.text, base.tokenizer, distinct, run.mesh)
     batch = PromptBatch(
         tuple(requests[row].prompt for row in rows),
         np.array([requests[row].index for row in rows], np.int32),
@@ -261,40 +270,39 @@ def _video_batch(
 
 
 def _shot_blocks(
-    model: SampleModel, shot: Shot, videos: VideoBatch
+    run: Run, given: np.ndarray | None, shot: Shot, videos: VideoBatch
 ) -> Iterator[streams.SampledBlock]:
     """Give the blocks of a shot, the given ones first."""
-    policy = model.policy
+    policy = run.policy(None)
     count = len(videos.timelines)
-    slots = cache_slots(policy.layout, model.rules, shot.latent_frames)
-    state = streams.begin(policy, count, slots, model.latent_shape)
-    given = streams.blocks_between(videos, 0, shot.given)
-    if given:
-        latents = np.repeat(model.given[None], count, axis=0)
-        latents = sharding.place_batch(latents)
-        for block in streams.cache_blocks(policy, videos, state, latents, given, GIVEN_TIMESTEP):
+    slots = cache_slots(policy.layout, runs.rules_of(run.config), shot.latent_frames)
+    state = streams.begin(policy, count, slots, run.latent_shape[1:])
+    first = streams.blocks_between(videos, 0, shot.given)
+    if first and given is not None:
+        latents = sharding.place_batch(np.repeat(given[None], count, axis=0))
+        for block in streams.cache_blocks(policy, videos, state, latents, first, GIVEN_TIMESTEP):
             state = block.state
             yield block
-    rest = range(given.stop, len(shot.timeline.blocks))
+    rest = range(first.stop, len(shot.timeline.blocks))
     yield from streams.sample_blocks(policy, videos, state, rest)
 
 
-def batch_size(model: SampleModel, videos: int) -> int:
+def batch_size(run: Run, videos: int) -> int:
     """Return how many videos are made at once, as many on every device.
 
     They are at most sampler.batch, and what a device may hold.
     """
-    devices = model.mesh.size
-    limit = model.config.mesh.samples_per_device
-    each = max(model.config.sampler.batch // devices, 1)
+    devices = run.mesh.size
+    limit = run.config.mesh.samples_per_device
+    each = max(run.config.sampler.batch // devices, 1)
     if limit != -1:
         each = min(each, limit)
     return min(each, -(-videos // devices)) * devices
 
 
-def _row(model: SampleModel, request: Request, path: Path, scores: dict) -> dict[str, Any]:
+def _row(run: Run, request: Request, path: Path, scores: dict) -> dict[str, Any]:
     """Return a line of results.jsonl."""
-    stride = model.base.vae.config.temporal_stride
+    stride = run.base.vae.config.temporal_stride
     begin = 0
     scenes = []
     for number, shot in enumerate(request.shots):
@@ -310,15 +318,15 @@ def _row(model: SampleModel, request: Request, path: Path, scores: dict) -> dict
                 "first_frame": first,
                 "frames": end - first,
             }
-            if model.panel is not None:
+            if run.reward_runner.names:
                 row["scores"] = scores[number, scene]
             scenes.append(row)
         begin += shot.frames
     names = scenes[0].get("scores") or ()
     means = {name: float(np.mean([scene["scores"][name] for scene in scenes])) for name in names}
-    fps = model.config.video.fps
+    fps = run.config.video.fps
     metadata = {
-        "seed": model.config.seed,
+        "seed": run.config.seed,
         "candidate": request.candidate,
         "frames": request.frames,
         "fps": fps,
@@ -331,30 +339,31 @@ def _row(model: SampleModel, request: Request, path: Path, scores: dict) -> dict
         "metadata": metadata,
         "scores": means,
         "video_path": str(path),
-        "key": key_of(model, request),
+        "key": key_of(run, request),
     }
 
 
-def key_of(model: SampleModel, request: Request) -> str:
+def key_of(run: Run, request: Request) -> str:
     """Return a hash of all that a row of results depends on."""
     scored = None
-    if model.panel is not None:
-        settings = model.config.rewards.items()
+    if run.reward_runner.names:
+        settings = run.config.rewards.items()
         scored = sorted((name, rewards.options(value)) for name, value in settings)
     asked = [request.index, request.candidate, request.prompt, request.shots, scored]
-    content = json.dumps([model.fingerprint, asked], sort_keys=True)
+    content = json.dumps([run.fingerprint, asked], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def sample(
-    model: SampleModel, requests: Sequence[Request], directory: Path, check: Callable[[], None]
+    run: Run, given: np.ndarray | None, requests: Sequence[Request], check: Callable[[], None]
 ) -> None:
     """Make the videos that are not there yet, batch by batch.
 
     `check` is called for every few frames and may raise Stopped.
     """
-    videos = directory / "videos"
-    keys = {request.name: key_of(model, request) for request in requests}
+    directory = run.workdir
+    videos = directory / VIDEOS
+    keys = {request.name: key_of(run, request) for request in requests}
     before = {row.get("sample_id"): row for row in read_jsonl(directory / "results.jsonl")}
     rows = {
         name: before[name]
@@ -373,11 +382,11 @@ def sample(
     _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     frames = sum(request.frames for request in left)
     add = Progress(check=check).counter(f"{len(left)} videos", frames, "frames")
-    for batch, size in _batches(model, left):
-        for row in make_videos(model, batch, size, add, videos):
+    for batch, size in _batches(run, left):
+        for row in make_videos(run, given, batch, size, add):
             rows[row["sample_id"]] = row
         _write_rows(directory, rows)
-    if model.panel is not None:
+    if run.reward_runner.names:
         scores = [row["scores"] for row in rows.values()]
         means = {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
         content = json.dumps(means, indent=1, allow_nan=False)
@@ -390,9 +399,7 @@ def _write_rows(directory: Path, rows: dict[str, dict]) -> None:
     write_atomic(directory / "results.jsonl", "".join(lines).encode())
 
 
-def _batches(
-    model: SampleModel, requests: Sequence[Request]
-) -> Iterator[tuple[list[Request], int]]:
+def _batches(run: Run, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:
     """Give the requests that are made at once, and how many videos the programs are for.
 
     They differ in their prompts alone.
@@ -402,7 +409,7 @@ def _batches(
         key = tuple((shot.timeline.blocks, shot[1:]) for shot in request.shots)
         alike.setdefault(key, []).append(request)
     for group in alike.values():
-        size = batch_size(model, len(group))
+        size = batch_size(run, len(group))
         for start in range(0, len(group), size):
             yield group[start : start + size], size
 

@@ -37,11 +37,14 @@ class Scene(NamedTuple):
 
 
 def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
-    """The scenes of a prompt. `block` latent frames last stride * block / fps seconds.
+    """Return the scenes of a prompt; `block` latent frames last stride * block / fps seconds.
 
     A duration is cut to whole blocks, at least one; without one a scene has 10.5 s. Only the # of a
-    duration is a cut. Raises ValueError, with the character at fault, for an empty scene, a second
-    duration, and a bracket that looks like a duration but is none.
+    duration is a cut.
+
+    Raises:
+      ValueError: with the character at fault, for an empty scene, a second duration, and a bracket
+        that looks like a duration but is none.
     """
     scenes, start = [], 0
     for part in text.split("|"):
@@ -82,11 +85,10 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
 
 
 def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
-    """The scenes as the published command line reads them (spec/sampling.md 7.1); no text is
-    refused.
+    """Return the scenes as the published command line reads them (docs/published.md).
 
-    The first duration counts, all are taken out; one that is misspelt stays in the text; a #
-    anywhere is a cut; a scene without a duration has 14 blocks.
+    No text is refused. The first duration counts, all are taken out; one that is misspelt stays in
+    the text; a # anywhere is a cut; a scene without a duration has 14 blocks.
     """
     scenes = []
     for part in text.split("|"):
@@ -99,7 +101,7 @@ def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Sc
 
 
 def is_plain(text: str) -> bool:
-    """Whether a prompt has neither scenes nor durations, nor what looks like one."""
+    """Return whether a prompt has neither scenes nor durations, nor what looks like one."""
     return "|" not in text and not _LOOKS_LIKE_A_TAG.search(text)
 
 

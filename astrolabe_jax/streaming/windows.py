@@ -23,7 +23,7 @@ from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax.config import clip_length, piece, rounds, shares_prefix
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.layers import merge
-from astrolabe_jax.rewards import RewardError
+from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.progress import Progress
@@ -41,6 +41,7 @@ from astrolabe_jax.types import (
 )
 
 WaitForScores = Callable[[], Scores]
+VideoNumbers = Sequence[int] | np.ndarray  # of the videos in their epoch or evaluation
 
 
 def window_start(run: Run, epoch: int) -> int:
@@ -196,7 +197,11 @@ def score_videos(
 
 
 def score_async(
-    run: Run, frames: np.ndarray, texts: Sequence[str], numbers: Sequence[int], progress: Progress
+    run: Run,
+    frames: np.ndarray,
+    texts: Sequence[str],
+    numbers: VideoNumbers,
+    progress: Progress,
 ) -> WaitForScores:
     """Begin to score B videos; the result waits for their scores [B]. Both raise RewardError.
 
@@ -210,7 +215,7 @@ def score_async(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
-    wait = measured(lambda: run.panel.score(frames, texts, numbers))
+    wait = measured(lambda: run.reward_runner.score_async(frames, texts, list(numbers)))
     return lambda: measured(wait)
 
 
@@ -219,7 +224,7 @@ def split(frames: int, length: int) -> list[tuple[int, int]]:
     return [(start, min(start + length, frames)) for start in range(0, frames, length)]
 
 
-def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: Sequence[int]) -> None:
+def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: VideoNumbers) -> None:
     """Raise FloatingPointError that names the sample whose latents are not finite.
 
     Decoded, such latents would be black frames, and scored as such.
@@ -529,12 +534,8 @@ def _advance_to(
 
 def sampled(blocks: Iterator[streams.SampledBlock]) -> tuple[jax.Array, StreamState]:
     """Return the latents [B, F, C, H, W] of some blocks, and the state behind them."""
-    latents = []
-    state = None
-    for block in blocks:
-        latents.append(block.latents)
-        state = block.state
-    return jnp.concatenate(latents, axis=1), state
+    done = list(blocks)
+    return jnp.concatenate([block.latents for block in done], axis=1), done[-1].state
 
 
 def _decode(run: Run, latents: jax.Array, decoder: Any) -> tuple[list[jax.Array], Any]:

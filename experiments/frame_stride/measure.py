@@ -15,15 +15,17 @@ import json
 import tempfile
 import time
 
+import jax
 import numpy as np
 from absl import app, flags
 from scipy.stats import spearmanr
 
-from astrolabe_jax import prompts, rewards
-from astrolabe_jax.generate import encode_texts, generate
-from astrolabe_jax.prepare import prepare
+from astrolabe_jax import prompts
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream
 
 _REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
@@ -41,12 +43,18 @@ def main(config: flags.FlagHolder) -> None:
     batch = prompts.draw(
         run.train_prompts, run.config.seed, 0, given.prompts_per_epoch, given.samples_per_prompt, 1
     )
-    keys = prompts.sample_keys(batch, run.config.seed, RngStream.HELD_OUT, 0)
     progress = Progress()
-    videos = generate(
-        run, run.adapter, batch, encode_texts(run, batch, progress), keys, progress, "videos"
-    )
-    frames = np.concatenate([piece.frames for piece in videos])
+    jax.set_mesh(run.mesh)
+    length = run.base.vae.config.latent_frames(run.config.video.frames)
+    videos = windows.encode_videos(run, batch, RngStream.HELD_OUT, 0, length, progress)
+    pieces = []
+    for pixels, scores in windows.score_videos(
+        run, run.adapter, videos, length, progress, "videos"
+    ):
+        for wait in scores:
+            wait()
+        pieces.append(pixels)
+    frames = np.concatenate(pieces)
     setting = rewards.Setting(run.mesh, run.config.video.fps)
     whole = None
     for stride in map(int, _STRIDES.value):

@@ -29,15 +29,17 @@ import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import sharding
-from astrolabe_jax import stream as streams
 from astrolabe_jax.config import get_config
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import engine, parts
-from astrolabe_jax.decode import decode_chunk
+from astrolabe_jax.convert.nets import make_config, sizes_of
+from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, noise_from_keys
+from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule, warp
+from astrolabe_jax.streaming import streams
 from astrolabe_jax.streaming.scenes import Rules, Scene, shots
+from astrolabe_jax.types import Policy, PromptBatch, VideoBatch
 
 CHECKPOINT = "self_forcing_dmd.pt"
 VAE = "Wan2.1_VAE.pth"
@@ -72,65 +74,41 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
     nets = {}
     for part in ("transformer", "vae"):
-        config = parts.make_config(part, parts.sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
+        config = make_config(parts.PARTS[part], sizes_of(parts.SIZES["wan_1.3b"][part]), **numerics)
         where = bases.weights_of(str(directory / BASE), part)
         nets[part] = bases.read_net(
             part, where, config, lambda part, path, leaf: sharding.replicate(mesh, leaf)
         )
-    net, vae = nets["transformer"], nets["vae"]
+    net = nets["transformer"]
     layout = Layout(block=3)
-    rng = np.random.default_rng(0)
-    policy = streams.Policy(
-        net.graphdef,
-        net.params,
-        None,
-        1.0,
-        net.config,
-        layout,
-        Sampler(warp(steps, Schedule())),
-        mesh,
-    )
+    sampler = Sampler(warp(steps, Schedule()))
+    policy = Policy(net.params, None, net.graphdef, net.config, layout, sampler)
     (shot,) = shots([Scene("", 0.0, 0, False)], layout, Rules(), 16, frames=frames)
-    latent_hw = (HEIGHT // 8, WIDTH // 8)
-    text = rng.standard_normal((1, 512, net.config.text_dim)).astype(np.float32)
+    text = np.random.default_rng(0).standard_normal((1, 512, net.config.text_dim))
     text[:, 40:] = 0  # a prompt of 40 tokens
-    keys = streams.encode_text(policy.graphdef, policy.params, None, 1.0, text, mesh=mesh)
-    draw = noise_from_keys(jax.random.key(0)[None], (CHANNELS, *latent_hw))
-
-    def noise(step):
-        return np.stack([draw(step.frame, j, step.count) for j in range(len(steps))])
-
-    blocks = streams.stream(
-        policy,
-        lambda scene: keys,
-        shot.steps,
-        noise,
-        min(layout.capacity, shot.latent_frames),
-        1,
-        latent_hw,
-    )
+    zero = np.zeros(1, np.int32)
+    keys = jax.random.key(0)[None]
+    batch = PromptBatch(("",), zero, zero)
+    videos = VideoBatch(batch, (shot.timeline,), {"": 0}, text.astype(np.float32), keys)
+    slots = min(layout.capacity, shot.latent_frames)
+    state = streams.begin(policy, 1, slots, (CHANNELS, HEIGHT // 8, WIDTH // 8))
+    blocks = streams.sample_blocks(policy, videos, state, range(len(videos.blocks)))
     seconds = {"transformer": [], "vae": []}
-    stream = None
+    decoder = None
     began = time.monotonic()
     shown = []
-    for step in shot.steps:
-        piece = timed(seconds["transformer"], lambda: next(blocks))
+    for _ in videos.blocks:
+        block = timed(seconds["transformer"], lambda: next(blocks))
 
-        def decode(latents=piece.latents, state=stream):
-            chunks = []
-            for i in range(latents.shape[1]):
-                pixels, state = decode_chunk(
-                    vae.graphdef, vae.params, latents[:, i : i + 1], state, mesh=mesh
-                )
-                chunks.append(pixels)
-            return chunks, state
+        def decode(latents=block.latents, decoder=decoder):
+            return decode_video(nets["vae"], latents, decoder, 1)
 
-        chunks, stream = timed(seconds["vae"], decode)
+        chunks, decoder = timed(seconds["vae"], decode)
         shown.append(sum(chunk.shape[1] for chunk in chunks))
-        finite = bool(np.isfinite(np.asarray(piece.latents, np.float32)).all())
+        finite = bool(np.isfinite(np.asarray(block.latents, np.float32)).all())
         print(
             json.dumps(
-                {"block": step.frame // 3, "finite": finite, "frames": shown[-1]}
+                {"block": block.plan.frame // 3, "finite": finite, "frames": shown[-1]}
                 | {name: round(times[-1], 2) for name, times in seconds.items()}
             ),
             flush=True,

@@ -11,13 +11,14 @@ same noise.
 import json
 import tempfile
 
+import jax
 import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import report, sharding
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.evaluate import evaluate
-from astrolabe_jax.prepare import prepare
+from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress
 
@@ -26,6 +27,7 @@ def main(paths: list[str], config: flags.FlagHolder) -> None:
     cli.set_up()
     with tempfile.TemporaryDirectory() as workdir:
         run = prepare(config.value, workdir)
+        jax.set_mesh(run.mesh)
         progress = Progress()
         base, _ = evaluate(run, sharding.replicate(run.mesh, run.adapter), progress, "base")
         print(json.dumps({"adapter": "none", **report.table(base)}), flush=True)

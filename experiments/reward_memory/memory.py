@@ -17,9 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import sharding
-from astrolabe_jax.convert import qwen2_vl
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.qwen2_vl.config import HPSV3, PATCH_VALUES, VIDEOALIGN
+from astrolabe_jax.rewards.qwen2_vl import weights
+from astrolabe_jax.rewards.qwen2_vl.config import HPSV3, PATCH_VALUES, VIDEOALIGN
 from experiments.streaming_memory.memory import Call, Program, compiled, compiling_for, size_of
 
 # config, grid of patches, reward tokens, tokens in all: an image's or video's, the instruction's
@@ -33,7 +33,7 @@ def measure(reward: str, target: str, batch: int, fsdp: int, execute: bool) -> t
     """
     name, _, kernels = reward.partition(":")
     config, grid, outputs, length = REWARDS[name]
-    graphdef, params, _ = qwen2_vl.shapes(dataclasses.replace(config, quantised=kernels == "int8"))
+    graphdef, params, _ = weights.shapes(dataclasses.replace(config, quantised=kernels == "int8"))
     with compiling_for(target, fsdp) as devices:
         mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": fsdp}), devices)
         samples = batch * mesh.size

@@ -22,9 +22,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from astrolabe_jax.rewards import images
+from astrolabe_jax.rewards.qwen2_vl import patches
 
 HEIGHT, WIDTH = 480, 832
-SIZE = images.smart_resize(HEIGHT, WIDTH)
+SIZE = patches.smart_resize(HEIGHT, WIDTH)
 
 
 def published(
@@ -42,7 +43,7 @@ def published(
 @functools.partial(jax.jit, static_argnums=1)
 def prepared(frames: jax.Array, rounding: str) -> jax.Array:
     """Frames [N, height, width, 3] -> patches [N, rows, 1176]."""
-    return images.prepared(frames[:, None], SIZE, rounding)
+    return patches.prepared(frames[:, None], patches.Preparation(SIZE, rounding))
 
 
 def ours(frames: np.ndarray, rounding: str, chunk: int) -> list[jax.Array]:

@@ -3,29 +3,32 @@ frame 0 on.
 
     python -m experiments.streaming_memory.cost [--start=219] [--base=DIRECTORY]
 
-Both are what an epoch runs, segments.sample, on the same prompt, with every program compiled
+Both are what an epoch runs, windows.collect, on the same prompt, with every program compiled
 before. Passes are counted where they are made: a pass is one block of one video through the
 transformer once. Neither decodes or scores: the whole videos would have far more of that.
 """
 
 import contextlib
-import functools
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import prepare, prompts, segments, sharding, stream
+from astrolabe_jax import prompts, rollout, sharding
+from astrolabe_jax.run import Run, prepare
 from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream
 from configs import moving_shapes_long
 
-CANDIDATES, WINDOW = 24, 21
+CANDIDATES = 24
+WINDOW = 21
 SIZES = {
     "prompts.train": "world:moving_shapes/train",  # of one scene
     "prompts.test": "world:moving_shapes/test",
@@ -62,7 +65,7 @@ def measure(config: ConfigDict, start: int, times: int = 3) -> dict[str, dict[st
         for kind in ("clip", "sequence"):
             own = config.copy_and_resolve_references()
             own.streaming.sampling = kind
-            runs[kind] = prepare.prepare(own, Path(directory) / kind)
+            runs[kind] = prepare(own, Path(directory) / kind)
         epochs = [
             {kind: _sampled(run, start, epoch) for kind, run in runs.items()}
             for epoch in range(1 + times)
@@ -77,23 +80,26 @@ def measure(config: ConfigDict, start: int, times: int = 3) -> dict[str, dict[st
     }
 
 
-def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
-    wanted, progress = run.config.prompts, Progress({}, lambda: None, lambda line: None)
+def _sampled(run: Run, start: int, epoch: int) -> dict[str, float]:
+    """Sample an epoch's videos in the window at `start`: return its passes and seconds."""
+    settings = run.config.prompts
+    progress = Progress({}, lambda: None, lambda line: None)
     batch = prompts.draw(
         run.train_prompts,
         run.config.seed,
         epoch,
-        wanted.prompts_per_epoch,
-        wanted.samples_per_prompt,
+        settings.prompts_per_epoch,
+        settings.samples_per_prompt,
         1,
     )
-    keys = prompts.sample_keys(batch, run.config.seed, RngStream.ROLLOUT, epoch)
-    cast = segments.cast_of(run, batch, keys, run.latent_shape[0], progress)
-    adapter = sharding.replicate(run.mesh, run.adapter)
-    began = time.monotonic()
-    with counted() as passes:
-        # waits for the latents
-        segments.sample(run, adapter, batch, cast, start, [], progress, "sampling")
+    with jax.set_mesh(run.mesh):
+        length = run.latent_shape[0]
+        videos = windows.encode_videos(run, batch, RngStream.ROLLOUT, epoch, length, progress)
+        adapter = sharding.replicate(run.mesh, run.adapter)
+        began = time.monotonic()
+        with counted() as passes:
+            # waits for the latents
+            windows.collect(run, adapter, videos, start, [], progress, "sampling")
     return {"passes": sum(passes), "seconds": time.monotonic() - began}
 
 
@@ -101,43 +107,38 @@ def _sampled(run: prepare.Run, start: int, epoch: int) -> dict[str, float]:
 def undecoded() -> Iterator[None]:
     """Within it videos are neither decoded nor scored: their frames are black, and few."""
 
-    def decoded(run, latents, memory):
-        return [np.zeros((latents.shape[0], 1, 1, 1, 3), np.uint8)], memory
+    def decode_video(vae, latents, state, chunk):
+        return [np.zeros((latents.shape[0], 1, 1, 1, 3), np.uint8)], state
 
-    def judge(run, frames, *_):
+    def score_async(run, frames, *_):
         return lambda: {"total": np.zeros(len(frames))}
 
     with (
-        mock.patch.object(segments, "decoded", decoded),
-        mock.patch.object(segments, "judge", judge),
+        mock.patch.object(windows, "decode_video", decode_video),
+        mock.patch.object(windows, "score_async", score_async),
     ):
         yield
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """Collects the passes of every call of the two programs that run the transformer on a stream's
-    blocks.
-    """
+    """Collect the passes of every call of the two programs that run the transformer on blocks."""
     passes: list[int] = []
+    sample_block = rollout.sample_block
+    cache_block = rollout.cache_block
 
-    def counting(program, each):
-        @functools.wraps(program)
-        def call(static, params, adapter, scale, text, given, cache, *rest, **options):
-            passes.append(each(static, given))
-            return program(static, params, adapter, scale, text, given, cache, *rest, **options)
+    def counted_sample(policy, text, noise, *rest):
+        # noise [steps, B, ...]: the denoising passes, and the clean one
+        passes.append((noise.shape[0] + 1) * noise.shape[1])
+        return sample_block(policy, text, noise, *rest)
 
-        return call
-
-    def of_sample(static, noise):  # [steps, B, ...]: the denoising passes, and the clean one
-        return (noise.shape[0] + 1) * noise.shape[1]
-
-    def of_given(static, latents):
-        return latents.shape[0]
+    def counted_cache(policy, text, latents, *rest):
+        passes.append(latents.shape[0])
+        return cache_block(policy, text, latents, *rest)
 
     with (
-        mock.patch.object(stream, "sample_block", counting(stream.sample_block, of_sample)),
-        mock.patch.object(stream, "cache_block", counting(stream.cache_block, of_given)),
+        mock.patch.object(rollout, "sample_block", counted_sample),
+        mock.patch.object(rollout, "cache_block", counted_cache),
     ):
         yield passes
 

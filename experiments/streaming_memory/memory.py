@@ -10,7 +10,7 @@ The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 lat
 has one prompt with
 24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes
 world, which compiles in seconds. A cell is VARIANT:START; variants are those of Table 4a
-(streaming.md 5.3).
+(docs/streaming.md, Variants).
 
 --target: here; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or
 a TPU's topology as v5p:2x2x1, with TPU_LIBRARY_PATH (README.md). With --target=here --run each
@@ -33,11 +33,13 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from astrolabe_jax import plan, segments, sharding, stream, update
+from astrolabe_jax import plan, rollout, sharding, update
 from astrolabe_jax.config import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
-from astrolabe_jax.prepare import Run
+from astrolabe_jax.run import Run
+from astrolabe_jax.streaming import windows
+from astrolabe_jax.types import Place, PrefixContext
 from configs import longlive, moving_shapes_long
 
 VARIANTS = {  # streaming.sampling, streaming.backprop
@@ -58,17 +60,14 @@ SIZES = {
 
 
 class Call(NamedTuple):
-    """A jitted function and what to call it with: shapes, after what is static by position, and
-    static keywords.
-    """
+    """A jitted function and what to call it with: shapes, after what is static."""
 
     function: Any
     arguments: tuple
-    before: tuple = ()
-    keywords: dict[str, Any] = {}
+    static: tuple = ()
 
     def lower(self):
-        return self.function.lower(*self.before, *self.arguments, **self.keywords)
+        return self.function.lower(*self.static, *self.arguments)
 
 
 class Execution(NamedTuple):
@@ -126,18 +125,23 @@ def shipped(start: int) -> ConfigDict:
 def measure(
     config: ConfigDict, target: str, only: tuple[str, ...] = (), execute: bool = False
 ) -> dict[str, Peak]:
-    """Program -> its peak, at the single start of `config`; `only` these programs, or all;
-    `execute` also runs them.
+    """Return the peak of each program, at the single start of `config`.
+
+    Args:
+      target: of the compiler, see above.
+      only: these programs, or all.
+      execute: also run them.
     """
+    peaks = {}
     with compiling_for(target) as devices:
         run = plan.abstract_run(config, 1)
         run = run._replace(mesh=sharding.make_mesh(config.mesh, devices))
-        held, peaks = held_bytes(run), {}
-        for name, call in programs(run).items():
-            if name in (only or (name,)):
-                peaks[name] = Peak(
-                    held["update" if name == "update" else "sampling"], compiled(call, execute)
-                )
+        held = held_bytes(run)
+        with jax.set_mesh(run.mesh):
+            for name, call in programs(run).items():
+                if name in (only or (name,)):
+                    phase = "update" if name == "update" else "sampling"
+                    peaks[name] = Peak(held[phase], compiled(call, execute))
     return peaks
 
 
@@ -162,100 +166,67 @@ def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
 
 
 def programs(run: Run) -> dict[str, Call]:
-    """Name -> the program, of those that work on a piece of an epoch's videos."""
-    mesh, net, vae, (_, *latent) = run.mesh, run.base.transformer, run.base.vae, run.latent_shape
+    """Return the programs that work on a piece of an epoch's videos, by name."""
+    mesh = run.mesh
+    net = run.base.transformer
+    vae = run.base.vae
+    latent = run.latent_shape[1:]
     count = piece(run.config, run.config.sampler.batch, 1)
-    policy = stream.Policy(
-        net.graphdef,
-        net.params,
-        run.adapter,
-        run.lora_scale,
-        net.config,
-        run.layout,
-        run.sampler,
-        mesh,
-    )
-    block, chunk = run.layout.block, run.config.video.decode_chunk
+    block = run.layout.block
+    policy = run.policy(run.adapter)
     embeddings = _shape(count, run.base.text.config.text_len, net.config.text_dim)
-    text = jax.eval_shape(
-        functools.partial(stream.encode_text, net.graphdef, mesh=mesh),
-        net.params,
-        run.adapter,
-        run.lora_scale,
-        embeddings,
-    )
+    text = jax.eval_shape(rollout.encode_text, policy, embeddings)
     noise = _shape(len(run.sampler.steps), count, block, *latent)
-    memory = segments.shapes(run, block, progressive=True).vae
-    static, params, adapter, _ = stream.split(policy)
-    sample = (
-        params,
-        adapter,
-        _shape(),
-        text,
-        noise,
-        _cache(run, count),
-        _number(),
-        _shape(block, dtype=jnp.int32),
-    )
-    decode = (vae.params, _shape(count, chunk, *latent), memory)
+    place = Place(_number(), _shape(block, dtype=jnp.int32), aligned=True, partial=True)
+    sample = (policy, text, noise, _cache(run, count), place)
+    memory = windows.stream_shapes(run, block, progressive=True).decoder
+    decode = (vae.params, _shape(count, run.config.video.decode_chunk, *latent), memory)
     step = update.TrainStep(run.config, net.graphdef, run.layout, mesh)
     return {
         # A past's block and a candidate's: one program where the past of one prompt and one
         # candidate are made at once.
-        "block": Call(
-            stream.sample_block,
-            sharding.replicate(mesh, sample),
-            (static,),
-            {"at": None, "aligned": True, "trace": False, "partial": True},
-        ),
-        "decoder": Call(
-            decode_chunk, sharding.replicate(mesh, decode), (vae.graphdef,), {"mesh": mesh}
-        ),
+        "block": Call(rollout.sample_block, sharding.replicate(mesh, sample)),
+        "decoder": Call(decode_chunk, sharding.replicate(mesh, decode), (vae.graphdef,)),
         "update": Call(step.accumulate, sharding.replicate(mesh, step_arguments(run))),
     }
 
 
 def step_arguments(run: Run) -> tuple:
-    """Shapes of the arguments of update.TrainStep.accumulate."""
-    config, net, (_, *latent), window = (
-        run.config,
-        run.base.transformer,
-        run.latent_shape,
-        run.config.streaming.window,
-    )
+    """Return the shapes of the arguments of update.TrainStep.accumulate."""
+    config = run.config
+    net = run.base.transformer
     state = jax.eval_shape(functools.partial(update.first_state, config), run.adapter)
     size = piece(config, config.optimizer.microbatch, 1)
     number = config.optimizer.microbatch // size
-    frames = window if config.streaming.backprop == "detach" else kept_frames(run)
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (number, size)))
-    each = _shape(number, size)
-    batch = update.Batch(
-        _shape(number, size, frames, *latent),
-        each,
-        each,
-        _shape(number, size, dtype=jnp.int32),
-        each,
-        key,
+    cut = config.streaming.backprop == "detach"
+    frames = config.streaming.window if cut else kept_frames(run)
+    batch = update.StepBatch(
+        latents=_shape(number, size, frames, *run.latent_shape[1:]),
+        r=_shape(number, size),
+        kl_weight=_shape(number, size),
+        prompt=_shape(number, size, dtype=jnp.int32),
+        t=_shape(number, size),
+        key=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (number, size))),
     )
-    text = _shape(
-        config.prompts.prompts_per_epoch, run.base.text.config.text_len, net.config.text_dim
-    )
-    part = (None, None)  # which part of the video, and its share of the loss
-    if config.streaming.sampling == "sequence" and config.streaming.backprop == "detach":
-        part = (_number(), _shape())
+    text_len = run.base.text.config.text_len
+    text = _shape(config.prompts.prompts_per_epoch, text_len, net.config.text_dim)
+    part = update.PartArrays(_number(), None, None, prefix_context(run))
+    if cut and config.streaming.sampling == "sequence":
+        part = part._replace(number=_number(), share=_shape())
     gradient = jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter)
-    return gradient, state, net.params, text, batch, _number(), *part, history(run)
+    return gradient, state, net.params, text, batch, part
 
 
-def history(run: Run) -> update.History | None:
-    """Shapes of what the loss reads of the past."""
-    streaming, (start,) = run.config.streaming, run.config.streaming.starts
+def prefix_context(run: Run) -> PrefixContext | None:
+    """Return the shapes of what the loss reads of the past."""
+    streaming = run.config.streaming
+    (start,) = streaming.starts
+    context = PrefixContext(_number(), _shape(streaming.window, dtype=jnp.int32))
     if streaming.backprop == "detach":
-        return update.History(_number(), _shape(streaming.window, dtype=jnp.int32), _cache(run, 1))
+        return context._replace(cache=_cache(run, 1))
     if streaming.sampling == "sequence" or not start:
         return None
-    whole = _shape(1, start, *run.latent_shape[1:])
-    return update.History(_number(), _shape(streaming.window, dtype=jnp.int32), whole=whole)
+    return context._replace(whole=_shape(1, start, *run.latent_shape[1:]))
 
 
 def held_bytes(run: Run) -> dict[str, int]:
@@ -273,12 +244,15 @@ def held_bytes(run: Run) -> dict[str, int]:
         * np.prod(run.latent_shape[1:])
     )
     # a stream, with the decoder's memory
-    one = size_of(segments.shapes(run, run.layout.block, progressive=True))
+    one = size_of(windows.stream_shapes(run, run.layout.block, progressive=True))
     # twice: in pieces and sorted, then sorted and dealt to a step
     always = size_of((nets, state)) + 2 * int(latents)
     streams = 2 if config.streaming.sampling == "clip" else 1  # the past, and the one that is made
     gradient = size_of(jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter))
-    return {"sampling": always + streams * one, "update": always + gradient + size_of(history(run))}
+    return {
+        "sampling": always + streams * one,
+        "update": always + gradient + size_of(prefix_context(run)),
+    }
 
 
 def kept_frames(run: Run) -> int:

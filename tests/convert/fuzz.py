@@ -1,9 +1,9 @@
-"""python -m tests.convert.fuzz --minutes 10: changed files of torch until the time is over; prints
-what came out.
+"""python -m tests.convert.fuzz --minutes 10: reads damaged files of torch until the time is over,
+and prints how many were read and refused.
 
-Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, most where
-the pickle and the directory of the archive are. Anything but a tree that can be walked and read, a
-TorchFileError or an OSError ends it.
+Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, mostly
+where the pickle and the directory of the archive are. Any outcome but a tree that can be walked and
+read, a TorchFileError or an OSError ends it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ALLOWED = (TorchFileError, OSError)
 
 
 def trees() -> dict[str, Any]:
-    """What torch.save is given in practice: state dicts, dtypes, views, nesting."""
+    """Return what people save: state dicts, dtypes, views, nesting; by a name for each."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 6, generator=generator)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
@@ -63,7 +63,7 @@ def trees() -> dict[str, Any]:
 
 
 def write(directory: Path) -> dict[str, bytes]:
-    """Content of a file of torch for each of `trees`."""
+    """Return the content of a file of torch for each of `trees`."""
     contents = {}
     for name, tree in trees().items():
         path = directory / f"{name}.pt"
@@ -73,40 +73,42 @@ def write(directory: Path) -> dict[str, bytes]:
 
 
 def changed(content: bytes, other: bytes, draw: random.Random) -> bytes:
-    """`content` after one to four changes."""
-    changed = bytearray(content)
+    """Return `content` after one to four changes, some of them with pieces of `other`."""
+    result = bytearray(content)
     for _ in range(draw.randint(1, 4)):
-        pickle, directory = changed.find(b"data.pkl"), changed.rfind(b"PK\x01\x02")
-        near = draw.choice((0, max(pickle, 0), max(directory, 0), draw.randrange(len(changed) + 1)))
-        at = min(near + draw.randrange(400), len(changed))
+        pickle = max(result.find(b"data.pkl"), 0)
+        directory = max(result.rfind(b"PK\x01\x02"), 0)
+        near = draw.choice((0, pickle, directory, draw.randrange(len(result) + 1)))
+        at = min(near + draw.randrange(400), len(result))
         match draw.randrange(6):
             case 0 | 1:
-                changed[at : at + draw.randint(0, 4)] = draw.randbytes(draw.randint(0, 6))
-            case 2 if at < len(changed):
-                changed[at] ^= 1 << draw.randrange(8)
+                result[at : at + draw.randint(0, 4)] = draw.randbytes(draw.randint(0, 6))
+            case 2 if at < len(result):
+                result[at] ^= 1 << draw.randrange(8)
             case 3:
                 start = draw.randrange(len(other))
-                changed[at : at + draw.randint(0, 64)] = other[start : start + draw.randint(1, 64)]
+                result[at : at + draw.randint(0, 64)] = other[start : start + draw.randint(1, 64)]
             case 4:
-                del changed[draw.randrange(len(changed) + 1) :]
+                del result[draw.randrange(len(result) + 1) :]
             case 5:
-                changed[at : at + 4] = draw.choice(
+                result[at : at + 4] = draw.choice(
                     (b"\xff\xff\xff\xff", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00")
                 )
-    return bytes(changed)
+    return bytes(result)
 
 
 def walk(tree: Any) -> None:
-    """Reads every tensor of what was read."""
+    """Read every tensor of a tree that `read_torch` returned."""
     if isinstance(tree, Lazy):
         assert np.asarray(tree).shape == tree.shape
     elif isinstance(tree, dict | list | tuple):
-        for child in tree.values() if isinstance(tree, dict) else tree:
+        children = tree.values() if isinstance(tree, dict) else tree
+        for child in children:
             walk(child)
 
 
 def attempt(path: Path, content: bytes) -> str:
-    """'read' or 'refused'; every other outcome is an error of the reader."""
+    """Return 'read' or 'refused'; every other outcome is an error of the reader."""
     path.write_bytes(content)
     try:
         walk(read_torch(path))
@@ -116,15 +118,13 @@ def attempt(path: Path, content: bytes) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Read damaged files of torch.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, until, outcomes = (
-        random.Random(args.seed),
-        time.monotonic() + 60 * args.minutes,
-        collections.Counter(),
-    )
+    draw = random.Random(args.seed)
+    until = time.monotonic() + 60 * args.minutes
+    outcomes = collections.Counter()
     with tempfile.TemporaryDirectory() as directory:
         contents = list(write(Path(directory)).values())
         while time.monotonic() < until:
@@ -133,7 +133,7 @@ def main() -> None:
                 outcomes[attempt(Path(directory) / "fuzz.pt", content)] += 1
             except BaseException:
                 Path("fuzz_failure.pt").write_bytes(content)
-                print("the file that did it is now fuzz_failure.pt")
+                print("the file at fault is now fuzz_failure.pt")
                 raise
     print(f"{sum(outcomes.values())} files: {dict(outcomes)}")
 

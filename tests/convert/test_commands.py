@@ -1,4 +1,4 @@
-"""The commands as users run them: one message and status 2 for what cannot be done; bounded memory;
+"""The commands as users run them: one message and status 2 for what cannot be done, bounded memory,
 no half results.
 """
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(capsys, *arguments):
-    """(status, output, error messages) of a command."""
+    """Run a command; return (status, output, error messages)."""
     status = 0
     try:
         main([str(argument) for argument in arguments])
@@ -313,13 +313,13 @@ class Policies:
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run's directory with two checkpoints; in the older all adapters are zero."""
+    """Return a run's directory with two checkpoints; in the older all adapters are zero."""
     policies = {name: getattr(Policies, name) for name in ("current", "old", "reference", "ema")}
     identity = {"config.lora.rank": 2, "config.lora.alpha": 3.0}
     for epoch, factor in ((9, 0), (10, 1)):
         adapters = jax.tree.map(lambda leaf, by=factor: jnp.asarray(by * leaf), policies)
         state = TrainState(**adapters, optimizer=(), step=jnp.int32(1))
-        whole = checkpoint.Checkpoint(epoch, {"train": state}, {})
+        whole = checkpoint.Snapshot(epoch, {"train": state}, {})
         checkpoint.save(tmp_path / "run", whole, identity, keep=2)
     return tmp_path / "run"
 
@@ -354,7 +354,6 @@ def test_merge_of_a_run(capsys, base, workdir, tmp_path):
     the base's.
     """
     run(capsys, "export-lora", workdir, "--to", tmp_path / "lora")
-    net = tiny_base.PARTS["transformer"]
     assert run(capsys, "merge", base, tmp_path / "lora", "--to", tmp_path / "m.safetensors")[0] == 0
     got = bases.load_base(
         str(base),
@@ -363,14 +362,11 @@ def test_merge_of_a_run(capsys, base, workdir, tmp_path):
         param_dtype="float32",
     )
     plain = bases.load_base(str(base), dtype="float32", param_dtype="float32")
-    want = bases.Net(None, plain.transformer.params, net).params["blocks"]["self_attn"]["q"][
-        "kernel"
-    ]
-    delta = np.einsum(
-        "lir,lro->lio", Policies.ema["self_attn.q"]["a"], Policies.ema["self_attn.q"]["b"]
-    )
-    found = got.transformer.params["blocks"]["self_attn"]["q"]["kernel"]
-    np.testing.assert_allclose(found, want + 1.5 * delta, atol=1e-5)
+    pair = Policies.ema["self_attn.q"]
+    delta = np.einsum("lir,lro->lio", pair["a"], pair["b"])
+    want = plain.transformer.params["blocks"]["self_attn"]["q"]["kernel"]
+    merged = got.transformer.params["blocks"]["self_attn"]["q"]["kernel"]
+    np.testing.assert_allclose(merged, want + 1.5 * delta, atol=1e-5)
 
 
 CHILD = """
@@ -397,8 +393,9 @@ BIG = bases.WanConfig(dim=1536, ffn_dim=8960, num_layers=3, num_heads=12)
 
 
 def big_transformer(path, config):
-    """Writes random weights in bfloat16, tensor by tensor: (bytes of the largest tensor, of the
-    file).
+    """Write random weights in bfloat16, tensor by tensor.
+
+    Return the bytes of the largest tensor, and of all.
     """
     shapes = bases.engine.source_shapes(
         parts.rules("transformer", config), parts.shapes("transformer", config).params
@@ -411,9 +408,8 @@ def big_transformer(path, config):
         for name, shape in shapes.items()
     }
     write_safetensors(path, tensors)
-    return max(tensor.nbytes for tensor in tensors.values()), sum(
-        tensor.nbytes for tensor in tensors.values()
-    )
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    return max(sizes), sum(sizes)
 
 
 def child(*arguments):

@@ -2,6 +2,8 @@
 misfit is named.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ SHAPES = {
 }
 
 
-def expected(dtype=np.float32):
+def expected(dtype: Any = np.float32):
     def leaf(*shape):
         return np.zeros(shape, dtype)
 

@@ -2,6 +2,7 @@
 fault is named.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert import commands, describe, parts
+from astrolabe_jax.convert import commands, describe, nets, parts
 from astrolabe_jax.convert.engine import ConversionError
-from astrolabe_jax.convert.sources import open_part
+from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
 from tests import tiny_base
@@ -118,9 +119,7 @@ def write(directory, layout, tensors):
     part, _, name, writer, _ = LAYOUTS[layout]
     directory.mkdir(exist_ok=True)
     writer(directory / name, tensors)
-    (directory / "config.json").write_text(
-        json.dumps({part: parts.sizes_of(tiny_base.PARTS[part])})
-    )
+    (directory / "config.json").write_text(json.dumps({part: nets.sizes_of(tiny_base.PARTS[part])}))
     return directory / name
 
 
@@ -144,8 +143,8 @@ def test_in_and_out_again_every_byte_is_the_same(tmp_path, layout):
         and found["bytes"] == sum(t.nbytes for t in want.values())
     )
     config = json.loads((tmp_path / "imported" / "config.json").read_text())
-    assert parts.make_config(part, config[part]) == parts.make_config(
-        part, parts.sizes_of(tiny_base.PARTS[part])
+    assert nets.make_config(parts.PARTS[part], config[part]) == nets.make_config(
+        parts.PARTS[part], nets.sizes_of(tiny_base.PARTS[part])
     )
 
 
@@ -179,7 +178,7 @@ def test_any_tensor_that_is_gone_renamed_added_or_misshapen_is_named(
         ]
         for changed, culprits in changes[i % every :: every]:
             monkeypatch.setattr(
-                "astrolabe_jax.convert.sources.open_weights",
+                "astrolabe_jax.convert.open.open_weights",
                 lambda *_, given=changed: Opened(given),
             )
             for read in (
@@ -249,9 +248,9 @@ def write_package(directory, layout, sources):
         for part in parts.PARTS
     }
     net, vae, text = (tiny_base.PARTS[part] for part in ("transformer", "vae", "text_encoder"))
-    words = directory / bases.LAYOUTS[layout].tokenizer
-    words.mkdir(parents=True)
-    (words / "tokenizer.json").write_text((sources / "tokenizer.json").read_text())
+    tokenizer_dir = directory / bases.LAYOUTS[layout].tokenizer
+    tokenizer_dir.mkdir(parents=True)
+    (tokenizer_dir / "tokenizer.json").write_text((sources / "tokenizer.json").read_text())
     configs = {
         "transformer": {
             "_class_name": "WanTransformer3DModel",
@@ -339,15 +338,16 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     published sizes.
     """
     published = {
-        part: entry._replace(published=tiny_base.PARTS[part]) for part, entry in parts.PARTS.items()
+        part: dataclasses.replace(spec, published=tiny_base.PARTS[part])
+        for part, spec in parts.PARTS.items()
     }
     for module in (parts, bases):
         monkeypatch.setattr(module, "PARTS", published)
     net = tiny_base.PARTS["transformer"]
     repository = tmp_path / "Wan2.1"
-    words = repository / "google" / "umt5-xxl"
-    words.mkdir(parents=True)
-    (words / "tokenizer.json").write_text(word_tokenizer(tiny_base._WORDS))
+    tokenizer_dir = repository / "google" / "umt5-xxl"
+    tokenizer_dir.mkdir(parents=True)
+    (tokenizer_dir / "tokenizer.json").write_text(word_tokenizer(tiny_base.WORDS))
     config = {
         "_class_name": "WanModel",
         "model_type": "t2v",
@@ -368,7 +368,7 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     flat_torch(repository / "Wan2.1_VAE.pth", tensors["vae"])
     flat_torch(repository / "models_t5_umt5-xxl-enc-bf16.pth", tensors["text_encoder"])
     got = bases.load_base(str(repository), **NUMERICS)
-    assert parts.sizes_of(got.transformer.config) == parts.sizes_of(net)
+    assert nets.sizes_of(got.transformer.config) == nets.sizes_of(net)
     for part, net in zip(parts.PARTS, got[:3], strict=True):
         again = parts.save_net(part, net.params, net.config)
         assert {name: t.tobytes() for name, t in again.items()} == {
@@ -418,6 +418,6 @@ def test_every_leaf_is_placed_before_the_next_is_read(own):
 @pytest.mark.parametrize("size", parts.SIZES)
 def test_the_sizes_of_published_models_stand_for_those_of_the_base(own, size):
     found = bases.configs(str(own[0]), size, **NUMERICS)
-    assert {part: parts.sizes_of(config) for part, config in found.items()} == {
-        part: parts.sizes_of(config) for part, config in parts.SIZES[size].items()
+    assert {part: nets.sizes_of(config) for part, config in found.items()} == {
+        part: nets.sizes_of(config) for part, config in parts.SIZES[size].items()
     }

@@ -12,7 +12,10 @@ from astrolabe_jax.convert import engine, lora
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.wan.config import WanConfig
 
-LAYERS, DIM, FFN, RANK = 2, 6, 10, 3
+LAYERS = 2
+DIM = 6
+FFN = 10
+RANK = 3
 NET = WanConfig(dim=DIM, ffn_dim=FFN, num_layers=LAYERS, num_heads=1)
 PINNED_FIELDS = (
     "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode "

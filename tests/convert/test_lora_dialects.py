@@ -12,7 +12,8 @@ from astrolabe_jax.convert.engine import ConversionError, substituted
 from tests.convert import torch_files
 from tests.models import tiny
 
-NET, RANK = tiny.CONFIG, 2
+NET = tiny.CONFIG
+RANK = 2
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,8 @@ def test_every_dialect_is_the_same_adapter(tmp_path, adapter, dialect):
     writer, scale = DIALECTS[dialect]
     path = writer(tmp_path, adapter)
     for net, rank in ((NET, RANK), (NET, None), (None, None)):
-        got, found = lora.load_lora(path, net, rank)
-        assert found == scale
+        got, got_scale = lora.load_lora(path, net, rank)
+        assert got_scale == scale
         jax.tree.map(np.testing.assert_array_equal, got, adapter)
 
 
@@ -134,16 +135,17 @@ def test_what_is_exported_is_the_same_adapter(tmp_path, adapter, dialect, form):
     (tmp_path / "from").mkdir()
     writer, scale = DIALECTS[dialect]
     commands.export_lora(writer(tmp_path / "from", adapter), tmp_path / "to", form)
-    got, found = lora.load_lora(tmp_path / "to", NET)
-    assert found == scale
+    got, got_scale = lora.load_lora(tmp_path / "to", NET)
+    assert got_scale == scale
     jax.tree.map(np.testing.assert_array_equal, got, adapter)
 
 
 def test_alphas_that_differ_are_folded(tmp_path, adapter):
-    given = alphas(3.0)
-    given["blocks.1.ffn.2.alpha"] = np.array(1.0, np.float32)
-    del given["blocks.0.ffn.0.alpha"]  # without one: alpha is the rank
-    got, scale = lora.load_lora(save(tmp_path / "a.safetensors", spelled(adapter) | given), NET)
+    by_module = alphas(3.0)
+    by_module["blocks.1.ffn.2.alpha"] = np.array(1.0, np.float32)
+    del by_module["blocks.0.ffn.0.alpha"]  # without one: alpha is the rank
+    path = save(tmp_path / "a.safetensors", spelled(adapter) | by_module)
+    got, scale = lora.load_lora(path, NET)
     assert scale == 1.0
     np.testing.assert_array_equal(got["self_attn.q"]["b"], 1.5 * adapter["self_attn.q"]["b"])
     np.testing.assert_array_equal(got["ffn.2"]["b"][1], 0.5 * adapter["ffn.2"]["b"][1])
@@ -154,7 +156,7 @@ def test_alphas_that_differ_are_folded(tmp_path, adapter):
 @pytest.mark.parametrize("form", ["original", "diffusers"])
 @pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
 def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
-    """Half pairs, misspelt and unknown keys, mixed ranks: of every key, as it stands in the
+    """Half pairs, misspelt and unknown keys, mixed ranks: every key is named as it is in the
     file.
     """
     tensors, path = spelled(adapter, prefix, form), tmp_path / "a.safetensors"
@@ -179,7 +181,8 @@ def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
             ),
             (tensors | {name: np.ones((3, 3), np.float32)}, [f"changed shape: {seen} is [3, 3]"]),
         ]
-        refused(*(lambda change: (change[0], *change[1]))(changes[i % 4]))
+        changed, culprits = changes[i % 4]
+        refused(changed, *culprits)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.self_attn.q.diff", "blocks.0.norm3.diff_b"])
@@ -203,8 +206,8 @@ def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix):
 
 
 def test_an_alpha_of_nothing_is_refused(tmp_path, adapter):
-    given = {"blocks.7.ffn.0.alpha": np.array(1.0, np.float32)}
-    path = save(tmp_path / "a.safetensors", spelled(adapter) | given)
+    alpha = {"blocks.7.ffn.0.alpha": np.array(1.0, np.float32)}
+    path = save(tmp_path / "a.safetensors", spelled(adapter) | alpha)
     with pytest.raises(
         ConversionError, match="alpha of modules that are not adapted: blocks.7.ffn.0"
     ):
@@ -262,7 +265,7 @@ def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, ex
 
 
 def test_adapters_have_the_names_of_the_module_map():
-    """Spec/checkpoints.md 2.1."""
+    """They are those of docs/checkpoints.md, Diffusers names."""
     names = {
         module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in lora.TARGETS
     }

@@ -1,5 +1,5 @@
-"""A run takes its base and its first adapter from files of any dialect; what is in them is its
-identity.
+"""A run takes its base and its first adapter from files of any dialect; their content is in its
+fingerprint.
 """
 
 import shutil
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare
 from astrolabe_jax.convert import commands, lora, parts
+from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.convert import torch_files
@@ -23,11 +23,11 @@ def base(tmp_path_factory):
 
 
 def prepared(workdir, base, **changes):
-    return prepare.prepare(runs.small_config(base, **changes), workdir)
+    return prepare(runs.small_config(base, **changes), workdir)
 
 
 def framewise(path, seed):
-    """Weights in place of the base's, nested and prefixed as Causal-Forcing's are."""
+    """Write weights nested and prefixed as Causal-Forcing's are; return path and parameters."""
     net = tiny.random_params(
         parts.shapes("transformer", tiny_base.TRANSFORMER).params, np.random.default_rng(seed)
     )

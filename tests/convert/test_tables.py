@@ -25,7 +25,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def drawn(request):
-    """(part, net, tensors), every leaf random, so that no two tensors can be exchanged unseen."""
+    """Return (part, net, tensors), all random, so that no two tensors can be exchanged unseen."""
     net = base.shapes(request.param, CONFIGS[request.param])
     net = net._replace(params=tiny.random_params(net.params, np.random.default_rng(0)))
     return request.param, net, base.save_net(request.param, net.params, net.config)

@@ -20,11 +20,11 @@ from tests.convert.torch_files import Storage, Tensor, whole
 
 def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    made = {
+    floats = {
         dtype: rng.normal(size=(3, 4)).astype(dtype) for dtype in ("float64", "float32", "float16")
     }
-    made["bfloat16"] = rng.normal(size=(2, 2, 2)).astype(ml_dtypes.bfloat16)
-    return made | {
+    floats["bfloat16"] = rng.normal(size=(2, 2, 2)).astype(ml_dtypes.bfloat16)
+    return floats | {
         "int64": np.arange(5),
         "bool": np.array([True, False]),
         "scalar": np.array(2.5),
@@ -45,7 +45,7 @@ def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path):
 
 def test_containers_and_scalars_keep_their_nesting(tmp_path):
     state = collections.OrderedDict(w=whole(np.ones(2, np.float32)))
-    state._metadata = {"": {"version": 1}}  # as Module.state_dict() has it
+    vars(state)["_metadata"] = {"": {"version": 1}}  # as Module.state_dict() has it
     tree = {"generator": state, "step": 3, 7: [1.5, None, (True, "x")]}
     got = read_torch(torch_files.write(tmp_path / "a.pt", tree, root="any name"))
     assert got["step"] == 3 and got[7] == [1.5, None, (True, "x")]

@@ -16,12 +16,13 @@ from tests.convert import torch_files
 from tests.tiny_base import write_tiny_base
 
 NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
-FSDP, REMAT = "model._fsdp_wrapped_module.", "_checkpoint_wrapped_module."
+FSDP = "model._fsdp_wrapped_module."
+REMAT = "_checkpoint_wrapped_module."
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A base with plain safetensors, and its parameters."""
+    """Return a base with plain safetensors, and what load_base returns for it."""
     directory = write_tiny_base(tmp_path_factory.mktemp("plain"))
     return directory, bases.load_base(str(directory), **NUMERICS)
 
@@ -31,13 +32,13 @@ def read_safetensors(path):
 
 
 def renamed(tensors, prefix, inner=""):
-    """Names as training leaves them; `inner` wraps every block, too."""
-    return {
-        prefix + name.replace(".", f".{inner}", 2)
-        if name.startswith("blocks.")
-        else prefix + name: tensor
-        for name, tensor in tensors.items()
-    }
+    """Return the tensors under names as training leaves them; `inner` wraps every block, too."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.startswith("blocks."):
+            name = name.replace(".", f".{inner}", 2)
+        result[prefix + name] = tensor
+    return result
 
 
 def torch_tree(tensors):
@@ -89,7 +90,7 @@ def test_krea_is_safetensors_with_a_prefix(plain, tmp_path):
 
 def test_a_whole_base_of_torch_files(plain, tmp_path):
     """Wan2.1_VAE.pth and the text encoder's .pth are flat; the identity is that of the files, not
-    of their numbers.
+    of the numbers in them.
     """
     directory, want = plain
     directory = shutil.copytree(directory, tmp_path / "base")

@@ -1,5 +1,5 @@
-"""Writes files as torch.save does (spec/checkpoints.md 1.2), without torch: classes by name,
-tensors as views.
+"""Writes files as torch.save does (docs/checkpoints.md, Torch files), without torch: classes by
+name, tensors as views.
 """
 
 import collections
@@ -45,25 +45,23 @@ class Tensor:
 
 
 def whole(array: np.ndarray) -> Tensor:
-    """A tensor with a storage of its own."""
+    """Return a tensor with a storage of its own."""
     array = np.array(array, order="C")
-    return Tensor(
-        Storage(array.reshape(-1)),
-        0,
-        array.shape,
-        tuple(step // array.itemsize for step in array.strides),
-    )
+    strides = tuple(step // array.itemsize for step in array.strides)
+    return Tensor(Storage(array.reshape(-1)), 0, array.shape, strides)
 
 
 @contextmanager
 def _torch() -> Iterator[types.ModuleType]:
-    """Stand-ins for the names that pickle looks up while it writes."""
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    """Put stand-ins in place of the modules that pickle looks up while it writes."""
+    torch = types.ModuleType("torch")
+    utils = types.ModuleType("torch._utils")
     for name in STORAGES.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
     for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
         function = types.FunctionType((lambda *arguments: None).__code__, {}, name)
-        function.__module__, function.__qualname__ = "torch._utils", name
+        function.__module__ = "torch._utils"
+        function.__qualname__ = name
         setattr(utils, name, function)
     before = {name: sys.modules.get(name) for name in ("torch", "torch._utils")}
     sys.modules.update({"torch": torch, "torch._utils": utils})
@@ -76,9 +74,7 @@ def _torch() -> Iterator[types.ModuleType]:
 
 
 def pickled(tree) -> tuple[bytes, list[np.ndarray]]:
-    """data.pkl of a tree of containers, scalars and Tensors, and the storages in the order of their
-    keys.
-    """
+    """Return the data.pkl of a tree of containers, scalars and Tensors, and its storages by key."""
     storages: list[Storage] = []
 
     class Pickler(pickle.Pickler):
@@ -97,18 +93,17 @@ def pickled(tree) -> tuple[bytes, list[np.ndarray]]:
 
 
 def write(path: Path, tree, root: str = "archive", compression: int = zipfile.ZIP_STORED) -> Path:
-    """The file that torch.save(tree) gives."""
+    """Write the file that torch.save(tree) would; return its path."""
     data, storages = pickled(tree)
-    return write_zip(
-        path,
-        {f"{root}/data.pkl": data, f"{root}/byteorder": b"little"}
-        | {f"{root}/data/{i}": array.tobytes() for i, array in enumerate(storages)}
-        | {f"{root}/version": b"3\n"},
-        compression,
-    )
+    members = {f"{root}/data.pkl": data, f"{root}/byteorder": b"little"}
+    for key, array in enumerate(storages):
+        members[f"{root}/data/{key}"] = array.tobytes()
+    members[f"{root}/version"] = b"3\n"
+    return write_zip(path, members, compression)
 
 
 def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    """Write an archive of members by name; return its path."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)

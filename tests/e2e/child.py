@@ -37,7 +37,9 @@ def tell(path: str) -> None:
     from astrolabe_jax import train
     from astrolabe_jax.runtime.progress import Progress
 
-    phase, run_epoch, epochs = Progress.phase, train._epoch, [0]
+    phase = Progress.phase
+    run_epoch = train.epoch
+    epochs = [0]
 
     def line(what, progress, name):
         with open(path, "ab", buffering=0) as file:  # in one piece, whatever happens next
@@ -50,11 +52,12 @@ def tell(path: str) -> None:
             yield
         line("end", progress, name)
 
-    def telling_epoch(run, point, *others):
-        epochs.append(point.epoch + 1)
-        return run_epoch(run, point, *others)
+    def telling_epoch(run, state, *others):
+        epochs.append(state.epoch + 1)
+        return run_epoch(run, state, *others)
 
-    Progress.phase, train._epoch = telling_phase, telling_epoch
+    Progress.phase = telling_phase
+    train.epoch = telling_epoch
 
 
 if __name__ == "__main__":

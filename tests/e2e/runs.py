@@ -5,13 +5,15 @@ once compiled.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare, train
+from astrolabe_jax import sharding, train
+from astrolabe_jax.run import Run, prepare
 from astrolabe_jax.runtime import preemption
 from astrolabe_jax.runtime.progress import Progress
 from configs import moving_shapes
@@ -74,20 +76,32 @@ def quiet() -> Progress:
     return Progress({}, lambda: None, lambda line: None)
 
 
-def prepared(config, workdir: Path, devices: int = 1):
-    """The run of a config on some of the devices of this process."""
+def prepared(config, workdir: Path, devices: int = 1) -> Run:
+    """Return the run of a config on some of the devices of this process."""
     mesh = mesh_of(devices=jax.devices()[:devices])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
-        return prepare.prepare(config, workdir)
+        monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
+        return prepare(config, workdir)
 
 
-def start(config, workdir: Path):
-    """A run in this process, as main does it: the summary, or None if it was stopped."""
-    run = prepare.prepare(config, workdir)
-    with preemption.listening() as check:
+def go_on(run: Run, check: Callable[[], None]) -> dict | None:
+    """Train from the last checkpoint on: return the summary, or None if the run was stopped."""
+    with jax.set_mesh(run.mesh):
         return train.train(run, train.resume(run), check)
+
+
+def start(config, workdir: Path) -> dict | None:
+    """Train in this process, as main does it: return the summary, or None if it was stopped."""
+    run = prepare(config, workdir)
+    with preemption.listening() as check:
+        return go_on(run, check)
+
+
+def resumed(run: Run) -> train.RunState:
+    """Return the state of the last checkpoint."""
+    with jax.set_mesh(run.mesh):
+        return train.resume(run)
 
 
 def launch(environment, arguments, where="-", **options) -> subprocess.Popen:
@@ -130,10 +144,11 @@ def assert_same_run(config, one: Path, other: Path) -> None:
     first, second = outcome(one), outcome(other)
     for key in first:
         assert first[key] == second[key], key
-    points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
+    points = [resumed(prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
-    assert points[0].risk == points[1].risk and points[0].reset == points[1].reset
-    leaves = [jax.tree.leaves((point.state, point.streams)) for point in points]
+    assert points[0].risk == points[1].risk
+    assert points[0].reset == points[1].reset
+    leaves = [jax.tree.leaves((point.train, point.streams)) for point in points]
     assert len(leaves[0]) > 40
     for a, b in zip(*leaves, strict=True):
         assert a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))

@@ -1,6 +1,4 @@
-"""Whatever is wrong is said before anything is compiled, with its name and the next step (issue 2,
-part 9).
-"""
+"""Whatever is wrong is said before anything is compiled, with its name and the next step."""
 
 import json
 import re
@@ -8,8 +6,9 @@ import shutil
 
 import pytest
 
-from astrolabe_jax import prepare, rewards, train
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.models import tiny
 from tests.tiny_base import write_tiny_base
@@ -19,7 +18,7 @@ GOOD = b"a red circle moving left on a grey background\n"
 
 def refusal(config, workdir) -> str:
     with pytest.raises((ValueError, OSError)) as error:
-        train.resume(prepare.prepare(config, workdir))
+        runs.resumed(prepare(config, workdir))
     return str(error.value)
 
 
@@ -60,7 +59,7 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
     (tmp_path / "list.txt").write_text("a cat\n")
     config = runs.small_config(base, **{"prompts.test": str(tmp_path / "list.txt")})
     config.rewards = {"any": 1.0}
-    assert prepare.prepare(config, tmp_path / "run").test_prompts == ("a cat",)
+    assert prepare(config, tmp_path / "run").test_prompts == ("a cat",)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ def test_too_few_prompts_for_an_epoch(base, tmp_path):
 
 
 def test_another_adapter(base, tmp_path):
-    run = prepare.prepare(runs.small_config(base), tmp_path / "run")
+    run = prepare(runs.small_config(base), tmp_path / "run")
     save_peft(run.adapter, tmp_path / "lora", 2, 4.0)
     changed = {"lora.init": str(tmp_path / "lora")}
     assert "has alpha / rank 2, config.lora.alpha / rank is 1" in refusal(
@@ -259,7 +258,7 @@ def test_another_adapter(base, tmp_path):
 
 
 def test_a_broken_adapter_is_named(base, tmp_path):
-    run = prepare.prepare(runs.small_config(base), tmp_path / "run")
+    run = prepare(runs.small_config(base), tmp_path / "run")
     config = runs.small_config(base, **{"lora.init": str(tmp_path / "lora")})
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         save_peft(run.adapter, tmp_path / "lora", 2, 2.0)
@@ -296,9 +295,9 @@ def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
         files["lora.init"] = str(tmp_path / place / "lora")
         return runs.small_config(tmp_path / place / "base", **files, **changes)
 
-    prepare.prepare(config("there"), tmp_path / "run")
+    prepare(config("there"), tmp_path / "run")
     (tmp_path / "there").rename(tmp_path / "here")
-    prepare.prepare(config("here"), tmp_path / "run")
+    prepare(config("here"), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config.base"] == str(
         tmp_path / "here" / "base"
     )
@@ -315,7 +314,7 @@ def test_moved_files_with_the_same_content_are_the_same_run(base, tmp_path):
 
 
 def test_a_truncated_record_of_the_run_is_named(base, tmp_path):
-    prepare.prepare(runs.small_config(base), tmp_path / "run")
+    prepare(runs.small_config(base), tmp_path / "run")
     record = tmp_path / "run" / "run.json"
     record.write_bytes(record.read_bytes()[:100])
     assert refusal(runs.small_config(base), tmp_path / "run").startswith(
@@ -343,7 +342,7 @@ def test_workdirs_and_checkpoints_of_others(straight, base, tmp_path):
     assert "config.train.epochs is 2, but the run in" in refusal(fewer, tmp_path / "run")
 
     # Checkpoints moved into the workdir of another run are no better.
-    prepare.prepare(runs.small_config(base, seed=5), tmp_path / "mine")
+    prepare(runs.small_config(base, seed=5), tmp_path / "mine")
     shutil.copytree(workdir / "checkpoints", tmp_path / "mine" / "checkpoints")
     message = refusal(runs.small_config(base, seed=5), tmp_path / "mine")
     assert "is of another run" in message and "config.seed: 0 there, 5 now" in message

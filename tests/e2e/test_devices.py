@@ -2,54 +2,76 @@
 into pieces.
 """
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import evaluate, prepare, sharding, train
+from astrolabe_jax import sharding, train
+from astrolabe_jax.decode import encode_video
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.run import Run, prepare
+from astrolabe_jax.streaming import windows
+from astrolabe_jax.types import TrainState
 from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
 from tests.meshes import ONE, mesh_of
 from tests.policies import assert_same_state
 
 
-def first_epoch(base, workdir, mesh, monkeypatch, **changes):
-    """(run, pieces, latents, frames, record, state after) of the real epoch, and latents of its
-    frames once more.
-    """
-    monkeypatch.setattr(prepare.sharding, "make_mesh", lambda config: mesh)
-    run = prepare.prepare(runs.small_config(base, **changes), workdir)
-    videos, sample = [], train.generate
+class Epoch(NamedTuple):
+    """What the first epoch of a run made."""
+
+    run: Run
+    pieces: int
+    latents: np.ndarray
+    frames: np.ndarray
+    encoded: np.ndarray  # latents of the frames once more
+    record: dict
+    state: TrainState  # after it
+
+
+def first_epoch(base, workdir, mesh, **changes) -> Epoch:
+    """Run the real epoch on a mesh."""
+    collect = windows.collect
+    score = windows.score_async
+    segments = []
+    pieces = []
 
     def kept(*arguments):
-        for part in sample(*arguments):
-            videos.append(part)
-            yield part
+        segments.append(collect(*arguments))
+        return segments[-1]
 
-    monkeypatch.setattr(train, "generate", kept)
-    run = run._replace(adapter=random_adapter(run))
-    step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
-    point, record = train._epoch(run, train.resume(run), step, Progress({}, lambda: None))
-    monkeypatch.undo()
-    vae = run.base.vae
-    again = [
-        evaluate._encode(
-            vae.graphdef,
-            vae.params,
-            sharding.shard_batch(run.mesh, part.frames),
-            None,
-            mesh=run.mesh,
-        )[0]
-        for part in videos
-    ]
+    def scored(run, frames, texts, numbers, progress):
+        pieces.append((numbers, frames))
+        return score(run, frames, texts, numbers, progress)
+
+    with pytest.MonkeyPatch.context() as monkeypatch, jax.set_mesh(mesh):
+        monkeypatch.setattr(sharding, "make_mesh", lambda config: mesh)
+        monkeypatch.setattr(windows, "collect", kept)
+        monkeypatch.setattr(windows, "score_async", scored)
+        run = prepare(runs.small_config(base, **changes), workdir)
+        run = run._replace(adapter=random_adapter(run))
+        step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
+        point, record = train.epoch(run, train.resume(run), step, runs.quiet())
+        frames = [frames for _, frames in pieces]
+        chunk = run.config.video.decode_chunk
+        encoded = [encode_video(run.base.vae, part, None, chunk, mesh)[0] for part in frames]
+    latents = segments[0].latents
     # whole videos on every device, evenly
-    for array in (*again, *(part.latents for part in videos)):
+    for array in (*encoded, latents):
         assert array.sharding.is_equivalent_to(sharding.batch_sharding(mesh), array.ndim)
-    frames = np.concatenate([part.frames for part in videos])
-    latents, again = (np.concatenate(parts) for parts in ([part.latents for part in videos], again))
-    return run, len(videos), latents, frames, record, point.state, again
+    order = np.argsort(np.concatenate([numbers for numbers, _ in pieces]))
+    return Epoch(
+        run,
+        len(pieces),
+        np.asarray(latents),
+        np.concatenate(frames)[order],
+        np.concatenate(encoded)[order],
+        record,
+        point.train,
+    )
 
 
 def random_adapter(run):
@@ -63,8 +85,7 @@ def random_adapter(run):
 
 @pytest.fixture(scope="module")
 def on_one_device(base, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return first_epoch(base, tmp_path_factory.mktemp("one") / "run", ONE, monkeypatch)
+    return first_epoch(base, tmp_path_factory.mktemp("one") / "run", ONE)
 
 
 @pytest.mark.parametrize(
@@ -76,29 +97,29 @@ def on_one_device(base, tmp_path_factory):
     ],
 )
 def test_an_epoch_is_the_same_on_other_devices_and_in_pieces(
-    on_one_device, base, tmp_path, monkeypatch, data, fsdp, limit, pieces
+    on_one_device, base, tmp_path, data, fsdp, limit, pieces
 ):
     mesh = mesh_of(data, fsdp, jax.devices()[: data * fsdp])
-    run, parts, latents, frames, record, state, again = first_epoch(
-        base, tmp_path / "run", mesh, monkeypatch, **{"mesh.samples_per_device": limit}
-    )
-    assert parts == pieces
-    _, _, want_latents, want_frames, want_record, want_state, want_again = on_one_device
+    epoch = first_epoch(base, tmp_path / "run", mesh, **{"mesh.samples_per_device": limit})
+    assert epoch.pieces == pieces
 
     whole = {
         name: all(
-            leaf.is_fully_replicated for leaf in jax.tree.leaves(getattr(run.base, name).params)
+            leaf.is_fully_replicated
+            for leaf in jax.tree.leaves(getattr(epoch.run.base, name).params)
         )
         for name in ("transformer", "text", "vae")
     }
     assert whole == {"transformer": fsdp == 1, "text": fsdp == 1, "vae": True}
-    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(epoch.state))
 
-    np.testing.assert_allclose(latents, want_latents, atol=2e-5)
-    apart = np.abs(frames.astype(int) - want_frames)
+    want = on_one_device
+    np.testing.assert_allclose(epoch.latents, want.latents, atol=2e-5)
+    apart = np.abs(epoch.frames.astype(int) - want.frames)
     assert apart.max() <= 1 and (apart > 0).mean() < 1e-3  # bytes are truncated
-    np.testing.assert_allclose(again, want_again, atol=1e-2)  # of frames that differ by those bytes
-    for name in set(record) - {"seconds", "kind"}:
-        np.testing.assert_allclose(record[name], want_record[name], rtol=1e-4, err_msg=name)
-    assert_same_state(*jax.device_get((state, want_state)))
-    assert record["grad_norm"] > 0 and np.ptp(frames) > 100
+    # of frames that differ by those bytes
+    np.testing.assert_allclose(epoch.encoded, want.encoded, atol=1e-2)
+    for name in set(epoch.record) - {"seconds", "kind"}:
+        np.testing.assert_allclose(epoch.record[name], want.record[name], rtol=1e-4, err_msg=name)
+    assert_same_state(*jax.device_get((epoch.state, want.state)))
+    assert epoch.record["grad_norm"] > 0 and np.ptp(epoch.frames) > 100

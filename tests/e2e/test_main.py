@@ -31,7 +31,7 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
     workdir = tmp_path / "run"
     arguments = [*runs.flags(base), f"--workdir={workdir}"]
     for where in (
-        "SIGKILL:astrolabe_jax.generate.decode:3",
+        "SIGKILL:astrolabe_jax.streaming.windows.decode_video:3",
         "SIGKILL:astrolabe_jax.train.blend_old:1",
     ):
         status, _, errors = finish(launch(environment, arguments, where))

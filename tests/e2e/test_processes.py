@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare, train
+from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.e2e.disks import small_disk
 from tests.e2e.runs import finish, launch
@@ -60,12 +60,12 @@ def assert_close(config, one, other, tolerance=TOLERANCE):
         numbers, others = (jax.tree.leaves(result[key]) for result in (first, second))
         for a, b in zip(numbers, others, strict=True):
             assert a == b or abs(a - b) <= tolerance * max(1, abs(a)), key
-    points = [train.resume(prepare.prepare(config, workdir)) for workdir in (one, other)]
+    points = [runs.resumed(prepare(config, workdir)) for workdir in (one, other)]
     assert points[0].epoch == points[1].epoch == config.train.epochs
     states = [
         [
             np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.device_get(policy))])
-            for policy in point.state[:4]
+            for policy in point.train[:4]
         ]
         for point in points
     ]
@@ -167,7 +167,7 @@ def test_two_processes_equal_one_and_pieces_the_whole(base, tmp_path, environmen
     pieces = tmp_path / "pieces"
     for where in (
         ("-", "SIGTERM:astrolabe_jax.train.blend_old:2"),
-        ("-", "SIGKILL:astrolabe_jax.generate.decode:1"),
+        ("-", "SIGKILL:astrolabe_jax.streaming.windows.decode_video:1"),
         ("SIGKILL:astrolabe_jax.train.blend_old:1", "-"),
     ):
         start = time.monotonic()

@@ -8,15 +8,17 @@ import types
 import numpy as np
 import pytest
 
-from astrolabe_jax import prepare, rewards, train
-from astrolabe_jax.convert import rewards as convert_rewards
-from astrolabe_jax.convert.rewards import HPSV3
+from astrolabe_jax import train
 from astrolabe_jax.rewards import __main__ as self_check
-from astrolabe_jax.rewards import hpsv3
+from astrolabe_jax.rewards import convert as convert_rewards
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.rewards.qwen2_vl import hpsv3
+from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3
+from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
 from tests.e2e.test_processes import assert_close, both, environment_of
-from tests.rewards import published
+from tests.rewards.qwen2_vl import published
 
 SHORT = {"train.epochs": 2, "train.checkpoint_every": 1}
 OPTIONS = {"frame_stride": 4, "frames_per_batch": 1, "dtype": "float32"}
@@ -118,7 +120,7 @@ def test_a_scorer_that_fails_on_its_third_call_loses_nothing(
     ):
         runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
     assert len(calls) == 3
-    assert train.resume(prepare.prepare(config(base, directory), tmp_path / "run")).epoch == 1
+    assert runs.resumed(prepare(config(base, directory), tmp_path / "run")).epoch == 1
     runs.start(config(base, directory, **{"scoring.overlap": overlap}), tmp_path / "run")
     runs.assert_same_run(made, workdir, tmp_path / "run")
 
@@ -132,10 +134,10 @@ def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_pat
         convert_rewards.convert(HPSV3.name, given._replace(dtype="bfloat16"), other)
     changed = config(base, other)
     with pytest.raises(ValueError, match="reward.hpsv3: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
-        prepare.prepare(changed, workdir)
+        prepare(changed, workdir)
     moved = tmp_path / "moved"
     moved.symlink_to(directory)
-    assert prepare.prepare(config(base, moved), workdir).fingerprint["reward.hpsv3"]
+    assert prepare(config(base, moved), workdir).fingerprint["reward.hpsv3"]
 
 
 def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(
@@ -175,7 +177,7 @@ def test_two_processes_score_as_one(base, directory, tmp_path, environment):
 
 def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(self_check.pictures, "read_video", lambda path, fps: pixels)
+    monkeypatch.setattr(self_check.media, "read_video", lambda path, fps: pixels)
     holders = {
         "config": config(base, directory),
         "video": "a.mp4",

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import types
 
 import av
 import jax
@@ -13,8 +12,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from astrolabe_jax import generate, prepare, report, rewards, train
+from astrolabe_jax import report, train
 from astrolabe_jax.convert import commands
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.run import prepare
+from astrolabe_jax.streaming import streams, windows
 from tests.e2e import runs
 
 
@@ -50,16 +52,17 @@ def test_everything_a_person_looks_at_is_there(straight, capsys):
 
 def test_the_memory_of_the_opening_summary_is_that_of_the_arrays(straight):
     config, workdir, _ = straight
-    run = prepare.prepare(config, workdir)
-    point, sizes = train.resume(run), report.memory(run)
+    run = prepare(config, workdir)
+    state = runs.resumed(run).train
+    sizes = report.memory(run)
 
     def held(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
     nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
     assert sizes["base"] == held(nets)
-    assert sizes["four policies"] == held(point.state[:4])
-    assert sizes["optimizer"] == held(point.state.optimizer) - point.state.optimizer[0].count.nbytes
+    assert sizes["four policies"] == held(state[:4])
+    assert sizes["optimizer"] == held(state.optimizer) - state.optimizer[0].count.nbytes
     assert str(len(run.train_prompts)) in report.opening(run)
 
 
@@ -166,19 +169,17 @@ def test_spoilt_reports_are_made_again(straight, base, tmp_path):
     )
 
 
-def test_only_lost_records_are_named(straight, base, capsys):
+def test_only_lost_records_are_named(straight, base, tmp_path, capsys):
     config, workdir, _ = straight
-    run = prepare.prepare(
-        runs.small_config(base, **{"train.eval_every": 1}), workdir.parent / "other"
-    )
-    kept = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    metrics = types.SimpleNamespace(records=[record for record in kept if record["epoch"] != 2])
-    train._say_what_is_lost(run, 0, metrics)
-    train._say_what_is_lost(
-        prepare.prepare(config, workdir), 4, types.SimpleNamespace(records=kept)
-    )
-    assert not capsys.readouterr().out
-    train._say_what_is_lost(run, 4, metrics)
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(True)
+    kept = [line for line in lines if json.loads(line)["epoch"] != 2]
+    runs.start(config, copy)
+    assert "has lost" not in capsys.readouterr().out
+    (copy / "metrics.jsonl").write_text("".join(kept))
+    often = runs.small_config(base, **{"train.eval_every": 1})
+    runs.go_on(prepare(config, copy)._replace(config=often), lambda: None)
     assert (
         "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
     )
@@ -220,11 +221,9 @@ def test_the_adapter_of_a_checkpoint_is_the_one_that_the_run_exports(straight, t
 
 
 def test_the_seed_changes_every_draw(straight, base, tmp_path):
-    run = prepare.prepare(straight[0], straight[1])
+    run = prepare(straight[0], straight[1])
     runs.start(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
-    other = prepare.prepare(
-        runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run"
-    )
+    other = prepare(runs.small_config(base, seed=1, **{"train.epochs": 1}), tmp_path / "run")
     assert all(
         not np.array_equal(run.adapter[name]["a"], other.adapter[name]["a"]) for name in run.adapter
     )
@@ -264,9 +263,9 @@ def test_the_published_behaviour_runs(base, tmp_path):
     assert [record["reference_reset"] for record in records] == [0, 0, 1]
     assert all(record["masked"] < 16 and 0.02 <= record["risk_ratio"] <= 0.2 for record in records)
     assert summary["eval"]["ceiling"]["total"]["mean"] > 0
-    point = train.resume(prepare.prepare(config, tmp_path / "run"))
+    point = runs.resumed(prepare(config, tmp_path / "run"))
     assert len(point.risk.history) == 3 and point.reset.previous == 2
-    assert {str(leaf.dtype) for pair in point.state.current.values() for leaf in pair.values()} == {
+    assert {str(leaf.dtype) for pair in point.train.current.values() for leaf in pair.values()} == {
         "bfloat16"
     }
 
@@ -288,13 +287,13 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint
 ):
     config, workdir, _ = straight
     runs.start(runs.small_config(base, **{"train.epochs": 2}), tmp_path / "run")
-    sample = generate.generate
+    collect = windows.collect
 
     def broken(*arguments):
-        for videos in sample(*arguments):
-            yield videos._replace(latents=videos.latents.at[3].set(np.inf))
+        segment = collect(*arguments)
+        return segment._replace(latents=segment.latents.at[3].set(np.inf))
 
-    monkeypatch.setattr(train, "generate", broken)
+    monkeypatch.setattr(windows, "collect", broken)
     with pytest.raises(
         train.REFUSED, match="epoch 3, step 1: the loss of 1 of 8 samples .*sample 3: nan"
     ):
@@ -310,18 +309,19 @@ def test_latents_that_are_not_finite_are_refused_before_they_are_decoded(
     """The second batch of the evaluation is broken in two of its videos, and in one that only fills
     it up.
     """
-    sample, calls = generate.sample, []
+    sample_blocks = streams.sample_blocks
+    calls = []
 
     def broken(*arguments):
         calls.append(None)
-        latents = sample(*arguments)
-        return (
-            latents.at[2, 0, 0, 0, 0].set(np.nan).at[3].set(np.inf).at[6].set(np.nan)
-            if len(calls) == 2
-            else latents
-        )
+        for block in sample_blocks(*arguments):
+            if len(calls) == 2:
+                latents = block.latents.at[2, 0, 0, 0, 0].set(np.nan)
+                latents = latents.at[3].set(np.inf).at[6].set(np.nan)
+                block = block._replace(latents=latents)
+            yield block
 
-    monkeypatch.setattr(generate, "sample", broken)
+    monkeypatch.setattr(streams, "sample_blocks", broken)
     config = runs.small_config(base, **{"eval.videos": 12})
     with pytest.raises(
         train.REFUSED,

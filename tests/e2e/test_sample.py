@@ -11,15 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import requests, sample
+from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.models.lora import adapter_shapes
+from astrolabe_jax.run import layout_of, rules_of
 from astrolabe_jax.runtime import preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
+from astrolabe_jax.sample import __main__ as program
+from astrolabe_jax.sample import requests, videos
 from tests.e2e import runs
-from tests.models import tiny
 
 RED, GREEN = (
     "a red circle moving left on a grey background",
@@ -44,7 +48,7 @@ def ask(base, directory, changes=None, **options):
     config = runs.small_config(base)
     config.update_from_flattened_dict(changes or {})
     values = DEFAULTS | options | {"config": config, "output_dir": str(directory)}
-    sample.main(["sample"], {name: SimpleNamespace(value=value) for name, value in values.items()})
+    program.main(["sample"], {name: SimpleNamespace(value=value) for name, value in values.items()})
     return rows_of(directory)
 
 
@@ -141,18 +145,19 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            sample, "listening", lambda: contextlib.nullcontext(stopped_in_the_second_batch)
+            program, "listening", lambda: contextlib.nullcontext(stopped_in_the_second_batch)
         )
         rows = ask(base, tmp_path, prompt_file=listed)
     assert [row["sample_id"] for row in rows] == ["00000", "00001"]
     assert "SIGTERM: the videos that are done are in" in capsys.readouterr().out
     first = Path(rows[0]["video_path"]).read_bytes()
-    original = sample.make
-    monkeypatch.setattr(
-        sample,
-        "make",
-        lambda model, batch, *rest: calls.extend(batch) or original(model, batch, *rest),
-    )
+    make_videos = videos.make_videos
+
+    def counted(model, batch, *rest):
+        calls.extend(batch)
+        return make_videos(model, batch, *rest)
+
+    monkeypatch.setattr(videos, "make_videos", counted)
     rows = ask(base, tmp_path, prompt_file=listed)
     assert [request.name for request in calls] == ["00002"] and len(rows) == len(whole)
     assert Path(rows[0]["video_path"]).read_bytes() == first
@@ -174,10 +179,10 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
 
 def test_an_adapter_is_merged(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    shapes = sample.prepare.bases.configs(str(base))["transformer"]
-    adapter = tiny.jax.tree.map(
+    net = bases.configs(str(base))["transformer"]
+    adapter = jax.tree.map(
         lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype(np.float32),
-        tiny.adapter_shapes(shapes, 2),
+        adapter_shapes(net, 2),
     )
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     (plain,) = ask(base, tmp_path / "a", prompt=RED)
@@ -367,46 +372,41 @@ def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     """Without a | a duration is text; with one, all prompts are read, and the length is that of the
     config.
     """
-    config, path = runs.small_config(base, **{"scenes.published": True}), tmp_path / "a.txt"
-    layout = sample.prepare.layout_of(config)
-    terms = requests.Terms(layout, sample.prepare.rules_of(config), 4, 0, len, 1000)
+    config = runs.small_config(base, **{"scenes.published": True})
+    path = tmp_path / "a.txt"
+    limits = requests.Limits(layout_of(config), rules_of(config), 4, 0, len, 1000)
 
     def read():
-        return requests.read_requests(
-            config, requests.Asked(prompt_file=str(path), frames=21), terms
-        )
+        asked = requests.Options(prompt_file=str(path), frames=21)
+        return requests.read_requests(config, asked, limits)
 
     path.write_text("a[0.25s]\n")
-    assert read()[0].shots[0].prompts == ("a[0.25s]",)
+    assert read()[0].shots[0].timeline.prompts == ("a[0.25s]",)
     path.write_text("a[0.25s]\nb[0.5s#] | c\n")
     first, second = read()
-    assert first.shots[0].prompts == ("a",) and second.shots[0].prompts == ("b", "c")
-    assert [step.scene for step in second.shots[0].steps] == [
-        0,
-        0,
-        1,
-        1,
-        1,
-        1,
-    ] and second.frames == 21
+    assert first.shots[0].timeline.prompts == ("a",)
+    timeline = second.shots[0].timeline
+    assert timeline.prompts == ("b", "c")
+    assert [plan.scene for plan in timeline.blocks] == [0, 0, 1, 1, 1, 1]
+    assert second.frames == 21
 
 
 def test_the_command_line(base, tmp_path):
-    program = [
+    command = [
         sys.executable,
         "-m",
         "astrolabe_jax.sample",
         *runs.flags(base),
         f"--output_dir={tmp_path / 'out'}",
     ]
-    done = subprocess.run([*program, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
-    assert done.returncode == 0 and "1 videos, 8 frames in" in done.stdout, done.stderr
+    done = subprocess.run([*command, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 videos: 8 frames in" in done.stdout, done.stderr
     assert rows_of(tmp_path / "out")[0]["metadata"]["frames"] == 8
     for flag, message in (
         ("--prompt=a[5S]", "character 2 of 'a.5S.'"),
         ("--config.video.frame=9", "unknown config field"),
     ):
-        done = subprocess.run([*program, flag], capture_output=True, text=True)
+        done = subprocess.run([*command, flag], capture_output=True, text=True)
         assert done.returncode == 2 and re.search(f"^error: .*{message}", done.stderr, re.MULTILINE)
         assert "Traceback" not in done.stderr
 

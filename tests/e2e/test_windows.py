@@ -1,6 +1,4 @@
-"""Training on windows of long videos, epoch by epoch through the real conductor, in every
-variant.
-"""
+"""Training on windows of long videos, epoch by epoch through the real conductor, every variant."""
 
 import functools
 import json
@@ -9,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import evaluate, prompts, segments, train
+from astrolabe_jax import evaluate, prompts, sharding, train
 from astrolabe_jax.config import flatten
+from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.streaming import windows
+from astrolabe_jax.types import RngStream, Segment
 from astrolabe_jax.update import TrainStep
 from tests.e2e import runs
 from tests.models import tiny
@@ -33,6 +34,27 @@ COMPILED = (
 )
 
 
+def contrast(frames, prompts):
+    """A reward that needs no compilation, and is not the mean of a video's parts."""
+    return frames.std(axis=(1, 2, 3, 4)) / 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def contrast_is_a_reward():
+    """Every length of a clip would compile the rewards of the world anew."""
+    reward = rewards.Reward("tests.e2e.test_windows:contrast")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | {"contrast": reward})
+        yield
+
+
+def window_config(base, **changes):
+    """Return the config of a small run of windows."""
+    config = runs.small_config(base, **runs.WINDOWS | changes)
+    config.rewards = {"contrast": 1.0}
+    return config
+
+
 STEPS = {}
 
 
@@ -52,26 +74,27 @@ class Made:
 
     def __init__(self, run, epochs=1, starts=None):
         run = run._replace(adapter=jax.device_get(tiny.adapter()), starts=starts or run.starts)
-        self.run, self.point = run, train.resume(run)
-        self.records, self.drawn, self.pasts = [], [], []  # of each epoch
-        original = segments.sample
+        self.run = run
+        self.point = runs.resumed(run)
+        self.records = []  # of each epoch, as what follows
+        self.segments = []
+        self.prefixes = []
+        collect = windows.collect
 
         def kept(*arguments):
-            self.drawn.append(original(*arguments))
-            self.pasts.append(
-                jax.device_get(self.drawn[-1].pasts.streams[0])
-                if self.drawn[-1].pasts.streams
-                else None
-            )
-            self.latents = np.asarray(self.drawn[-1].latents)
-            return self.drawn[-1]
+            segment = collect(*arguments)
+            self.segments.append(segment)
+            # progressive streams are taken when they go on
+            self.prefixes.append(jax.device_get(segment.prefixes))
+            self.latents = np.asarray(segment.latents)
+            return segment
 
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(segments, "sample", kept)
+        with pytest.MonkeyPatch.context() as monkeypatch, jax.set_mesh(run.mesh):
+            monkeypatch.setattr(windows, "collect", kept)
             for _ in range(epochs):
-                self.point, record = train._epoch(run, self.point, step_of(run), runs.quiet())
+                self.point, record = train.epoch(run, self.point, step_of(run), runs.quiet())
                 self.records.append(record)
-        self.state = jax.device_get(self.point.state)
+        self.state = jax.device_get(self.point.train)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +102,23 @@ def made(base, tmp_path_factory):
     """made(changes, epochs, devices, starts): epochs of a run of windows."""
 
     def make(changes=None, epochs=1, devices=1, starts=None):
-        config = runs.small_config(
-            base, **runs.WINDOWS | (ONE if devices == 1 else {}) | (changes or {})
-        )
+        config = window_config(base, **(ONE if devices == 1 else {}) | (changes or {}))
         return Made(
             runs.prepared(config, tmp_path_factory.mktemp("runs") / "run", devices), epochs, starts
         )
 
     return make
+
+
+def collected(run, start: int) -> Segment:
+    """Return what a first epoch collects in the window at `start`; nothing is learnt from it."""
+    progress = runs.quiet()
+    with jax.set_mesh(run.mesh):
+        batch = train.draw_prompts(run, 0)
+        length = run.latent_shape[0]
+        videos = windows.encode_videos(run, batch, RngStream.ROLLOUT, 0, length, progress)
+        adapter = sharding.replicate(run.mesh, run.adapter)
+        return windows.collect(run, adapter, videos, start, [], progress, "sampling")
 
 
 def assert_same_epoch(one, other):
@@ -148,22 +180,24 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def test_6_one_program_serves_every_start(made):
+def test_one_program_serves_every_start(made):
     """At frame 0 the decoder has other programs, since it remembers nothing; those of the network
     are the same.
 
-    Besides them only the latents of as many blocks are put together.
+    Besides them only the latents of as many blocks are put together, and cut for the decoder.
     """
     made(starts=(2,))
     sizes = set()
     for start in (0, 4, 1, 3):
         COMPILED_NOW.clear()
         there = made(starts=(start,))
-        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(there.drawn[0].pasts)))
-        first = {"jit(_fork)", "jit(decode_chunk)", "jit(_score_video)"}
-        assert set(COMPILED_NOW) <= {"jit(concatenate)"} | (first if start == 0 else set()), (
-            COMPILED_NOW
-        )
+        segment = there.segments[0]
+        held = jax.tree.leaves((segment.prefixes, segment.whole))
+        sizes.add(sum(leaf.nbytes for leaf in held))
+        allowed = {"jit(concatenate)", "jit(dynamic_slice)"}
+        if start == 0:
+            allowed |= {"jit(_fork)", "jit(decode_chunk)"}
+        assert set(COMPILED_NOW) <= allowed, COMPILED_NOW
     assert len(sizes) == 1  # what the loss reads does not grow with the video
 
 
@@ -181,26 +215,25 @@ def test_full_sequences_at_frame_0_are_the_training_of_short_videos(made, base, 
     """Of as many frames, with gradients through the clean context."""
     fields = {"streaming.sampling": "sequence", "streaming.backprop": "full"}
     window = made(fields, starts=(0,))
-    short = runs.WINDOWS | {
+    short = {
         "video.frames": 5,
         "eval.frames": 0,
         "streaming.window": 0,
         "loss.context_gradient": True,
     }
-    run = runs.prepared(runs.small_config(base, **short), tmp_path / "short")
+    run = runs.prepared(window_config(base, **short), tmp_path / "short")
     run = run._replace(adapter=jax.device_get(tiny.adapter()))
-    point, record = train._epoch(run, train.resume(run), step_of(run), runs.quiet())
+    with jax.set_mesh(run.mesh):
+        point, record = train.epoch(run, train.resume(run), step_of(run), runs.quiet())
     for name in set(record) - {"seconds", "kind"}:
         np.testing.assert_allclose(window.records[0][name], record[name], rtol=2e-4, err_msg=name)
-    assert_same_state(window.state, jax.device_get(point.state))
+    assert_same_state(window.state, jax.device_get(point.train))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [2, 4])
 def test_keys_made_by_each_policy_are_those_of_the_rollout_while_nothing_is_evicted(made, start):
-    """In the first epoch, where the policies are equal (streaming.md 6.4); afterwards deep layers
-    differ.
-    """
+    """In the first epoch, where the policies are equal; afterwards deep layers differ."""
     one, other = (
         made({"streaming.prefix": prefix}, starts=(start,))
         for prefix in ("rollout_old", "per_policy")
@@ -254,9 +287,9 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
     ] and not epochs.point.streams
     run, weights = epochs.run, dict(epochs.run.config.rewards)
     before = [np.zeros((2, 0, *run.latent_shape[1:]), np.float32)]
-    for epoch, drawn in enumerate(epochs.drawn):
+    for epoch, drawn in enumerate(epochs.segments):
         batch = prompts.draw(
-            run.train_prompts, run.config.seed, segments.drawing(run, epoch), 2, 4, 1
+            run.train_prompts, run.config.seed, windows.prompt_draw(run, epoch), 2, 4, 1
         )
         assert (
             batch.index[0] == prompts.draw(run.train_prompts, run.config.seed, 0, 2, 4, 1).index[0]
@@ -264,7 +297,7 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
         total = sum(
             weight * drawn.scores[name].astype(np.float64) for name, weight in weights.items()
         )
-        chosen = segments.continuation(run, batch, total, epoch)
+        chosen = windows.continuations(run, batch, total, epoch)
         places = [chosen[int(batch.index[first])] for first in (0, 4)]
         if continuation == "best":
             assert places == [int(np.argmax(total[:4])), 4 + int(np.argmax(total[4:]))]
@@ -273,32 +306,39 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
         before.append(np.asarray(drawn.latents)[places])
     video = np.concatenate(before, axis=1)
     assert video.shape[1] == 6
-    last = epochs.pasts[-1]
+    (last,) = epochs.prefixes[-1]
     np.testing.assert_array_equal(last.recent, video[:, 1:4])
     np.testing.assert_array_equal(last.first, video[:, :1])
-    following = prompts.draw(run.train_prompts, run.config.seed, segments.drawing(run, 3), 2, 4, 1)
+    following = prompts.draw(
+        run.train_prompts, run.config.seed, windows.prompt_draw(run, 3), 2, 4, 1
+    )
     assert set(following.index).isdisjoint(batch.index)
 
 
 def test_held_out_videos_are_scored_clip_by_clip(base, tmp_path):
-    """The same videos of six frames, cut into other clips."""
-    shown, scores = {}, {}
+    """The same videos of six frames, cut into other clips; a single one has no late part."""
+    shown = {}
+    scores = {}
     for window in (2, 3, 6):
         changes = {"eval.frames": 0, "streaming.window": 6, "streaming.score_frames": window}
-        config = runs.small_config(base, **runs.WINDOWS | ONE | changes)
+        config = window_config(base, **ONE | changes)
         run = runs.prepared(config, tmp_path / str(window), 1)
-        scores[window], shown[window] = evaluate.evaluate(
-            run, run.adapter, runs.quiet(), "held-out"
-        )
+        with jax.set_mesh(run.mesh):
+            scores[window], shown[window] = evaluate.evaluate(
+                run, run.adapter, runs.quiet(), "held-out"
+            )
     np.testing.assert_array_equal(shown[6], shown[2])
     np.testing.assert_array_equal(shown[3], shown[2])
-    for window, found in scores.items():
+    assert set(scores[6]) == {*config.rewards, "total"}
+    for window in (2, 3):
+        evaluation = scores[window]
         begins = [f"total/{first}" for first in range(0, 6, window)]
-        assert [name for name in found if name.startswith("total/")] == begins
+        assert [name for name in evaluation if name.startswith("total/")] == begins
         np.testing.assert_allclose(
-            found["total"], np.mean([found[name] for name in begins], axis=0)
+            evaluation["total"], np.mean([evaluation[name] for name in begins], axis=0)
         )
     np.testing.assert_array_equal(scores[2]["late"], scores[2]["total/4"])
+    np.testing.assert_array_equal(scores[3]["late"], scores[3]["total/3"])
     assert np.ptp(np.stack([found["total"] for found in scores.values()]), axis=0).max() > 1e-3
 
 
@@ -315,35 +355,36 @@ def test_a_window_has_the_mean_of_its_clips(made, changes, start):
     """The frames that are scored, cut by hand: of a window of four, two clips of two latent
     frames.
     """
-    calls, judge = [], segments.judge
+    calls = []
+    score_async = windows.score_async
 
     def kept(run, frames, texts, numbers, progress):
-        wait = judge(run, frames, texts, numbers, progress)
+        wait = score_async(run, frames, texts, numbers, progress)
         calls.append((frames, numbers, wait))
         return wait
 
     changes = changes | {"streaming.window": 4}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(segments, "judge", kept)
-        made(changes, starts=(start,))
+        monkeypatch.setattr(windows, "score_async", kept)
+        collected(made(changes, epochs=0).run, start)
         frames, numbers, _ = calls.pop()
-        cut = made(changes | {"streaming.score_frames": 2}, starts=(start,))
+        cut = collected(made(changes | {"streaming.score_frames": 2}, epochs=0).run, start)
     length = 4 * (4 + start * (changes.get("streaming.reward") == "full"))
     length -= 3 * (start == 0 or "streaming.reward" in changes)
     assert frames.shape[1] == length and len(calls) > 1
     np.testing.assert_array_equal(np.concatenate([clip for clip, _, _ in calls], axis=1), frames)
     assert [clip.shape[1] for clip, _, _ in calls[1:]] == [8] * (len(calls) - 1)
     scores = [wait() for _, _, wait in calls]
-    for name, values in cut.drawn[0].scores.items():
+    for name, values in cut.scores.items():
         np.testing.assert_array_equal(
             values[numbers], np.mean([clip[name] for clip in scores], axis=0), err_msg=name
         )
 
 
 def test_every_video_is_chosen_now_and_then(made):
-    epochs = [made({"streaming.mode": "progressive"}, epochs=0).run]
-    batch = prompts.draw(epochs[0].train_prompts, 0, 0, 2, 4, 1)
-    drawn = [segments.continuation(epochs[0], batch, np.zeros(8), epoch) for epoch in range(200)]
+    run = made({"streaming.mode": "progressive"}, epochs=0).run
+    batch = prompts.draw(run.train_prompts, 0, 0, 2, 4, 1)
+    drawn = [windows.continuations(run, batch, np.zeros(8), epoch) for epoch in range(200)]
     counts = np.bincount([place for chosen in drawn for place in chosen.values()], minlength=8)
     assert counts.min() > 30 and counts.max() < 70
 
@@ -355,7 +396,7 @@ def test_devices_do_not_change_progressive_streams(made, devices):
     still = {"optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}
     changes = {"streaming.mode": "progressive", "streaming.continuation": "first", **still}
     one, other = (made(changes, epochs=3, devices=count) for count in (1, devices))
-    for a, b in zip(one.drawn, other.drawn, strict=True):
+    for a, b in zip(one.segments, other.segments, strict=True):
         np.testing.assert_allclose(a.latents, b.latents, atol=2e-5)
     for a, b in zip(one.records, other.records, strict=True):
         for name in ("total_loss", "policy_loss", "total_reward", "window_start"):
@@ -373,8 +414,10 @@ def test_keys_that_are_made_anew_follow_the_policy(made, progressive, reward):
     }
     epochs = made(changes | {"streaming.recache_on_update": True}, epochs=3)
     assert_learnt(epochs)
-    np.testing.assert_array_equal(epochs.drawn[0].latents, progressive("first").drawn[0].latents)
-    both = zip(epochs.drawn, progressive("first").drawn, strict=True)
+    np.testing.assert_array_equal(
+        epochs.segments[0].latents, progressive("first").segments[0].latents
+    )
+    both = zip(epochs.segments, progressive("first").segments, strict=True)
     apart = [np.abs(np.asarray(one.latents) - other.latents).max() for one, other in both]
     # the window before was put behind its past by the policy that samples this one
     assert apart[1] < 2e-5
@@ -410,16 +453,17 @@ def test_prompts_change_between_windows(made, tmp_path, transition, scenes, mode
         "streaming.mode": mode,
         "streaming.selection": "choices",
     }
-    judged, judge = [], segments.judge
+    judged = []
+    judge = windows.score_async
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
-            segments, "judge", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest)
+            windows, "score_async", lambda run, *rest: judged.append(rest[1]) or judge(run, *rest)
         )
         epochs = made(fields | {"streaming.starts": (0, 2, 4)}, epochs=3)
     assert_learnt(epochs)
     for epoch, texts in enumerate(judged):
         batch = prompts.draw(
-            epochs.run.train_prompts, 0, segments.drawing(epochs.run, epoch), 2, 4, 1
+            epochs.run.train_prompts, 0, windows.prompt_draw(epochs.run, epoch), 2, 4, 1
         )
         start = epochs.records[epoch]["window_start"]
         for text, story in zip(texts, batch.texts, strict=True):
@@ -442,9 +486,8 @@ def go(base):
             | {"train.checkpoint_every": 1}
             | (changes or {})
         )
-        config = runs.small_config(base, **fields)
-        run = runs.prepared(config, workdir, devices)
-        return run, train.train(run, train.resume(run), check)
+        run = runs.prepared(window_config(base, **fields), workdir, devices)
+        return run, runs.go_on(run, check)
 
     return run_on
 
@@ -462,15 +505,16 @@ def assert_same_end(run, one, other):
     first, second = runs.outcome(one), runs.outcome(other)
     for key in first:
         assert first[key] == second[key], key
-    points = [train.resume(run._replace(workdir=workdir)) for workdir in (one, other)]
-    assert points[0].epoch == points[1].epoch and len(points[0].streams) == 1
-    jax.tree.map(np.testing.assert_array_equal, *((point.state, point.streams) for point in points))
+    points = [runs.resumed(run._replace(workdir=workdir)) for workdir in (one, other)]
+    assert points[0].epoch == points[1].epoch
+    assert len(points[0].streams) == 1
+    jax.tree.map(np.testing.assert_array_equal, *((point.train, point.streams) for point in points))
 
 
 @pytest.mark.parametrize(
     "stop", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_9_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path, stop):
+def test_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path, stop):
     """After the first, the second or the last window, with and without saved samples: bit for
     bit.
     """
@@ -480,14 +524,14 @@ def test_9_a_run_goes_on_in_the_middle_of_its_streams(go, undisturbed, tmp_path,
 
 
 @pytest.mark.slow
-def test_9_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
+def test_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
     """To rounding: two prompts on four devices, so that each stream is there twice."""
     go(tmp_path / "run", {"train.epochs": 2})
     run, _ = go(tmp_path / "run", devices=4)
     points = [
-        train.resume(run._replace(workdir=workdir)) for workdir in (undisturbed, tmp_path / "run")
+        runs.resumed(run._replace(workdir=workdir)) for workdir in (undisturbed, tmp_path / "run")
     ]
-    assert_same_state(*(jax.device_get(point.state) for point in points), atol=2e-5)
+    assert_same_state(*(jax.device_get(point.train) for point in points), atol=2e-5)
     for a, b in zip(*(jax.tree.leaves(point.streams) for point in points), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
@@ -521,7 +565,7 @@ def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(
 
     monkeypatch.setattr(train, "blend_old", stopped)
     run, summary = go(tmp_path / "run", {"streaming.save": save}, check=check)
-    assert summary is None and train.resume(run).epoch == 2
+    assert summary is None and runs.resumed(run).epoch == 2
     monkeypatch.undo()
     run, _ = go(tmp_path / "run", {"streaming.save": save})
     assert_same_end(run, undisturbed, tmp_path / "run")
@@ -566,7 +610,9 @@ def test_samples_of_windows_are_saved_with_their_pasts(go, tmp_path, monkeypatch
     with pytest.raises(Killed):
         go(tmp_path / "run", fields)
     monkeypatch.setattr(train, "blend_old", blend)
-    monkeypatch.setattr(segments, "judge", None)  # nothing is scored before the last evaluation
+    monkeypatch.setattr(
+        windows, "score_async", None
+    )  # nothing is scored before the last evaluation
     capsys.readouterr()
     with pytest.raises(TypeError):
         go(tmp_path / "run", fields)

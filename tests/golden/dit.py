@@ -10,6 +10,7 @@ import numpy as np
 from astrolabe_jax import schedule
 from astrolabe_jax.convert.base import load_net
 from astrolabe_jax.models import layers
+from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.schedule import Schedule
 from tests.golden.files import GoldenFile
@@ -38,7 +39,8 @@ class Dit:
 @functools.partial(jax.jit, static_argnames=("graphdef", "layout"))
 def _forward(graphdef, params, x, t, prompts, adapter, scale, layout):
     model = layers.merge(graphdef, params)
-    return model(x, t, model.encode_text(prompts, adapter, scale), adapter, scale, layout=layout)
+    lora = scaled(adapter, scale)
+    return model(x, t, model.encode_text(prompts, lora), lora, layout=layout)
 
 
 def to_x0(x, velocity, t, shift: float):

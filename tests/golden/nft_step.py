@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     """
 
     config: ConfigDict
-    forward: update.Forward
+    forward: update.TrainingForward
     params: dict
     state: update.TrainState
     micros: list[dict]  # the stored inputs of each microbatch, with r and kl_weight
@@ -193,7 +193,7 @@ def _objective(variant: Variant, current: dict, micro: dict) -> tuple[jax.Array,
     noise.
     """
     samples = jnp.arange(len(micro["x0"]))
-    batch = update.Batch(
+    batch = update.StepBatch(
         latents=micro["x0"],
         r=micro["r"].astype(jnp.float32),
         kl_weight=micro["kl_weight"],
@@ -201,10 +201,11 @@ def _objective(variant: Variant, current: dict, micro: dict) -> tuple[jax.Array,
         t=jnp.full(samples.shape, micro["t"], jnp.float32),
         key=samples,
     )
+    objective = update.Objective(
+        variant.config, variant.forward, lambda sample, shape: micro["noise"][sample]
+    )
     terms = update.sample_terms(
-        variant.config,
-        variant.forward,
-        lambda sample, shape: micro["noise"][sample],
+        objective,
         variant.state._replace(current=current),
         variant.params,
         micro["prompt_embeds"],
@@ -232,5 +233,5 @@ def _prediction(variant: Variant, adapter: dict, i: int):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _velocity(forward: update.Forward, params, adapter, text, x0, x_t, t):
+def _velocity(forward: update.TrainingForward, params, adapter, text, x0, x_t, t):
     return forward.velocity(params, adapter, text, x0, x_t, t)

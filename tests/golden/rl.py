@@ -40,18 +40,10 @@ def objective(x0, old, forward, reference, r, mask, settings: dict) -> dict:
     """
     restrained = mask if settings["select_kl"] else np.ones(len(r), bool)
     terms = losses.objective(
-        "astrolabe",
-        x0,
-        forward,
-        old,
-        reference,
+        losses.Coefficients("astrolabe", settings["beta"], settings["kl_beta"]),
+        losses.Predictions(x0, forward, old, reference),
         r,
         losses.kl_weights(restrained),
-        beta=settings["beta"],
-        kl_lambda=settings["kl_beta"],
-        x_t=None,
-        sigma=None,
-        clip_max=None,
     )
     means = {name: values.mean() for name, values in terms.items()}
     return means | {

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from astrolabe_jax import schedule, stream
-from astrolabe_jax.models.wan.cache import init_cache, reference_order
+from astrolabe_jax import schedule
+from astrolabe_jax.models.wan.cache import reference_order
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, Trace, noise_from_array, rollout
+from astrolabe_jax.rollout import Sampler, Trace
 from astrolabe_jax.schedule import Schedule
-from astrolabe_jax.stream import Policy
-from astrolabe_jax.streaming import scenes
+from astrolabe_jax.streaming import scenes, streams
+from astrolabe_jax.types import BlockPlan, Policy, PromptBatch, Timeline, VideoBatch
 from tests.golden.dit import Dit
 from tests.golden.entry import EXACT, ROLLOUT, TABLE, Entry, Unsupported
 from tests.golden.files import GoldenFile
-from tests.meshes import ONE
 
 SCENARIO = {
     "name",
@@ -149,130 +148,117 @@ def _run(file: GoldenFile) -> Result:
         schedule=shift,
         sigma_source="lookup",
     )
-    if scenario["prompts"] is None and scenario["switch"] is None:
-        return _plain(file, dit, layout, sampler)
-    return _streamed(file, dit, layout, sampler)
-
-
-def _plain(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> Result:
-    """One prompt for the whole video: the rollout that training uses."""
-    scenario, config = file.config["scenario"], file.config
-    given, total = scenario["init"], scenario["init"] + scenario["frames"]
-    latent_hw = (config["lat_h"], config["lat_w"])
-    text = np.stack([file[key] for key in sorted(file.keys("prompt_embeds/p"), key=_prompt_index)])
-
-    @jax.jit
-    def run(params, text, noise, initial):
-        cache = init_cache(
-            dit.config, layout, scenario["B"], total, latent_hw, slots=_capacity(scenario)
-        )
-        draw = noise_from_array(noise, given)
-        latents, cache, traces = rollout(
-            dit.graphdef,
-            params,
-            None,
-            text,
-            draw,
-            frames=scenario["frames"],
-            latent_hw=latent_hw,
-            layout=layout,
-            sampler=sampler,
-            initial_latents=initial,
-            cache=cache,
-            trace=True,
-        )
-        stored = reference_order(
-            cache, 0, layout, total, dit.config, latent_hw, rotated=not scenario["infer"]
-        )
-        return latents, traces, *stored
-
-    latents, traces, cache_k, cache_v = run(dit.params, text, _noise(file), _initial_latents(file))
-    passes = list(zip(layout.blocks(total), traces, strict=True))
-    first = given // scenario["block"]
-    sampled = [
-        Sampled(block.start, block.stop, min(block.stop, _capacity(scenario)), False, trace)
-        for block, trace in passes[first:]
-    ]
-    return Result(
-        latents,
-        [Given(block.start, 0, trace) for block, trace in passes[:first]],
-        sampled,
-        cache_k,
-        cache_v,
-    )
-
-
-def _streamed(file: GoldenFile, dit: Dit, layout: Layout, sampler: Sampler) -> Result:
-    """Prompts that change: the sampler of streams."""
-    scenario, config, slots = (
-        file.config["scenario"],
-        file.config,
-        _capacity(file.config["scenario"]),
-    )
-    latent_hw, given = (config["lat_h"], config["lat_w"]), scenario["init"]
-    policy = Policy(dit.graphdef, dit.params, None, 1.0, dit.config, layout, sampler, ONE)
-    steps = _timeline(scenario, layout, slots)
-    noise = _noise(file)
-    file.under("prompt_embeds/")  # also those of scenes that the video does not reach
-
-    def text(scene: int):
-        embeddings = _scene_prompts(file, scene)
-        return stream.encode_text(dit.graphdef, dit.params, None, 1.0, embeddings, mesh=policy.mesh)
-
-    def block_noise(step):
-        return noise[:, :, step.frame - given : step.frame - given + step.count]
-
-    initial = _initial_latents(file)
-    pieces = list(
-        stream.stream(
-            policy, text, steps, block_noise, slots, scenario["B"], latent_hw, initial, trace=True
-        )
-    )
-    made, sampled = [], []
-    for piece in pieces:
-        if piece.step is None:
-            made.append(
-                Given(sum(block.latents.shape[1] for block in pieces[: len(made)]), 0, piece.trace)
-            )
-            continue
-        step, calls = piece.step, len(sampler.steps) + 1
-        if piece.change is not None:
-            made.append(Given(step.change.frames[0], len(sampled) * calls, piece.change))
-        held = min(step.start + step.count, slots)
-        sampled.append(Sampled(step.frame, step.frame + step.count, held, step.cut, piece.trace))
-    end = steps[-1].start + steps[-1].count
+    policy = Policy(dit.params, None, dit.graphdef, dit.config, layout, sampler)
+    videos = _videos(file, layout)
+    blocks = list(_blocks(file, policy, videos))
+    last = blocks[-1]
     stored = reference_order(
-        pieces[-1].cache, 0, layout, end, dit.config, latent_hw, rotated=not scenario["infer"]
+        last.state.cache,
+        0,
+        layout,
+        last.plan.start + last.plan.count,
+        dit.config,
+        (config["lat_h"], config["lat_w"]),
+        rotated=not scenario["infer"],
     )
-    latents = np.concatenate([piece.latents for piece in pieces], axis=1)
-    return Result(latents, made, sampled, *stored)
+    latents = np.concatenate([block.latents for block in blocks], axis=1)
+    return Result(latents, *_calls(blocks, scenario["init"], _capacity(scenario)), *stored)
 
 
-def _timeline(scenario: dict, layout: Layout, slots: int) -> list[scenes.Step]:
+def _blocks(file: GoldenFile, policy: Policy, videos: VideoBatch) -> Iterator[streams.SampledBlock]:
+    """Every block of the stored rollout, the given ones first, by the driver of all videos."""
+    scenario, config = file.config["scenario"], file.config
+    shape = (policy.config.in_channels, config["lat_h"], config["lat_w"])
+    state = streams.begin(policy, scenario["B"], _capacity(scenario), shape)
+    first = scenario["init"]
+    given = streams.blocks_between(videos, 0, first)
+    if given:
+        latents = _initial_latents(file)
+        for block in streams.cache_blocks(policy, videos, state, latents, given, 0.0, trace=True):
+            # its memory is taken by the next one
+            state = block.state
+            yield block
+    noise = _noise(file)
+
+    def noise_of(plan: BlockPlan):
+        return noise[:, :, plan.frame - first : plan.frame - first + plan.count]
+
+    rest = range(given.stop, len(videos.blocks))
+    yield from streams.sample_blocks(policy, videos, state, rest, noise_of, trace=True)
+
+
+def _calls(blocks, first: int, slots: int) -> tuple[list[Given], list[Sampled]]:
+    """What our rollout called, in the terms of the stored file; `first` frames were given."""
+    given = []
+    sampled = []
+    for block in blocks:
+        plan = block.plan
+        if plan.frame < first:
+            given.append(Given(plan.frame, 0, block.trace))
+            continue
+        if block.change is not None:
+            calls = len(sampled) * len(block.trace.timestep)
+            given.append(Given(plan.change.frames[0], calls, block.change))
+        held = min(plan.start + plan.count, slots)
+        stop = plan.frame + plan.count
+        sampled.append(Sampled(plan.frame, stop, held, plan.cut, block.trace))
+    return given, sampled
+
+
+def _videos(file: GoldenFile, layout: Layout) -> VideoBatch:
+    """The videos of a stored rollout: each sample has prompts of its own."""
+    scenario = file.config["scenario"]
+    batch = scenario["B"]
+    plans = scenes.given_blocks(layout, scenario["init"])
+    if scenario["prompts"] is None and scenario["switch"] is None:
+        names = [[f"p{sample}"] for sample in range(batch)]
+        plans += _planned(scenario, layout, [0] * len(_sampled_blocks(scenario, layout)), [])
+    else:
+        file.under("prompt_embeds/")  # also those of scenes that the video does not reach
+        changes = _changing_plans(scenario, layout)
+        plans += changes
+        count = max(plan.scene for plan in changes) + 1
+        names = [
+            [_scene_key(file, scene, sample) for scene in range(count)] for sample in range(batch)
+        ]
+    distinct = list(dict.fromkeys(name for row in names for name in row))
+    embeddings = np.stack([file[f"prompt_embeds/{name}"] for name in distinct])
+    timelines = tuple(Timeline(tuple(row), tuple(plans)) for row in names)
+    numbers = np.arange(batch, dtype=np.int32)
+    prompts = PromptBatch(("",) * batch, numbers, np.zeros(batch, np.int32))
+    rows = {name: row for row, name in enumerate(distinct)}
+    keys = jax.random.split(jax.random.key(0), batch)  # not used: the noise is stored
+    return VideoBatch(prompts, timelines, rows, embeddings, keys)
+
+
+def _scene_key(file: GoldenFile, scene: int, sample: int) -> str:
+    """The embedding of a scene: stored as p{scene}.{sample}, or as p{scene} for a batch of one."""
+    name = f"p{scene}.{sample}"
+    return name if f"prompt_embeds/{name}" in file else f"p{scene}"
+
+
+def _sampled_blocks(scenario: dict, layout: Layout) -> list:
     given, total = scenario["init"], scenario["init"] + scenario["frames"]
-    blocks = [block for block in layout.blocks(total) if block.start >= given]
+    return [block for block in layout.blocks(total) if block.start >= given]
+
+
+def _planned(scenario: dict, layout: Layout, scene_of, cuts, transition="flush") -> list[BlockPlan]:
+    blocks = _sampled_blocks(scenario, layout)
+    rules = scenes.Rules(transition, global_sink=bool(scenario["gsink"]), published=True)
+    return scenes.plan_blocks(blocks, scene_of, cuts, layout, _capacity(scenario), rules)
+
+
+def _changing_plans(scenario: dict, layout: Layout) -> list[BlockPlan]:
+    """The blocks of a video whose prompts change: at frames with a re-cache, or in a string."""
+    blocks = _sampled_blocks(scenario, layout)
     if scenario["switch"] is not None:
-        rules = scenes.Rules("recache", global_sink=bool(scenario["gsink"]), published=True)
         scene_of = scenes.scenes_by_frame(scenario["switch"], [block.start for block in blocks])
-        return scenes.timeline(
-            blocks, scene_of, [False] * (len(scenario["switch"]) + 1), layout, slots, rules
-        )
+        cuts = [False] * (len(scenario["switch"]) + 1)
+        return _planned(scenario, layout, scene_of, cuts, "recache")
     prompt = scenario["prompts"] if isinstance(scenario["prompts"], str) else scenario["prompts"][0]
     parsed = scenes.parse_published(prompt, scenario["block"], scenario.get("fps", 16))
     scene_of = scenes.scenes_by_length(parsed, len(blocks))
-    cuts = [scene.cut for scene in parsed]
-    return scenes.timeline(
-        blocks, scene_of, cuts, layout, slots, scenes.Rules("flush", published=True)
-    )
-
-
-def _scene_prompts(file: GoldenFile, scene: int) -> np.ndarray:
-    """Embeddings [B, S, E] of a scene: stored as p{scene}.{sample}, or as p{scene} for a batch of
-    one.
-    """
-    batch = file.config["scenario"]["B"]
-    keys = [f"prompt_embeds/p{scene}.{sample}" for sample in range(batch)]
-    return np.stack([file[key if key in file else f"prompt_embeds/p{scene}"] for key in keys])
+    return _planned(scenario, layout, scene_of, [scene.cut for scene in parsed])
 
 
 def _noise(file: GoldenFile) -> np.ndarray:
@@ -322,10 +308,6 @@ def _context_entries(file: GoldenFile, group: str, result: Callable[[], Result])
             yield Entry(
                 key, lambda shape=file[key].shape: np.full(shape, given().before_call), EXACT
             )
-
-
-def _prompt_index(key: str) -> int:
-    return int(key.removeprefix("prompt_embeds/p"))
 
 
 def _padded(cache, tokens: int) -> np.ndarray:

@@ -68,7 +68,9 @@ def test_the_only_positions_are_the_biases_of_each_layer(encoder):
     order = np.array([3, 0, 5, 1, 4, 2])
 
     def change_of_order(edit):
-        """How much a permutation of the tokens does, beyond permuting the hidden states."""
+        """Return how much a permutation of the tokens does beyond permuting the hidden states, and
+        the hidden states of the tokens in order.
+        """
         blocks = params["blocks"]
         edited = params | {
             "blocks": blocks | {"position_bias": jax.tree.map(edit, blocks["position_bias"])}
@@ -86,7 +88,8 @@ def test_the_only_positions_are_the_biases_of_each_layer(encoder):
 
 
 def test_buckets_are_the_published_table():
-    starts = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]  # first distance of each bucket, spec B3
+    # The first distance of each bucket: docs/models.md, Relative position bias.
+    starts = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
     buckets = relative_buckets(XXL, 512)
     assert buckets.shape == (512, 512)
     for distance in range(512):

@@ -1,5 +1,6 @@
-"""Wan VAE: streams equal whole clips, causality, sizes, errors. Parity with the published code:
-tests/golden d_*.
+"""Wan VAE: a video in chunks equals the whole, causality, sizes, errors.
+
+Parity with the published code is tested by tests/golden (its files d_*).
 """
 
 import dataclasses
@@ -27,8 +28,9 @@ CONFIG = VaeConfig(
 
 @pytest.fixture(scope="module")
 def vae():
-    """Random everywhere: a fresh net's residual branches are zero, and would hide a fault of
-    theirs.
+    """Return a net that is random everywhere.
+
+    The residual branches of a fresh one are zero, which would hide a fault of theirs.
     """
     graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(params)
@@ -38,14 +40,16 @@ def vae():
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "method"))
-def _run(graphdef, params, method, x, stream=None):
-    return getattr(layers.merge(graphdef, params), method)(x, stream)
+def _run(graphdef, params, method, x, state=None):
+    return getattr(layers.merge(graphdef, params), method)(x, state)
 
 
-def _streamed(vae, method, x, chunks):
-    parts, stream, start = [], None, 0
+def _in_chunks(vae, method, x, chunks):
+    parts = []
+    state = None
+    start = 0
     for size in chunks:
-        part, stream = _run(*vae, method, x[:, start : start + size], stream)
+        part, state = _run(*vae, method, x[:, start : start + size], state)
         parts.append(part)
         start += size
     assert start == x.shape[1]
@@ -53,19 +57,19 @@ def _streamed(vae, method, x, chunks):
 
 
 @pytest.mark.parametrize("chunks", [(1, 4, 4, 4), (5, 8), (1, 12)])
-def test_an_encoded_stream_equals_the_whole_clip(vae, chunks):
+def test_a_video_encoded_in_chunks_equals_the_whole(vae, chunks):
     pixels = jax.random.uniform(jax.random.key(2), (2, 13, 16, 8, 3), minval=-1)
     whole, _ = _run(*vae, "encode", pixels)
     assert whole.shape == (2, 4, 3, 2, 1)
-    np.testing.assert_allclose(_streamed(vae, "encode", pixels, chunks), whole, atol=2e-5)
+    np.testing.assert_allclose(_in_chunks(vae, "encode", pixels, chunks), whole, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2), (1, 3), (3, 1)])
-def test_a_decoded_stream_equals_the_whole_clip(vae, chunks):
+def test_a_video_decoded_in_chunks_equals_the_whole(vae, chunks):
     latents = jax.random.normal(jax.random.key(3), (2, 4, 3, 2, 1))
     whole, _ = _run(*vae, "decode", latents)
     assert whole.shape == (2, CONFIG.pixel_frames(4), 16, 8, 3)
-    np.testing.assert_allclose(_streamed(vae, "decode", latents, chunks), whole, atol=2e-5)
+    np.testing.assert_allclose(_in_chunks(vae, "decode", latents, chunks), whole, atol=2e-5)
 
 
 @pytest.mark.parametrize("latent_frame", [0, 1, 2])
@@ -106,9 +110,10 @@ def test_latents_are_normalised(vae):
     pixels = jax.random.uniform(jax.random.key(5), (1, 5, 8, 8, 3), minval=-1)
     mean, _ = _run(*vae, "encode_mean", pixels)
     latents, _ = _run(*vae, "encode", pixels)
-    expected = (mean - jnp.asarray(CONFIG.latent_mean)[None, None, None, None]) / jnp.asarray(
-        CONFIG.latent_std
-    )[None, None, None, None]
+    shape = (1, 1, 1, 1, CONFIG.z_dim)
+    shift = jnp.asarray(CONFIG.latent_mean).reshape(shape)
+    scale = jnp.asarray(CONFIG.latent_std).reshape(shape)
+    expected = (mean - shift) / scale
     np.testing.assert_allclose(jnp.moveaxis(latents, 2, -1), expected, rtol=1e-5, atol=1e-6)
     plain = dataclasses.replace(CONFIG, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3)
     graphdef, _ = layers.graphdef_of(lambda: Vae(plain, nnx.Rngs(0)))
@@ -117,27 +122,27 @@ def test_latents_are_normalised(vae):
 
 
 def test_the_published_size():
-    """126,892,531 parameters (spec checkpoints.md section 3) and 32 decoder histories of two frames
-    (A4).
+    """It has 126,892,531 parameters (docs/checkpoints.md, VAE tensors), and the decoder's state has
+    32 arrays of two frames (docs/models.md, VAE streaming).
     """
     graphdef, params = layers.graphdef_of(lambda: Vae(VaeConfig(), nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == 126_892_531
     latents = jax.ShapeDtypeStruct((1, 1, 16, 60, 104), jnp.float32)
-    pixels, stream = jax.eval_shape(
+    pixels, state = jax.eval_shape(
         lambda p, z: layers.merge(graphdef, p).decode(z), params, latents
     )
     assert pixels.shape == (1, 1, 480, 832, 3)
-    assert len(stream) == 32 and all(x.shape[1] == 2 for x in stream)
-    assert [x.shape[-1] for x in stream[:6]] == [16, 384, 384, 384, 384, 384]
-    assert stream[-1].shape == (1, 2, 480, 832, 96)
+    assert len(state) == 32 and all(x.shape[1] == 2 for x in state)
+    assert [x.shape[-1] for x in state[:6]] == [16, 384, 384, 384, 384, 384]
+    assert state[-1].shape == (1, 2, 480, 832, 96)
 
 
 def test_wrong_sizes_are_refused(vae):
     with pytest.raises(ValueError, match="got 6 frames in a chunk, expected 1 modulo 4"):
         _run(*vae, "encode", jnp.zeros((1, 6, 8, 8, 3)))
-    _, stream = _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)))
+    _, state = _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)))
     with pytest.raises(ValueError, match="got 5 frames in a chunk, expected a multiple of 4"):
-        _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)), stream)
+        _run(*vae, "encode", jnp.zeros((1, 5, 8, 8, 3)), state)
     with pytest.raises(ValueError, match="80 pixel frames: expected 1 modulo 4"):
         CONFIG.latent_frames(80)
     with pytest.raises(ValueError, match="temporal_downsample has 3 entries"):

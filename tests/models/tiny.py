@@ -1,7 +1,7 @@
-"""A tiny random DiT for tests: every weight random (the head too, which starts at zero in
-training), float32.
+"""A tiny DiT for tests in float32, with all weights random, also those of the head, which start at
+zero in training.
 
-Numbers come from numpy: drawing them eagerly with jax would compile one program for each shape.
+The numbers come from numpy: drawing them eagerly with jax would compile a program for each shape.
 """
 
 import functools
@@ -44,13 +44,13 @@ FRAME = (CONFIG.in_channels, *LATENT_HW)
 
 @functools.cache
 def model(config: WanConfig = CONFIG):
-    """Graph definition and `random_params`."""
+    """Return the graph definition of a DiT and its `random_params`."""
     graphdef, params, _ = shapes("transformer", config)
     return graphdef, random_params(params, np.random.default_rng(7))
 
 
 def random_params(params: dict, rng: np.random.Generator) -> dict:
-    """For shapes: every parameter normal, times 0.3, around one in norms and around zero
+    """Return parameters of these shapes: normal, times 0.3, around one in norms and zero
     elsewhere.
     """
 
@@ -62,22 +62,22 @@ def random_params(params: dict, rng: np.random.Generator) -> dict:
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    """Standard normal float32 array."""
+    """Draw a standard normal float32 array."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def text(batch: int = 1, seed: int = 100) -> np.ndarray:
-    """Prompt embeddings [B, S, E]; one fixed prompt per sample index, whatever the batch."""
+    """Draw prompt embeddings [B, S, E]; those of a sample do not depend on the batch."""
     return np.stack([normal(seed + b, CONFIG.text_len, CONFIG.text_dim) for b in range(batch)])
 
 
 def latents(frames: int, batch: int = 1, seed: int = 0) -> np.ndarray:
-    """Standard normal latents [B, F, C, H, W]."""
+    """Draw standard normal latents [B, F, C, H, W]."""
     return normal(seed, batch, frames, *FRAME)
 
 
 def adapter(rank: int = 2, seed: int = 50) -> dict:
-    """A random adapter whose b is not zero."""
+    """Draw an adapter whose b is not zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32),

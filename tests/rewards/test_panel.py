@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax.rewards import Loaded, RewardError, Scorer
-from astrolabe_jax.rewards.panel import Panel
+from astrolabe_jax.rewards.panel import RewardRunner
+from astrolabe_jax.rewards.registry import Loaded, RewardError, Scorer
 
 FRAMES, PROMPTS = np.zeros((2, 1, 2, 2, 3), np.uint8), ["a cat", "a dog"]
 
@@ -38,17 +38,16 @@ def weights():
     ],
 )
 def test_what_may_overlap_does_and_nothing_else(overlap, params, waits):
-    """The scorer goes on only after the caller has come back from `score`, or has given up."""
+    """The scorer goes on only after `score_async` has returned, or the caller has given up."""
     returned = threading.Event()
-    panel = Panel([group("a", lambda: returned.wait(0.2), weights() if params else None)], overlap)
     finished = []
-    scorer = panel._loaded[0].scorer
-    panel._loaded[0] = panel._loaded[0]._replace(
-        scorer=scorer._replace(
-            score=lambda *given: (scorer.score(*given), finished.append(True))[0]
-        )
-    )
-    scores = panel.score(FRAMES, PROMPTS)
+
+    def act():
+        returned.wait(0.2)
+        finished.append(True)
+
+    runner = RewardRunner([group("a", act, weights() if params else None)], overlap)
+    scores = runner.score_async(FRAMES, PROMPTS)
     assert bool(finished) == waits
     returned.set()
     np.testing.assert_array_equal(scores()["a"], [10, 11] if params else [0, 1])
@@ -56,33 +55,33 @@ def test_what_may_overlap_does_and_nothing_else(overlap, params, waits):
 
 def test_calls_do_not_overtake_each_other_and_two_batches_are_held_at_most():
     order, free = [], threading.Event()
-    panel = Panel([group("a", lambda: (free.wait(5), order.append("scored")))], "host")
-    first = panel.score(FRAMES, PROMPTS)
+    runner = RewardRunner([group("a", lambda: (free.wait(5), order.append("scored")))], "host")
+    first = runner.score_async(FRAMES, PROMPTS)
     free.set()
-    second = panel.score(FRAMES, PROMPTS)
+    second = runner.score_async(FRAMES, PROMPTS)
     assert order[:1] == ["scored"]  # the second call has waited for the first one's scores
     assert first().keys() == second().keys() == {"a"} and order == ["scored"] * 2
 
 
 def test_what_is_under_way_can_be_waited_for():
     finished = []
-    panel = Panel([group("a", lambda: (time.sleep(0.2), finished.append(True)))], "host")
-    panel.score(FRAMES, PROMPTS)
+    runner = RewardRunner([group("a", lambda: (time.sleep(0.2), finished.append(True)))], "host")
+    runner.score_async(FRAMES, PROMPTS)
     assert not finished
-    panel.settle()
+    runner.settle()
     assert finished
 
 
 @pytest.mark.parametrize("overlap", ["none", "host"])
 def test_a_scorer_that_hangs_is_named(overlap):
-    panel = Panel([group("slow", threading.Event().wait)], overlap, timeout=0.2)
+    runner = RewardRunner([group("slow", threading.Event().wait)], overlap, timeout=0.2)
     with pytest.raises(
         RewardError,
         match="rewards 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout",
     ):
-        panel.score(FRAMES, PROMPTS, range(5, 7))()
+        runner.score_async(FRAMES, PROMPTS, range(5, 7))()
     began = time.monotonic()
-    panel.settle()  # nor is it waited for again
+    runner.settle()  # nor is it waited for again
     assert time.monotonic() - began < 0.1
 
 
@@ -95,10 +94,10 @@ def test_an_error_comes_from_the_call_that_made_it(overlap):
         if len(calls) == 3:
             raise OSError("gone")
 
-    panel, scores = Panel([group("a", third)], overlap), []
+    runner, scores = RewardRunner([group("a", third)], overlap), []
     with pytest.raises(RewardError, match="'a' failed on samples 4 to 5: OSError: gone"):
         for first in (0, 2, 4, 6):
-            scores.append(panel.score(FRAMES, PROMPTS, range(first, first + 2)))
+            scores.append(runner.score_async(FRAMES, PROMPTS, range(first, first + 2)))
         scores[2]()
     assert [list(wait()["a"]) for wait in scores[:2]] == [[0, 1]] * 2
 
@@ -110,8 +109,8 @@ def test_weights_on_the_host_are_on_the_device_only_while_they_are_used():
         seen.append(given["w"])
         return given["w"] + np.arange(len(frames))
 
-    panel = Panel([Loaded(("a",), Scorer(look, params))], place="host")
+    runner = RewardRunner([Loaded(("a",), Scorer(look, params))], place="host")
     assert params["w"].is_deleted()
     for _ in range(2):
-        np.testing.assert_array_equal(panel.score(FRAMES, PROMPTS)()["a"], [10, 11])
+        np.testing.assert_array_equal(runner.score_async(FRAMES, PROMPTS)()["a"], [10, 11])
     assert len(seen) == 2 and all(leaf.is_deleted() for leaf in seen)

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import types
@@ -5,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from astrolabe_jax import rewards
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 
 PROMPTS = ["a cat", "a dog", "a cow"]
@@ -31,7 +32,7 @@ def add(monkeypatch):
         module.score, module.check = function, check
         monkeypatch.setitem(sys.modules, module.__name__, module)
         line = rewards.Reward(
-            target or f"{module.__name__}:score", check and f"{module.__name__}:check"
+            target or f"{module.__name__}:score", f"{module.__name__}:check" if check else ""
         )
         monkeypatch.setitem(rewards.TABLE, name, line)
 
@@ -120,12 +121,44 @@ def test_the_shipped_rewards_refuse_what_they_could_not_score(name):
     rewards.check_prompt([name], vocabulary.prompts("test")[0])
 
 
+def loaded_modules(*names):
+    """Modules of the library that a fresh interpreter has after importing these."""
+    script = f"import sys, {', '.join(names)}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return {name for name in run.stdout.split() if name.startswith("astrolabe_jax.")}
+
+
 def test_modules_are_imported_when_first_used():
-    script = (
-        "import sys, astrolabe_jax.rewards; sys.exit(any('moving_shapes' in name for name in "
-        "sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    modules = loaded_modules("astrolabe_jax.rewards.registry")
+    assert not {name for name in modules if "moving_shapes" in name}
+    assert not {name for name in modules if name.startswith(FOLDERS)}
+
+
+REWARDS = "astrolabe_jax.rewards"
+FOLDERS = (f"{REWARDS}.qwen2_vl", f"{REWARDS}.clip", f"{REWARDS}.flow")
+# What an import of one scorer must leave alone: commands, and the tables and the conversions of
+# other nets.
+COMMANDS = {f"astrolabe_jax.convert.{name}" for name in ("commands", "describe", "open", "base")}
+TABLES = {f"astrolabe_jax.convert.{name}" for name in ("parts", "wan", "vae", "umt5", "lora")}
+CONVERSIONS = {f"{REWARDS}.convert", f"{REWARDS}.qwen2_vl.convert"}
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "qwen2_vl.hpsv3",
+        "qwen2_vl.videoalign",
+        "clip.hpsv2",
+        "clip.aesthetic",
+        "flow.scorers",
+        "remote",
+    ],
+)
+def test_a_scorer_imports_nothing_of_the_others(scorer):
+    modules = loaded_modules(f"{REWARDS}.{scorer}")
+    others = tuple(name for name in FOLDERS if not f"{REWARDS}.{scorer}".startswith(name))
+    assert not {name for name in modules if name.startswith(others)}
+    assert not modules & (COMMANDS | TABLES | CONVERSIONS)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +201,20 @@ def test_the_shipped_rewards_score_their_world():
         assert parts == {"visibility", *vocabulary.Attributes._fields}
 
 
+@dataclasses.dataclass(frozen=True)
+class TintOptions:
+    path: str
+    gain: float = 1.0
+
+
 @pytest.fixture
 def loader(monkeypatch):
     """A reward with options, `tint` and `shade`; what it was loaded with is collected."""
     loaded = []
 
-    def load(names, setting, path, gain=1.0):
-        loaded.append((names, setting, path, gain))
-        if path == "nowhere":
+    def load(names, setting, options: TintOptions):
+        loaded.append((names, setting, options))
+        if options.path == "nowhere":
             raise FileNotFoundError("nowhere is not there; convert the weights first")
         return rewards.Scorer(
             lambda params, frames, prompts: {name: params * len(frames) for name in names},
@@ -194,10 +233,13 @@ def test_options_reach_the_loader_and_equal_ones_share_a_call(loader):
     setting = rewards.Setting(None, 16.0)
     same = {"weight": 0.5, "path": "a"}
     rewards.load({"tint": same, "shade": {**same, "weight": 2.0}}, setting)
-    assert loader == [(("tint", "shade"), setting, "a", 1.0)]
+    assert loader == [(("tint", "shade"), setting, TintOptions("a"))]
     loader.clear()
     rewards.load({"tint": same, "shade": same | {"gain": 2.0}}, setting)
-    assert loader == [(("tint",), setting, "a", 1.0), (("shade",), setting, "a", 2.0)]
+    assert loader == [
+        (("tint",), setting, TintOptions("a")),
+        (("shade",), setting, TintOptions("a", 2.0)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from astrolabe_jax import rewards
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards import remote
 
 SETTING = rewards.Setting(None, 16.0)
@@ -67,7 +67,8 @@ def hasty(monkeypatch):
 
 
 def scorer(server, **options):
-    return remote.load(("taste", "smell"), SETTING, f"{server.url}/score", **options)
+    options = remote.ServerOptions(url=f"{server.url}/score", **options)
+    return remote.load(("taste", "smell"), SETTING, options)
 
 
 def pixels(text):
@@ -167,7 +168,8 @@ def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
             scorer(server, timeout=0.1, retries=1).score(None, FRAMES[:1], PROMPTS[:1])
         url = server.url
     with pytest.raises(rewards.SampleError, match="after 1 tries, the last one with .*refused"):
-        remote.load(("taste",), SETTING, url, retries=0).score(None, FRAMES[:1], PROMPTS[:1])
+        options = remote.ServerOptions(url=url, retries=0)
+        remote.load(("taste",), SETTING, options).score(None, FRAMES[:1], PROMPTS[:1])
 
 
 def test_a_fallback_stands_for_a_video_that_cannot_be_had():
@@ -199,7 +201,7 @@ def test_the_key_is_sent_and_not_told(monkeypatch):
 )
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises((ValueError, OSError), match=message):
-        remote.load(("taste",), SETTING, **({"url": "http://127.0.0.1:1"} | options))
+        remote.ServerOptions(**({"url": "http://127.0.0.1:1"} | options))
 
 
 QUESTION = "Look at it.\nFinal Score:\nText Caption: [{prompt}]"
@@ -219,10 +221,9 @@ def test_unified_reward_asks_about_frames_and_reads_the_score(template):
         return 200, {"choices": [{"message": {"content": replies[number % 3]}}]}
 
     with serving(answer) as server:
-        asked = remote.load_unified(
-            ("unifiedreward",), SETTING, template, f"{server.url}/v1", frames=3
-        )
-        scores = asked.score(None, FRAMES[:1], ["a {cat}"])
+        options = remote.UnifiedRewardOptions(template=template, url=f"{server.url}/v1", frames=3)
+        unified = remote.load_unified(("unifiedreward",), SETTING, options)
+        scores = unified.score(None, FRAMES[:1], ["a {cat}"])
         path, _, body = server.asked[0]
     assert (
         path == "/v1/chat/completions"
@@ -243,6 +244,7 @@ def test_unified_reward_asks_about_frames_and_reads_the_score(template):
 def test_an_answer_without_a_score_is_no_score(template, reply):
     answer = (200, {"choices": [{"message": {"content": reply}}]})
     with serving(lambda number, body: answer) as server:
-        asked = remote.load_unified(("unifiedreward",), SETTING, template, server.url, frames=1)
+        options = remote.UnifiedRewardOptions(template=template, url=server.url, frames=1)
+        unified = remote.load_unified(("unifiedreward",), SETTING, options)
         with pytest.raises(rewards.SampleError, match="no 'Final Score:' of 1 to 5"):
-            asked.score(None, FRAMES[:1], PROMPTS[:1])
+            unified.score(None, FRAMES[:1], PROMPTS[:1])

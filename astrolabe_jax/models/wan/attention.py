@@ -139,7 +139,9 @@ class PastKeys(NamedTuple):
     """Keys and values of one layer that a window sees of the frames before it."""
 
     keys_values: KeyValues  # [b, (sink + n) L, A, K]: the sink, then the n frames before the window
-    start: jax.Array  # [] int32, frames before the window; traced, one program serves every window
+    start: (
+        jax.Array | np.int32
+    )  # [] int32, frames before the window; traced, one program serves every window
     frame_tokens: int  # L
 
 
@@ -206,8 +208,9 @@ def window_attention(
 
 
 def _sink_places(start, kept: int, most: int):
-    """Where the frames of the sink stand among: the past's sink, then the frames from `start`
-    on.
+    """Return the places of the sink's frames.
+
+    They lie among the past's sink, which the frames from `start` on follow.
     """
     frame = np.arange(kept)
     return jnp.minimum(jnp.where(frame < start, frame, kept + frame - start), most - 1)
@@ -222,11 +225,10 @@ def _by_token(x):
 
 
 def _ranges_and_mask(block, frame_tokens):
-    """Frame ranges to read and the mask, which exists only where the window is smaller than the
-    block.
+    """Return the frame ranges to read, and a mask where the window is smaller than the block.
 
-    Queries before the window then see the window and their own token (spec/model.md 7.1: "or i =
-    j").
+    Queries before the window then see the window and their own token (docs/models.md, Training
+    mask).
     """
     window_start = block.ranges[0][0] if block.ranges else block.stop
     if window_start <= block.start:
@@ -237,7 +239,7 @@ def _ranges_and_mask(block, frame_tokens):
 
 
 def _cut(ranges, *at):
-    """The ranges, cut at the given frames."""
+    """Return the ranges, cut at the given frames."""
     for cut in at:
         ranges = [
             piece

@@ -1,11 +1,10 @@
-"""The key-value cache of a rollout: a pytree of static shape, written in place, never shifted
-(streaming.md 4).
+"""The key-value cache of a rollout: a pytree of static shape, written in place, never shifted.
 
-The first `kept` frames, the sink, keep slots 0 .. kept - 1; every later frame f has slot kept + (f
-- kept) mod (frames - kept), a ring. Until the ring is full the slot of a frame is its number, so a
-growing window is read as an exact-length slice; once it is full every slot holds a visible frame.
-The order of keys does not matter to attention, so neither phase needs a mask. Keys are stored
-rotated, except those of a moving sink (Layout.sink_moves).
+The first `kept` frames, the sink, keep slots 0 .. kept - 1. Every later frame f has slot
+kept + (f - kept) mod (frames - kept), a ring. Until the ring is full the slot of a frame is its
+number, so a growing window is read as an exact-length slice; once it is full every slot holds a
+visible frame. The order of keys does not matter to attention, so neither phase needs a mask. Keys
+are stored rotated, except those of a moving sink (docs/models.md, KV cache).
 """
 
 from collections.abc import Sequence
@@ -36,26 +35,23 @@ class View(NamedTuple):
     slots: int
     # First frame, in the cache's count. A Python int reads exactly the frames that exist; a traced
     # one is allowed once the cache is full, and anywhere if the view is `partial`.
-    start: int | jax.Array
+    start: int | jax.Array | np.int32
     frames: int  # of the block
     aligned: bool = True  # the block is one of layout.blocks; not so where a `restart` moved them
     partial: bool = False  # `start` is traced and the cache may not be full
-    positions: jax.Array | None = None  # [frames] rotary positions; None: the frames' numbers
+    positions: jax.Array | np.ndarray | None = (
+        None  # [frames] rotary positions; None: the frames' numbers
+    )
 
     @property
-    def end(self) -> int | jax.Array:
+    def end(self) -> int | jax.Array | np.int32:
         """One past the block's last frame."""
         return self.start + self.frames
 
     @property
-    def static(self) -> bool:
-        """Whether the block's place is known at compile time."""
-        return isinstance(self.start, int)
-
-    @property
     def growing(self) -> bool:
         """Whether every frame up to the block's end still has its own slot."""
-        return self.static and self.end <= self.slots
+        return isinstance(self.start, int) and self.start + self.frames <= self.slots
 
     @property
     def visible_tokens(self) -> jax.Array | None:
@@ -67,7 +63,7 @@ class View(NamedTuple):
     @property
     def raw_frames(self) -> int:
         """Leading frames of the block whose keys are stored un-rotated: those of a moving sink."""
-        if not (self.layout.sink_moves and self.static):
+        if not self.layout.sink_moves or not isinstance(self.start, int):
             return 0
         return min(max(self.layout.kept - self.start, 0), self.frames)
 
@@ -76,10 +72,11 @@ class View(NamedTuple):
         """Leading frames of the block that only its first pass writes: those in sink slots of the
         published buffer.
         """
-        if not self.layout.faithful_sinks or (self.static and self.start == 0):
+        start = self.start if isinstance(self.start, int) else None
+        if not self.layout.faithful_sinks or start == 0:
             return 0
         # once full, the newest block comes last
-        slot = self.start if self.growing else self.slots - self.frames
+        slot = start if start is not None and self.growing else self.slots - self.frames
         return min(max(self.layout.sink - slot, 0), self.frames)
 
 
@@ -91,10 +88,13 @@ def init_cache(
     latent_hw: tuple[int, int],
     slots: int | None = None,
 ) -> Cache:
-    """An empty cache in config.dtype for a video of `frames` frames.
+    """Return an empty cache in config.dtype for a video of `frames` frames.
 
     It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also
     those evicted.
+
+    Raises:
+      ValueError: for other slots, or a video that the layout cannot hold.
     """
     layout.check_frames(frames)
     if slots is None:
@@ -108,7 +108,7 @@ def init_cache(
 
 
 def empty_cache(config: WanConfig, batch: int, slots: int, latent_hw: tuple[int, int]) -> Cache:
-    """A cache of `slots` frames, all zero."""
+    """Return a cache of `slots` frames, all zero."""
     h, w = config.grid(latent_hw)
     shape = (config.num_layers, batch, slots * h * w, config.num_heads, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
@@ -123,7 +123,7 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
     """Put a block's keys and values [B, P L, A, K] into its slots of one layer.
 
     With layout.faithful_sinks a later pass of a later block leaves sink slots as they are
-    (spec/model.md 12.6).
+    (docs/models.md, Faithful sinks).
     """
     length, frozen = view.frame_tokens, view.frozen_frames
     unit = gcd(view.frames if view.growing else _unit(view), frozen)
@@ -199,8 +199,9 @@ def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) 
 
 
 def place_visible(cache: Cache, k, v, layout: Layout, end: int) -> Cache:
-    """As `place_frames`, of a whole video to frame `end`: those frames that a rollout would have
-    left.
+    """Put keys and values of a whole video to frame `end` into the cache, as `place_frames` does.
+
+    They are those of the frames that a rollout would have left.
     """
     length = k.shape[2] // end
     frames = np.array(
@@ -289,11 +290,11 @@ def reference_order(
     )
     k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
     raw = min(layout.kept, slots) * length if layout.sink_moves else 0
-    table = rope_table(frames, (h, w), config.head_dim)
+    cos, sin = rope_table(frames, (h, w), config.head_dim)
     if rotated and raw:
-        k = k.at[:, :raw].set(rotate(k[:, :raw], tuple(part[:raw] for part in table)))
+        k = k.at[:, :raw].set(rotate(k[:, :raw], (cos[:raw], sin[:raw])))
     if not rotated:
-        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse(tuple(part[raw:] for part in table))))
+        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse((cos[raw:], sin[raw:]))))
     return k, v
 
 
@@ -306,8 +307,9 @@ def _frames_in_order(layout, end, slots):
 
 
 def _rotation(layout, frames, places, grid, head_dim):
-    """The rotary table of the keys in `places`, at `frames`: none, where they are those of a moving
-    sink.
+    """Return the rotary table of the keys in `places`, at `frames`.
+
+    A moving sink is not rotated.
     """
     length = grid[0] * grid[1]
     raw = jnp.asarray(np.repeat((places < layout.kept) & layout.sink_moves, length))[:, None]

@@ -111,9 +111,8 @@ class Block(NamedTuple):
 class Layout:
     """How a video is cut into blocks and how far a block sees; all units are latent frames.
 
-    A block of frames [c, e) sees itself and the past inside its window: everything if e <= window,
-    else the first `sink` frames and the last window - sink frames up to e (docs/models.md, KV
-    cache).
+    A block of frames [c, e) sees itself and the past inside its window (docs/models.md, KV cache):
+    everything if e <= window, else the first `sink` frames and the last window - sink up to e.
 
     faithful_sinks reproduces the published code where a block meets the slots of the sink: where it
     is smaller than the sink, or the window has no room for both (docs/models.md, Faithful sinks).

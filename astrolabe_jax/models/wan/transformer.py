@@ -34,10 +34,12 @@ class Past(NamedTuple):
     """What a window sees of the frames before it (docs/streaming.md, Whose keys)."""
 
     cache: kv.Cache  # of a rollout to frame `start`: one row a prompt, or one a sample
-    start: jax.Array  # [] int32, frames so far in the cache's count; traced: one program for all
+    start: (
+        jax.Array | np.int32
+    )  # [] int32, frames so far in the cache's count; traced: one program for all
     # [W] int32 rotary positions of the window, of which x may be the first frames; None: the
     # numbers of the frames
-    positions: jax.Array | None = None
+    positions: jax.Array | np.ndarray | None = None
 
 
 class Attention(nnx.Module):
@@ -89,7 +91,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, modulated per frame (spec/model.md 3.4)."""
+    """Self-attention, cross-attention and feed-forward, modulated per frame."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(_modulation(config, 6, rngs))
@@ -123,7 +125,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Modulated LayerNorm and the linear map from tokens to patches (spec/model.md 3.7)."""
+    """Modulated LayerNorm and the linear map from tokens to patches."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         self.modulation = nnx.Param(_modulation(config, 2, rngs))
@@ -290,15 +292,15 @@ class WanTransformer(nnx.Module):
         cache = kv.empty_cache(self.config, batch, layout.capacity, recent.shape[3:])
         if sink:
             made = self.context(first, text, adapter, layout=layout, t=t)
-            cache = kv.place_frames(cache, *made, layout, np.arange(sink), length)
+            cache = kv.place_frames(cache, made.k, made.v, layout, np.arange(sink), length)
         frames = start - count + jnp.arange(count)
         past = Past(cache, start - count, jnp.clip(frames, 0))
         tokens, grid = self._embed(recent)
         attend = self._training_attention(count, grid, layout, past, keep=True, recent=0)
         t = _every_frame(t, recent)
-        _, _, _, made = self._layers(tokens, t, text, adapter, attend)
+        _, _, _, (k, v) = self._layers(tokens, t, text, adapter, attend)
         frames = jnp.where(frames < sink, -1, frames)
-        return kv.place_frames(cache, *made, layout, frames, length)
+        return kv.place_frames(cache, k, v, layout, frames, length)
 
     def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
         """Run one block through the cache once.
@@ -409,7 +411,10 @@ class WanTransformer(nnx.Module):
         sink_tables = None
         if layout.sink_moves:
             ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
-            sink_tables = [self._sink_table(layout, end, grid) for end in ends]
+            sink = jnp.arange(layout.kept)
+            sink_tables = [
+                rope_table(layout.shift(end) + sink, grid, self.config.head_dim) for end in ends
+            ]
 
         def run(q, k, v, layer, context):
             k = rotate(k, stored_table)
@@ -477,13 +482,14 @@ class WanTransformer(nnx.Module):
         (h, w).
         """
         x = jnp.asarray(x)
-        batch, frames, channels, *latent_hw = x.shape
+        batch, frames, channels, height, width = x.shape
         if channels != self.config.in_channels:
             raise ValueError(
                 f"latents have {channels} channels, expected [B, F, {self.config.in_channels}, H, "
                 "W]"
             )
-        (h, w), (_, p, q) = self.config.grid(tuple(latent_hw)), self.config.patch_size
+        h, w = self.config.grid((height, width))
+        _, p, q = self.config.patch_size
         # channel slowest
         patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)
         return self.patch_embedding(
@@ -524,8 +530,9 @@ def _every_frame(t, x):
 
 
 def _stored_table(table, frames, layout):
-    """The rotary table of keys as they are cached, for `frames` [n] that are traced: a moving sink
-    is not rotated.
+    """Return the rotary table of keys as they are cached, for `frames` [n] that are traced.
+
+    A moving sink is not rotated.
     """
     if not layout.sink_moves:
         return table

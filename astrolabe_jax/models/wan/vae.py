@@ -156,8 +156,8 @@ class VideoConv(nnx.Module):
     """A convolution with bias over the last `len(kernel)` axes before the channels.
 
     On a CPU a kernel with a time axis runs as a 2D convolution over time-shifted inputs stacked in
-    the channels, which is several times faster there than a 3D convolution (docs/models.md, VAE
-    layers).
+    the channels. There it is several times faster than a 3D convolution
+    (docs/models.md, VAE layers).
     """
 
     def __init__(

@@ -8,9 +8,12 @@ import pytest
 
 from astrolabe_jax import encode
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.decode import decode
+from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, noise_from_keys, rollout
+from astrolabe_jax.rollout import Sampler
+from astrolabe_jax.streaming import streams, windows
+from astrolabe_jax.streaming.scenes import Rules, Scene, timeline_of
+from astrolabe_jax.types import Policy, PromptBatch, VideoBatch
 from astrolabe_jax.worlds.moving_shapes import render, rewards, vocabulary
 from tests.meshes import ONE
 
@@ -25,30 +28,28 @@ def drawn():
     base = bases.load_base(
         "moving_shapes", dtype="float32", param_dtype="float32", remat=False, attention="xla"
     )
-    prompts = list(
-        np.random.default_rng(0).choice(vocabulary.prompts("train"), VIDEOS, replace=False)
+    rng = np.random.default_rng(0)
+    prompts = rng.choice(vocabulary.prompts("train"), VIDEOS, replace=False).tolist()
+    net = base.transformer
+    layout = Layout(block=3)
+    policy = Policy(net.params, None, net.graphdef, net.config, layout, Sampler())
+    length = base.vae.config.latent_frames(render.FRAMES)
+    number = np.arange(VIDEOS, dtype=np.int32)
+    timelines = [
+        timeline_of([Scene(prompt, 0.0, 0, False)], length, layout, Rules()) for prompt in prompts
+    ]
+    videos = VideoBatch(
+        PromptBatch(tuple(prompts), number, np.zeros_like(number)),
+        tuple(timelines),
+        {prompt: row for row, prompt in enumerate(prompts)},
+        encode.encode_prompts(base.text, base.tokenizer, prompts, ONE),
+        jax.random.split(jax.random.key(0), VIDEOS),
     )
-    text = encode.encode_prompts(
-        base.text.graphdef, base.text.params, base.tokenizer, prompts, base.text.config, ONE
-    )
-    draw = noise_from_keys(
-        jax.random.split(jax.random.key(0), VIDEOS), (base.vae.config.z_dim, 6, 6)
-    )
-    latents, _ = jax.jit(
-        lambda params, text: rollout(
-            base.transformer.graphdef,
-            params,
-            None,
-            text,
-            draw,
-            frames=base.vae.config.latent_frames(render.FRAMES),
-            latent_hw=(6, 6),
-            layout=Layout(block=3),
-            sampler=Sampler(),
-        )
-    )(base.transformer.params, text)
-    frames = decode(base.vae.graphdef, base.vae.params, latents, chunk=1, mesh=ONE)
-    return np.asarray(frames), prompts
+    state = streams.begin(policy, VIDEOS, length, (base.vae.config.z_dim, 6, 6))
+    blocks = range(len(videos.blocks))
+    latents, _ = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
+    frames, _ = decode_video(base.vae, latents, None, 1)
+    return np.concatenate(frames, axis=1), prompts
 
 
 @pytest.fixture(scope="module")

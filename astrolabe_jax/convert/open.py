@@ -1,0 +1,110 @@
+"""Open one part of a base wherever it lies: in a file, an imported directory, or a base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from astrolabe_jax.convert import base, engine, nets, parts, store
+from astrolabe_jax.convert.nets import NetCheckpoint
+from astrolabe_jax.convert.weights import open_weights
+from astrolabe_jax.runtime.files import read_json
+
+HEAD_WIDTH = 128  # of every published transformer
+
+
+def open_part(
+    given: Path, part: str = "", entry: str = "", num_heads: int | None = None
+) -> NetCheckpoint:
+    """Open a part of a base, and check its names and shapes.
+
+    Args:
+      given: a file of weights, a directory that `import` made of one part, or a base's directory.
+      part: name of the part; a file or an imported directory tells it itself.
+      entry: entry of a nested file.
+      num_heads: of a transformer, where neither a config.json beside the file nor its width tells.
+
+    Raises:
+      ValueError: naming the file, for names and shapes that do not make one of the parts.
+      OSError: for a file that is not there.
+    """
+    path = base.weights_of(given, part or "transformer")
+    if path.is_dir():
+        return _open_store(path, part or path.name)
+    tensors = open_weights(path, entry).tensors
+    with nets.naming_files(path):
+        if part:
+            form = nets.format_of(parts.PARTS[part], tensors)
+        else:
+            part, form = parts.recognise(tensors)
+        spec = parts.PARTS[part]
+        tensors = spec.prepare(tensors)
+        config = config_of(part, form, tensors, _config_beside(path, part), num_heads)
+        return nets.checked(spec, config, form, tensors)
+
+
+def _open_store(path: Path, part: str) -> NetCheckpoint:
+    config_file = path.parent / "config.json"
+    content = read_json(config_file)
+    if part not in parts.PARTS or part not in content:
+        raise ValueError(
+            f"{path}: expected a directory that import made, with its sizes in {config_file}"
+        )
+    spec = parts.PARTS[part]
+    with nets.naming_files(config_file):
+        config = nets.make_config(spec, content[part])
+    with nets.naming_files(path):
+        leaves = store.tree(store.open_leaves(path), nets.shapes(spec, config).params)
+    return NetCheckpoint(spec, config, engine.tensors(nets.rules(spec, config), leaves))
+
+
+def _config_beside(path: Path, part: str) -> dict[str, Any]:
+    """Return sizes from a config.json in the folder of a file, in our form or in that of others."""
+    config_file = path.parent / "config.json"
+    if not config_file.is_file():
+        return {}
+    content = read_json(config_file)
+    if isinstance(content.get(part), Mapping):
+        return dict(content[part])
+    try:
+        return parts.described(part, content)
+    except ValueError:  # of another part, as in a Wan repository
+        return {}
+
+
+def config_of(
+    part: str,
+    form: str,
+    tensors: Mapping[str, Any],
+    beside: Mapping[str, Any],
+    num_heads: int | None = None,
+) -> Any:
+    """Return a part's config: measured sizes, then those of `beside`, then the published ones.
+
+    Raises:
+      ValueError: with the next step, where nothing tells the number of heads of a transformer or
+        the statistics of a VAE's latents.
+    """
+    spec = parts.PARTS[part]
+    published = nets.sizes_of(spec.published)
+    known = {field: value for field, value in beside.items() if field in published}
+    measured = nets.measure(spec, form, tensors)
+    if part == "transformer":
+        width = measured.get("dim", published["dim"])
+        known["num_heads"] = num_heads or known.get("num_heads") or _heads_of(width)
+    if part == "vae" and "latent_mean" not in known:
+        channels = measured.get("z_dim", published["z_dim"])
+        if channels != published["z_dim"]:
+            raise ValueError(
+                f"its latents have {channels} channels, whose statistics are in no file of "
+                "weights; put a config.json with latents_mean and latents_std beside it"
+            )
+    return nets.make_config(spec, published | known | measured)
+
+
+def _heads_of(width: int) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(
+            f"its width is {width}, no multiple of {HEAD_WIDTH}, and no config.json beside it "
+            "gives num_heads; give --num_heads"
+        )
+    return width // HEAD_WIDTH

@@ -1,0 +1,1 @@
+"""Rewards of motion, on the optical flow that SEA-RAFT sees."""

@@ -1,0 +1,87 @@
+"""From frames to videos: score pictures a few at a time, and make one number of a video's."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from astrolabe_jax import sharding
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError naming the options that are not whole numbers from 1 on."""
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1")
+
+
+def top_mean(scores: jax.Array | np.ndarray, share: float = 0.3) -> jax.Array:
+    """Return [B], the mean of the largest max(1, floor(share F)) of scores [B, F] of frames."""
+    count = max(1, math.floor(share * scores.shape[1]))
+    largest, _ = jax.lax.top_k(scores, count)
+    return jnp.mean(largest, axis=1)
+
+
+def map_frames(
+    function: Callable,
+    params: Any,
+    frames: Any,
+    times: np.ndarray,
+    *,
+    per_call: int,
+    mesh: Mesh,
+    following: int = 1,
+) -> Any:
+    """Return what `function(params, *pictures)` makes of all frames at `times`.
+
+    Args:
+      function: jitted; pictures are uint8 [n, height, width, 3], split over all devices of the
+        mesh, and the results have n rows, each of its own pictures alone.
+      params: its first argument.
+      frames: videos uint8 [B, T, height, width, 3].
+      times: numbers [F] of frames in each video.
+      per_call: pictures of a call, which bounds memory; n is the next multiple of the devices. The
+        last call is filled up, so that one shape compiles.
+      mesh: of the devices.
+      following: how many pictures an item has, those at time, time + 1, ...
+
+    Returns:
+      The results [B, F, ...], on the devices.
+    """
+    batch = frames.shape[0]
+    count = len(times)
+    per_call = -(-per_call // mesh.size) * mesh.size
+    videos = np.repeat(np.arange(batch), count)
+    moments = np.tile(times, batch)
+    results = []
+    for start in range(0, batch * count, per_call):
+        items = np.minimum(np.arange(start, start + per_call), batch * count - 1)
+        pictures = [
+            _taken(frames, videos[items], moments[items] + i, mesh) for i in range(following)
+        ]
+        results.append(function(params, *pictures))
+
+    def joined(*parts: jax.Array) -> jax.Array:
+        rows = jnp.concatenate(parts)[: batch * count]
+        return rows.reshape(batch, count, *parts[0].shape[1:])
+
+    return jax.tree.map(joined, *results)
+
+
+def _taken(frames: Any, videos: np.ndarray, times: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Return frames on the devices that are to see them; those on the host are sent only now."""
+    if isinstance(frames, jax.Array):
+        return _taken_on_devices(frames, videos, times, mesh=mesh)
+    return sharding.shard_batch(mesh, frames[videos, times])
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _taken_on_devices(
+    frames: jax.Array, videos: jax.Array, times: jax.Array, *, mesh: Mesh
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(frames[videos, times], sharding.batch_sharding(mesh))

@@ -1,0 +1,1 @@
+"""Rewards on Qwen2-VL: HPSv3 and VideoAlign."""

@@ -1,0 +1,316 @@
+"""Published files of HPSv3 and VideoAlign -> what their reward directories hold.
+
+Both are a net on Qwen2-VL, its tokenizer with tokens of the reward, and the template of the
+question that they stand in.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from astrolabe_jax.convert import engine, nets
+from astrolabe_jax.convert.engine import Stack
+from astrolabe_jax.convert.lora import merged
+from astrolabe_jax.convert.nets import NetSpec
+from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents
+from astrolabe_jax.rewards.qwen2_vl import chat
+from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
+from astrolabe_jax.rewards.qwen2_vl.linear import quantise
+from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN, shapes
+from astrolabe_jax.rewards.templates import PublishedText, read_template, sha256
+from astrolabe_jax.runtime.files import INDEX, Lazy, read_json
+
+OUTPUT = "lm_head.weight"  # [vocabulary, D]: published, and of no use where no token is predicted
+# The names that PEFT gives an adapted weight and its LoRA.
+_BASE_WEIGHT = ".base_layer.weight"
+_A = "lora_A.default.weight"
+_B = "lora_B.default.weight"
+
+MODEL_CONFIG = "model_config.json"  # that VideoReward has beside its weights
+HPSV3_TEXT = PublishedText(
+    "data_collator_qwen.py",  # hpsv3 1.0.0
+    {
+        "INSTRUCTION": "0393599dad45a971903d1d62a3acf9bad3ccccdafa7f40f680523419e1f68b7a",
+        "prompt_with_special_token": (
+            "2471faca094ae5bd6fe17b71dce20c3d7583625545e235889f7e74e7eeb69d0a"
+        ),
+    },
+)
+VIDEOALIGN_TEXT = PublishedText(
+    "prompt_template.py",  # VideoAlign
+    {
+        "DETAILED_PROMPT_WITH_SPECIAL_TOKEN": (
+            "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
+        )
+    },
+)
+# What VideoAlign's model_config.json says of its input: which template has the tokens, and that
+# frames are taken evenly.
+_INPUT = {"prompt_template_type": "detailed_special", "sample_type": "uniform", "num_frames": None}
+# What its LoRA must be, which the names and shapes of the tensors do not tell.
+_PLAIN_LORA = {"lora_enable": True, "use_rslora": False}
+
+
+class Adapter(NamedTuple):
+    """The LoRA that the linears of a decoder are merged with."""
+
+    rank: int
+    scale: float  # alpha / rank
+
+
+class QwenLeaves(NamedTuple):
+    """A net whose names and shapes are checked, as its leaves by their paths; none is read."""
+
+    config: Qwen2VLConfig
+    stacks: dict[tuple, Stack]
+
+
+def convert_hpsv3(published: PublishedFiles) -> RewardContents:
+    """Return the contents for HPSv3.safetensors.
+
+    Raises ValueError or OSError naming the file or the option at fault.
+    """
+    return _contents(HPSV3, published, chat.HPSV3_TOKENS, HPSV3_TEXT)
+
+
+def convert_videoalign(published: PublishedFiles) -> RewardContents:
+    """Return the contents for VideoReward's checkpoint-N/model.pth.
+
+    Its model_config.json lies beside the weights or above them, and its tokenizer beside them.
+    Raises ValueError or OSError naming the file or the option at fault.
+    """
+    path = _only(published.weights)
+    places = [folder / MODEL_CONFIG for folder in (path.parent, path.parent.parent)]
+    model_config = next((place for place in places if place.is_file()), None)
+    if model_config is None:
+        raise FileNotFoundError(
+            f"no {' or '.join(map(str, places))}, which VideoReward has beside its weights"
+        )
+    facts = read_facts(model_config)
+    adapter = read_adapter(model_config)
+    if published.tokenizer is None and (path.parent / "tokenizer").is_dir():
+        published = published._replace(tokenizer=path.parent / "tokenizer")
+    contents = _contents(VIDEOALIGN, published, chat.VIDEOALIGN_TOKENS, VIDEOALIGN_TEXT, adapter)
+    return contents._replace(
+        sources=(*contents.sources, model_config), facts={**contents.facts, **facts}
+    )
+
+
+def _contents(
+    spec: NetSpec,
+    published: PublishedFiles,
+    tokens: tuple[str, ...],
+    text: PublishedText,
+    adapter: Adapter | None = None,
+) -> RewardContents:
+    """Return a net on Qwen2-VL with its tokenizer and its template."""
+    tokenizer_path = published.require(
+        spec.name,
+        "tokenizer",
+        "the tokenizer.json of the Qwen2-VL-Instruct that it is made of, or the folder that holds "
+        "it",
+    )
+    package = published.require(
+        spec.name, "template", f"the folder of its official package, or {text.file} of it"
+    )
+    path = _only(published.weights)
+    template = read_template(package, text)
+    chat.check_template(template, tokens, package)
+    if tokenizer_path.is_dir():
+        tokenizer_path = tokenizer_path / chat.TOKENIZER
+    tokenizer = chat.read_tokenizer(tokenizer_path, tokens)
+    leaves = open_checkpoint(path, spec, adapter, published.dtype, published.quantised)
+    chat.ids_of(tokenizer, tokens, leaves.config.vocab_size, tokenizer_path)
+    return RewardContents(
+        spec,
+        dataclasses.replace(leaves.config, **chat.placeholder_ids(tokenizer)),
+        leaves.stacks,
+        (*nets.with_shards(path), tokenizer_path),
+        {chat.TOKENIZER: tokenizer.to_str().encode(), chat.TEMPLATE: template.encode()},
+        {"template": sha256(template)},
+    )
+
+
+def _only(weights: tuple[Path, ...]) -> Path:
+    if len(weights) != 1:
+        raise ValueError(
+            f"--weights has {len(weights)} files; expected one, for shards their {INDEX[1:]}"
+        )
+    return weights[0]
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Return the LoRA that VideoReward's model_config.json describes.
+
+    Raises:
+      ValueError: naming the file and the field, for a LoRA that is not plain.
+      OSError: for a file that is not there.
+    """
+    described = read_json(path).get("peft_lora_config")
+    described = described if isinstance(described, dict) else {}
+    rank = described.get("lora_r")
+    alpha = described.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{path}: peft_lora_config has lora_r {rank!r} and lora_alpha {alpha!r}; expected the "
+            "rank, a whole number, and a number"
+        )
+    if odd := _other_values(described, _PLAIN_LORA):
+        raise ValueError(
+            f"{path}: peft_lora_config is not of a plain LoRA: {odd}; expected {_PLAIN_LORA}"
+        )
+    return Adapter(rank, alpha / rank)
+
+
+def read_facts(path: Path) -> dict[str, float]:
+    """Return what VideoReward's model_config.json says of its input and its scores.
+
+    Raises:
+      ValueError: naming the file and the field that is missing or makes no sense.
+      OSError: for a file that is not there.
+    """
+    content = read_json(path)
+    data = _section(path, content, "data_config")
+    scores = _section(path, content, "inference_config")
+    if odd := _other_values(data, _INPUT):
+        raise ValueError(f"{path}: data_config is of another model: {odd}; expected {_INPUT}")
+    facts: dict[str, Any] = {name: data.get(name) for name in ("fps", "max_frame_pixels")}
+    for aspect in chat.VIDEOALIGN_ASPECTS:
+        for name in (f"{aspect}_mean", f"{aspect}_std"):
+            facts[name] = scores.get(name)
+    for name, value in facts.items():
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if not is_number or (value <= 0 and not name.endswith("_mean")):
+            raise ValueError(
+                f"{path}: {name} is {value!r}; expected a number, positive unless it is a mean"
+            )
+    return facts
+
+
+def _section(path: Path, content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = content.get(name)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{path} has no {name}; expected that of VideoReward")
+    return section
+
+
+def _other_values(section: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that have another value than the expected one; a missing one has none."""
+    return {
+        name: section[name] for name, value in expected.items() if section.get(name, value) != value
+    }
+
+
+def open_checkpoint(
+    path: Path,
+    spec: NetSpec,
+    adapter: Adapter | None = None,
+    dtype: str = "",
+    quantised: bool = False,
+) -> QwenLeaves:
+    """Open HPSv3.safetensors, VideoReward's model.pth, or the index of Qwen2-VL-Instruct's shards.
+
+    See `assemble` for the arguments.
+
+    Raises:
+      ConversionError: naming the file and every tensor at fault.
+      ValueError: naming the file, for one that cannot be read.
+      OSError: for a file that is not there.
+    """
+    tensors = nets.read_tensors([path])
+    with nets.naming_files(path):
+        return assemble(tensors, spec, adapter, dtype, quantised)
+
+
+def assemble(
+    tensors: Mapping[str, Any],
+    spec: NetSpec,
+    adapter: Adapter | None = None,
+    dtype: str = "",
+    quantised: bool = False,
+) -> QwenLeaves:
+    """Return the leaves that tensors make.
+
+    Sizes are those of the tensors; what these do not tell, such as the width of an attention head,
+    is as published.
+
+    Args:
+      tensors: by plain name. Every one must be used, but for `lm_head.weight`, which is dropped.
+      spec: of `spec_of`, and adapted if there is an adapter.
+      adapter: the LoRA that all linears of the decoder must have; W + scale B A is computed in
+        float32.
+      dtype: of the leaves but for the head, which is then float32; by default all are as in the
+        file.
+      quantised: make int8 kernels.
+
+    Raises:
+      ConversionError: listing every tensor that is missing, unused or of another shape.
+    """
+    form = nets.format_of(spec, tensors)
+    measured = nets.measure(spec, form, tensors) | {"quantised": False}
+    if dtype:
+        measured["param_dtype"] = dtype
+    config = dataclasses.replace(spec.published, **measured)
+    sources = nets.source_shapes(spec, config, form)
+    pairs = _lora_shapes(sources, adapter.rank) if adapter else {}
+    expected = dict(sources)
+    if OUTPUT in tensors:
+        expected[OUTPUT] = (config.vocab_size, config.dim)
+    for pair in pairs.values():
+        expected |= pair
+    engine.check(expected, tensors)
+    used = {name: tensors[name] for name in sources}
+    if adapter:
+        for name, pair in pairs.items():
+            a, b = (tensors[half] for half in pair)
+            used[name] = merged(used[name], a, b, adapter.scale, dtype)
+    checkpoint = nets.checked(spec, config, form, used)
+    stacks = nets.stacks(checkpoint, dtype)
+    if dtype:
+        whole = nets.stacks(checkpoint, "float32")
+        stacks |= {path: stack for path, stack in whole.items() if path[0] == "head"}
+    if not quantised:
+        return QwenLeaves(config, stacks)
+    config = dataclasses.replace(config, quantised=True)
+    return QwenLeaves(config, _quantised(stacks, shapes(config).params))
+
+
+def _lora_shapes(
+    sources: Mapping[str, engine.Shape], rank: int
+) -> dict[str, dict[str, engine.Shape]]:
+    """Return, for every adapted weight, name and shape of its A and its B, in this order."""
+    pairs = {}
+    for name, (rows, *columns) in sources.items():
+        if name.endswith(_BASE_WEIGHT):
+            module = name.removesuffix(_BASE_WEIGHT)
+            pairs[name] = {f"{module}.{_A}": (rank, *columns), f"{module}.{_B}": (rows, rank)}
+    return pairs
+
+
+def _quantised(stacks: Mapping[tuple, Stack], expected: dict) -> dict[tuple, Stack]:
+    """Return the leaves of `expected`, in which a kernel became an int8 kernel and its scale."""
+    quantised = {}
+    for path, leaf in engine.flatten(expected).items():
+        if leaf.dtype == jnp.int8:
+            quantised[path] = _part_of_kernel(stacks[path], leaf, part=0)
+        elif path not in stacks:
+            quantised[path] = _part_of_kernel(stacks[*path[:-1], "kernel"], leaf, part=1)
+        else:
+            quantised[path] = stacks[path]
+    return quantised
+
+
+def _part_of_kernel(kernel: Stack, leaf: Any, part: int) -> Stack:
+    """Return the part 0, the int8 kernel, or 1, the scale, of `quantise`, with the leaf's shape."""
+    dtype = np.dtype(leaf.dtype)
+    shape = leaf.shape[1:] if kernel.stacked else leaf.shape
+
+    def piece(layer: Lazy) -> Lazy:
+        return layer.map(lambda content: quantise(content, np)[part], shape, dtype)
+
+    return Stack(leaf.shape, dtype, kernel.stacked, tuple(map(piece, kernel.pieces)))

@@ -1,0 +1,384 @@
+"""The registry of rewards. To add one, write a function, and add a line to TABLE in this file.
+
+A reward without weights
+------------------------
+Write a module, say astrolabe_jax/rewards/brightness.py, with one function:
+
+    def score(frames, prompts):
+        return frames.mean(axis=(1, 2, 3, 4)) / 255
+
+    frames    decoded videos, uint8 [B, T, height, width, 3], numpy or jax, on the host or a device
+    prompts   B strings
+    returns   B numbers, in any array or list. Larger is better, on whatever scale.
+
+Add the line
+
+    "brightness": Reward("astrolabe_jax.rewards.brightness:score"),
+
+to TABLE, and give it a weight in a config: `config.rewards.brightness = 1.0`.
+
+The function must depend on its arguments alone, because runs are resumed and repeated. Numbers must
+be finite: anything else ends the run with the name of the reward and the sample.
+
+Several rewards of one function
+-------------------------------
+A function may return a mapping, with B numbers under the name of each reward that it computes. Give
+each a line with the same function: one call then computes them all. Keys `REWARD/PART`, such as
+`brightness/left`, are logged beside the reward and not optimised.
+
+Prompts that a reward cannot score
+----------------------------------
+Name a second function, `Reward("...:score", check="...:check")`. `check(prompt)` raises ValueError
+for a prompt whose videos cannot be scored. It is called for every prompt before a run begins.
+
+A reward with weights or options
+--------------------------------
+Name a loader instead, `"taste": Reward(load="astrolabe_jax.rewards.taste:load")`:
+
+    @dataclasses.dataclass(frozen=True)
+    class TasteOptions:
+        path: str
+        frame_stride: int = 1
+
+    def load(names: tuple[str, ...], setting: Setting, options: TasteOptions) -> Scorer:
+        params = ...  # read once, placed on setting.mesh
+        return Scorer(score, params, identity)
+
+The options are what `config.rewards.taste` has besides `weight`. Their names, and which of them are
+needed, are read from the dataclass that `options` is annotated with; a loader that has no parameter
+`options` takes none. `names` are the rewards of the run that have this loader and equal options:
+one call of `score(params, frames, prompts)` computes them all, and returns what the function of a
+reward without weights returns. Raise ValueError or OSError for options that cannot be; the registry
+adds the name of the reward.
+
+Keep net, tensor names and scorers of a model in one folder, as rewards/clip does. A line's `net`
+names the NetSpec of the directory that its option `path` gives, so that `plan` knows how large the
+weights are before they are there. See docs/rewards.md, A reward of your own.
+
+A program of your own in any language can score, too: see remote.py.
+
+Modules are imported when their reward is first used, so that nobody needs the dependencies of
+rewards that they do not use.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from astrolabe_jax.config import WEIGHT
+from astrolabe_jax.rewards import directory
+
+
+class Setting(NamedTuple):
+    """What a loader knows of the run."""
+
+    mesh: Mesh
+    fps: float  # frames a second of the videos
+
+
+class Scorer(NamedTuple):
+    """What a loader returns."""
+
+    # (params, frames, prompts) -> what the function of a reward without weights returns
+    score: Callable[[Any, Any, Sequence[str]], Any]
+    # arrays on the mesh; the caller may move them to the host and back between two calls
+    params: Any = None
+    identity: str = ""  # a hash of the weights: a run does not go on with others
+
+
+class Reward(NamedTuple):
+    """A line of TABLE; functions and specs are named as "module:name"."""
+
+    score: str = ""  # (frames, prompts) -> scores, for a reward without weights and options
+    check: str = ""  # (prompt) -> None, or ValueError for a prompt that cannot be scored
+    load: str = ""  # (names, setting, options) -> Scorer, for any other reward
+    net: str = ""  # the NetSpec of the reward directory that the option `path` names
+
+
+class Loaded(NamedTuple):
+    """Rewards that one call computes."""
+
+    names: tuple[str, ...]
+    scorer: Scorer
+
+
+class SampleError(Exception):
+    """Raised by a scorer that knows which video of the batch it could not score."""
+
+    def __init__(self, row: int, message: str):
+        super().__init__(message)
+        self.row = row  # of the batch
+
+
+class RewardError(ValueError):
+    """A reward failed, or is no finite number; the message names it and the sample."""
+
+
+_REWARDS = "astrolabe_jax.rewards"
+_WORLD = "astrolabe_jax.worlds.moving_shapes"
+_MOVING_SHAPES = Reward(f"{_WORLD}.rewards:score", f"{_WORLD}.vocabulary:parse")
+_VIDEOALIGN = Reward(
+    load=f"{_REWARDS}.qwen2_vl.videoalign:load",
+    check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
+    net=f"{_REWARDS}.qwen2_vl.weights:VIDEOALIGN",
+)
+_FLOW = Reward(load=f"{_REWARDS}.flow.scorers:load", net=f"{_REWARDS}.flow.weights:SEA_RAFT")
+TABLE = {
+    "shapes_vq": _MOVING_SHAPES,
+    "shapes_mq": _MOVING_SHAPES,
+    "shapes_ta": _MOVING_SHAPES,
+    "bounce_mq": _MOVING_SHAPES,
+    "bounce_ta": _MOVING_SHAPES,
+    "hpsv3": Reward(
+        load=f"{_REWARDS}.qwen2_vl.hpsv3:load",
+        check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
+        net=f"{_REWARDS}.qwen2_vl.weights:HPSV3",
+    ),
+    "videoalign_vq": _VIDEOALIGN,
+    "videoalign_mq": _VIDEOALIGN,
+    "videoalign_ta": _VIDEOALIGN,
+    "videoalign": _VIDEOALIGN,
+    "hpsv2": Reward(
+        load=f"{_REWARDS}.clip.hpsv2:load",
+        check=f"{_REWARDS}.clip.tokenizer:check_prompt",
+        net=f"{_REWARDS}.clip.weights:HPSV2",
+    ),
+    "aesthetic": Reward(
+        load=f"{_REWARDS}.clip.aesthetic:load", net=f"{_REWARDS}.clip.weights:AESTHETIC"
+    ),
+    "dynamic_degree": _FLOW,
+    "motion_smoothness": _FLOW,
+    "unifiedreward": Reward(load=f"{_REWARDS}.remote:load_unified"),
+}
+
+
+def options(value: Any) -> dict[str, Any]:
+    """Return the options in a value of config.rewards, which may be a weight alone."""
+    if not isinstance(value, Mapping | ConfigDict):
+        return {}
+    return {key: option for key, option in value.items() if key != WEIGHT}
+
+
+def validate(settings: Mapping[str, Any]) -> None:
+    """Check that rewards are known, their functions can be imported, and their options exist.
+
+    Args:
+      settings: config.rewards.
+
+    Raises:
+      ValueError: naming the reward, and the options that are unknown or missing.
+    """
+    known = f"known rewards: {', '.join(sorted(TABLE))}"
+    if not settings:
+        raise ValueError(f"no reward is configured; {known}")
+    if unknown := [name for name in settings if name not in TABLE]:
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown reward{'s' * (len(unknown) > 1)} {names}; {known}")
+    for name, value in settings.items():
+        line = TABLE[name]
+        if line.check:
+            _imported(name, line.check)
+        function = _imported(name, line.load or line.score)
+        fields = _option_fields(name, function) if line.load else ()
+        _check_options(name, options(value), fields)
+
+
+def _option_fields(name: str, load: Callable) -> tuple[dataclasses.Field, ...]:
+    parameter = inspect.signature(load).parameters.get("options")
+    if parameter is None:
+        return ()
+    if not dataclasses.is_dataclass(parameter.annotation):
+        raise ValueError(
+            f"reward {name!r}: the parameter `options` of its loader is annotated with "
+            f"{parameter.annotation!r}; expected a dataclass"
+        )
+    return dataclasses.fields(parameter.annotation)
+
+
+def _check_options(
+    name: str, given: Mapping[str, Any], fields: Sequence[dataclasses.Field]
+) -> None:
+    takes = [field.name for field in fields]
+    needs = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    expected = f"it takes {', '.join(takes) or 'none'}"
+    if unknown := [option for option in given if option not in takes]:
+        raise ValueError(
+            f"config.rewards.{name} has unknown options {', '.join(unknown)}; {expected}"
+        )
+    if missing := [option for option in needs if option not in given]:
+        raise ValueError(
+            f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; "
+            f"{expected}"
+        )
+
+
+def check_prompt(names: Iterable[str], prompt: str) -> None:
+    """Raise ValueError, naming the reward, if one of them cannot score videos of a prompt."""
+    for name in names:
+        line = TABLE[name]
+        if not line.check:
+            continue
+        check = _imported(name, line.check)
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from None
+
+
+def load(settings: Mapping[str, Any], setting: Setting) -> tuple[Loaded, ...]:
+    """Return the rewards of config.rewards, ready to score, with their weights on the mesh.
+
+    Raises:
+      ValueError, OSError: of `validate`, or naming the reward and its file at fault.
+    """
+    validate(settings)
+    return tuple(
+        Loaded(names, _scorer(names, options(settings[names[0]]), setting))
+        for names in _groups(settings)
+    )
+
+
+def _groups(settings: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the names of the rewards that one call computes, for each call."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in settings.items():
+        key = (TABLE[name].load or TABLE[name].score, repr(sorted(options(value).items())))
+        groups.setdefault(key, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _scorer(names: tuple[str, ...], given: Mapping[str, Any], setting: Setting) -> Scorer:
+    line = TABLE[names[0]]
+    if not line.load:
+        function = _imported(names[0], line.score)
+        return Scorer(lambda _, frames, prompts: function(frames, prompts))
+    loader = _imported(names[0], line.load)
+    parameter = inspect.signature(loader).parameters.get("options")
+    try:
+        if parameter is None:
+            return loader(names, setting)
+        return loader(names, setting, parameter.annotation(**given))
+    except (ValueError, OSError) as error:
+        raise type(error)(f"config.rewards.{names[0]}: {error}") from error
+
+
+def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
+    """Return what `load` does, with shapes in place of weights, which need not be there.
+
+    The devices of the mesh need not exist. The scorers do not score.
+    """
+    validate(settings)
+    loaded = []
+    for names in _groups(settings):
+        line = TABLE[names[0]]
+        params = None
+        if line.net:
+            path = Path(options(settings[names[0]])["path"])
+            params = directory.planned(path, _imported(names[0], line.net), mesh)
+        loaded.append(Loaded(names, Scorer(_refuse_to_score, params)))
+    return tuple(loaded)
+
+
+def _refuse_to_score(*_) -> None:
+    raise RewardError("rewards that are only planned do not score")
+
+
+def score(
+    loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Return the raw scores of the rewards that one call computes, and of their parts.
+
+    Args:
+      loaded: the rewards.
+      frames: decoded videos, uint8 `[B, T, height, width, 3]`.
+      prompts: B prompts.
+      numbers: B numbers of the videos among those of their epoch, for errors; by default from 0.
+
+    Returns:
+      `REWARD` and `REWARD/PART` -> float32 `[B]`.
+
+    Raises:
+      RewardError: naming reward and sample, for whatever the scorer raises, and for what are not B
+        finite numbers.
+    """
+    numbers = range(len(prompts)) if numbers is None else numbers
+    returned = _call(loaded, frames, prompts, numbers)
+    scores = {}
+    for name in loaded.names:
+        if name not in returned:
+            raise RewardError(
+                f"reward {name!r}: its scorer returned only {', '.join(map(repr, returned))}"
+            )
+        for key, values in returned.items():
+            if key == name or key.startswith(f"{name}/"):
+                scores[key] = _checked(key, values, prompts, numbers)
+    return scores
+
+
+def _call(
+    loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Return what a scorer returns, in float32; RewardError for whatever it raises."""
+    names = loaded.names
+    subject = f"reward{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+    try:
+        returned = loaded.scorer.score(loaded.scorer.params, frames, prompts)
+        if not isinstance(returned, Mapping):
+            returned = {names[0]: returned}
+        host = jax.device_get(returned)
+        return {key: np.asarray(values, np.float32) for key, values in host.items()}
+    except SampleError as error:
+        number = numbers[error.row]
+        prompt = prompts[error.row]
+        raise RewardError(
+            f"{subject} failed on sample {number} (prompt {prompt!r}): {error}"
+        ) from error
+    except Exception as error:  # a reward is anybody's code
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
+        raise RewardError(
+            f"{subject} failed on samples {span}: {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno})"
+        ) from error
+
+
+def _imported(name: str, target: str) -> Any:
+    """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
+
+
+def _checked(
+    name: str, values: np.ndarray, prompts: Sequence[str], numbers: Sequence[int]
+) -> np.ndarray:
+    """Return `values` if they are B finite numbers; else raise RewardError, naming the sample."""
+    if values.shape != (len(prompts),):
+        raise RewardError(
+            f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} "
+            f"videos; expected [{len(prompts)}]"
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if not len(bad):
+        return values
+    index = int(bad[0])
+    others = f" and for {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise RewardError(
+        f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt "
+        f"{prompts[index]!r}){others}"
+    )
