@@ -1,7 +1,10 @@
 """losses.py against numbers worked by hand and closed forms."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -144,12 +147,16 @@ def test_a_masked_sample_weighs_the_same_in_any_microbatch_only_with_the_epochs_
     np.testing.assert_allclose(losses.kl_weights(mask), [4 / 3, 4 / 3, 4 / 3, 0], rtol=1e-6)
 
 
-def test_shapes_are_checked():
+@pytest.mark.parametrize("by_names", [True, False])
+def test_shapes_are_checked(by_names):
+    """In tests by their names in the signature (conftest.py), and always by the function itself."""
+    loss = losses.astrolabe_loss if by_names else inspect.unwrap(losses.astrolabe_loss)
+    error = jaxtyping.TypeCheckError if by_names else AssertionError
     x0, forward, old = predictions(3)
-    with pytest.raises(AssertionError):
-        losses.astrolabe_loss(x0, forward, old[:2], jnp.ones(3), 0.1)
-    with pytest.raises(AssertionError, match="one number per sample"):
-        losses.astrolabe_loss(x0, forward, old, jnp.ones((3, 1)), 0.1)
+    with pytest.raises(error):
+        loss(x0, forward, old[:2], jnp.ones(3), 0.1)
+    with pytest.raises(error, match=None if by_names else "one number per sample"):
+        loss(x0, forward, old, jnp.ones((3, 1)), 0.1)
 
 
 @pytest.mark.parametrize("kind", ["astrolabe", "diffusion_nft"])

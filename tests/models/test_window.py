@@ -81,9 +81,7 @@ def window(name: str, start: int, context: bool, t: float = 0.0, x=None):
 
 
 @pytest.mark.parametrize("context", [False, True])
-@pytest.mark.parametrize(
-    "start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in (3, 6)), 12]
-)
+@pytest.mark.parametrize("start", [0, 3, 6, 12])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_clean_window_equals_the_stream(name, start, context):
     """Read clean, the frames behind a cache give what the stream gives, before and after its window

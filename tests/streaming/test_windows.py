@@ -84,8 +84,8 @@ def test_collected_whole_videos_are_those_of_the_driver_of_blocks(prepared, limi
         np.testing.assert_array_equal(segment.latents, latents)
     np.testing.assert_allclose(segment.latents, latents, atol=2e-5)
     frames, _ = decoded(run, segment.latents)
-    numbers = np.arange(8)
-    scores = run.panel.score(frames.astype(np.uint8), videos.batch.texts, numbers)()
+    numbers = list(range(8))
+    scores = run.reward_runner.score_async(frames.astype(np.uint8), videos.batch.texts, numbers)()
     assert scores.keys() == segment.scores.keys()
     for name, values in scores.items():
         np.testing.assert_allclose(segment.scores[name], values, atol=2e-2, err_msg=name)
