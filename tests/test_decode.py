@@ -24,7 +24,11 @@ CONFIG = VaeConfig(**SIZES, latent_mean=(0.1,) * 4, latent_std=(2.0,) * 4)
 
 @pytest.fixture(scope="module")
 def vae():
-    graphdef, params = layers.split(Vae(CONFIG, nnx.Rngs(0)))
+    def make():
+        return Vae(CONFIG, nnx.Rngs(0))
+
+    graphdef, _ = layers.graphdef_of(make)
+    params = jax.jit(lambda: layers.split(make())[1])()  # one program, not one a parameter
     return Net(graphdef, params, CONFIG)
 
 

@@ -30,7 +30,11 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, params = layers.split(UMT5(CONFIG, nnx.Rngs(0)))
+    def make():
+        return UMT5(CONFIG, nnx.Rngs(0))
+
+    graphdef, _ = layers.graphdef_of(make)
+    params = jax.jit(lambda: layers.split(make())[1])()  # one program, not one a parameter
     return Net(graphdef, params, CONFIG)
 
 
