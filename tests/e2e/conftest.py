@@ -1,4 +1,6 @@
+import fcntl
 import os
+import shutil
 
 import jax
 import pytest
@@ -50,6 +52,15 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(base, tmp_path_factory, compiled_once):
-    """A whole run, never interrupted: its config, directory and summary."""
-    config, workdir = runs.small_config(base), tmp_path_factory.mktemp("runs") / "straight"
-    return config, workdir, runs.start(config, workdir)
+    """A whole run, never interrupted: its config, directory and summary.
+
+    One worker of pytest-xdist makes it while the others wait; each has a copy.
+    """
+    config = runs.small_config(base)
+    shared = compiled_once.parent / "straight"
+    with open(compiled_once.parent / "straight.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        summary = runs.start(config, shared)  # finished before: read
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    shutil.copytree(shared, workdir)
+    return config, workdir, summary
