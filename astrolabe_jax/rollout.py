@@ -55,14 +55,15 @@ class Sampler:
                 )
 
     def steps_at(self, start) -> tuple[float, ...]:
-        """Denoising timesteps of the block that starts at frame `start` (a traced start is never
-        the first block).
+        """Return the timesteps of the block that starts at frame `start`.
+
+        A traced start is never that of the first block.
         """
         first = isinstance(start, int) and start == 0
         return self.first_steps if first and self.first_steps is not None else self.steps
 
     def sigma(self, t) -> jax.Array:
-        """Noise level of timestep t."""
+        """Return the noise level of timestep t."""
         return sigma_of(t, self.schedule, self.sigma_source)
 
 

@@ -131,7 +131,10 @@ def cache_blocks(
 def change_prompts(
     policy: Policy, videos: VideoBatch, state: StreamState, block: int
 ) -> StreamState:
-    """Return the state before a block for which prompts may have changed; `state` is left alone.
+    """Return the state before a block for which prompts may have changed.
+
+    The cache of `state` is left alone; its other memory is shared with the result, and where no
+    prompt changes the result is `state` itself.
 
     The keys in sight follow a change as config.scenes says, for the videos that it is about
     (docs/streaming.md, Scene changes).
@@ -205,7 +208,9 @@ def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> 
     shape = tuple(state.recent.shape[2:])
 
     def noise_of(plan: BlockPlan) -> jax.Array:
-        steps = len(policy.sampler.steps_at(plan.start))
+        # as sample_block reads them: a traced block is never the first
+        start = np.int32(plan.start) if videos.traced else plan.start
+        steps = len(policy.sampler.steps_at(start))
         frame = np.int32(videos.first_frame + plan.frame)
         return rollout.block_noise(keys, frame, steps, plan.count, shape)
 

@@ -80,33 +80,6 @@ class View(NamedTuple):
         return min(max(self.layout.sink - slot, 0), self.frames)
 
 
-def init_cache(
-    config: WanConfig,
-    layout: Layout,
-    batch: int,
-    frames: int,
-    latent_hw: tuple[int, int],
-    slots: int | None = None,
-) -> Cache:
-    """Return an empty cache in config.dtype for a video of `frames` frames.
-
-    It holds min(layout.capacity, frames) frames; `slots` >= frames instead keeps every frame, also
-    those evicted.
-
-    Raises:
-      ValueError: for other slots, or a video that the layout cannot hold.
-    """
-    layout.check_frames(frames)
-    if slots is None:
-        slots = min(layout.capacity, frames)
-    elif slots < min(layout.capacity, frames) or layout.capacity < slots < frames:
-        raise ValueError(
-            f"a cache of {slots} slots fits neither the window of {layout.capacity} frames nor all "
-            f"{frames} frames; give one of these"
-        )
-    return empty_cache(config, batch, slots, latent_hw)
-
-
 def empty_cache(config: WanConfig, batch: int, slots: int, latent_hw: tuple[int, int]) -> Cache:
     """Return a cache of `slots` frames, all zero."""
     h, w = config.grid(latent_hw)
@@ -125,7 +98,8 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
     With layout.faithful_sinks a later pass of a later block leaves sink slots as they are
     (docs/models.md, Faithful sinks).
     """
-    length, frozen = view.frame_tokens, view.frozen_frames
+    length = view.frame_tokens
+    frozen = view.frozen_frames
     unit = gcd(view.frames if view.growing else _unit(view), frozen)
 
     def put(buffer, new):
@@ -141,7 +115,7 @@ def write(cache: Cache, layer, k, v, view: View, first_pass=True) -> Cache:
 
 
 def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, jax.Array]:
-    """Keys (rotated) and values [B, M, A, K] of all frames the block sees, in slot order.
+    """Return keys (rotated) and values [B, M, A, K] of all frames the block sees, in slot order.
 
     sink_table: rotary table of the sink frames at their present positions, where the sink moves.
     """
@@ -160,10 +134,13 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
 def past_frames(
     cache: Cache, layer, layout: Layout, start, frame_tokens: int, recent: int
 ) -> KeyValues:
-    """Keys as they are stored, and values, [B, (kept + recent) L, A, K]: the sink, then the frames
-    before `start`.
+    """Return the stored keys, and values, of the sink and of the frames before `start`.
 
-    start: frames so far, traced. Places of frames that do not exist hold anything.
+    They are [B, (kept + recent) L, A, K]. Places of frames that do not exist hold anything.
+
+    Args:
+      start: frames so far, traced.
+      recent: frames before `start`.
     """
     slots = frames_of(cache, frame_tokens)
     before = jnp.clip(start - recent + jnp.arange(recent), 0)
@@ -178,22 +155,19 @@ def past_frames(
 
 
 def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) -> Cache:
-    """Puts stored keys and values [layers, B, n L, A, K] of `frames` [n] into their slots; negative
-    ones are left out.
+    """Put stored keys and values [layers, B, n L, A, K] of `frames` [n] into their slots.
 
-    A frame that a later one evicts must not be among them. frames may be traced.
+    Negative frames are left out. A frame that a later one evicts must not be among them. `frames`
+    may be traced.
     """
     slots = frames_of(cache, frame_tokens)
     places = jnp.where(frames < 0, slots, _slot_of(frames, layout, slots))
 
     def put(buffer, new):
         framed = (*buffer.shape[:2], -1, frame_tokens, *buffer.shape[3:])
-        into = (
-            buffer.reshape(framed)
-            .at[:, :, places]
-            .set(new.reshape(framed).astype(buffer.dtype), mode="drop")
-        )
-        return into.reshape(buffer.shape)
+        new = new.reshape(framed).astype(buffer.dtype)
+        placed = buffer.reshape(framed).at[:, :, places].set(new, mode="drop")
+        return placed.reshape(buffer.shape)
 
     return Cache(put(cache.k, k), put(cache.v, v))
 
@@ -204,10 +178,10 @@ def place_visible(cache: Cache, k, v, layout: Layout, end: int) -> Cache:
     They are those of the frames that a rollout would have left.
     """
     length = k.shape[2] // end
-    frames = np.array(
-        [f for f in range(end) if f < layout.kept or f >= end - (layout.capacity - layout.kept)]
-    )
-    tokens = (frames[:, None] * length + np.arange(length)).reshape(-1)
+    first_recent = end - (layout.capacity - layout.kept)
+    frames = np.arange(end)
+    frames = frames[(frames < layout.kept) | (frames >= first_recent)]
+    tokens = _tokens_of(frames, length)
     return place_frames(cache, k[:, :, tokens], v[:, :, tokens], layout, frames, length)
 
 
@@ -220,32 +194,31 @@ def restart(
     latent_hw,
     every: bool = False,
 ) -> Cache:
-    """Begins a new count of frames: what lies in place keep[i] becomes frame i, and the next block
-    is frame len(keep).
+    """Begin a new count of frames: what lies in place keep[i] becomes frame i.
 
-    Places are those of the published buffer: the sink, then the frames of the window, oldest first.
-    Where positions are relative the keys move to those of the new count. A growing window does not
-    read the other places, so they are left as they are, unless `every` place is to keep its
-    content, as in the published buffer. `end`: frames so far in the old count; a Python int, or
-    traced once the cache is full.
+    The next block is frame len(keep). Places are those of the published buffer: the sink, then the
+    frames of the window, oldest first. Where positions are relative the keys move to those of the
+    new count. A growing window does not read the other places, so they are left as they are, unless
+    `every` place is to keep its content, as in the published buffer. `end`: frames so far in the
+    old count; a Python int, or traced once the cache is full.
     """
     h, w = config.grid(latent_hw)
-    length, slots = h * w, frames_of(cache, h * w)
+    slots = frames_of(cache, h * w)
     places = np.array([*keep, *range(len(keep), slots)][: slots if every else len(keep)], np.int32)
     if not len(places):
         return cache
     frames = _frames_in_order(layout, end, slots)
-    tokens = (
-        _slot_of(frames, layout, slots)[places][:, None] * length + jnp.arange(length)[None]
-    ).reshape(-1)
-    k, v = (part[:, :, tokens] for part in cache)
+    tokens = _tokens_of(_slot_of(frames, layout, slots)[places], h * w)
+    k = cache.k[:, :, tokens]
+    v = cache.v[:, :, tokens]
     if layout.positions == "relative":
         now = np.arange(len(places))
         before = _rotation(layout, frames[places], places, (h, w), config.head_dim)
         after = _rotation(layout, jnp.asarray(now), now, (h, w), config.head_dim)
         k = jax.vmap(rotate, in_axes=(0, None))(k, combine(after, inverse(before)))
+    at = (0,) * 5
     return Cache(
-        *(jax.lax.dynamic_update_slice(*pair, (0,) * 5) for pair in ((cache.k, k), (cache.v, v)))
+        jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
     )
 
 
@@ -257,7 +230,7 @@ def rewrite(cache: Cache, layer, k, v, view: View, skip: int) -> Cache:
     length = view.frame_tokens
     slots = _slot_of(_frames_in_order(view.layout, view.end, view.slots), view.layout, view.slots)
     place = jnp.argsort(slots[: view.frames])[skip:]
-    tokens = (place[:, None] * length + jnp.arange(length)[None]).reshape(-1)
+    tokens = _tokens_of(place, length)
 
     def put(buffer, new):
         new = new[None, :, tokens].astype(buffer.dtype)
@@ -275,20 +248,19 @@ def reference_order(
     latent_hw: tuple[int, int],
     rotated: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's keys and values [B, slots L, A, K] after a rollout to frame `end`, in the
-    published code's order.
+    """Return one layer's keys and values [B, slots L, A, K] in the published code's order.
 
-    That order is the sink, then the frames of the window, oldest first, then places that are not in
-    use. rotated: keys rotated at the frames of the present count (the published training class), or
-    un-rotated (its inference class).
+    They are those after a rollout to frame `end`. That order is the sink, then the frames of the
+    window, oldest first, then places that are not in use. rotated: keys rotated at the frames of
+    the present count (the published training class), or un-rotated (its inference class).
     """
     h, w = config.grid(latent_hw)
-    length, slots = h * w, frames_of(cache, h * w)
+    length = h * w
+    slots = frames_of(cache, length)
     frames = _frames_in_order(layout, end, slots)
-    tokens = (_slot_of(frames, layout, slots)[:, None] * length + jnp.arange(length)[None]).reshape(
-        -1
-    )
-    k, v = cache.k[layer][:, tokens], cache.v[layer][:, tokens]
+    tokens = _tokens_of(_slot_of(frames, layout, slots), length)
+    k = cache.k[layer][:, tokens]
+    v = cache.v[layer][:, tokens]
     raw = min(layout.kept, slots) * length if layout.sink_moves else 0
     cos, sin = rope_table(frames, (h, w), config.head_dim)
     if rotated and raw:
@@ -298,8 +270,16 @@ def reference_order(
     return k, v
 
 
+def _tokens_of(places, frame_tokens: int):
+    """Return the tokens of places [n] of frames: [n L]."""
+    return (places[:, None] * frame_tokens + np.arange(frame_tokens)[None]).reshape(-1)
+
+
 def _frames_in_order(layout, end, slots):
-    """Frame [slots] in each place of the published buffer: its place, until the buffer is full."""
+    """Return the frame [slots] in each place of the published buffer.
+
+    It is the place itself until the buffer is full.
+    """
     place = jnp.arange(slots)
     if isinstance(end, int) and end <= slots:
         return place
@@ -318,14 +298,13 @@ def _rotation(layout, frames, places, grid, head_dim):
 
 
 def _slot_of(frames, layout, slots):
-    """Slots of frames [n], all in the cache."""
-    return jnp.where(
-        frames < layout.kept, frames, layout.kept + (frames - layout.kept) % (slots - layout.kept)
-    )
+    """Return the slots of frames [n], all in the cache."""
+    ring = layout.kept + (frames - layout.kept) % (slots - layout.kept)
+    return jnp.where(frames < layout.kept, frames, ring)
 
 
 def _slot(frame, layout, slots):
-    """Slot of a frame, int or traced."""
+    """Return the slot of a frame, int or traced."""
     if isinstance(frame, int) and frame < layout.kept:
         return frame
     ring = layout.kept + (frame - layout.kept) % (slots - layout.kept)
@@ -333,17 +312,17 @@ def _slot(frame, layout, slots):
 
 
 def _unit(view):
-    """Frames written in one piece: the whole block where blocks never straddle the ring's end."""
+    """Return the frames written in one piece: the block, if none straddles the ring's end."""
     if view.slots != view.layout.capacity:
         raise ValueError(
             f"the cache of {view.slots} frames is full and smaller than the window of "
-            f"{view.layout.capacity}; allocate it for the whole length with init_cache"
+            f"{view.layout.capacity}; give it as many slots"
         )
     return view.layout.write_unit() if view.aligned and view.frames > 1 else 1
 
 
 def _visible_slots(view):
-    """Slot ranges that hold the frames the block sees."""
+    """Return the slot ranges that hold the frames the block sees."""
     if not view.growing:
         return ((0, view.slots),)
     end = view.end
