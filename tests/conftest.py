@@ -24,6 +24,23 @@ install_import_hook([f"astrolabe_jax.{stage}" for stage in STAGES], "beartype.be
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs that were compiled before come from a disk cache, which all workers share.
+
+    Else two workers of pytest-xdist compile what a file needs twice, and every file compiles again
+    what the one before it had. `main`s that a test calls would otherwise take the user's cache.
+    """
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "xla"
+    cache.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        yield cache
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file_go_with_it():
     """Hundreds of compiled programs would stay in memory, and every garbage collection would walk

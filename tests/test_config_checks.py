@@ -4,9 +4,9 @@ happens.
 
 import pytest
 
-from astrolabe_jax import rewards
 from astrolabe_jax.config import REFERENCE_SWITCHES, get_config
 from astrolabe_jax.config_checks import validate
+from astrolabe_jax.rewards import registry as rewards
 from configs import moving_shapes
 
 

@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from astrolabe_jax.convert import commands, engine, lora, nets, parts, umt5
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.lora import merge_adapter
+from astrolabe_jax.models.lora import merge_adapter, scaled
 from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
@@ -123,7 +123,8 @@ def close(ours, theirs):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, x, t, text, adapter=None, scale=1.0):
     model = layers.merge(graphdef, params)
-    return model(x, t, model.encode_text(text, adapter, scale), adapter, scale, layout=ALL_FRAMES)
+    adapter = scaled(adapter, scale)
+    return model(x, t, model.encode_text(text, adapter), adapter, layout=ALL_FRAMES)
 
 
 # Their sinusoids are computed in float32, ours in float64: at large t the difference is above 1e-5.

@@ -10,29 +10,12 @@ from tests.tiny_base import write_tiny_base
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run jits its own train step; runs of one shape share the compiled program through the
-    disk cache.
-
-    So do programs whose `main` a test calls, and which would otherwise take the user's
-    (recipes.set_up), and all workers of pytest-xdist. The precision is theirs.
-    """
-    own = tmp_path_factory.getbasetemp()
-    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "xla"
-    cache.mkdir(exist_ok=True)
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_default_matmul_precision",
-    )
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(cache), 0.1, "float32"), strict=True):
-        jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        yield cache
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+def float32_is_float32():
+    """Runs multiply in the precision that a program sets (cli.set_up)."""
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "float32")
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
 
 
 @pytest.fixture(scope="session")

@@ -15,15 +15,10 @@ FRAMES = 4
 
 def _velocity(params, adapter, scale=1.0):
     net = merge(tiny.model()[0], params)
-    text = net.encode_text(tiny.text(), adapter, scale)
-    return net(
-        tiny.latents(FRAMES),
-        jnp.full((1, FRAMES), 600.0),
-        text,
-        adapter,
-        scale,
-        layout=Layout(block=2),
-    )
+    adapter = lora.scaled(adapter, scale)
+    text = net.encode_text(tiny.text(), adapter)
+    t = jnp.full((1, FRAMES), 600.0)
+    return net(tiny.latents(FRAMES), t, text, adapter, layout=Layout(block=2))
 
 
 @pytest.mark.parametrize("config, count", [(WAN_1_3B, 349_962_240), (WAN_14B, 1_226_833_920)])
