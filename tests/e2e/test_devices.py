@@ -92,7 +92,7 @@ def on_one_device(base, tmp_path_factory):
     "data, fsdp, limit, pieces",
     [
         pytest.param(8, 1, -1, 1, marks=pytest.mark.slow),
-        (2, 4, -1, 1),
+        pytest.param(2, 4, -1, 1, marks=pytest.mark.slow),
         pytest.param(2, 1, 3, 2, marks=pytest.mark.slow),
     ],
 )

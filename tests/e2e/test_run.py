@@ -113,6 +113,7 @@ def test_training_changes_the_policy_and_the_held_out_videos(straight):
     )
 
 
+@pytest.mark.slow
 def test_two_epochs_then_four_equal_four_at_once(straight, base, tmp_path):
     config, workdir, _ = straight
     runs.start(runs.small_config(base, **{"train.epochs": 2}), tmp_path / "run")

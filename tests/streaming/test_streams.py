@@ -268,7 +268,9 @@ def test_a_recache_for_the_same_prompt_differs_only_by_the_missing_mask():
     np.testing.assert_allclose(again, latents_of(layout, shot_of(layout, 3)), atol=2e-5)
 
 
-@pytest.mark.parametrize("positions", ["relative", "absolute"])
+@pytest.mark.parametrize(
+    "positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)]
+)
 def test_a_flush_of_a_window_not_full_is_that_of_a_full_one(positions):
     """The correction: the last two frames, where the published code takes the last two places of
     the buffer.

@@ -73,7 +73,7 @@ def decoded(run, latents, memory=None):
     return windows.to_host(parts).astype(int), memory
 
 
-@pytest.mark.parametrize("limit", [-1, 2])
+@pytest.mark.parametrize("limit", [-1, pytest.param(2, marks=pytest.mark.slow)])
 def test_collected_whole_videos_are_those_of_the_driver_of_blocks(prepared, limit):
     """Bit for bit where as many are sampled at once; their frames are scored."""
     run, videos = prepared("whole videos", ("mesh.samples_per_device", limit))
@@ -91,7 +91,7 @@ def test_collected_whole_videos_are_those_of_the_driver_of_blocks(prepared, limi
         np.testing.assert_allclose(segment.scores[name], values, atol=2e-2, err_msg=name)
 
 
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("start", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sequence_is_the_whole_video_to_the_end_of_its_window(prepared, start):
     run, videos = prepared("sequence")
     segment = collected(run, videos, start)
@@ -100,7 +100,7 @@ def test_a_sequence_is_the_whole_video_to_the_end_of_its_window(prepared, start)
     assert segment.prefixes == []
 
 
-@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("start", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_candidates_of_a_window_go_on_from_the_video_of_the_first_one(prepared, start):
     run, videos = prepared("clip")
     segment = collected(run, videos, start)
