@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from astrolabe_jax.config import renamed
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.runtime.files import WriteError, read_json, write_atomic
 
@@ -75,13 +77,6 @@ MAY_DIFFER = frozenset(
 MAY_DIFFER_OPTION = re.compile(
     r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|\w+_per_batch)"
 )
-# Config fields and sections of older versions -> their names today.
-RENAMED = {
-    "optimiser": "optimizer",
-    "prompts.groups": "prompts.prompts_per_epoch",
-    "prompts.candidates": "prompts.samples_per_prompt",
-    "streaming.clip": "streaming.score_frames",
-}
 
 
 class Snapshot(NamedTuple):
@@ -161,21 +156,20 @@ def _renamed_fields(saved: Fingerprint) -> dict[str, str]:
     """Return the config fields of an older version in a fingerprint, with their names today."""
     fields = {}
     for name in saved:
-        for old, new in RENAMED.items():
-            prefix = f"config.{old}"
-            if name == prefix or name.startswith(f"{prefix}."):
-                fields[name] = f"config.{new}{name.removeprefix(prefix)}"
+        new = renamed(name.removeprefix("config."))
+        if new:
+            fields[name] = f"config.{new}"
     return fields
 
 
 def save(workdir: Path, snapshot: Snapshot, fingerprint: Fingerprint, keep: int) -> int:
     """Save a checkpoint, of which the last `keep` are kept, and return its bytes on the disk.
 
-    Samples in flight are those of a finished epoch now, and removed. All processes call it. Raises
+    Samples in flight of epochs that are finished are removed. All processes call it. Raises
     WriteError if the file system refuses.
     """
     size = _write(workdir / CHECKPOINTS, snapshot, {"identity": dict(fingerprint)}, keep)
-    _remove_samples(workdir)
+    _remove_samples(workdir, before=snapshot.epoch)
     return size
 
 
@@ -276,8 +270,17 @@ def restore_samples(
     return None
 
 
-def _remove_samples(workdir: Path) -> None:
-    multihost.on_primary(lambda: shutil.rmtree(workdir / SAMPLES, ignore_errors=True))
+def _remove_samples(workdir: Path, before: float = math.inf) -> None:
+    """Remove the samples in flight that follow a checkpoint of an earlier epoch than `before`."""
+
+    def remove():
+        for path in (workdir / SAMPLES).glob("*"):
+            if not path.name.isdecimal() or int(path.name) < before:
+                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (workdir / SAMPLES).rmdir()
+
+    multihost.on_primary(remove)
 
 
 # Reading, and telling damage from what the content cannot be blamed for.

@@ -199,6 +199,11 @@ def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
                 "config.eval.frames belongs to the training of windows; set video.frames, or "
                 "streaming.window"
             )
+        if config.streaming.score_frames:
+            yield (
+                "config.streaming.score_frames belongs to the training of windows; expected 0, or "
+                "a streaming.window"
+            )
         return
     streaming = config.streaming
     block = config.model.block

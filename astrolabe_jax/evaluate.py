@@ -1,4 +1,4 @@
-"""Scores a policy on held-out prompts: always the same prompts and noise, before and after."""
+"""Score a policy on held-out prompts, with the same prompts and noise every time."""
 
 from collections.abc import Sequence
 

@@ -88,9 +88,9 @@ def epoch(
     risk, mask, figures = kl_mask(config, rewards, state.risk)
     # losses, update
     with progress.phase("update"):
-        learnt = samples_of(run, segment, result, mask, number)
-        train, reset, metrics = learn(run, state, step, learnt, segment)
-        streams = windows.continue_streams(run, train.old, segment, result.total, number)
+        learn_from = samples_of(run, segment, result, mask, number)
+        train, reset, metrics = learn(run, state, step, learn_from, segment)
+        following = windows.continue_streams(run, train.old, segment, result.total, number)
     # checkpoint: `train` saves the state that comes back
     record = {
         "kind": "epoch",
@@ -105,7 +105,7 @@ def epoch(
     }
     table = score_table(segment, rewards, result)
     multihost.on_primary(lambda: report.write_scores(run.workdir, number + 1, table))
-    return RunState(number + 1, train, risk, reset, dict(progress.seconds), streams), record
+    return RunState(number + 1, train, risk, reset, dict(progress.seconds), following), record
 
 
 def draw_prompts(run: Run, number: int) -> PromptBatch:
@@ -173,8 +173,8 @@ def samples_of(
 ) -> Samples:
     """Return what the update of epoch `number` learns from.
 
-    There are as many texts as prompts, whatever other scenes their videos have: one shape, one
-    compiled program.
+    There is one text per prompt, whatever other scenes its video has, so one compiled program
+    serves every epoch.
     """
     videos = segment.videos
     _, first, row = np.unique(videos.batch.index, return_index=True, return_inverse=True)
@@ -187,7 +187,7 @@ def samples_of(
 
 
 def learn(
-    run: Run, state: RunState, step: TrainStep, learnt: Samples, segment: Segment
+    run: Run, state: RunState, step: TrainStep, learn_from: Samples, segment: Segment
 ) -> tuple[TrainState, adv.ResetState, dict[str, float]]:
     """Take the optimizer steps of an epoch: return the state, the reset controller, and metrics.
 
@@ -205,7 +205,7 @@ def learn(
     parts = functools.partial(windows.loss_parts, run, segment)
     steps = []
     params = run.base.transformer.params
-    for after, metrics in update(step, train, params, learnt, state.epoch, parts):
+    for after, metrics in update(step, train, params, learn_from, state.epoch, parts):
         train = after
         reset = adv.after_step(reset, metrics["kl_loss"])
         steps.append(metrics)
@@ -291,7 +291,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     """Run from `state` to the last epoch and its report: return the content of summary.json.
 
     `check` is called before every phase; when it raises Stopped, the run saves and None is
-    returned. Raises REFUSED.
+    returned. Raises any of the errors in REFUSED.
     """
     config = run.config
     count = config.train.epochs
@@ -308,8 +308,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     try:
         _say_what_is_lost(run, state.epoch, metrics)
         _measure_ceiling(run, metrics, progress)
-        base = sharding.replicate(run.mesh, run.adapter)
-        _evaluate_if_due(run, 0, base, metrics, progress)
+        _evaluate_if_due(run, 0, None, metrics, progress)
         while True:
             policy = _evaluated_policy(run, state.train)
             _evaluate_if_due(run, state.epoch, policy, metrics, progress)
@@ -431,14 +430,18 @@ def _evaluated_policy(run: Run, train: TrainState) -> dict:
 
 
 def _evaluate_if_due(
-    run: Run, number: int, policy: dict, metrics: Metrics, progress: Progress
+    run: Run, number: int, policy: dict | None, metrics: Metrics, progress: Progress
 ) -> None:
-    """Evaluate a policy after epoch `number`, unless that is not due or was done before."""
+    """Evaluate a policy after epoch `number`, unless that is not due or was done before.
+
+    policy: an adapter on the mesh; None: that of every policy before the first epoch.
+    """
     if not _due(run, number) or number in _evaluations(metrics):
         return
+    adapter = sharding.replicate(run.mesh, run.adapter) if policy is None else policy
     with progress.within("evaluation"):
         label = f"evaluation after epoch {number}: batch"
-        result, frames = evaluate(run, policy, progress, label)
+        result, frames = evaluate(run, adapter, progress, label)
     name = {0: "before", run.config.train.epochs: "after"}.get(number)
     if name:
         place = run.workdir / "samples" / name

@@ -1,4 +1,4 @@
-"""The contract page: every structure that crosses the border of a stage, a sentence a field.
+"""The contract page: the values that stages exchange, a sentence a field.
 
 Read it before any other file. The stages stand in the order of docs/architecture.md: prompts,
 encode, rollout, decode, rewards, advantages, losses, update, checkpoint.
@@ -44,7 +44,6 @@ Latents = Float[Array, "B F C H W"]
 Frames = UInt8[Array, "B T height width 3"]
 HostFrames = UInt8[np.ndarray, "B T height width 3"]
 Embeddings = Float[Array, "B S E"]
-PerSample = Float[Array, " B"]
 
 # An adapter: {module: {'a': [layers, in, R], 'b': [layers, R, out]}} (models/lora.py).
 Adapter = dict[str, dict[str, Any]]

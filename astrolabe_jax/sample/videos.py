@@ -32,7 +32,7 @@ from astrolabe_jax.runtime.progress import Progress, log
 from astrolabe_jax.sample.requests import GivenFrames, Request
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.streaming.scenes import Shot, cache_slots
-from astrolabe_jax.types import PromptBatch, RngStream, VideoBatch
+from astrolabe_jax.types import PromptBatch, RngStream, Timeline, VideoBatch
 
 # Sections of the config that a video depends on; of `sampler` all but the batch.
 CONTENT = ("seed", "model.", "sampler.", "video.", "scenes.")
@@ -236,7 +236,8 @@ def _sampled(
     chunk = run.config.video.decode_chunk
     first_frame = 0
     for number, shot in enumerate(requests[0].shots):
-        videos = _video_batch(run, requests, rows, number, keys)
+        timelines = [requests[int(row)].shots[number].timeline for row in rows]
+        videos = _video_batch(run, batch.take(rows), timelines, keys)
         videos = videos._replace(first_frame=first_frame)
         last_blocks = {plan.scene: plan.frame for plan in shot.timeline.blocks}
         left = shot.frames
@@ -253,18 +254,11 @@ def _sampled(
 
 
 def _video_batch(
-    run: Run, requests: Sequence[Request], rows: np.ndarray, shot: int, keys: jax.Array
+    run: Run, batch: PromptBatch, timelines: Sequence[Timeline], keys: jax.Array
 ) -> VideoBatch:
-    """Return what a shot of the videos `rows` is sampled from; every prompt is encoded once."""
-    timelines = [requests[row].shots[shot].timeline for row in rows]
+    """Return what a shot of the videos is sampled from; every prompt is encoded once."""
     distinct = list(dict.fromkeys(prompt for t in timelines for prompt in t.prompts))
-    base = run.base
-    embeddings = encode.encode_prompts(base.text, base.tokenizer, distinct, run.mesh)
-    batch = PromptBatch(
-        tuple(requests[row].prompt for row in rows),
-        np.array([requests[row].index for row in rows], np.int32),
-        np.array([requests[row].candidate for row in rows], np.int32),
-    )
+    embeddings = encode.encode_prompts(run.base.text, run.base.tokenizer, distinct, run.mesh)
     places = {prompt: row for row, prompt in enumerate(distinct)}
     return VideoBatch(batch, tuple(timelines), places, embeddings, keys)
 
@@ -349,6 +343,7 @@ def key_of(run: Run, request: Request) -> str:
     if run.reward_runner.names:
         settings = run.config.rewards.items()
         scored = sorted((name, rewards.options(value)) for name, value in settings)
+        scored.append(("identity", run.reward_runner.identity))
     asked = [request.index, request.candidate, request.prompt, request.shots, scored]
     content = json.dumps([run.fingerprint, asked], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -75,8 +75,8 @@ def sample_blocks(
 ) -> Iterator[SampledBlock]:
     """Sample some blocks of the videos, one after the other.
 
-    A change of prompts before the first of these blocks must have happened (`change_prompts`),
-    unless it is block 0.
+    The caller has already applied the change of prompts before the first of them, if there is one
+    (`change_prompts`).
 
     Args:
       state: behind the blocks before these. Its cache's memory is taken.
@@ -161,9 +161,15 @@ def refresh_cache(
     return state._replace(cache=rollout.reencode(policy, text, first, recent, start))
 
 
+@functools.partial(jax.jit, static_argnames="each")
 def fork(state: StreamState, each: int) -> StreamState:
     """Return `each` copies of every video's state, adjacent, with memory of their own."""
-    return _fork(state, each)
+
+    def repeat(part, axis=0):
+        return sharding.by_sample(jnp.repeat(part, each, axis=axis), axis)
+
+    cache = jax.tree.map(functools.partial(repeat, axis=1), state.cache)
+    return jax.tree.map(repeat, state._replace(cache=None))._replace(cache=cache)
 
 
 def block_at(videos: VideoBatch, frame: int) -> int:
@@ -312,15 +318,6 @@ def _updated_latents(first, recent, latents, frame):
         first = jnp.where(here, latents[:, i : i + 1].astype(first.dtype), first)
     recent = jnp.concatenate([recent, latents.astype(recent.dtype)], axis=1)
     return first, recent[:, latents.shape[1] :]
-
-
-@functools.partial(jax.jit, static_argnames="each")
-def _fork(state: StreamState, each: int) -> StreamState:
-    def repeat(part, axis=0):
-        return sharding.by_sample(jnp.repeat(part, each, axis=axis), axis)
-
-    cache = jax.tree.map(functools.partial(repeat, axis=1), state.cache)
-    return jax.tree.map(repeat, state._replace(cache=None))._replace(cache=cache)
 
 
 @jax.jit

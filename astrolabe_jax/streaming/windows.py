@@ -141,20 +141,24 @@ def collect(
             part = videos.take(chosen)
             with progress.phase("rollout"):
                 state = streams.fork(prefix, share) if shared else prefix
-                decoder = state.decoder if decodes(run) else None
-                latents, _ = sampled(streams.sample_blocks(policy, part, state, blocks))
+                decoder = state.decoder
+                # the keys of candidates are not kept: their latents are all that is learnt from
+                latents = sampled(streams.sample_blocks(policy, part, state, blocks))[0]
+                del state
                 latents = jax.block_until_ready(latents)
             with progress.phase("decode"):
                 refuse_non_finite(latents, part.prompts_at(blocks[0]), chosen)
-                decoded, _ = _decode(run, latents, decoder)
+                decoded = _decode(run, latents, decoder)[0]
                 repeated = [np.repeat(frames, share, axis=0) for frames in frames_before]
                 frames = np.concatenate([*repeated, to_host(decoded)], axis=1)
             waiting.append(_score_clips(run, frames, part, start, chosen, progress))
             pieces.append(latents)
             order.append(chosen)
             progress.tick(label, len(pieces), places.size // len(chosen))
+        if not _progressive(run):
+            prefix = _loss_prefix(run, prefix)  # what else it holds goes before the next round
         if shared:
-            prefixes.append(prefix if _progressive(run) else _loss_prefix(run, prefix))
+            prefixes.append(prefix)
         whole.extend(latents_before)
     back = np.argsort(np.concatenate(order))
     scores = {name: values[back] for name, values in joined(waiting).items()}
@@ -192,6 +196,7 @@ def score_videos(
                 clips.append(to_host(decoded)[: len(numbers)])
             state = state._replace(decoder=decoder)
             scores.append(score_async(run, clips[-1], texts, numbers, progress))
+        del state
         yield np.concatenate(clips, axis=1), scores
         progress.tick(label, i + 1, len(starts))
 
@@ -203,7 +208,9 @@ def score_async(
     numbers: VideoNumbers,
     progress: Progress,
 ) -> WaitForScores:
-    """Begin to score B videos; the result waits for their scores [B]. Both raise RewardError.
+    """Begin to score B videos; the function that comes back waits for their scores [B].
+
+    This call and the returned function raise RewardError.
 
     numbers: of the videos in their epoch or evaluation, for errors.
     """
@@ -315,7 +322,7 @@ def continue_streams(
     after = []
     for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
         taken = np.array([chosen[line] for line in index[places].tolist()])
-        latents = sharding.shard_batch(run.mesh, sharding.to_host(segment.latents[taken]))
+        latents = _chosen(segment.latents, taken)
         own = videos.take(_first_candidates(index, places))
         state = cache_blocks(run, policy, own, state, latents, blocks)
         if decodes(run):
@@ -452,7 +459,7 @@ def _progressive(run: Run) -> bool:
 
 
 def _saves_prefix(run: Run, start: int) -> bool:
-    """Return whether the past of a segment was sampled for it, so that it is saved with it."""
+    """Return whether a segment stores its past: this epoch has sampled it."""
     return shares_prefix(run.config) and not _progressive(run) and start > 0
 
 
@@ -503,7 +510,7 @@ def _advance_to(
     begun: StreamState | None,
     progress: Progress,
 ) -> _Advanced:
-    """Return streams that have come to frame `start`, in which its prompts are in force."""
+    """Advance streams to frame `start` and apply the change of prompts there."""
     streaming = run.config.streaming
     count = len(own.timelines)
     if not start:
@@ -521,15 +528,28 @@ def _advance_to(
             if streaming.backprop == "full":
                 whole = [latents]
             if decodes(run):
-                decoded, decoder = _decode(run, latents, None)
+                decoder, frames = _decode_past(run, latents)
                 state = state._replace(decoder=decoder)
-                if streaming.reward == "full":
-                    frames = [to_host(decoded)]
         state = streams.change_prompts(policy, own, state, blocks.stop)
         if begun is not None and streaming.recache_on_update:
             state = streams.refresh_cache(policy, own, state, blocks.stop)
         jax.block_until_ready(state.cache)
     return _Advanced(state, whole, frames)
+
+
+def _decode_past(run: Run, latents: jax.Array) -> tuple[Any, list[np.ndarray]]:
+    """Return the decoder's memory behind latents, and their frames where they are scored.
+
+    A chunk's frames leave the device before the next one's are there.
+    """
+    decoder = None
+    frames = []
+    chunk = run.config.video.decode_chunk
+    for begin, end in split(latents.shape[1], chunk):
+        decoded, decoder = _decode(run, latents[:, begin:end], decoder)
+        if run.config.streaming.reward == "full":
+            frames.append(to_host(decoded))
+    return decoder, frames
 
 
 def sampled(blocks: Iterator[streams.SampledBlock]) -> tuple[jax.Array, StreamState]:
@@ -633,6 +653,12 @@ def _divided(saved, count: int, copies: int):
         return jax.tree.map(part, _by_axis(saved, 0, 1), saved)
 
     return [of_round(number) for number in range(count)]
+
+
+@jax.jit
+def _chosen(latents, places):
+    """Return the latents of these videos, samples split over all devices."""
+    return sharding.by_sample(latents[places])
 
 
 @jax.jit
