@@ -29,12 +29,40 @@ def decode_video(
     Returns:
       frames uint8 [B, T, height, width, 3] of one chunk after another, and the memory behind them.
     """
+    if state is None:
+        # The first chunk takes the remainder; the rest is whole chunks, in one program.
+        begin = (latents.shape[1] - 1) % chunk + 1
+        decoded, state = decode_chunk(vae.graphdef, vae.params, latents[:, :begin], None)
+        frames = [decoded]
+        if begin < latents.shape[1]:
+            rest = latents[:, begin:]
+            decoded, state = decode_chunks(vae.graphdef, vae.params, rest, state, chunk)
+            frames.append(decoded)
+        return frames, state
     frames = []
     for first in range(0, latents.shape[1], chunk):
         part = latents[:, first : first + chunk]
         decoded, state = decode_chunk(vae.graphdef, vae.params, part, state)
         frames.append(decoded)
     return frames, state
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames="state")
+def decode_chunks(
+    graphdef: Any, params: dict, latents: Latents, state: VaeState | None, chunk: int
+) -> tuple[Frames, VaeState | None]:
+    """Decode whole chunks one after another, in one program; see `decode_video`."""
+
+    def step(state, part):
+        pixels, state = layers.merge(graphdef, params).decode(part, state)
+        return state, to_uint8(pixels)
+
+    latents = sharding.by_sample(latents)
+    parts = latents.reshape(latents.shape[0], -1, chunk, *latents.shape[2:])
+    state, frames = jax.lax.scan(step, state, jnp.moveaxis(parts, 1, 0))
+    frames = jnp.moveaxis(frames, 0, 1)
+    frames = frames.reshape(frames.shape[0], -1, *frames.shape[3:])
+    return sharding.by_sample(frames), jax.tree.map(sharding.by_sample, state)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
