@@ -117,7 +117,6 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
         identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
     identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
-    train, test = lists["train"], lists["test"]
     reward_runner = load_rewards(config, mesh)
     identity |= reward_runner.identity
     return Run(
@@ -129,8 +128,8 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
         sampler,
         mesh,
         latent_shape,
-        train,
-        test,
+        lists["train"],
+        lists["test"],
         adapter,
         starts,
         reward_runner,
@@ -220,7 +219,9 @@ def geometry(
     Raises:
       ValueError: naming the fields that do not fit each other.
     """
-    layout, sampler, size = layout_of(config), sampler_of(config), latent_size(config, sizes)
+    layout = layout_of(config)
+    sampler = sampler_of(config)
+    size = latent_size(config, sizes)
     with error_prefix("config.video.frames"):
         frames = sizes["vae"].latent_frames(config.video.frames)
     with error_prefix("config.video.frames and config.model"):
@@ -368,7 +369,9 @@ def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int,
     Raises:
       ValueError: for heights and widths that the VAE or the patches do not divide.
     """
-    video, vae, net = config.video, sizes["vae"], sizes["transformer"]
+    video = config.video
+    vae = sizes["vae"]
+    net = sizes["transformer"]
     unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
     for name, step in zip(("height", "width"), unit, strict=True):
         if video[name] % step:
@@ -405,7 +408,8 @@ def _prompts(
 
 def _first_adapter(config: ConfigDict, base: Base) -> dict:
     """Return the adapter that every policy starts from: fresh, or from config.lora.init."""
-    lora, net = config.lora, base.transformer.config
+    lora = config.lora
+    net = base.transformer.config
     dtype = jnp.dtype(lora.dtype)
     if not lora.init:
         key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)

@@ -55,7 +55,8 @@ def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
 
 
 def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
-    data, fsdp = config.data, config.fsdp
+    data = config.data
+    fsdp = config.fsdp
     if fsdp < 1 or devices % fsdp:
         raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices")
     data = devices // fsdp if data == -1 else data

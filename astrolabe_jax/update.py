@@ -104,7 +104,8 @@ class TrainingForward:
         elif self.prefix == "full":
             cache = self._cache_of_whole(model, lora, text, prefix.whole)
         else:
-            first, recent = prefix.first, prefix.recent
+            first = prefix.first
+            recent = prefix.recent
             assert first is not None and recent is not None
             recent = recent[:, recent.shape[1] - self.recent_frames :]
             text = _one_a_stream(text, first)

@@ -56,7 +56,8 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self, progress: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
-        self._progress, self._turn = progress, asyncio.Lock()
+        self._progress = progress
+        self._turn = asyncio.Lock()
 
     async def _open_and_write(
         self, value: Stack, tspec: dict[str, Any], ts_context: tensorstore.Context
@@ -71,7 +72,8 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
                 tensorstore.Spec(tspec), create=True, open=True, context=ts_context
             )
             for i, piece in enumerate(value.pieces):
-                content, place = np.asarray(piece), target[i] if value.stacked else target
+                content = np.asarray(piece)
+                place = target[i] if value.stacked else target
                 for start in range(0, shape[0] if shape else 1, rows):
                     part = slice(start, min(start + rows, shape[0])) if shape else ...
                     await place[part].write(content[part])

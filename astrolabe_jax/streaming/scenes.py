@@ -46,7 +46,8 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
       ValueError: with the character at fault, for an empty scene, a second duration, and a bracket
         that looks like a duration but is none.
     """
-    scenes, start = [], 0
+    scenes = []
+    start = 0
     for part in text.split("|"):
         tags = list(_TAG.finditer(part))
         for found in _LOOKS_LIKE_A_TAG.finditer(part):

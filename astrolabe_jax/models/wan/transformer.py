@@ -51,7 +51,10 @@ class Attention(nnx.Module):
         def linear():
             return Linear(config.dim, config.dim, param_dtype=config.param_dtype, rngs=rngs)
 
-        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.q = linear()
+        self.k = linear()
+        self.v = linear()
+        self.o = linear()
         self.norm_q = RMSNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
         self.norm_k = RMSNorm(config.dim, eps=config.eps, param_dtype=config.param_dtype)
         self.num_heads = config.num_heads
@@ -111,10 +114,8 @@ class TransformerBlock(nnx.Module):
         lora = _lora_by_part(adapter)
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulate_by(self.modulation, e0)
         a = _per_frame(layer_norm(x, self.config.eps), shift1, scale1)
-        q, (k, v) = (
-            self.self_attn.queries(a, lora["self_attn"]),
-            self.self_attn.keys_values(a, lora["self_attn"]),
-        )
+        q = self.self_attn.queries(a, lora["self_attn"])
+        k, v = self.self_attn.keys_values(a, lora["self_attn"])
         y, kept = attend(q, k, v)
         x = x + _gate(self.self_attn.output(y, lora["self_attn"]), gate1)
         q = self.cross_attn.queries(self.norm3(x), lora["cross_attn"])
@@ -509,7 +510,8 @@ class WanTransformer(nnx.Module):
         `like`.
         """
         batch, frames, channels, *_ = like.shape
-        (h, w), (_, p, q) = grid, self.config.patch_size
+        h, w = grid
+        _, p, q = self.config.patch_size
         patches = patches.reshape(batch, frames, h, w, p, q, channels).transpose(
             0, 1, 6, 2, 4, 3, 5
         )
