@@ -34,10 +34,7 @@ def load(
       ValueError, OSError: naming the file and the line at fault.
     """
     world = world_of(source)
-    if world:
-        lines = world.prompts(source.partition("/")[2])
-    else:
-        lines = _lines(Path(source))
+    lines = world.prompts(source.partition("/")[2]) if world else _lines(Path(source))
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise ValueError(
@@ -102,10 +99,12 @@ def draw(
     order = _order(size, seed, turn, distinct)
     if start + distinct > size:
         order = np.concatenate([order, _order(size, seed, turn + 1, distinct)])
-    drawn = order[start : start + distinct]
     videos = repeated * samples_per_prompt
-    samples = np.tile(np.arange(videos), distinct)
-    return _batch(prompts, np.repeat(drawn, videos), samples)
+    return _batch(
+        prompts,
+        np.repeat(order[start : start + distinct], videos),
+        np.tile(np.arange(videos), distinct),
+    )
 
 
 def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:
@@ -124,8 +123,7 @@ def sample_keys(batch: PromptBatch, seed: int, stream: RngStream, epoch: int) ->
     key = jax.random.fold_in(key, epoch)
 
     def video_key(index, candidate):
-        prompt_key = jax.random.fold_in(key, index)
-        return jax.random.fold_in(prompt_key, candidate)
+        return jax.random.fold_in(jax.random.fold_in(key, index), candidate)
 
     return jax.vmap(video_key)(batch.index, batch.candidate)
 
@@ -180,9 +178,12 @@ def _permutation(size: int, seed: int, stream: RngStream, turn: int) -> np.ndarr
     """
     key = np.array([seed, (stream << 32) | turn], np.uint64)
     draws = np.random.Philox(key=key).random_raw(size)
-    return np.argsort(draws, kind="stable").astype(np.int32)
+    return draws.argsort(kind="stable").astype(np.int32)
 
 
 def _batch(prompts: Sequence[str], index: np.ndarray, candidate: np.ndarray) -> PromptBatch:
-    texts = tuple(prompts[int(i)] for i in index)
-    return PromptBatch(texts, index.astype(np.int32), candidate.astype(np.int32))
+    return PromptBatch(
+        tuple(prompts[int(i)] for i in index),
+        index.astype(np.int32),
+        candidate.astype(np.int32),
+    )

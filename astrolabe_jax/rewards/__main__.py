@@ -26,6 +26,7 @@ from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media
 from astrolabe_jax.runtime.files import read_json, write_atomic
+from astrolabe_jax.types import Scores
 
 MIB = 2**20
 
@@ -37,17 +38,11 @@ def peak_bytes() -> int:
     return stats.get("peak_bytes_in_use", process)
 
 
-def measured(
-    loaded: registry.Loaded, frames: np.ndarray, prompt: str
-) -> tuple[dict[str, float], list[float]]:
-    """Return the scores of one video, and the seconds of two calls."""
-    seconds = []
-    scores = {}
-    for _ in range(2):
-        began = time.monotonic()
-        scores = registry.score(loaded, frames[None], [prompt])
-        seconds.append(time.monotonic() - began)
-    return {name: float(values[0]) for name, values in scores.items()}, seconds
+def timed(loaded: registry.Loaded, frames: np.ndarray, prompt: str) -> tuple[Scores, float]:
+    """Return the scores of one video, and the seconds that they take."""
+    began = time.monotonic()
+    scores = registry.score(loaded, frames[None], [prompt])
+    return scores, time.monotonic() - began
 
 
 def golden_key(name: str, loaded: registry.Loaded, frames: np.ndarray, prompt: str) -> str:
@@ -57,31 +52,30 @@ def golden_key(name: str, loaded: registry.Loaded, frames: np.ndarray, prompt: s
     return digest.hexdigest()
 
 
-def record(path: Path, scores: Mapping[str, tuple[str, float]]) -> None:
-    """Add scores, {golden_key: (reward, score)}, to a file of recorded ones."""
-    recorded = read_json(path) if path.exists() else {}
-    for key, (name, score) in scores.items():
-        recorded[key] = {"reward": name, "score": score}
+def record(path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]]) -> None:
+    """Add scores, {golden_key: (reward, score)}, to a file and what is recorded there."""
+    recorded |= {key: {"reward": name, "score": score} for key, (name, score) in scores.items()}
     write_atomic(path, (json.dumps(recorded, indent=2) + "\n").encode())
     print(f"recorded {len(scores)} scores in {path}")
 
 
-def agrees(path: Path, scores: Mapping[str, tuple[str, float]], tolerance: float) -> bool:
+def agrees(
+    path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]], tolerance: float
+) -> bool:
     """Print each score beside its recorded one, and return whether none differs."""
-    recorded = read_json(path) if path.exists() else {}
     same = True
     for key, (name, score) in scores.items():
-        if key not in recorded:
+        if key in recorded:
+            golden = recorded[key]["score"]
+            error = abs(score - golden)
+            verdict = "agrees with" if error <= tolerance else "DIFFERS from"
+            print(f"  {name}: {score:.6f} {verdict} the recorded {golden:.6f} by {error:.2g}")
+            same &= error <= tolerance
+        else:
             print(
                 f"  {name}: {path} has no score of these weights, frames and prompt; --record adds "
                 "it"
             )
-            continue
-        golden = recorded[key]["score"]
-        error = abs(score - golden)
-        verdict = "agrees with" if error <= tolerance else "DIFFERS from"
-        print(f"  {name}: {score:.6f} {verdict} the recorded {golden:.6f} by {error:.2g}")
-        same &= error <= tolerance
     return same
 
 
@@ -114,13 +108,13 @@ def main(argv: list[str], holders: Mapping[str, flags.FlagHolder]) -> None:
     found: dict[str, tuple[str, float]] = {}
     for group in groups:
         found |= _print_scores(group, frames, prompt)
-    if not holders["golden"].value:
-        return
-    golden = Path(holders["golden"].value)
-    if holders["record"].value:
-        record(golden, found)
-    elif not agrees(golden, found, holders["tolerance"].value):
-        sys.exit(1)
+    if holders["golden"].value:
+        golden = Path(holders["golden"].value)
+        recorded = read_json(golden) if golden.exists() else {}
+        if holders["record"].value:
+            record(golden, recorded, found)
+        elif not agrees(golden, recorded, found, holders["tolerance"].value):
+            sys.exit(1)
 
 
 def _print_scores(
@@ -128,7 +122,8 @@ def _print_scores(
 ) -> dict[str, tuple[str, float]]:
     """Print what one call scores and takes; return {golden_key: (reward, score)}."""
     try:
-        scores, (first, again) = measured(group, frames, prompt)
+        _, first = timed(group, frames, prompt)
+        scores, again = timed(group, frames, prompt)
     except registry.RewardError as error:
         cli.fail(error, 1)
     weights = RewardRunner([group]).weights / MIB
@@ -136,9 +131,12 @@ def _print_scores(
         f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights {weights:,.0f} "
         f"MiB, peak {peak_bytes() / MIB:,.0f}"
     )
-    for name, score in scores.items():
-        print(f"  {name:32} {score:.6f}")
-    return {golden_key(name, group, frames, prompt): (name, scores[name]) for name in group.names}
+    for name, values in scores.items():
+        print(f"  {name:32} {values[0]:.6f}")
+    return {
+        golden_key(name, group, frames, prompt): (name, float(scores[name][0]))
+        for name in group.names
+    }
 
 
 if __name__ == "__main__":

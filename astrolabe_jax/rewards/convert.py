@@ -33,8 +33,7 @@ def convert(kind: str, published: PublishedFiles, to: Path) -> Path:
     Raises:
       ValueError, OSError: before anything is written, naming the file and what in it is at fault.
     """
-    directory.check_new(to)
     contents = KINDS[kind](published)
-    pieces = [piece for stack in contents.stacks.values() for piece in stack.pieces]
-    directory.write(to, contents, byte_counter(kind, sum(piece.nbytes for piece in pieces)))
+    size = sum(piece.nbytes for stack in contents.stacks.values() for piece in stack.pieces)
+    directory.write(to, contents, byte_counter(kind, size))
     return to

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
@@ -79,10 +78,11 @@ def write(
       progress: called with the bytes of each piece that is written.
 
     Raises:
-      FileExistsError: if there is one already.
+      FileExistsError: if there is one already, or the remains of a stopped conversion.
       OSError: if a file cannot be read or written.
     """
-    check_new(to)
+    if (to / CONFIG).exists() or (to / WEIGHTS).exists():
+        raise FileExistsError(f"{to} holds a reward already; remove it or give another --to")
     digests = {}
     for path in contents.sources:
         with open(path, "rb") as file:
@@ -91,21 +91,15 @@ def write(
     for name, text in contents.texts.items():
         write_atomic(to / name, text)
     store.save(to / WEIGHTS, contents.stacks, progress)
+    facts = {"facts": dict(contents.facts)} if contents.facts else {}
     described = {
         "kind": contents.spec.name,
         "net": nets.sizes_of(contents.config),
         "sources": digests,
         "dtypes": sorted({str(stack.dtype) for stack in contents.stacks.values()}),
+        **facts,
     }
-    if contents.facts:
-        described["facts"] = dict(contents.facts)
     write_atomic(to / CONFIG, json.dumps(described, indent=2).encode())
-
-
-def check_new(to: Path) -> None:
-    """Raise FileExistsError if `to` holds a reward, or the remains of a stopped conversion."""
-    if (to / CONFIG).exists() or (to / WEIGHTS).exists():
-        raise FileExistsError(f"{to} holds a reward already; remove it or give another --to")
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -138,12 +132,8 @@ def read(directory: Path, spec: NetSpec, mesh: Mesh, dtype: str) -> Net:
     if not store.is_store(path):
         raise FileNotFoundError(f"no whole Orbax store {path}; convert the reward again")
     with nets.naming_files(path):
-        leaves = engine.flatten(store.tree(store.open_leaves(path), net.params))
-    placed = (
-        (where, sharding.shard_param(mesh, where, np.asarray(leaf)))
-        for where, leaf in leaves.items()
-    )
-    return net._replace(params=engine.nested(placed))
+        leaves = store.tree(store.open_leaves(path), net.params)
+    return net._replace(params=sharding.shard_params(mesh, leaves))
 
 
 def planned(directory: Path, spec: NetSpec, mesh: Any) -> Any:
@@ -170,8 +160,7 @@ def _read_config(path: Path, spec: NetSpec, dtype: str) -> Any:
             f"{path} is of the kind {content.get('kind')!r}; expected {spec.name!r}: give another "
             "path"
         )
-    sizes = content.get("net")
-    sizes = sizes if isinstance(sizes, dict) else {}
+    sizes = content["net"] if isinstance(content.get("net"), dict) else {}
     if odd := sorted(set(nets.sizes_of(spec.published)) ^ set(sizes)):
         raise ValueError(
             f"{path}: fields of net that are missing or unknown: {', '.join(odd)}; convert it again"

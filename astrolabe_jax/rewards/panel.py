@@ -6,23 +6,13 @@ import concurrent.futures
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
-
-Scores = dict[str, np.ndarray]
-
-
-class _Videos(NamedTuple):
-    """The arguments of one call."""
-
-    frames: Any
-    prompts: Sequence[str]
-    numbers: Sequence[int]
+from astrolabe_jax.types import Scores
 
 
 class RewardRunner:
@@ -46,9 +36,10 @@ class RewardRunner:
     ):
         self._overlap = overlap
         self._timeout = timeout
-        self._home = [
-            jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params) for group in loaded
-        ]
+        self._home = {
+            group.names: jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params)
+            for group in loaded
+        }
         self._swapped = place == "host"
         self._loaded = list(map(_moved_to_host, loaded)) if self._swapped else list(loaded)
         self._under_way: concurrent.futures.Future | None = None
@@ -61,16 +52,19 @@ class RewardRunner:
     @property
     def identity(self) -> dict[str, str]:
         """Hashes of the weights, by reward.NAME: two runs with other ones are not the same."""
-        known = [group for group in self._loaded if group.scorer.identity]
-        return {f"reward.{name}": group.scorer.identity for group in known for name in group.names}
+        return {
+            f"reward.{name}": group.scorer.identity
+            for group in self._loaded
+            for name in group.names
+            if group.scorer.identity
+        }
 
     @property
     def weights(self) -> int:
         """Bytes of all weights on one device."""
-        leaves = [leaf for group in self._loaded for leaf in jax.tree.leaves(group.scorer.params)]
         return sum(
             leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-            for leaf in leaves
+            for leaf in jax.tree.leaves([group.scorer.params for group in self._loaded])
         )
 
     def score_async(
@@ -94,13 +88,12 @@ class RewardRunner:
           RewardError: for a reward that may not be under way when this returns.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        videos = _Videos(frames, prompts, numbers)
         self.settle()
-        later = [i for i, group in enumerate(self._loaded) if self._may_overlap(group)]
-        now = [i for i in range(len(self._loaded)) if i not in later]
-        under_way = self._begin(later, videos)
+        later = [group for group in self._loaded if self._may_overlap(group)]
+        now = [group for group in self._loaded if not self._may_overlap(group)]
+        under_way = self._begin(later, frames, prompts, numbers)
         self._under_way = under_way
-        scores = self._await(self._begin(now, videos), now, numbers)
+        scores = self._await(self._begin(now, frames, prompts, numbers), now, numbers)
         return lambda: scores | self._await(under_way, later, numbers)
 
     def settle(self) -> None:
@@ -113,51 +106,52 @@ class RewardRunner:
             self._under_way = None
 
     def _may_overlap(self, group: Loaded) -> bool:
-        if self._overlap == "host":
-            return group.scorer.params is None
-        return self._overlap == "all"
+        on_host = group.scorer.params is None
+        return self._overlap == "all" or (self._overlap == "host" and on_host)
 
-    def _begin(self, groups: Sequence[int], videos: _Videos) -> concurrent.futures.Future:
+    def _begin(self, groups: Sequence[Loaded], *videos: Any) -> concurrent.futures.Future:
         """Score with these groups, one after the other, on a thread of its own.
 
         The thread does not keep the program from its end.
+
+        Args:
+          groups: of rewards.
+          *videos: frames, prompts and numbers, as registry.score takes them.
         """
         future = concurrent.futures.Future()
 
         def work() -> None:
-            scores: Scores = {}
             try:
-                for group in groups:
-                    scores |= self._score(group, videos)
+                scores = {
+                    name: values
+                    for group in groups
+                    for name, values in self._score(group, *videos).items()
+                }
                 future.set_result(scores)
             except BaseException as error:
                 future.set_exception(error)
 
-        if groups:
-            threading.Thread(target=work, daemon=True).start()
-        else:
-            future.set_result({})
+        threading.Thread(target=work, daemon=True).start()
         return future
 
     def _await(
-        self, future: concurrent.futures.Future, groups: Sequence[int], numbers: Sequence[int]
+        self, future: concurrent.futures.Future, groups: Sequence[Loaded], numbers: Sequence[int]
     ) -> Scores:
         try:
             return future.result(self._timeout)
         except concurrent.futures.TimeoutError:
             self._under_way = None  # nobody waits for it again
-            names = ", ".join(repr(name) for i in groups for name in self._loaded[i].names)
+            names = ", ".join(repr(name) for group in groups for name in group.names)
             raise RewardError(
                 f"rewards {names} did not answer within {self._timeout:g} s for samples "
                 f"{numbers[0]} to {numbers[-1]}; look whether a scorer hangs, or raise "
                 "config.scoring.timeout"
             ) from None
 
-    def _score(self, i: int, videos: _Videos) -> Scores:
-        group = self._loaded[i]
+    def _score(self, group: Loaded, *videos: Any) -> Scores:
         if not self._swapped or group.scorer.params is None:
             return registry.score(group, *videos)
-        params = jax.device_put(group.scorer.params, self._home[i])
+        params = jax.device_put(group.scorer.params, self._home[group.names])
         try:
             return registry.score(_with_params(group, params), *videos)
         finally:

@@ -62,8 +62,8 @@ rewards that they do not use.
 """
 
 import dataclasses
-import importlib
 import inspect
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -125,28 +125,24 @@ class RewardError(ValueError):
 
 _REWARDS = "astrolabe_jax.rewards"
 _WORLD = "astrolabe_jax.worlds.moving_shapes"
-_MOVING_SHAPES = Reward(f"{_WORLD}.rewards:score", f"{_WORLD}.vocabulary:parse")
-_VIDEOALIGN = Reward(
-    load=f"{_REWARDS}.qwen2_vl.videoalign:load",
-    check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
-    net=f"{_REWARDS}.qwen2_vl.weights:VIDEOALIGN",
-)
-_FLOW = Reward(load=f"{_REWARDS}.flow.scorers:load", net=f"{_REWARDS}.flow.weights:SEA_RAFT")
 TABLE = {
-    "shapes_vq": _MOVING_SHAPES,
-    "shapes_mq": _MOVING_SHAPES,
-    "shapes_ta": _MOVING_SHAPES,
-    "bounce_mq": _MOVING_SHAPES,
-    "bounce_ta": _MOVING_SHAPES,
+    **dict.fromkeys(
+        ("shapes_vq", "shapes_mq", "shapes_ta", "bounce_mq", "bounce_ta"),
+        Reward(f"{_WORLD}.rewards:score", f"{_WORLD}.vocabulary:parse"),
+    ),
     "hpsv3": Reward(
         load=f"{_REWARDS}.qwen2_vl.hpsv3:load",
         check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
         net=f"{_REWARDS}.qwen2_vl.weights:HPSV3",
     ),
-    "videoalign_vq": _VIDEOALIGN,
-    "videoalign_mq": _VIDEOALIGN,
-    "videoalign_ta": _VIDEOALIGN,
-    "videoalign": _VIDEOALIGN,
+    **dict.fromkeys(
+        ("videoalign_vq", "videoalign_mq", "videoalign_ta", "videoalign"),
+        Reward(
+            load=f"{_REWARDS}.qwen2_vl.videoalign:load",
+            check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
+            net=f"{_REWARDS}.qwen2_vl.weights:VIDEOALIGN",
+        ),
+    ),
     "hpsv2": Reward(
         load=f"{_REWARDS}.clip.hpsv2:load",
         check=f"{_REWARDS}.clip.tokenizer:check_prompt",
@@ -155,17 +151,18 @@ TABLE = {
     "aesthetic": Reward(
         load=f"{_REWARDS}.clip.aesthetic:load", net=f"{_REWARDS}.clip.weights:AESTHETIC"
     ),
-    "dynamic_degree": _FLOW,
-    "motion_smoothness": _FLOW,
+    **dict.fromkeys(
+        ("dynamic_degree", "motion_smoothness"),
+        Reward(load=f"{_REWARDS}.flow.scorers:load", net=f"{_REWARDS}.flow.weights:SEA_RAFT"),
+    ),
     "unifiedreward": Reward(load=f"{_REWARDS}.remote:load_unified"),
 }
 
 
 def options(value: Any) -> dict[str, Any]:
     """Return the options in a value of config.rewards, which may be a weight alone."""
-    if not isinstance(value, Mapping | ConfigDict):
-        return {}
-    return {key: option for key, option in value.items() if key != WEIGHT}
+    fields = value if isinstance(value, Mapping | ConfigDict) else {}
+    return {key: option for key, option in fields.items() if key != WEIGHT}
 
 
 def validate(settings: Mapping[str, Any]) -> None:
@@ -188,37 +185,37 @@ def validate(settings: Mapping[str, Any]) -> None:
         if line.check:
             _imported(name, line.check)
         function = _imported(name, line.load or line.score)
-        fields = _option_fields(name, function) if line.load else ()
+        kind = _options_class(name, function) if line.load else None
+        fields = {field.name: field for field in dataclasses.fields(kind)} if kind else {}
         _check_options(name, options(value), fields)
 
 
-def _option_fields(name: str, load: Callable) -> tuple[dataclasses.Field, ...]:
+def _options_class(name: str, load: Callable) -> Any:
+    """Return the dataclass of a loader's options; None for a loader that takes none."""
     parameter = inspect.signature(load).parameters.get("options")
-    if parameter is None:
-        return ()
-    if not dataclasses.is_dataclass(parameter.annotation):
+    if parameter and not dataclasses.is_dataclass(parameter.annotation):
         raise ValueError(
             f"reward {name!r}: the parameter `options` of its loader is annotated with "
             f"{parameter.annotation!r}; expected a dataclass"
         )
-    return dataclasses.fields(parameter.annotation)
+    return parameter.annotation if parameter else None
 
 
 def _check_options(
-    name: str, given: Mapping[str, Any], fields: Sequence[dataclasses.Field]
+    name: str, given: Mapping[str, Any], fields: Mapping[str, dataclasses.Field]
 ) -> None:
-    takes = [field.name for field in fields]
-    needs = [
-        field.name
-        for field in fields
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    expected = f"it takes {', '.join(takes) or 'none'}"
-    if unknown := [option for option in given if option not in takes]:
+    expected = f"it takes {', '.join(fields) or 'none'}"
+    if unknown := [option for option in given if option not in fields]:
         raise ValueError(
             f"config.rewards.{name} has unknown options {', '.join(unknown)}; {expected}"
         )
-    if missing := [option for option in needs if option not in given]:
+    if missing := [
+        option
+        for option, field in fields.items()
+        if option not in given
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]:
         raise ValueError(
             f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; "
             f"{expected}"
@@ -228,14 +225,12 @@ def _check_options(
 def check_prompt(names: Iterable[str], prompt: str) -> None:
     """Raise ValueError, naming the reward, if one of them cannot score videos of a prompt."""
     for name in names:
-        line = TABLE[name]
-        if not line.check:
-            continue
-        check = _imported(name, line.check)
-        try:
-            check(prompt)
-        except ValueError as error:
-            raise ValueError(f"reward {name!r}: {error}") from None
+        if TABLE[name].check:
+            check = _imported(name, TABLE[name].check)
+            try:
+                check(prompt)
+            except ValueError as error:
+                raise ValueError(f"reward {name!r}: {error}") from None
 
 
 def load(settings: Mapping[str, Any], setting: Setting) -> tuple[Loaded, ...]:
@@ -266,11 +261,9 @@ def _scorer(names: tuple[str, ...], given: Mapping[str, Any], setting: Setting) 
         function = _imported(names[0], line.score)
         return Scorer(lambda _, frames, prompts: function(frames, prompts))
     loader = _imported(names[0], line.load)
-    parameter = inspect.signature(loader).parameters.get("options")
+    kind = _options_class(names[0], loader)
     try:
-        if parameter is None:
-            return loader(names, setting)
-        return loader(names, setting, parameter.annotation(**given))
+        return loader(names, setting, kind(**given)) if kind else loader(names, setting)
     except (ValueError, OSError) as error:
         raise type(error)(f"config.rewards.{names[0]}: {error}") from error
 
@@ -281,15 +274,17 @@ def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
     The devices of the mesh need not exist. The scorers do not score.
     """
     validate(settings)
-    loaded = []
-    for names in _groups(settings):
-        line = TABLE[names[0]]
-        params = None
-        if line.net:
-            path = Path(options(settings[names[0]])["path"])
-            params = directory.planned(path, _imported(names[0], line.net), mesh)
-        loaded.append(Loaded(names, Scorer(_refuse_to_score, params)))
-    return tuple(loaded)
+    return tuple(
+        Loaded(names, Scorer(_refuse_to_score, _planned_params(names[0], settings, mesh)))
+        for names in _groups(settings)
+    )
+
+
+def _planned_params(name: str, settings: Mapping[str, Any], mesh: Any) -> Any:
+    """Return the shapes of a reward's weights; None if it has none on the mesh."""
+    if TABLE[name].net:
+        path = Path(options(settings[name])["path"])
+        return directory.planned(path, _imported(name, TABLE[name].net), mesh)
 
 
 def _refuse_to_score(*_) -> None:
@@ -316,16 +311,16 @@ def score(
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     returned = _call(loaded, frames, prompts, numbers)
-    scores = {}
-    for name in loaded.names:
-        if name not in returned:
-            raise RewardError(
-                f"reward {name!r}: its scorer returned only {', '.join(map(repr, returned))}"
-            )
-        for key, values in returned.items():
-            if key == name or key.startswith(f"{name}/"):
-                scores[key] = _checked(key, values, prompts, numbers)
-    return scores
+    if missing := [name for name in loaded.names if name not in returned]:
+        raise RewardError(
+            f"reward {missing[0]!r}: its scorer returned only {', '.join(map(repr, returned))}"
+        )
+    return {
+        key: _checked(key, values, prompts, numbers)
+        for name in loaded.names
+        for key, values in returned.items()
+        if key == name or key.startswith(f"{name}/")
+    }
 
 
 def _call(
@@ -338,13 +333,13 @@ def _call(
         returned = loaded.scorer.score(loaded.scorer.params, frames, prompts)
         if not isinstance(returned, Mapping):
             returned = {names[0]: returned}
-        host = jax.device_get(returned)
-        return {key: np.asarray(values, np.float32) for key, values in host.items()}
+        return {
+            key: np.asarray(values, np.float32) for key, values in jax.device_get(returned).items()
+        }
     except SampleError as error:
-        number = numbers[error.row]
-        prompt = prompts[error.row]
         raise RewardError(
-            f"{subject} failed on sample {number} (prompt {prompt!r}): {error}"
+            f"{subject} failed on sample {numbers[error.row]} (prompt {prompts[error.row]!r}): "
+            f"{error}"
         ) from error
     except Exception as error:  # a reward is anybody's code
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -357,9 +352,8 @@ def _call(
 
 def _imported(name: str, target: str) -> Any:
     """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
-    module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 

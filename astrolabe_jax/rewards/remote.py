@@ -28,7 +28,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -102,18 +102,8 @@ class UnifiedRewardOptions(RequestOptions):
     frames: int = 8  # how many are scored, evenly spaced
 
 
-class Server(NamedTuple):
-    """Where and how to ask."""
-
-    url: str
-    timeout: float
-    retries: int
-    key: str | None
-
-
 def load(names: tuple[str, ...], setting: Setting, options: ServerOptions) -> Scorer:
     """Return the scorer of a program of your own."""
-    server = _server(options, options.url)
 
     def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
         frames = video[_evenly_spaced(len(video), options.frames)]
@@ -123,7 +113,7 @@ def load(names: tuple[str, ...], setting: Setting, options: ServerOptions) -> Sc
             "fps": float(setting.fps),
             "frames": [_encoded(frame, options.format) for frame in frames],
         }
-        return _scores(names, ask(server, body))
+        return _scores(names, ask(options.url, options, body))
 
     return _scorer(names, ask_about, options)
 
@@ -133,59 +123,56 @@ def load_unified(names: tuple[str, ...], setting: Setting, options: UnifiedRewar
 
     Raises ValueError or OSError for another template.
     """
-    del setting
     question = read_template(Path(options.template), UNIFIEDREWARD_TEXT)
-    server = _server(options, f"{options.url.rstrip('/')}/chat/completions")
+    url = f"{options.url.rstrip('/')}/chat/completions"
 
     def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
         text = {"type": "text", "text": question.replace("{prompt}", prompt)}
         scores = []
         for frame in video[_evenly_spaced(len(video), options.frames)]:
             picture = Image.fromarray(frame).resize(UNIFIEDREWARD_SIZE, Image.Resampling.BICUBIC)
-            url = f"data:image;base64,{_encoded(np.asarray(picture), 'png')}"
-            image = {"type": "image_url", "image_url": {"url": url}}
-            message = {"role": "user", "content": [image, text]}
-            body = {"model": options.model, "temperature": 0, "messages": [message]}
-            scores.append(_final_score(ask(server, body)))
+            image = f"data:image;base64,{_encoded(np.asarray(picture), 'png')}"
+            content = [{"type": "image_url", "image_url": {"url": image}}, text]
+            body = {
+                "model": options.model,
+                "temperature": 0,
+                "messages": [{"role": "user", "content": content}],
+            }
+            scores.append(_final_score(ask(url, options, body)))
         return dict.fromkeys(names, float(np.mean(scores)))
 
     return _scorer(names, ask_about, options)
 
 
-def ask(server: Server, body: dict[str, Any]) -> Any:
-    """Return the JSON that a server answers to a POST of `body`.
+def ask(url: str, options: RequestOptions, body: dict[str, Any]) -> Any:
+    """Return the JSON that the server of a URL answers to a POST of `body`.
 
     Raises:
       OSError: naming the server, when all tries have failed.
     """
     content = json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
-    if server.key:
-        headers["Authorization"] = f"Bearer {server.key}"
+    if key := os.environ.get(options.key_variable):
+        headers["Authorization"] = f"Bearer {key}"
     reason = ""
-    for attempt in range(server.retries + 1):
+    for attempt in range(options.retries + 1):
         if attempt:
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
         try:
-            request = urllib.request.Request(server.url, content, headers)
-            with urllib.request.urlopen(request, timeout=server.timeout) as answer:
+            request = urllib.request.Request(url, content, headers)
+            with urllib.request.urlopen(request, timeout=options.timeout) as answer:
                 return json.loads(answer.read(ANSWER_LIMIT))
         except urllib.error.HTTPError as error:
             reason = f"status {error.code}: {error.read(200).decode(errors='replace')!r}"
             if error.code != 429 and error.code < 500:
-                raise OSError(f"{server.url} refuses the request with {reason}") from None
+                raise OSError(f"{url} refuses the request with {reason}") from None
         except ValueError as error:
-            raise OSError(f"{server.url} does not answer in JSON: {error}") from None
+            raise OSError(f"{url} does not answer in JSON: {error}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
     raise OSError(
-        f"{server.url} cannot be had after {server.retries + 1} tries, the last one with {reason}"
+        f"{url} cannot be had after {options.retries + 1} tries, the last one with {reason}"
     )
-
-
-def _server(options: RequestOptions, url: str) -> Server:
-    key = os.environ[options.key_variable] if options.key_variable else None
-    return Server(url, options.timeout, options.retries, key)
 
 
 def _scorer(
@@ -193,7 +180,10 @@ def _scorer(
     ask_about: Callable[[np.ndarray, str], dict[str, float]],
     options: RequestOptions,
 ) -> Scorer:
-    """Return a scorer that calls `ask_about(video, prompt)` for several videos at once."""
+    """Return a scorer that calls `ask_about(video, prompt)` for several videos at once.
+
+    It raises SampleError as soon as one of them has failed.
+    """
 
     def scores_of(video: np.ndarray, prompt: str) -> dict[str, float]:
         try:
@@ -210,32 +200,22 @@ def _scorer(
                 pool.submit(scores_of, video, prompt)
                 for video, prompt in zip(np.asarray(frames), prompts, strict=True)
             ]
-            return _collected(names, futures)
+            first_error = concurrent.futures.FIRST_EXCEPTION
+            done, _ = concurrent.futures.wait(futures, return_when=first_error)
+            for row, future in enumerate(futures):
+                if future in done and (error := future.exception()):
+                    raise SampleError(row, str(error)) from error
+            scores = [future.result() for future in futures]
+            return {name: np.array([row[name] for row in scores], np.float32) for name in names}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     return Scorer(score)
 
 
-def _collected(
-    names: Sequence[str], futures: Sequence[concurrent.futures.Future]
-) -> dict[str, np.ndarray]:
-    """Return {name: [B]} from the futures of B videos.
-
-    Raises SampleError as soon as one of them has failed.
-    """
-    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    for row, future in enumerate(futures):
-        if future in done and (error := future.exception()):
-            raise SampleError(row, str(error)) from error
-    scores = [future.result() for future in futures]
-    return {name: np.array([row[name] for row in scores], np.float32) for name in names}
-
-
 def _evenly_spaced(frames: int, count: int) -> np.ndarray:
     """Return `count` numbers of frames, the first and the last among them; all if count is 0."""
-    if not 0 < count < frames:
-        return np.arange(frames)
+    count = count if 0 < count < frames else frames
     return np.rint(np.linspace(0, frames - 1, count)).astype(int)
 
 
@@ -246,21 +226,20 @@ def _encoded(frame: np.ndarray, format: str) -> str:
 
 
 def _scores(names: Sequence[str], answer: Any) -> dict[str, float]:
-    scores = answer.get("scores") if isinstance(answer, dict) else None
-    scores = scores if isinstance(scores, dict) else {}
-    if not all(isinstance(scores.get(name), int | float) for name in names):
-        raise OSError(
-            f'the answer is {json.dumps(answer)[:200]}; expected {{"scores": ...}} with numbers '
-            f"for {', '.join(names)}"
-        )
-    return {name: float(scores[name]) for name in names}
+    match answer:
+        case {"scores": dict(found)} if all(
+            isinstance(found.get(name), int | float) for name in names
+        ):
+            return {name: float(found[name]) for name in names}
+    raise OSError(
+        f'the answer is {json.dumps(answer)[:200]}; expected {{"scores": ...}} with numbers '
+        f"for {', '.join(names)}"
+    )
 
 
 def _final_score(answer: Any) -> float:
-    try:
-        match = _FINAL_SCORE.search(answer["choices"][0]["message"]["content"])
-    except (LookupError, TypeError):
-        match = None
-    if not match:
-        raise OSError(f"the answer has no 'Final Score:' of 1 to 5: {json.dumps(answer)[:300]}")
-    return float(match[1]) / 5
+    match answer:
+        case {"choices": [{"message": {"content": str(text)}}, *_]}:
+            if found := _FINAL_SCORE.search(text):
+                return float(found[1]) / 5
+    raise OSError(f"the answer has no 'Final Score:' of 1 to 5: {json.dumps(answer)[:300]}")
