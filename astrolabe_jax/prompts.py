@@ -113,19 +113,15 @@ def held_out(prompts: Sequence[str], seed: int, videos: int) -> PromptBatch:
     They are all prompts once in a random order, then their second samples, and so on.
     """
     sample, place = np.divmod(np.arange(videos), len(prompts))
-    order = _permutation(len(prompts), seed, RngStream.HELD_OUT, 0)
-    return _batch(prompts, order[place], sample)
+    return _batch(prompts, _permutation(len(prompts), seed, RngStream.HELD_OUT, 0)[place], sample)
 
 
 def sample_keys(batch: PromptBatch, seed: int, stream: RngStream, epoch: int) -> jax.Array:
     """Return one key [B] per video, from (seed, stream, epoch, prompt, sample of the prompt)."""
     key = jax.random.fold_in(jax.random.key(seed), stream)
     key = jax.random.fold_in(key, epoch)
-
-    def video_key(index, candidate):
-        return jax.random.fold_in(jax.random.fold_in(key, index), candidate)
-
-    return jax.vmap(video_key)(batch.index, batch.candidate)
+    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
+    return jax.vmap(jax.random.fold_in)(prompt_keys, batch.candidate)
 
 
 def _lines(path: Path) -> list[str]:
@@ -165,9 +161,8 @@ def _order(size: int, seed: int, turn: int, distinct: int) -> np.ndarray:
         before = number * size % distinct
         taken = order[size - before :]
         order = _permutation(size, seed, RngStream.PROMPTS, number)
-        if before:
-            head = order[~np.isin(order, taken)][: distinct - before]
-            order = np.concatenate([head, order[~np.isin(order, head)]])
+        head = order[~np.isin(order, taken)][: distinct - before]
+        order = np.concatenate([head, order[~np.isin(order, head)]])
     return order
 
 

@@ -34,14 +34,13 @@ MIB = 2**20
 def peak_bytes() -> int:
     """Return the most bytes that were in use so far, of a device if it tells, or of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return stats.get("peak_bytes_in_use", process)
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def timed(loaded: registry.Loaded, frames: np.ndarray, prompt: str) -> tuple[Scores, float]:
     """Return the scores of one video, and the seconds that they take."""
     began = time.monotonic()
-    scores = registry.score(loaded, frames[None], [prompt])
+    scores = registry.score(loaded, frames[None], [prompt], [0])
     return scores, time.monotonic() - began
 
 
@@ -126,10 +125,9 @@ def _print_scores(
         scores, again = timed(group, frames, prompt)
     except registry.RewardError as error:
         cli.fail(error, 1)
-    weights = RewardRunner([group]).weights / MIB
     print(
-        f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights {weights:,.0f} "
-        f"MiB, peak {peak_bytes() / MIB:,.0f}"
+        f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights "
+        f"{RewardRunner([group]).weights / MIB:,.0f} MiB, peak {peak_bytes() / MIB:,.0f}"
     )
     for name, values in scores.items():
         print(f"  {name:32} {values[0]:.6f}")

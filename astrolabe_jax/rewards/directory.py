@@ -63,8 +63,12 @@ def contents_of(spec: NetSpec, published: PublishedFiles) -> RewardContents:
     checkpoint = nets.open_files(spec, published.weights)
     with nets.naming_files(*published.weights):
         stacks = nets.stacks(checkpoint, published.dtype)
-    sources = [file for path in published.weights for file in nets.with_shards(path)]
-    return RewardContents(spec, checkpoint.config, stacks, tuple(sources))
+    return RewardContents(
+        spec,
+        checkpoint.config,
+        stacks,
+        tuple(file for path in published.weights for file in nets.with_shards(path)),
+    )
 
 
 def write(

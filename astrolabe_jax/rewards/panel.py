@@ -78,7 +78,8 @@ class RewardRunner:
         Args:
           frames: decoded videos, uint8 `[B, T, height, width, 3]`.
           prompts: B prompts.
-          numbers: B numbers of the videos among those of their epoch, for errors.
+          numbers: B numbers of the videos among those of their epoch, for errors; by default from
+            0.
 
         Returns:
           A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, or raises
@@ -122,12 +123,13 @@ class RewardRunner:
 
         def work() -> None:
             try:
-                scores = {
-                    name: values
-                    for group in groups
-                    for name, values in self._score(group, *videos).items()
-                }
-                future.set_result(scores)
+                future.set_result(
+                    {
+                        name: values
+                        for group in groups
+                        for name, values in self._score(group, *videos).items()
+                    }
+                )
             except BaseException as error:
                 future.set_exception(error)
 

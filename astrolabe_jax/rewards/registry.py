@@ -178,8 +178,9 @@ def validate(settings: Mapping[str, Any]) -> None:
     if not settings:
         raise ValueError(f"no reward is configured; {known}")
     if unknown := [name for name in settings if name not in TABLE]:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown reward{'s' * (len(unknown) > 1)} {names}; {known}")
+        raise ValueError(
+            f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}"
+        )
     for name, value in settings.items():
         line = TABLE[name]
         if line.check:
@@ -292,7 +293,7 @@ def _refuse_to_score(*_) -> None:
 
 
 def score(
-    loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
+    loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """Return the raw scores of the rewards that one call computes, and of their parts.
 
@@ -300,7 +301,7 @@ def score(
       loaded: the rewards.
       frames: decoded videos, uint8 `[B, T, height, width, 3]`.
       prompts: B prompts.
-      numbers: B numbers of the videos among those of their epoch, for errors; by default from 0.
+      numbers: B numbers of the videos among those of their epoch, for errors.
 
     Returns:
       `REWARD` and `REWARD/PART` -> float32 `[B]`.
@@ -309,7 +310,6 @@ def score(
       RewardError: naming reward and sample, for whatever the scorer raises, and for what are not B
         finite numbers.
     """
-    numbers = range(len(prompts)) if numbers is None else numbers
     returned = _call(loaded, frames, prompts, numbers)
     if missing := [name for name in loaded.names if name not in returned]:
         raise RewardError(

@@ -106,12 +106,14 @@ def load(names: tuple[str, ...], setting: Setting, options: ServerOptions) -> Sc
     """Return the scorer of a program of your own."""
 
     def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
-        frames = video[_evenly_spaced(len(video), options.frames)]
         body = {
             "rewards": list(names),
             "prompt": prompt,
             "fps": float(setting.fps),
-            "frames": [_encoded(frame, options.format) for frame in frames],
+            "frames": [
+                _encoded(frame, options.format)
+                for frame in video[_evenly_spaced(len(video), options.frames)]
+            ],
         }
         return _scores(names, ask(options.url, options, body))
 
@@ -150,7 +152,6 @@ def ask(url: str, options: RequestOptions, body: dict[str, Any]) -> Any:
     Raises:
       OSError: naming the server, when all tries have failed.
     """
-    content = json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(options.key_variable):
         headers["Authorization"] = f"Bearer {key}"
@@ -159,7 +160,7 @@ def ask(url: str, options: RequestOptions, body: dict[str, Any]) -> Any:
         if attempt:
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
         try:
-            request = urllib.request.Request(url, content, headers)
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
             with urllib.request.urlopen(request, timeout=options.timeout) as answer:
                 return json.loads(answer.read(ANSWER_LIMIT))
         except urllib.error.HTTPError as error:
@@ -200,8 +201,9 @@ def _scorer(
                 pool.submit(scores_of, video, prompt)
                 for video, prompt in zip(np.asarray(frames), prompts, strict=True)
             ]
-            first_error = concurrent.futures.FIRST_EXCEPTION
-            done, _ = concurrent.futures.wait(futures, return_when=first_error)
+            done, _ = concurrent.futures.wait(
+                futures, return_when=concurrent.futures.FIRST_EXCEPTION
+            )
             for row, future in enumerate(futures):
                 if future in done and (error := future.exception()):
                     raise SampleError(row, str(error)) from error

@@ -28,15 +28,14 @@ from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.tokenizer import token_ids
-from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.sample import videos
-from astrolabe_jax.sample.requests import Limits, Options, Request, read_given, read_requests
+from astrolabe_jax.sample.requests import Limits, Request, read_given, read_requests
 
 
-def prepare(options: Mapping[str, Any]) -> tuple[Run, np.ndarray | None, list[Request]]:
+def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, list[Request]]:
     """Check what is asked for, then load the run.
 
     Returns:
@@ -49,30 +48,29 @@ def prepare(options: Mapping[str, Any]) -> tuple[Run, np.ndarray | None, list[Re
     validate_sampling(config, jax.device_count(), jax.default_backend())
     sizes, tokenizer = runs.open_base(config)
     layout = runs.layout_of(config)
-    shape = runs.latent_size(config, sizes)
     given = read_given(
         {name: options[name] for name in ("image", "video", "latents")},
         config,
         layout,
         sizes["vae"],
-        shape,
+        runs.latent_size(config, sizes),
     )
-    limits = Limits(
-        layout,
-        runs.rules_of(config),
-        sizes["vae"].temporal_stride,
-        given.count,
-        lambda prompt: len(token_ids(tokenizer, prompt)),
-        sizes["text_encoder"].text_len,
+    requests = read_requests(
+        config,
+        options,
+        Limits(
+            layout,
+            runs.rules_of(config),
+            sizes["vae"].temporal_stride,
+            given.count,
+            lambda prompt: len(token_ids(tokenizer, prompt)),
+            sizes["text_encoder"].text_len,
+        ),
     )
-    asked = Options(*(options[name] for name in Options._fields))
-    requests = read_requests(config, asked, limits)
-    adapter = None
-    if options["lora"]:
-        adapter = load_lora(options["lora"], sizes["transformer"])
+    adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
     directory = Path(options["output_dir"])
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
-    run, latents = videos.load(config, adapter, given, directory, score=asked.score)
+    run, latents = videos.load(config, adapter, given, directory, score=options["score"])
     return run, latents, requests
 
 
@@ -104,7 +102,7 @@ def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
             )
 
 
-def _opening(run: Run, requests: list[Request]) -> str:
+def _opening(run: runs.Run, requests: list[Request]) -> str:
     """Return the line about what will be made."""
     config = run.config
     lengths = sorted({request.frames for request in requests})
@@ -118,10 +116,9 @@ def _opening(run: Run, requests: list[Request]) -> str:
     )
 
 
-def define() -> dict[str, flags.FlagHolder]:
-    """Define the flags of this program."""
+if __name__ == "__main__":
     text = flags.DEFINE_string
-    given = {
+    flag_holders = {
         "config": cli.define(),
         "prompt": text("prompt", None, "one prompt, or scenes: 'a cat[5s] | a dog[10s#]'"),
         "prompt_file": text(
@@ -145,9 +142,4 @@ def define() -> dict[str, flags.FlagHolder]:
         ),
     }
     flags.mark_flag_as_required("config")
-    return given
-
-
-if __name__ == "__main__":
-    flag_holders = define()
     app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)

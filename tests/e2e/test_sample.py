@@ -377,7 +377,7 @@ def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     limits = requests.Limits(layout_of(config), rules_of(config), 4, 0, len, 1000)
 
     def read():
-        asked = requests.Options(prompt_file=str(path), frames=21)
+        asked = DEFAULTS | {"prompt_file": str(path), "frames": 21}
         return requests.read_requests(config, asked, limits)
 
     path.write_text("a[0.25s]\n")

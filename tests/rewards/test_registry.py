@@ -13,13 +13,14 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 FRAMES = np.arange(3 * 2 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 4, 3)
 
 
-def score(names, frames=FRAMES, prompts=PROMPTS, **numbers):
+def score(names, frames=FRAMES, prompts=PROMPTS, numbers=None):
     """All rewards of these names with weight 1."""
     loaded = rewards.load(dict.fromkeys(names, 1.0), None)
+    numbers = numbers or range(len(prompts))
     return {
         key: values
         for group in loaded
-        for key, values in rewards.score(group, frames, prompts, **numbers).items()
+        for key, values in rewards.score(group, frames, prompts, numbers).items()
     }
 
 

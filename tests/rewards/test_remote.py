@@ -157,7 +157,7 @@ def test_a_number_that_is_none_is_refused(value, kind):
     ) as server:
         (loaded,) = rewards.load({"taste": {"weight": 1.0, "url": server.url}}, SETTING)
         with pytest.raises(rewards.RewardError, match=f"'taste' is {kind} for sample 0"):
-            rewards.score(loaded, FRAMES, PROMPTS)
+            rewards.score(loaded, FRAMES, PROMPTS, range(3))
 
 
 def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
