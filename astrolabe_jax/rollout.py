@@ -8,7 +8,6 @@ along a video.
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,15 +69,6 @@ class Sampler:
 Block = Float[Array, "B P C H W"]  # latents of one block
 
 
-class Trace(NamedTuple):
-    """Every network call of one block: the steps, then the clean pass."""
-
-    timestep: Float[np.ndarray, " passes"]
-    inputs: Float[Array, "passes B P C H W"]
-    velocity: Float[Array, "passes B P C H W"]
-    x0: Float[Array, "passes B P C H W"]  # inputs - sigma(timestep) velocity
-
-
 @jax.jit
 def encode_text(policy: Policy, embeddings: Embeddings) -> KeyValues:
     """Return the cross-attention keys and values of prompts [B, S, E]: the `text` of a block."""
@@ -86,15 +76,14 @@ def encode_text(policy: Policy, embeddings: Embeddings) -> KeyValues:
     return model.encode_text(embeddings, scaled(policy.adapter, policy.lora_scale))
 
 
-@functools.partial(jax.jit, static_argnames="trace", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def sample_block(
     policy: Policy,
     text: KeyValues,
     noise: Float[Array, "steps B P C H W"],
     cache: kv.Cache,
     place: Place,
-    trace: bool = False,
-) -> tuple[Block, kv.Cache, Trace | None]:
+) -> tuple[Block, kv.Cache]:
     """Sample one block.
 
     Args:
@@ -103,7 +92,7 @@ def sample_block(
       cache: its memory is taken.
 
     Returns:
-      latents [B, P, C, H, W], the cache with the block's clean keys, and a Trace if `trace`.
+      latents [B, P, C, H, W], and the cache with the block's clean keys.
 
     Raises:
       ValueError: for noise of another number of steps.
@@ -124,15 +113,14 @@ def sample_block(
         j, t, sigma, next_sigma, next_noise = xs
         velocity, cache = call(x, t, cache, j == 0)
         x0 = velocity_to_x0(x, velocity, sigma)
-        record = (x, velocity, x0) if trace else ()
-        return (add_noise(x0, next_noise, next_sigma), cache), (x, *record)
+        return (add_noise(x0, next_noise, next_sigma), cache), x
 
     xs = (jnp.arange(len(t)), jnp.asarray(t), sampler.sigma(t), next_sigma, next_noise)
-    (_, cache), (inputs, *record) = jax.lax.scan(one_pass, (noise[0], cache), xs)
-    return inputs[-1], cache, Trace(t, *record) if trace else None
+    (_, cache), inputs = jax.lax.scan(one_pass, (noise[0], cache), xs)
+    return inputs[-1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("t", "trace"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="t", donate_argnames="cache")
 def cache_block(
     policy: Policy,
     text: KeyValues,
@@ -140,17 +128,15 @@ def cache_block(
     cache: kv.Cache,
     place: Place,
     t: float = 0.0,
-    trace: bool = False,
-) -> tuple[kv.Cache, Trace | None]:
+) -> kv.Cache:
     """Put the keys of given latents [B, P, C, H, W] into the cache, read at timestep `t`.
 
-    Arguments and results as in `sample_block`.
+    Arguments as in `sample_block`.
     """
-    velocity, cache = _call(policy, text, place, latents, t, cache, True)
-    return cache, _one_call(policy, latents, velocity, t) if trace else None
+    return _call(policy, text, place, latents, t, cache, True)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("skip", "trace"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="skip", donate_argnames="cache")
 def recache(
     policy: Policy,
     text: KeyValues,
@@ -158,8 +144,7 @@ def recache(
     cache: kv.Cache,
     place: Place,
     skip: int = 0,
-    trace: bool = False,
-) -> tuple[kv.Cache, Trace | None]:
+) -> kv.Cache:
     """Compute the cached keys anew for another prompt (docs/streaming.md, Scene changes).
 
     Args:
@@ -167,15 +152,14 @@ def recache(
       place: these frames as one block, with their rotary positions.
       skip: first places, of the sink, that keep their keys.
 
-    Other arguments and results as in `sample_block`.
+    Other arguments as in `sample_block`.
     """
     model = merge(policy.graphdef, policy.params)
     t = policy.sampler.context_noise
     view = _view(policy, latents, cache, place)
     times = jnp.full(latents.shape[:2], t, jnp.float32)
     lora = scaled(policy.adapter, policy.lora_scale)
-    velocity, cache = model.recache(latents, times, text, cache, view, lora, skip)
-    return cache, _one_call(policy, latents, velocity, t) if trace else None
+    return model.recache(latents, times, text, cache, view, lora, skip)[1]
 
 
 @jax.jit
@@ -240,8 +224,3 @@ def _view(policy: Policy, x, cache: kv.Cache, place: Place) -> kv.View:
         place.partial,
         place.positions,
     )
-
-
-def _one_call(policy: Policy, latents, velocity, t: float) -> Trace:
-    x0 = velocity_to_x0(latents, velocity, policy.sampler.sigma(t))
-    return Trace(np.full(1, t, np.float32), latents[None], velocity[None], x0[None])

@@ -239,37 +239,6 @@ def rewrite(cache: Cache, layer, k, v, view: View, skip: int) -> Cache:
     return Cache(put(cache.k, k), put(cache.v, v))
 
 
-def reference_order(
-    cache: Cache,
-    layer: int,
-    layout: Layout,
-    end: int,
-    config: WanConfig,
-    latent_hw: tuple[int, int],
-    rotated: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """Return one layer's keys and values [B, slots L, A, K] in the published code's order.
-
-    They are those after a rollout to frame `end`. That order is the sink, then the frames of the
-    window, oldest first, then places that are not in use. rotated: keys rotated at the frames of
-    the present count (the published training class), or un-rotated (its inference class).
-    """
-    h, w = config.grid(latent_hw)
-    length = h * w
-    slots = frames_of(cache, length)
-    frames = _frames_in_order(layout, end, slots)
-    tokens = _tokens_of(_slot_of(frames, layout, slots), length)
-    k = cache.k[layer][:, tokens]
-    v = cache.v[layer][:, tokens]
-    raw = min(layout.kept, slots) * length if layout.sink_moves else 0
-    cos, sin = rope_table(frames, (h, w), config.head_dim)
-    if rotated and raw:
-        k = k.at[:, :raw].set(rotate(k[:, :raw], (cos[:raw], sin[:raw])))
-    if not rotated:
-        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse((cos[raw:], sin[raw:]))))
-    return k, v
-
-
 def _tokens_of(places, frame_tokens: int):
     """Return the tokens of places [n] of frames: [n L]."""
     return (places[:, None] * frame_tokens + np.arange(frame_tokens)[None]).reshape(-1)
