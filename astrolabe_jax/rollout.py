@@ -38,28 +38,15 @@ class Sampler:
 
     # timesteps given to the network, see schedule.warp
     steps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
-    first_steps: tuple[float, ...] | None = None  # for the video's first block; None means the same
     context_noise: float = 0.0  # timestep of the clean pass; no noise is added whatever it is
     schedule: Schedule = field(default_factory=Schedule)
     sigma_source: SigmaSource = "exact"
 
     def __post_init__(self):
-        for name in ("steps", "first_steps"):
-            steps = getattr(self, name)
-            if steps is None and name == "first_steps":
-                continue
-            if not steps or any(not 0 <= t <= T_MAX for t in steps):
-                raise ValueError(
-                    f"Sampler.{name} is {steps}; give at least one timestep, each in [0, {T_MAX:g}]"
-                )
-
-    def steps_at(self, start) -> tuple[float, ...]:
-        """Return the timesteps of the block that starts at frame `start`.
-
-        A traced start is never that of the first block.
-        """
-        first = isinstance(start, int) and start == 0
-        return self.first_steps if first and self.first_steps is not None else self.steps
+        if not self.steps or any(not 0 <= t <= T_MAX for t in self.steps):
+            raise ValueError(
+                f"Sampler.steps is {self.steps}; give at least one timestep, each in [0, {T_MAX:g}]"
+            )
 
     def sigma(self, t) -> jax.Array:
         """Return the noise level of timestep t."""
@@ -98,7 +85,7 @@ def sample_block(
       ValueError: for noise of another number of steps.
     """
     sampler = policy.sampler
-    steps = sampler.steps_at(place.frame)
+    steps = sampler.steps
     if noise.shape[0] != len(steps):
         raise ValueError(f"noise is {noise.shape}, expected [{len(steps)} steps, B, P, C, H, W]")
     t = np.asarray((*steps, sampler.context_noise), np.float32)

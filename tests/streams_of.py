@@ -97,8 +97,7 @@ def sample(
     blocks = range(len(videos.blocks)) if blocks is None else blocks
 
     def noise_of(plan):
-        steps = len(policy.sampler.steps_at(plan.start))
-        return noise[:steps, :, plan.frame : plan.frame + plan.count]
+        return noise[: len(policy.sampler.steps), :, plan.frame : plan.frame + plan.count]
 
     drawn = None if noise is None else noise_of
     policy = traced(policy) if trace else policy

@@ -204,11 +204,8 @@ def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> 
     shape = tuple(state.recent.shape[2:])
 
     def noise_of(plan: BlockPlan) -> jax.Array:
-        # as sample_block reads them: a traced block is never the first
-        start = np.int32(plan.start) if videos.traced else plan.start
-        steps = len(policy.sampler.steps_at(start))
         frame = np.int32(videos.first_frame + plan.frame)
-        return rollout.block_noise(keys, frame, steps, plan.count, shape)
+        return rollout.block_noise(keys, frame, len(policy.sampler.steps), plan.count, shape)
 
     return noise_of
 
