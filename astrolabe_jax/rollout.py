@@ -19,6 +19,7 @@ from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import KeyValues
+from astrolabe_jax.models.wan.transformer import WanTransformer
 from astrolabe_jax.schedule import (
     T_MAX,
     Schedule,
@@ -59,8 +60,8 @@ Block = Float[Array, "B P C H W"]  # latents of one block
 @jax.jit
 def encode_text(policy: Policy, embeddings: Embeddings) -> KeyValues:
     """Return the cross-attention keys and values of prompts [B, S, E]: the `text` of a block."""
-    model = merge(policy.graphdef, policy.params)
-    return model.encode_text(embeddings, scaled(policy.adapter, policy.lora_scale))
+    model, lora = _model(policy)
+    return model.encode_text(embeddings, lora)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -85,20 +86,19 @@ def sample_block(
       ValueError: for noise of another number of steps.
     """
     sampler = policy.sampler
-    steps = sampler.steps
-    if noise.shape[0] != len(steps):
-        raise ValueError(f"noise is {noise.shape}, expected [{len(steps)} steps, B, P, C, H, W]")
-    t = np.asarray((*steps, sampler.context_noise), np.float32)
+    if noise.shape[0] != len(sampler.steps):
+        raise ValueError(
+            f"noise is {noise.shape}, expected [{len(sampler.steps)} steps, B, P, C, H, W]"
+        )
+    t = np.asarray((*sampler.steps, sampler.context_noise), np.float32)
     # The input of pass j + 1 is noised at its own level; the clean pass comes last and gets x0.
     next_sigma = jnp.append(sampler.sigma(t[1:-1]), jnp.zeros(2, jnp.float32))
-    zeros = jnp.zeros((2, *noise.shape[1:]), noise.dtype)
-    next_noise = jnp.concatenate([noise[1:], zeros])
-    call = functools.partial(_call, policy, text, place)
+    next_noise = jnp.concatenate([noise[1:], jnp.zeros((2, *noise.shape[1:]), noise.dtype)])
 
     def one_pass(carry, xs):
         x, cache = carry
         j, t, sigma, next_sigma, next_noise = xs
-        velocity, cache = call(x, t, cache, j == 0)
+        velocity, cache = _call(policy, text, place, x, t, cache, j == 0)
         x0 = velocity_to_x0(x, velocity, sigma)
         return (add_noise(x0, next_noise, next_sigma), cache), x
 
@@ -141,12 +141,9 @@ def recache(
 
     Other arguments as in `sample_block`.
     """
-    model = merge(policy.graphdef, policy.params)
-    t = policy.sampler.context_noise
+    model, lora = _model(policy)
     view = _view(policy, latents, cache, place)
-    times = jnp.full(latents.shape[:2], t, jnp.float32)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    return model.recache(latents, times, text, cache, view, lora, skip)[1]
+    return model.recache(latents, policy.sampler.context_noise, text, cache, view, lora, skip)[1]
 
 
 @jax.jit
@@ -158,10 +155,10 @@ def reencode(
     start: Int[Array, ""],
 ) -> kv.Cache:
     """Return a cache for frame `start` made in one pass from latents (WanTransformer.reencode)."""
-    model = merge(policy.graphdef, policy.params)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    t = policy.sampler.context_noise
-    return model.reencode(first, recent, t, text, start, lora, layout=policy.layout)
+    model, lora = _model(policy)
+    return model.reencode(
+        first, recent, policy.sampler.context_noise, text, start, lora, layout=policy.layout
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "shape"))
@@ -190,21 +187,23 @@ def block_noise(
 
 def _call(policy: Policy, text: KeyValues, place: Place, x, t, cache: kv.Cache, first):
     """Run the network on a block at timestep `t`, a scalar: (velocity, cache)."""
+    model, lora = _model(policy)
+    return model.step(x, t, text, cache, _view(policy, x, cache, place), lora, first)
+
+
+def _model(policy: Policy) -> tuple[WanTransformer, dict | None]:
+    """Return the network of a policy, and its adapter as the network takes it."""
     model = merge(policy.graphdef, policy.params)
-    view = _view(policy, x, cache, place)
-    times = jnp.full(x.shape[:2], t, jnp.float32)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    return model.step(x, times, text, cache, view, lora, first)
+    return model, scaled(policy.adapter, policy.lora_scale)
 
 
 def _view(policy: Policy, x, cache: kv.Cache, place: Place) -> kv.View:
     """Return what a call on latents x writes and reads in the cache."""
     h, w = policy.config.grid(x.shape[3:])
-    slots = kv.frames_of(cache, h * w)
     return kv.View(
         policy.layout,
         h * w,
-        slots,
+        kv.frames_of(cache, h * w),
         place.frame,
         x.shape[1],
         place.aligned,
