@@ -35,14 +35,16 @@ def decode_video(
         decoded, state = decode_chunk(vae.graphdef, vae.params, latents[:, :begin], None)
         frames = [decoded]
         if begin < latents.shape[1]:
-            rest = latents[:, begin:]
-            decoded, state = decode_chunks(vae.graphdef, vae.params, rest, state, chunk)
+            decoded, state = decode_chunks(
+                vae.graphdef, vae.params, latents[:, begin:], state, chunk
+            )
             frames.append(decoded)
         return frames, state
     frames = []
     for first in range(0, latents.shape[1], chunk):
-        part = latents[:, first : first + chunk]
-        decoded, state = decode_chunk(vae.graphdef, vae.params, part, state)
+        decoded, state = decode_chunk(
+            vae.graphdef, vae.params, latents[:, first : first + chunk], state
+        )
         frames.append(decoded)
     return frames, state
 
@@ -70,8 +72,7 @@ def decode_chunk(
     graphdef: Any, params: dict, latents: Latents, state: VaeState | None
 ) -> tuple[Frames, VaeState | None]:
     """Decode one chunk; see `decode_video`."""
-    model = layers.merge(graphdef, params)
-    pixels, state = model.decode(sharding.by_sample(latents), state)
+    pixels, state = layers.merge(graphdef, params).decode(sharding.by_sample(latents), state)
     return jax.tree.map(sharding.by_sample, (to_uint8(pixels), state))
 
 

@@ -52,15 +52,15 @@ def objective(
       kl_weight: [B], from `kl_weights`.
     """
     x0, current, old, reference = predictions[:4]
-    beta = coefficients.beta
     if coefficients.kind == "astrolabe":
-        policy = astrolabe_loss(x0, current, old, r, beta)
+        policy = astrolabe_loss(x0, current, old, r, coefficients.beta)
     else:
-        policy = diffusion_nft_loss(predictions, r, beta, coefficients.clip_max)
+        policy = diffusion_nft_loss(predictions, r, coefficients.beta, coefficients.clip_max)
     kl_div = deviation(current, reference)
     kl = kl_weight * kl_div
+    chex.assert_rank([policy["policy"], kl], 1)
     return {
-        "total_loss": total_loss(policy["policy"], kl, coefficients.kl_weight),
+        "total_loss": policy["policy"] + coefficients.kl_weight * kl,
         "policy_loss": policy["policy"],
         "positive_loss": policy["positive"],
         "negative_loss": policy["negative"],
@@ -110,8 +110,11 @@ def astrolabe_loss(
     positive, negative = interpolate(current, jax.lax.stop_gradient(old), beta)
     positive = deviation(positive, x0)
     negative = deviation(negative, x0)
-    policy = r * positive + (1 - r) * negative
-    return {"policy": policy, "positive": positive, "negative": negative}
+    return {
+        "policy": r * positive + (1 - r) * negative,
+        "positive": positive,
+        "negative": negative,
+    }
 
 
 def diffusion_nft_loss(
@@ -142,10 +145,14 @@ def diffusion_nft_loss(
         size = _mean(jnp.abs(jax.lax.stop_gradient(gap)))
         return _mean(jnp.square(gap)) / jnp.maximum(size, MIN_NORMALISER)
 
-    mixed = interpolate(velocity, jax.lax.stop_gradient(old_velocity), beta)
-    positive, negative = map(error, mixed)
-    policy = clip_max * (r * positive + (1 - r) * negative) / beta
-    return {"policy": policy, "positive": positive, "negative": negative}
+    positive, negative = map(
+        error, interpolate(velocity, jax.lax.stop_gradient(old_velocity), beta)
+    )
+    return {
+        "policy": clip_max * (r * positive + (1 - r) * negative) / beta,
+        "positive": positive,
+        "negative": negative,
+    }
 
 
 def deviation(a: Predicted, b: Predicted) -> PerSample:
@@ -168,12 +175,6 @@ def kl_weights(mask: Any) -> Any:
     """
     chex.assert_rank(mask, 1)
     return mask * (mask.shape[0] / mask.sum().clip(1)).astype("float32")
-
-
-def total_loss(policy: PerSample, kl: PerSample, kl_weight: float) -> PerSample:
-    """Return policy + kl_weight kl of each sample, [B]; `kl` already carries `kl_weights`."""
-    chex.assert_rank([policy, kl], 1)
-    return policy + kl_weight * kl
 
 
 def _check(*predictions, **per_sample):

@@ -8,7 +8,6 @@ along a video.
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import KeyValues
+from astrolabe_jax.models.wan.transformer import WanTransformer
 from astrolabe_jax.schedule import (
     T_MAX,
     Schedule,
@@ -39,28 +39,15 @@ class Sampler:
 
     # timesteps given to the network, see schedule.warp
     steps: tuple[float, ...] = (1000.0, 937.5, 2500 / 3, 625.0)
-    first_steps: tuple[float, ...] | None = None  # for the video's first block; None means the same
     context_noise: float = 0.0  # timestep of the clean pass; no noise is added whatever it is
     schedule: Schedule = field(default_factory=Schedule)
     sigma_source: SigmaSource = "exact"
 
     def __post_init__(self):
-        for name in ("steps", "first_steps"):
-            steps = getattr(self, name)
-            if steps is None and name == "first_steps":
-                continue
-            if not steps or any(not 0 <= t <= T_MAX for t in steps):
-                raise ValueError(
-                    f"Sampler.{name} is {steps}; give at least one timestep, each in [0, {T_MAX:g}]"
-                )
-
-    def steps_at(self, start) -> tuple[float, ...]:
-        """Return the timesteps of the block that starts at frame `start`.
-
-        A traced start is never that of the first block.
-        """
-        first = isinstance(start, int) and start == 0
-        return self.first_steps if first and self.first_steps is not None else self.steps
+        if not self.steps or any(not 0 <= t <= T_MAX for t in self.steps):
+            raise ValueError(
+                f"Sampler.steps is {self.steps}; give at least one timestep, each in [0, {T_MAX:g}]"
+            )
 
     def sigma(self, t) -> jax.Array:
         """Return the noise level of timestep t."""
@@ -70,31 +57,21 @@ class Sampler:
 Block = Float[Array, "B P C H W"]  # latents of one block
 
 
-class Trace(NamedTuple):
-    """Every network call of one block: the steps, then the clean pass."""
-
-    timestep: Float[np.ndarray, " passes"]
-    inputs: Float[Array, "passes B P C H W"]
-    velocity: Float[Array, "passes B P C H W"]
-    x0: Float[Array, "passes B P C H W"]  # inputs - sigma(timestep) velocity
-
-
 @jax.jit
 def encode_text(policy: Policy, embeddings: Embeddings) -> KeyValues:
     """Return the cross-attention keys and values of prompts [B, S, E]: the `text` of a block."""
-    model = merge(policy.graphdef, policy.params)
-    return model.encode_text(embeddings, scaled(policy.adapter, policy.lora_scale))
+    model, lora = _model(policy)
+    return model.encode_text(embeddings, lora)
 
 
-@functools.partial(jax.jit, static_argnames="trace", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def sample_block(
     policy: Policy,
     text: KeyValues,
     noise: Float[Array, "steps B P C H W"],
     cache: kv.Cache,
     place: Place,
-    trace: bool = False,
-) -> tuple[Block, kv.Cache, Trace | None]:
+) -> tuple[Block, kv.Cache]:
     """Sample one block.
 
     Args:
@@ -103,36 +80,34 @@ def sample_block(
       cache: its memory is taken.
 
     Returns:
-      latents [B, P, C, H, W], the cache with the block's clean keys, and a Trace if `trace`.
+      latents [B, P, C, H, W], and the cache with the block's clean keys.
 
     Raises:
       ValueError: for noise of another number of steps.
     """
     sampler = policy.sampler
-    steps = sampler.steps_at(place.frame)
-    if noise.shape[0] != len(steps):
-        raise ValueError(f"noise is {noise.shape}, expected [{len(steps)} steps, B, P, C, H, W]")
-    t = np.asarray((*steps, sampler.context_noise), np.float32)
+    if noise.shape[0] != len(sampler.steps):
+        raise ValueError(
+            f"noise is {noise.shape}, expected [{len(sampler.steps)} steps, B, P, C, H, W]"
+        )
+    t = np.asarray((*sampler.steps, sampler.context_noise), np.float32)
     # The input of pass j + 1 is noised at its own level; the clean pass comes last and gets x0.
     next_sigma = jnp.append(sampler.sigma(t[1:-1]), jnp.zeros(2, jnp.float32))
-    zeros = jnp.zeros((2, *noise.shape[1:]), noise.dtype)
-    next_noise = jnp.concatenate([noise[1:], zeros])
-    call = functools.partial(_call, policy, text, place)
+    next_noise = jnp.concatenate([noise[1:], jnp.zeros((2, *noise.shape[1:]), noise.dtype)])
 
     def one_pass(carry, xs):
         x, cache = carry
         j, t, sigma, next_sigma, next_noise = xs
-        velocity, cache = call(x, t, cache, j == 0)
+        velocity, cache = _call(policy, text, place, x, t, cache, j == 0)
         x0 = velocity_to_x0(x, velocity, sigma)
-        record = (x, velocity, x0) if trace else ()
-        return (add_noise(x0, next_noise, next_sigma), cache), (x, *record)
+        return (add_noise(x0, next_noise, next_sigma), cache), x
 
     xs = (jnp.arange(len(t)), jnp.asarray(t), sampler.sigma(t), next_sigma, next_noise)
-    (_, cache), (inputs, *record) = jax.lax.scan(one_pass, (noise[0], cache), xs)
-    return inputs[-1], cache, Trace(t, *record) if trace else None
+    (_, cache), inputs = jax.lax.scan(one_pass, (noise[0], cache), xs)
+    return inputs[-1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("t", "trace"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="t", donate_argnames="cache")
 def cache_block(
     policy: Policy,
     text: KeyValues,
@@ -140,17 +115,15 @@ def cache_block(
     cache: kv.Cache,
     place: Place,
     t: float = 0.0,
-    trace: bool = False,
-) -> tuple[kv.Cache, Trace | None]:
+) -> kv.Cache:
     """Put the keys of given latents [B, P, C, H, W] into the cache, read at timestep `t`.
 
-    Arguments and results as in `sample_block`.
+    Arguments as in `sample_block`.
     """
-    velocity, cache = _call(policy, text, place, latents, t, cache, True)
-    return cache, _one_call(policy, latents, velocity, t) if trace else None
+    return _call(policy, text, place, latents, t, cache, True)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("skip", "trace"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="skip", donate_argnames="cache")
 def recache(
     policy: Policy,
     text: KeyValues,
@@ -158,8 +131,7 @@ def recache(
     cache: kv.Cache,
     place: Place,
     skip: int = 0,
-    trace: bool = False,
-) -> tuple[kv.Cache, Trace | None]:
+) -> kv.Cache:
     """Compute the cached keys anew for another prompt (docs/streaming.md, Scene changes).
 
     Args:
@@ -167,15 +139,11 @@ def recache(
       place: these frames as one block, with their rotary positions.
       skip: first places, of the sink, that keep their keys.
 
-    Other arguments and results as in `sample_block`.
+    Other arguments as in `sample_block`.
     """
-    model = merge(policy.graphdef, policy.params)
-    t = policy.sampler.context_noise
+    model, lora = _model(policy)
     view = _view(policy, latents, cache, place)
-    times = jnp.full(latents.shape[:2], t, jnp.float32)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    velocity, cache = model.recache(latents, times, text, cache, view, lora, skip)
-    return cache, _one_call(policy, latents, velocity, t) if trace else None
+    return model.recache(latents, policy.sampler.context_noise, text, cache, view, lora, skip)[1]
 
 
 @jax.jit
@@ -187,10 +155,10 @@ def reencode(
     start: Int[Array, ""],
 ) -> kv.Cache:
     """Return a cache for frame `start` made in one pass from latents (WanTransformer.reencode)."""
-    model = merge(policy.graphdef, policy.params)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    t = policy.sampler.context_noise
-    return model.reencode(first, recent, t, text, start, lora, layout=policy.layout)
+    model, lora = _model(policy)
+    return model.reencode(
+        first, recent, policy.sampler.context_noise, text, start, lora, layout=policy.layout
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "frames", "shape"))
@@ -219,29 +187,26 @@ def block_noise(
 
 def _call(policy: Policy, text: KeyValues, place: Place, x, t, cache: kv.Cache, first):
     """Run the network on a block at timestep `t`, a scalar: (velocity, cache)."""
+    model, lora = _model(policy)
+    return model.step(x, t, text, cache, _view(policy, x, cache, place), lora, first)
+
+
+def _model(policy: Policy) -> tuple[WanTransformer, dict | None]:
+    """Return the network of a policy, and its adapter as the network takes it."""
     model = merge(policy.graphdef, policy.params)
-    view = _view(policy, x, cache, place)
-    times = jnp.full(x.shape[:2], t, jnp.float32)
-    lora = scaled(policy.adapter, policy.lora_scale)
-    return model.step(x, times, text, cache, view, lora, first)
+    return model, scaled(policy.adapter, policy.lora_scale)
 
 
 def _view(policy: Policy, x, cache: kv.Cache, place: Place) -> kv.View:
     """Return what a call on latents x writes and reads in the cache."""
     h, w = policy.config.grid(x.shape[3:])
-    slots = kv.frames_of(cache, h * w)
     return kv.View(
         policy.layout,
         h * w,
-        slots,
+        kv.frames_of(cache, h * w),
         place.frame,
         x.shape[1],
         place.aligned,
         place.partial,
         place.positions,
     )
-
-
-def _one_call(policy: Policy, latents, velocity, t: float) -> Trace:
-    x0 = velocity_to_x0(latents, velocity, policy.sampler.sigma(t))
-    return Trace(np.full(1, t, np.float32), latents[None], velocity[None], x0[None])

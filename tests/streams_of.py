@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.rollout import Sampler, Trace
+from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.streaming.scenes import given_blocks
 from astrolabe_jax.types import Policy, PromptBatch, StreamState, Timeline, VideoBatch
 from tests.models import tiny
+from tests.traces import Trace, traced, traced_blocks
 
 SAMPLER = Sampler(steps=(1000.0, 625.0))
 
@@ -21,7 +22,7 @@ class Video(NamedTuple):
 
     latents: np.ndarray  # [B, F, C, H, W]
     state: StreamState  # behind them
-    traces: list[Trace | None]  # one a block
+    traces: list[Trace]  # one a block, if they were asked for
 
 
 def policy_of(
@@ -96,11 +97,11 @@ def sample(
     blocks = range(len(videos.blocks)) if blocks is None else blocks
 
     def noise_of(plan):
-        steps = len(policy.sampler.steps_at(plan.start))
-        return noise[:steps, :, plan.frame : plan.frame + plan.count]
+        return noise[: len(policy.sampler.steps), :, plan.frame : plan.frame + plan.count]
 
     drawn = None if noise is None else noise_of
-    return _joined(streams.sample_blocks(policy, videos, state, blocks, drawn, trace))
+    policy = traced(policy) if trace else policy
+    return _joined(policy, streams.sample_blocks(policy, videos, state, blocks, drawn), trace)
 
 
 def cache(
@@ -113,10 +114,14 @@ def cache(
 ) -> Video:
     """Put given latents [B, F, C, H, W] of some blocks into the videos, read clean."""
     state = begin(policy, videos) if state is None else state
-    return _joined(streams.cache_blocks(policy, videos, state, latents, blocks, 0.0, trace))
+    policy = traced(policy) if trace else policy
+    return _joined(policy, streams.cache_blocks(policy, videos, state, latents, blocks, 0.0), trace)
 
 
-def _joined(blocks) -> Video:
-    blocks = list(blocks)
+def _joined(policy: Policy, blocks, trace: bool) -> Video:
+    if trace:
+        blocks, calls = zip(*traced_blocks(policy, blocks), strict=True)
+    else:
+        blocks, calls = list(blocks), []
     latents = np.concatenate([block.latents for block in blocks], axis=1)
-    return Video(latents, blocks[-1].state, [block.trace for block in blocks])
+    return Video(latents, blocks[-1].state, [of_block.block for of_block in calls])

@@ -33,13 +33,12 @@ LAYOUTS = {
 }
 
 
-def sampled(layout, frames, sampler=SAMPLER, blocks=None):
+def sampled(layout, frames, blocks=None):
     """One video from stored noise, the same for all videos of a length; always with its trace, so
     that tests of one layout share their programs.
     """
-    policy = policy_of(layout, sampler=sampler)
     videos = plain_videos(layout, frames)
-    return sample(policy, videos, noise(frames, steps=3), blocks=blocks, trace=True)
+    return sample(policy_of(layout), videos, noise(frames), blocks=blocks, trace=True)
 
 
 @pytest.mark.parametrize("layout, frames", LAYOUTS.values(), ids=LAYOUTS)
@@ -166,17 +165,6 @@ def test_compiled_programs_do_not_grow_with_length_once_the_cache_is_full():
     short = programs(6)
     assert short[0] == before + 3  # two blocks that fill the cache, and one behind them
     assert programs(24) == short
-
-
-def test_first_block_may_take_other_steps():
-    layout, frames = LAYOUTS["framewise"]
-    sampler = dataclasses.replace(SAMPLER, first_steps=(1000.0, 750.0, 500.0))
-    other = sampled(layout, frames, sampler, range(2))
-    timesteps = [list(trace.timestep) for trace in other.traces]
-    assert timesteps == [[1000, 750, 500, 0], [1000, 625, 0]]
-    np.testing.assert_array_equal(other.traces[0].inputs[-1], other.latents[:, :1])
-    plain = sampled(layout, frames, blocks=range(2))
-    assert np.abs(plain.latents[:, :1] - other.latents[:, :1]).max() > 1e-3
 
 
 def test_trace_follows_the_sampler():

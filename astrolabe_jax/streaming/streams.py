@@ -21,7 +21,6 @@ from astrolabe_jax import rollout, sharding
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import KeyValues
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.rollout import Trace
 from astrolabe_jax.types import BlockPlan, CacheChange, Place, Policy, StreamState, VideoBatch
 
 NoiseOf = Callable[[BlockPlan], jax.Array]
@@ -33,8 +32,6 @@ class SampledBlock(NamedTuple):
     plan: BlockPlan
     latents: jax.Array  # [B, P, C, H, W]
     state: StreamState  # after it; the next block takes its memory
-    trace: Trace | None
-    change: Trace | None  # of a recache before the block
 
 
 def begin(
@@ -71,7 +68,6 @@ def sample_blocks(
     state: StreamState,
     blocks: Sequence[int],
     noise_of: NoiseOf | None = None,
-    trace: bool = False,
 ) -> Iterator[SampledBlock]:
     """Sample some blocks of the videos, one after the other.
 
@@ -82,20 +78,16 @@ def sample_blocks(
       state: behind the blocks before these. Its cache's memory is taken.
       blocks: their numbers, ascending, without gaps.
       noise_of: noise [steps, B, P, C, H, W] of a block; by default it is drawn from videos.keys.
-      trace: also give every network call.
     """
     draw = noise_of or _noise_from_keys(policy, videos, state)
     for number, text in zip(blocks, _texts(policy, videos, blocks), strict=True):
         plan = videos.blocks[number]
-        change = None
         if number > blocks[0]:
-            state, change = _change_prompts(policy, videos, state, number, text, trace)
+            state = _change_prompts(policy, videos, state, number, text)
         place = _place_of(policy.layout, videos, state, plan)
-        latents, cache, record = rollout.sample_block(
-            policy, text, draw(plan), state.cache, place, trace
-        )
+        latents, cache = rollout.sample_block(policy, text, draw(plan), state.cache, place)
         state = _remember(state._replace(cache=cache), latents, plan)
-        yield SampledBlock(plan, latents, state, record, change)
+        yield SampledBlock(plan, latents, state)
 
 
 def cache_blocks(
@@ -105,7 +97,6 @@ def cache_blocks(
     latents: jax.Array,
     blocks: Sequence[int],
     t: float,
-    trace: bool = False,
 ) -> Iterator[SampledBlock]:
     """Put given latents [B, F, C, H, W] of some blocks into the videos, by clean passes alone.
 
@@ -114,18 +105,17 @@ def cache_blocks(
     Args:
       state: behind the blocks before these. Its memory is taken.
       t: timestep at which the latents are read.
-      trace: also give every network call.
     """
     begin = videos.blocks[blocks[0]].frame
     for number, text in zip(blocks, _texts(policy, videos, blocks), strict=True):
         plan = videos.blocks[number]
         if number > blocks[0]:
-            state, _ = _change_prompts(policy, videos, state, number, text)
+            state = _change_prompts(policy, videos, state, number, text)
         part = latents[:, plan.frame - begin : plan.frame - begin + plan.count]
         place = _place_of(policy.layout, videos, state, plan)
-        cache, record = rollout.cache_block(policy, text, part, state.cache, place, t, trace)
+        cache = rollout.cache_block(policy, text, part, state.cache, place, t)
         state = _remember(state._replace(cache=cache), part, plan)
-        yield SampledBlock(plan, part, state, record, None)
+        yield SampledBlock(plan, part, state)
 
 
 def change_prompts(
@@ -143,7 +133,7 @@ def change_prompts(
         return state
     own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
     (text,) = _texts(policy, videos, [block])
-    return _change_prompts(policy, videos, own, block, text)[0]
+    return _change_prompts(policy, videos, own, block, text)
 
 
 def refresh_cache(
@@ -214,11 +204,8 @@ def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> 
     shape = tuple(state.recent.shape[2:])
 
     def noise_of(plan: BlockPlan) -> jax.Array:
-        # as sample_block reads them: a traced block is never the first
-        start = np.int32(plan.start) if videos.traced else plan.start
-        steps = len(policy.sampler.steps_at(start))
         frame = np.int32(videos.first_frame + plan.frame)
-        return rollout.block_noise(keys, frame, steps, plan.count, shape)
+        return rollout.block_noise(keys, frame, len(policy.sampler.steps), plan.count, shape)
 
     return noise_of
 
@@ -255,24 +242,21 @@ def _change_prompts(
     state: StreamState,
     block: int,
     text: KeyValues,
-    trace: bool = False,
-) -> tuple[StreamState, Trace | None]:
-    """Apply the changes before a block to the videos that have one; the memory of `state` is taken.
-
-    Also returns the network call of a recache if `trace`.
+) -> StreamState:
+    """Apply the changes before a block to the videos that have one; the memory of `state` is
+    taken.
     """
     changes = [timeline.blocks[block].change for timeline in videos.timelines]
     change = next((change for change in changes if change), None)
     if change is None:
-        return state, None
+        return state
     frame = videos.blocks[block].frame
     if all(changes):
-        cache, record = _change_cache(policy, state, change, frame, text, trace)
-        return state._replace(cache=cache), record
+        return state._replace(cache=_change_cache(policy, state, change, frame, text))
     own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
-    cache, record = _change_cache(policy, own, change, frame, text, trace)
+    cache = _change_cache(policy, own, change, frame, text)
     cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
-    return state._replace(cache=cache), record
+    return state._replace(cache=cache)
 
 
 def _change_cache(
@@ -281,22 +265,21 @@ def _change_cache(
     change: CacheChange,
     frame: int,
     text: KeyValues,
-    trace: bool,
-) -> tuple[kv.Cache, Trace | None]:
+) -> kv.Cache:
     """Apply one change to the caches of all videos, before the block that begins at `frame`."""
     layout = policy.layout
     slots = state.recent.shape[1]
     if change.keep is not None:
         place = place_at(layout, slots, change.end, 0, None)
         latent_hw = tuple(state.recent.shape[3:])
-        return _restart(policy, state.cache, place, change.keep, latent_hw, change.every), None
+        return _restart(policy, state.cache, place, change.keep, latent_hw, change.every)
     gone = frame - slots  # frames before it are no longer among the recent ones
     latents = [state.first[:, f] if f < gone else state.recent[:, f - gone] for f in change.frames]
     count = len(change.frames)
     positions = np.asarray(change.positions, np.int32)
     place = place_at(layout, slots, change.end - count, count, positions)
     stacked = jnp.stack(latents, axis=1)
-    return rollout.recache(policy, text, stacked, state.cache, place, change.skip, trace)
+    return rollout.recache(policy, text, stacked, state.cache, place, change.skip)
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "latent_hw", "every"), donate_argnames="cache")

@@ -14,15 +14,16 @@ import jax
 import numpy as np
 
 from astrolabe_jax import schedule
-from astrolabe_jax.models.wan.cache import reference_order
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rollout import Sampler, Trace
+from astrolabe_jax.models.wan.rope import inverse, rope_table, rotate
+from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.schedule import Schedule
 from astrolabe_jax.streaming import scenes, streams
-from astrolabe_jax.types import BlockPlan, Policy, PromptBatch, Timeline, VideoBatch
+from astrolabe_jax.types import BlockPlan, Policy, PromptBatch, StreamState, Timeline, VideoBatch
 from tests.golden.dit import Dit
 from tests.golden.entry import EXACT, ROLLOUT, TABLE, Entry, Unsupported
 from tests.golden.files import GoldenFile
+from tests.traces import Calls, Trace, traced, traced_blocks
 
 SCENARIO = {
     "name",
@@ -148,24 +149,51 @@ def _run(file: GoldenFile) -> Result:
         schedule=shift,
         sigma_source="lookup",
     )
-    policy = Policy(dit.params, None, dit.graphdef, dit.config, layout, sampler)
+    policy = traced(Policy(dit.params, None, dit.graphdef, dit.config, layout, sampler))
     videos = _videos(file, layout)
     blocks = list(_blocks(file, policy, videos))
-    last = blocks[-1]
-    stored = reference_order(
-        last.state.cache,
-        0,
-        layout,
-        last.plan.start + last.plan.count,
-        dit.config,
-        (config["lat_h"], config["lat_w"]),
-        rotated=not scenario["infer"],
-    )
-    latents = np.concatenate([block.latents for block in blocks], axis=1)
+    last, _ = blocks[-1]
+    end = last.plan.start + last.plan.count
+    stored = _reference_order(policy, last.state, end, rotated=not scenario["infer"])
+    latents = np.concatenate([block.latents for block, _ in blocks], axis=1)
     return Result(latents, *_calls(blocks, scenario["init"], _capacity(scenario)), *stored)
 
 
-def _blocks(file: GoldenFile, policy: Policy, videos: VideoBatch) -> Iterator[streams.SampledBlock]:
+def _reference_order(policy: Policy, state: StreamState, end: int, rotated: bool):
+    """Return keys and values [B, slots L, A, K] of the first layer in the published code's order.
+
+    They are those after a rollout to frame `end`. That order is the sink, then the frames of the
+    window, oldest first, then places that are not in use. rotated: keys rotated at the frames of
+    the present count (the published training class), or un-rotated (its inference class).
+    """
+    layout = policy.layout
+    slots = state.recent.shape[1]
+    grid = policy.config.grid(state.recent.shape[3:])
+    place = np.arange(slots)
+    frames = place
+    slot = place
+    if end > slots:
+        frames = np.where(place < layout.kept, place, end - slots + place)
+        ring = layout.kept + (frames - layout.kept) % (slots - layout.kept)
+        slot = np.where(frames < layout.kept, frames, ring)
+
+    def ordered(part):
+        framed = part[0].reshape(part.shape[1], slots, -1, *part.shape[3:])
+        return framed[:, slot].reshape(part.shape[1:])
+
+    k, v = map(ordered, state.cache)
+    raw = min(layout.kept, slots) * grid[0] * grid[1] if layout.sink_moves else 0
+    cos, sin = rope_table(frames, grid, policy.config.head_dim)
+    if rotated and raw:
+        k = k.at[:, :raw].set(rotate(k[:, :raw], (cos[:raw], sin[:raw])))
+    if not rotated:
+        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse((cos[raw:], sin[raw:]))))
+    return k, v
+
+
+def _blocks(
+    file: GoldenFile, policy: Policy, videos: VideoBatch
+) -> Iterator[tuple[streams.SampledBlock, Calls]]:
     """Every block of the stored rollout, the given ones first, by the driver of all videos."""
     scenario, config = file.config["scenario"], file.config
     shape = (policy.config.in_channels, config["lat_h"], config["lat_w"])
@@ -174,34 +202,36 @@ def _blocks(file: GoldenFile, policy: Policy, videos: VideoBatch) -> Iterator[st
     given = streams.blocks_between(videos, 0, first)
     if given:
         latents = _initial_latents(file)
-        for block in streams.cache_blocks(policy, videos, state, latents, given, 0.0, trace=True):
+        blocks = streams.cache_blocks(policy, videos, state, latents, given, 0.0)
+        for block, calls in traced_blocks(policy, blocks):
             # its memory is taken by the next one
             state = block.state
-            yield block
+            yield block, calls
     noise = _noise(file)
 
     def noise_of(plan: BlockPlan):
         return noise[:, :, plan.frame - first : plan.frame - first + plan.count]
 
     rest = range(given.stop, len(videos.blocks))
-    yield from streams.sample_blocks(policy, videos, state, rest, noise_of, trace=True)
+    blocks = streams.sample_blocks(policy, videos, state, rest, noise_of)
+    yield from traced_blocks(policy, blocks)
 
 
 def _calls(blocks, first: int, slots: int) -> tuple[list[Given], list[Sampled]]:
     """What our rollout called, in the terms of the stored file; `first` frames were given."""
     given = []
     sampled = []
-    for block in blocks:
+    for block, calls in blocks:
         plan = block.plan
         if plan.frame < first:
-            given.append(Given(plan.frame, 0, block.trace))
+            given.append(Given(plan.frame, 0, calls.block))
             continue
-        if block.change is not None:
-            calls = len(sampled) * len(block.trace.timestep)
-            given.append(Given(plan.change.frames[0], calls, block.change))
+        if calls.change is not None:
+            before = len(sampled) * len(calls.block.timestep)
+            given.append(Given(plan.change.frames[0], before, calls.change))
         held = min(plan.start + plan.count, slots)
         stop = plan.frame + plan.count
-        sampled.append(Sampled(plan.frame, stop, held, plan.cut, block.trace))
+        sampled.append(Sampled(plan.frame, stop, held, plan.cut, calls.block))
     return given, sampled
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax.models.wan.config import Block, Layout, WanConfig
-from astrolabe_jax.models.wan.rope import rotate
+from astrolabe_jax.models.wan.rope import Table, rotate, take_rows
 
 
 class KeyValues(NamedTuple):
@@ -46,16 +46,14 @@ def attention(
     Raises:
       ValueError: for cudnn with a mask or with numbers that are not of 16 bits.
     """
-    backend = choose_backend(backend, q, mask)
-    mask = None if mask is None else jnp.asarray(mask)[None, None]
     if length is not None:
         length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
-        mask=mask,
-        implementation=backend,
+        mask=None if mask is None else jnp.asarray(mask)[None, None],
+        implementation=choose_backend(backend, q, mask),
         is_causal=causal,
         key_value_seq_lengths=length,
     )
@@ -64,33 +62,30 @@ def attention(
 def choose_backend(backend: str, q: jax.Array, mask) -> Literal["xla", "cudnn"]:
     """Return the back end that runs: 'auto' takes cudnn where it can."""
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and mask is None
-    if backend == "auto":
-        on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-        return "cudnn" if on_gpu and fused else "xla"
+    on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     if backend == "cudnn" and not fused:
         raise ValueError(
             f"cudnn attention needs 16-bit inputs and no mask, got {q.dtype}"
             f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'"
         )
-    return "cudnn" if backend == "cudnn" else "xla"
-
-
-def rematerialized(q, k, v, mask=None, backend: str = "auto", length=None) -> jax.Array:
-    """Return `attention` whose scores [B, A, N, M] are computed anew in the backward pass.
-
-    'xla' would keep the scores of all calls of a layer at once; cudnn never keeps them.
-    """
-    backend = choose_backend(backend, q, mask)
-    run = functools.partial(attention, backend=backend)
-    if backend == "xla":
-        run = jax.checkpoint(run)
-    return run(q, k, v, mask, length=length)
+    return "cudnn" if backend == "cudnn" or (backend == "auto" and on_gpu and fused) else "xla"
 
 
 def attention_of(config: WanConfig) -> Callable[..., jax.Array]:
-    """Return the attention of a training forward: (q, k, v, mask, length) as in `attention`."""
-    run = rematerialized if config.remat else attention
-    return functools.partial(run, backend=config.attention)
+    """Return the attention of a training forward: (q, k, v, mask, length) as in `attention`.
+
+    With config.remat the scores [B, A, N, M] are computed anew in the backward pass: 'xla' would
+    keep those of all calls of a layer at once. cudnn never keeps them.
+    """
+
+    def attend(q, k, v, mask=None, length=None):
+        backend = choose_backend(config.attention, q, mask)
+        run = functools.partial(attention, backend=backend)
+        if config.remat and backend == "xla":
+            run = jax.checkpoint(run)
+        return run(q, k, v, mask, length=length)
+
+    return attend
 
 
 def block_causal_attention(
@@ -99,7 +94,7 @@ def block_causal_attention(
     blocks: Sequence[Block],
     attend: Callable[..., jax.Array],
     context: KeyValues | None = None,
-    sink_tables: Sequence[tuple[jax.Array, jax.Array]] | None = None,
+    sink_tables: Sequence[Table] = (),
 ) -> jax.Array:
     """Return attention [B, F L, A, K] of each block's queries to the frames that it sees.
 
@@ -110,27 +105,23 @@ def block_causal_attention(
       context: keys and values of the clean stream, same shape. Frames before a block are then read
         from it, and only the block itself from keys_values (docs/models.md, Clean context).
       sink_tables: where the keys of the sink's frames are stored without rotation, the rotary table
-        of these frames for each block; else None.
+        of these frames for each block; else empty.
     """
     frame_tokens = q.shape[1] // blocks[-1].stop
     sink = sink_tables[0][0].shape[0] // frame_tokens if sink_tables else 0
     outputs = []
     for i, block in enumerate(blocks):
         ranges, mask = _ranges_and_mask(block, frame_tokens)
-        keys = []
-        values = []
+        pieces = []
         for low, high in _cut(ranges, block.start, sink):
             tokens = slice(low * frame_tokens, high * frame_tokens)
             source = context if context is not None and low < block.start else keys_values
-            piece = source.k[:, tokens]
-            if sink_tables and low < sink:
-                cos, sin = sink_tables[i]
-                piece = rotate(piece, (cos[tokens], sin[tokens]))
-            keys.append(piece)
-            values.append(source.v[:, tokens])
+            k, v = (part[:, tokens] for part in source)
+            if low < sink:
+                k = rotate(k, take_rows(sink_tables[i], tokens))
+            pieces.append((k, v))
+        keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
         queries = q[:, block.start * frame_tokens : block.stop * frame_tokens]
-        keys = jnp.concatenate(keys, axis=1)
-        values = jnp.concatenate(values, axis=1)
         outputs.append(attend(queries, keys, values, mask))
     return jnp.concatenate(outputs, axis=1)
 
@@ -152,7 +143,7 @@ def window_attention(
     layout: Layout,
     attend: Callable[..., jax.Array],
     context: KeyValues | None = None,
-    sink_tables: Sequence[tuple[jax.Array, jax.Array]] | None = None,
+    sink_tables: Sequence[Table] = (),
 ) -> jax.Array:
     """Return attention [B, W L, A, K] of the blocks of a window behind a past.
 
@@ -167,14 +158,13 @@ def window_attention(
       attend: as `attention_of` returns it.
       context: keys and values of the clean stream, for all but the last block; earlier blocks of
         the window are then read from it.
-      sink_tables: where the sink moves, the rotary table of its frames for each block; else None.
+      sink_tables: where the sink moves, the rotary table of its frames for each block; else empty.
     """
     length = past.frame_tokens
     block = layout.block
     sink = layout.kept
     recent = past.keys_values.k.shape[1] // length - sink
     clean = keys_values if context is None else context
-    repeats = q.shape[0] // past.keys_values.k.shape[0]
     outputs = []
     for j in range(q.shape[1] // length // block):
         first = j * block
@@ -186,34 +176,27 @@ def window_attention(
         def seen(own, clean, before, first=first, stop=stop, count=count):
             own = _by_frame(own, length)[:, first:stop]
             clean = _by_frame(clean, length)
-            before = jnp.repeat(_by_frame(before, length), repeats, axis=0)
+            before = jnp.repeat(_by_frame(before, length), q.shape[0] // before.shape[0], axis=0)
             frames = jnp.concatenate([before[:, sink:], clean[:, :first], own], axis=1)
             newest_first = frames[:, -count:][:, ::-1]
             if not sink:
                 return _by_token(newest_first)
-            start = [before[:, :sink], clean[:, : min(first, sink)], own]
-            start = jnp.concatenate(start, axis=1)
-            places = _sink_places(past.start, sink, start.shape[1])
+            start = jnp.concatenate([before[:, :sink], clean[:, : min(first, sink)], own], axis=1)
+            # the sink's frames are among the past's sink, which the frames from past.start follow
+            frame = np.arange(sink)
+            places = jnp.where(frame < past.start, frame, sink + frame - past.start)
+            places = jnp.minimum(places, start.shape[1] - 1)
             return _by_token(jnp.concatenate([start[:, places], newest_first], axis=1))
 
-        keys = seen(keys_values.k, clean.k, past.keys_values.k)
-        values = seen(keys_values.v, clean.v, past.keys_values.v)
+        keys, values = map(seen, keys_values, clean, past.keys_values)
         if sink_tables:
             tokens = sink * length
-            rotated = rotate(keys[:, :tokens], sink_tables[j])
-            keys = jnp.concatenate([rotated, keys[:, tokens:]], axis=1)
+            keys = jnp.concatenate(
+                [rotate(keys[:, :tokens], sink_tables[j]), keys[:, tokens:]], axis=1
+            )
         queries = q[:, first * length : stop * length]
-        outputs.append(attend(queries, keys, values, None, length=visible * length))
+        outputs.append(attend(queries, keys, values, length=visible * length))
     return jnp.concatenate(outputs, axis=1)
-
-
-def _sink_places(start, kept: int, most: int):
-    """Return the places of the sink's frames.
-
-    They lie among the past's sink, which the frames from `start` on follow.
-    """
-    frame = np.arange(kept)
-    return jnp.minimum(jnp.where(frame < start, frame, kept + frame - start), most - 1)
 
 
 def _by_frame(x, frame_tokens: int):

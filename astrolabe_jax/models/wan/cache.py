@@ -17,14 +17,9 @@ import numpy as np
 
 from astrolabe_jax.models.wan.attention import KeyValues
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.models.wan.rope import combine, inverse, rope_table, rotate
+from astrolabe_jax.models.wan.rope import combine, inverse, rope_table, rotate, take_rows
 
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, [layers, B, slots * L, A, K]."""
-
-    k: jax.Array
-    v: jax.Array
+Cache = KeyValues  # of every layer, [layers, B, slots * L, A, K]
 
 
 class View(NamedTuple):
@@ -126,7 +121,7 @@ def read(cache: Cache, layer, view: View, sink_table=None) -> tuple[jax.Array, j
     values = [v[:, lo * length : hi * length] for lo, hi in ranges]
     if sink_table is not None:
         raw = min(view.layout.kept, ranges[0][1]) * length
-        sink = rotate(keys[0][:, :raw], tuple(part[:raw] for part in sink_table))
+        sink = rotate(keys[0][:, :raw], take_rows(sink_table, slice(raw)))
         keys = [sink, keys[0][:, raw:], *keys[1:]]
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
@@ -144,7 +139,7 @@ def past_frames(
     """
     slots = frames_of(cache, frame_tokens)
     before = jnp.clip(start - recent + jnp.arange(recent), 0)
-    places = jnp.concatenate([jnp.arange(layout.kept), _slot_of(before, layout, slots)])
+    places = jnp.concatenate([jnp.arange(layout.kept), _slot(before, layout, slots)])
 
     def take(part):
         part = jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
@@ -161,13 +156,12 @@ def place_frames(cache: Cache, k, v, layout: Layout, frames, frame_tokens: int) 
     may be traced.
     """
     slots = frames_of(cache, frame_tokens)
-    places = jnp.where(frames < 0, slots, _slot_of(frames, layout, slots))
+    places = jnp.where(frames < 0, slots, _slot(frames, layout, slots))
 
     def put(buffer, new):
         framed = (*buffer.shape[:2], -1, frame_tokens, *buffer.shape[3:])
         new = new.reshape(framed).astype(buffer.dtype)
-        placed = buffer.reshape(framed).at[:, :, places].set(new, mode="drop")
-        return placed.reshape(buffer.shape)
+        return buffer.reshape(framed).at[:, :, places].set(new, mode="drop").reshape(buffer.shape)
 
     return Cache(put(cache.k, k), put(cache.v, v))
 
@@ -178,9 +172,8 @@ def place_visible(cache: Cache, k, v, layout: Layout, end: int) -> Cache:
     They are those of the frames that a rollout would have left.
     """
     length = k.shape[2] // end
-    first_recent = end - (layout.capacity - layout.kept)
     frames = np.arange(end)
-    frames = frames[(frames < layout.kept) | (frames >= first_recent)]
+    frames = frames[(frames < layout.kept) | (frames >= end - (layout.capacity - layout.kept))]
     tokens = _tokens_of(frames, length)
     return place_frames(cache, k[:, :, tokens], v[:, :, tokens], layout, frames, length)
 
@@ -208,14 +201,16 @@ def restart(
     if not len(places):
         return cache
     frames = _frames_in_order(layout, end, slots)
-    tokens = _tokens_of(_slot_of(frames, layout, slots)[places], h * w)
-    k = cache.k[:, :, tokens]
-    v = cache.v[:, :, tokens]
+    tokens = _tokens_of(_slot(frames, layout, slots)[places], h * w)
+    k, v = (part[:, :, tokens] for part in cache)
     if layout.positions == "relative":
         now = np.arange(len(places))
-        before = _rotation(layout, frames[places], places, (h, w), config.head_dim)
-        after = _rotation(layout, jnp.asarray(now), now, (h, w), config.head_dim)
-        k = jax.vmap(rotate, in_axes=(0, None))(k, combine(after, inverse(before)))
+        before = rope_table(frames[places], (h, w), config.head_dim)
+        after = rope_table(now, (h, w), config.head_dim)
+        turn = combine(
+            stored_table(after, now, layout), inverse(stored_table(before, places, layout))
+        )
+        k = jax.vmap(rotate, in_axes=(0, None))(k, turn)
     at = (0,) * 5
     return Cache(
         jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
@@ -228,9 +223,8 @@ def rewrite(cache: Cache, layer, k, v, view: View, skip: int) -> Cache:
     view: the last n frames, n = min(end, slots). The first `skip` places keep what they hold.
     """
     length = view.frame_tokens
-    slots = _slot_of(_frames_in_order(view.layout, view.end, view.slots), view.layout, view.slots)
-    place = jnp.argsort(slots[: view.frames])[skip:]
-    tokens = _tokens_of(place, length)
+    slots = _slot(_frames_in_order(view.layout, view.end, view.slots), view.layout, view.slots)
+    tokens = _tokens_of(jnp.argsort(slots[: view.frames])[skip:], length)
 
     def put(buffer, new):
         new = new[None, :, tokens].astype(buffer.dtype)
@@ -239,35 +233,16 @@ def rewrite(cache: Cache, layer, k, v, view: View, skip: int) -> Cache:
     return Cache(put(cache.k, k), put(cache.v, v))
 
 
-def reference_order(
-    cache: Cache,
-    layer: int,
-    layout: Layout,
-    end: int,
-    config: WanConfig,
-    latent_hw: tuple[int, int],
-    rotated: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """Return one layer's keys and values [B, slots L, A, K] in the published code's order.
+def stored_table(table, frames, layout):
+    """Return the rotary table of keys as they are cached, for `frames` [n], which may be traced.
 
-    They are those after a rollout to frame `end`. That order is the sink, then the frames of the
-    window, oldest first, then places that are not in use. rotated: keys rotated at the frames of
-    the present count (the published training class), or un-rotated (its inference class).
+    A moving sink is not rotated.
     """
-    h, w = config.grid(latent_hw)
-    length = h * w
-    slots = frames_of(cache, length)
-    frames = _frames_in_order(layout, end, slots)
-    tokens = _tokens_of(_slot_of(frames, layout, slots), length)
-    k = cache.k[layer][:, tokens]
-    v = cache.v[layer][:, tokens]
-    raw = min(layout.kept, slots) * length if layout.sink_moves else 0
-    cos, sin = rope_table(frames, (h, w), config.head_dim)
-    if rotated and raw:
-        k = k.at[:, :raw].set(rotate(k[:, :raw], (cos[:raw], sin[:raw])))
-    if not rotated:
-        k = k.at[:, raw:].set(rotate(k[:, raw:], inverse((cos[raw:], sin[raw:]))))
-    return k, v
+    if not layout.sink_moves:
+        return table
+    cos, sin = table
+    raw = jnp.repeat(frames < layout.kept, cos.shape[0] // frames.shape[0])[:, None]
+    return jnp.where(raw, 1.0, cos), jnp.where(raw, 0.0, sin)
 
 
 def _tokens_of(places, frame_tokens: int):
@@ -281,30 +256,12 @@ def _frames_in_order(layout, end, slots):
     It is the place itself until the buffer is full.
     """
     place = jnp.arange(slots)
-    if isinstance(end, int) and end <= slots:
-        return place
-    return jnp.where(place < layout.kept, place, end - slots + place)
-
-
-def _rotation(layout, frames, places, grid, head_dim):
-    """Return the rotary table of the keys in `places`, at `frames`.
-
-    A moving sink is not rotated.
-    """
-    length = grid[0] * grid[1]
-    raw = jnp.asarray(np.repeat((places < layout.kept) & layout.sink_moves, length))[:, None]
-    cos, sin = rope_table(frames, grid, head_dim)
-    return jnp.where(raw, 1.0, cos), jnp.where(raw, 0.0, sin)
-
-
-def _slot_of(frames, layout, slots):
-    """Return the slots of frames [n], all in the cache."""
-    ring = layout.kept + (frames - layout.kept) % (slots - layout.kept)
-    return jnp.where(frames < layout.kept, frames, ring)
+    growing = isinstance(end, int) and end <= slots
+    return place if growing else jnp.where(place < layout.kept, place, end - slots + place)
 
 
 def _slot(frame, layout, slots):
-    """Return the slot of a frame, int or traced."""
+    """Return the slot of a frame in the cache, int or traced, or the slots of frames [n]."""
     if isinstance(frame, int) and frame < layout.kept:
         return frame
     ring = layout.kept + (frame - layout.kept) % (slots - layout.kept)
@@ -312,20 +269,23 @@ def _slot(frame, layout, slots):
 
 
 def _unit(view):
-    """Return the frames written in one piece: the block, if none straddles the ring's end."""
+    """Return the frames written in one piece: the block, if none straddles the ring's end.
+
+    Such a piece never crosses the end of the ring or the sink.
+    """
     if view.slots != view.layout.capacity:
         raise ValueError(
             f"the cache of {view.slots} frames is full and smaller than the window of "
             f"{view.layout.capacity}; give it as many slots"
         )
-    return view.layout.write_unit() if view.aligned and view.frames > 1 else 1
+    kept = view.layout.kept
+    unit = gcd(view.layout.block, view.layout.capacity - kept, abs(kept - view.layout.lead))
+    return unit if view.aligned and view.frames > 1 else 1
 
 
 def _visible_slots(view):
     """Return the slot ranges that hold the frames the block sees."""
     if not view.growing:
         return ((0, view.slots),)
-    end = view.end
-    if view.layout.faithful_sinks:
-        end = min(max(end, view.layout.sink), view.slots)
-    return view.layout.visible(end)
+    end = max(view.end, view.layout.sink) if view.layout.faithful_sinks else view.end
+    return view.layout.visible(min(end, view.slots))

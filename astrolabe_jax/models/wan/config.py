@@ -3,11 +3,17 @@ sees (Layout).
 """
 
 from dataclasses import dataclass
-from math import gcd
 from typing import Literal, NamedTuple
 
 # Absolute frame positions that the models know (docs/models.md, Rotary positions).
 ABSOLUTE_LIMIT = 1024
+
+
+def _refuse(*faults: tuple[bool, str]) -> None:
+    """Raise ValueError with the message of the first fault that is there."""
+    for there, message in faults:
+        if there:
+            raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -40,32 +46,36 @@ class WanConfig:
             "text_len",
             "in_channels",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"WanConfig.{name} is {getattr(self, name)}; it must be at least 1"
+            _refuse(
+                (
+                    getattr(self, name) < 1,
+                    f"WanConfig.{name} is {getattr(self, name)}; it must be at least 1",
                 )
-        if self.dim % self.num_heads or self.head_dim % 2:
-            raise ValueError(
+            )
+        _refuse(
+            (
+                self.dim % self.num_heads != 0 or self.head_dim % 2 != 0,
                 f"WanConfig.dim {self.dim} over num_heads {self.num_heads} must give an even head "
-                "width"
-            )
-        if self.head_dim < 6:
-            raise ValueError(
-                f"head width is {self.head_dim}; rotary positions of three axes need at least 6"
-            )
-        if self.freq_dim % 2:
-            raise ValueError(
-                f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width"
-            )
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(
+                "width",
+            ),
+            (
+                self.head_dim < 6,
+                f"head width is {self.head_dim}; rotary positions of three axes need at least 6",
+            ),
+            (
+                self.freq_dim % 2 != 0,
+                f"WanConfig.freq_dim is {self.freq_dim}; sines and cosines need an even width",
+            ),
+            (
+                len(self.patch_size) != 3 or self.patch_size[0] != 1,
                 f"WanConfig.patch_size is {self.patch_size}; expected (1, rows, columns): a patch "
-                "covers one frame"
-            )
-        if self.attention not in ("auto", "xla", "cudnn"):
-            raise ValueError(
-                f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'"
-            )
+                "covers one frame",
+            ),
+            (
+                self.attention not in ("auto", "xla", "cudnn"),
+                f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'",
+            ),
+        )
 
     @property
     def head_dim(self) -> int:
@@ -132,27 +142,29 @@ class Layout:
     faithful_sinks: bool = False  # reproduce the published code; see above
 
     def __post_init__(self):
-        if self.block < 1:
-            raise ValueError(f"Layout.block is {self.block}; a block has at least 1 frame")
-        if self.window != -1 and self.window < 1:
-            raise ValueError(f"Layout.window is {self.window}; use -1 (global) or at least 1 frame")
-        if self.sink < 0:
-            raise ValueError(f"Layout.sink is {self.sink}; it must not be negative")
-        if self.sink and self.capacity < self.sink + self.block and not self.faithful_sinks:
-            raise ValueError(
+        _refuse(
+            (self.block < 1, f"Layout.block is {self.block}; a block has at least 1 frame"),
+            (
+                self.window != -1 and self.window < 1,
+                f"Layout.window is {self.window}; use -1 (global) or at least 1 frame",
+            ),
+            (self.sink < 0, f"Layout.sink is {self.sink}; it must not be negative"),
+            (
+                self.sink > max(self.capacity - self.block, 0) and not self.faithful_sinks,
                 f"a window of {self.capacity} frames cannot hold the sink of {self.sink} and a "
-                f"block of {self.block}; raise the window to at least {self.sink + self.block}"
-            )
-        if self.positions not in ("absolute", "relative"):
-            raise ValueError(
-                f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'"
-            )
-        if self.faithful_sinks and self.positions == "relative" and self.sink > self.block:
-            raise ValueError(
+                f"block of {self.block}; raise the window to at least {self.sink + self.block}",
+            ),
+            (
+                self.positions not in ("absolute", "relative"),
+                f"Layout.positions is {self.positions!r}; use 'absolute' or 'relative'",
+            ),
+            (
+                self.faithful_sinks and self.positions == "relative" and self.sink > self.block,
                 "Layout.faithful_sinks: the published code with relative positions fails on a "
                 f"sink of {self.sink} frames with blocks of {self.block}; use a sink of at most "
-                "one block"
-            )
+                "one block",
+            ),
+        )
 
     @property
     def capacity(self) -> int:
@@ -190,25 +202,21 @@ class Layout:
         if end <= self.capacity:
             return ((0, end),)
         recent = (end - max(self.capacity - self.kept, 0), end)
-        if self.kept == 0:
-            return (recent,)
-        return ((0, self.kept), recent)
+        return ((0, self.kept), recent) if self.kept else (recent,)
 
     def blocks(self, frames: int) -> tuple[Block, ...]:
         """Return the blocks of a video of `frames` frames.
 
         The last may be cut short; its window counts from its full end.
         """
+        ends = range(self.lead or self.block, self.whole(frames, up=True) + 1, self.block)
         blocks = []
-        start = 0
-        while start < frames:
-            size = self.lead if start == 0 and self.lead else self.block
-            end = start + size
+        for end in ends if frames else ():
             ranges = tuple(
                 (first, min(stop, frames)) for first, stop in self.visible(end) if first < frames
             )
+            start = max(end - self.block, 0)
             blocks.append(Block(start, min(end, frames), ranges, self.shift(end)))
-            start = end
         return tuple(blocks)
 
     @property
@@ -223,37 +231,29 @@ class Layout:
 
         With `up` it is rounded up, to one block at least.
         """
-        if up:
-            blocks = -(-(frames - self.lead) // self.block)
-            smallest = self.lead or self.block
-            return max(self.lead + blocks * self.block, smallest)
-        blocks = (frames - self.lead) // self.block
-        return max(self.lead + blocks * self.block, 0)
+        blocks = (frames - self.lead + (self.block - 1 if up else 0)) // self.block
+        smallest = (self.lead or self.block) if up else 0
+        return max(self.lead + blocks * self.block, smallest)
 
     def check_frames(self, frames: int) -> None:
         """Raise ValueError unless `frames` is a whole number of blocks that the window and the
         position table can hold.
         """
-        if frames < 1 or self.whole(frames) != frames:
-            raise ValueError(
+        _refuse(
+            (
+                frames < 1 or self.whole(frames) != frames,
                 f"{frames} frames are not a whole number of blocks of {self.block}"
                 f"{' after the independent first frame' if self.lead else ''}; the next that fits "
-                f"is {self.whole(max(frames, 1), up=True)}"
-            )
-        if self.capacity < self.block:
-            raise ValueError(
+                f"is {self.whole(max(frames, 1), up=True)}",
+            ),
+            (
+                self.capacity < self.block,
                 f"a window of {self.capacity} frames cannot hold a block of {self.block}; raise "
-                "the window"
-            )
-        if self.positions == "absolute" and frames > ABSOLUTE_LIMIT:
-            raise ValueError(
+                "the window",
+            ),
+            (
+                self.positions == "absolute" and frames > ABSOLUTE_LIMIT,
                 f"{frames} frames exceed the {ABSOLUTE_LIMIT} absolute positions; "
-                "use positions='relative' for longer videos"
-            )
-
-    def write_unit(self) -> int:
-        """Return how many frames can be written at once to a ring of `capacity` slots.
-
-        Such a write never crosses the end of the ring or the sink.
-        """
-        return gcd(self.block, self.capacity - self.kept, abs(self.kept - self.lead))
+                "use positions='relative' for longer videos",
+            ),
+        )

@@ -6,7 +6,6 @@ a fine part, each with its own small table, and the two rotations are combined.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,8 @@ def frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Together they are head_dim / 2 numbers (docs/models.md, Rotary positions).
     """
     side = 2 * (head_dim // 6)
-    frame = head_dim - 2 * side
-    return _axis_frequencies(frame), _axis_frequencies(side), _axis_frequencies(side)
+    frame = _axis_frequencies(head_dim - 2 * side)
+    return frame, _axis_frequencies(side), _axis_frequencies(side)
 
 
 def _axis_frequencies(width: int) -> np.ndarray:
@@ -43,14 +42,9 @@ def rope_table(frames, grid: tuple[int, int], head_dim: int) -> Table:
       head_dim: width of one head.
     """
     frames = jnp.asarray(frames)
-    axes = _axis_tables(head_dim, *grid)
-    coarse = _take_rows(axes.coarse, frames // _ROWS)
-    fine = _take_rows(axes.fine, frames % _ROWS)
-    cos_frame, sin_frame = combine(coarse, fine)
-    cos_row, sin_row = axes.row
-    cos_column, sin_column = axes.column
-    cos = _join_axes(cos_frame, cos_row, cos_column)
-    sin = _join_axes(sin_frame, sin_row, sin_column)
+    coarse, fine, row, column = _axis_tables(head_dim, *grid)
+    frame = combine(take_rows(coarse, frames // _ROWS), take_rows(fine, frames % _ROWS))
+    cos, sin = map(_join_axes, frame, row, column)
     return cos, sin
 
 
@@ -68,9 +62,7 @@ def rotate(x: jax.Array, table: Table) -> jax.Array:
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even = pairs[..., 0]
     odd = pairs[..., 1]
-    rotated_even = even * cos - odd * sin
-    rotated_odd = even * sin + odd * cos
-    rotated = jnp.stack([rotated_even, rotated_odd], axis=-1)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
@@ -84,9 +76,7 @@ def combine(first: Table, second: Table) -> Table:
     """Return the table of two rotations, one after the other."""
     cos_a, sin_a = first
     cos_b, sin_b = second
-    cos = cos_a * cos_b - sin_a * sin_b
-    sin = sin_a * cos_b + cos_a * sin_b
-    return cos, sin
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
 
 
 def sinusoid(t: jax.Array, dim: int) -> jax.Array:
@@ -98,27 +88,26 @@ def sinusoid(t: jax.Array, dim: int) -> jax.Array:
     whole = jnp.round(t)
     table, frequency = _time_tables(dim)
     angle = (t - whole)[..., None] * frequency.reshape((1,) * t.ndim + (-1,))
-    coarse = _take_rows(table, whole.astype(jnp.int32))
-    fine = (jnp.cos(angle), jnp.sin(angle))
-    return jnp.concatenate(combine(coarse, fine), axis=-1)
+    coarse = take_rows(table, whole.astype(jnp.int32))
+    return jnp.concatenate(combine(coarse, (jnp.cos(angle), jnp.sin(angle))), axis=-1)
 
 
-class _AxisTables(NamedTuple):
-    coarse: HostTable  # frames 0, 1024, 2048, ...
-    fine: HostTable  # frames 0 .. 1023
-    row: HostTable
-    column: HostTable
+def take_rows(table: Table | HostTable, index) -> Table:
+    """Return the rows of a table at indices, or in a slice."""
+    cos, sin = table
+    return jnp.asarray(cos)[index], jnp.asarray(sin)[index]
 
 
 @cache
-def _axis_tables(head_dim: int, rows: int, columns: int) -> _AxisTables:
+def _axis_tables(head_dim: int, rows: int, columns: int) -> tuple[HostTable, ...]:
+    """Return four tables: coarse and fine ones of frames, those of the rows, of the columns."""
     frame, row, column = frequencies(head_dim)
     fine = np.arange(_ROWS)
-    return _AxisTables(
-        coarse=_cos_sin(_ROWS * fine, frame),
-        fine=_cos_sin(fine, frame),
-        row=_cos_sin(np.arange(rows), row),
-        column=_cos_sin(np.arange(columns), column),
+    return (
+        _cos_sin(_ROWS * fine, frame),  # frames 0, 1024, 2048, ...
+        _cos_sin(fine, frame),
+        _cos_sin(np.arange(rows), row),
+        _cos_sin(np.arange(columns), column),
     )
 
 
@@ -134,11 +123,6 @@ def _cos_sin(positions: np.ndarray, frequency: np.ndarray) -> HostTable:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _take_rows(table: HostTable, index: jax.Array) -> Table:
-    cos, sin = table
-    return jnp.asarray(cos)[index], jnp.asarray(sin)[index]
-
-
 def _join_axes(frame: jax.Array, row: np.ndarray, column: np.ndarray) -> jax.Array:
     """Return [n * h * w, head_dim / 2] from what frames [n, .], rows [h, .] and columns [w, .]
     have.
@@ -150,5 +134,4 @@ def _join_axes(frame: jax.Array, row: np.ndarray, column: np.ndarray) -> jax.Arr
         jnp.asarray(column)[None, None, :, :],
     )
     spread = [jnp.broadcast_to(axis, (*shape, axis.shape[-1])) for axis in axes]
-    joined = jnp.concatenate(spread, axis=-1)
-    return joined.reshape(-1, joined.shape[-1])
+    return jnp.concatenate(spread, axis=-1).reshape(np.prod(shape), -1)

@@ -7,6 +7,7 @@ There are three ways to run it. `__call__` is the uncached block-causal forward 
 Adapters are given in the form of `lora.scaled`, or as None for the base.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,8 +68,9 @@ class Attention(nnx.Module):
 
     def keys_values(self, x, lora):
         """x [B, N, D] -> two of [B, N, A, K]; values are not normalised."""
-        return self._heads(self.norm_k(self.k(x, lora.get("k")))), self._heads(
-            self.v(x, lora.get("v"))
+        return KeyValues(
+            self._heads(self.norm_k(self.k(x, lora.get("k")))),
+            self._heads(self.v(x, lora.get("v"))),
         )
 
     def output(self, y, lora):
@@ -111,7 +113,7 @@ class TransformerBlock(nnx.Module):
         attend(q, k, v) -> (y [B, N, A, K], kept): the self-attention of this way of running; kept
         is passed through.
         """
-        lora = _lora_by_part(adapter)
+        lora = {part: _lora_of(adapter, part) for part in ("self_attn", "cross_attn", "ffn")}
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulate_by(self.modulation, e0)
         a = _per_frame(layer_norm(x, self.config.eps), shift1, scale1)
         q = self.self_attn.queries(a, lora["self_attn"])
@@ -196,11 +198,11 @@ class WanTransformer(nnx.Module):
 
         def body(_, xs):
             layer, adapter = xs
-            lora = _lora_by_part(adapter)["cross_attn"]
-            return None, nnx.merge(graphdef, layer).keys_values(tokens, lora)
+            cross_attn = nnx.merge(graphdef, layer)
+            return None, cross_attn.keys_values(tokens, _lora_of(adapter, "cross_attn"))
 
-        _, (k, v) = jax.lax.scan(body, None, (layers, adapter))
-        return KeyValues(k, v)
+        _, keys_values = jax.lax.scan(body, None, (layers, adapter))
+        return keys_values
 
     def __call__(
         self,
@@ -224,10 +226,9 @@ class WanTransformer(nnx.Module):
             block sees only itself noisy.
           past: x are the frames behind it, whole blocks of a longer video.
         """
-        tokens, grid = self._embed(x)
-        attend = self._training_attention(x.shape[1], grid, layout, past)
-        tokens, e, _, _ = self._layers(tokens, t, text, adapter, attend, context=context)
-        return self._unembed(self.head(tokens, e), x, grid)
+        attend = self._training_attention(x, layout, past)
+        velocity, _, _ = self._run(x, t, text, adapter, attend, context=context)
+        return velocity
 
     def context(
         self,
@@ -249,11 +250,9 @@ class WanTransformer(nnx.Module):
           t: timestep at which they are read, the rollout's context noise: a scalar, or [B].
           past: as in `__call__`.
         """
-        tokens, grid = self._embed(clean)
-        attend = self._training_attention(clean.shape[1], grid, layout, past, keep=True)
-        t = _every_frame(t, clean)
-        _, _, _, kept = self._layers(tokens, t, text, adapter, attend)
-        return KeyValues(*kept)
+        attend = self._training_attention(clean, layout, past, keep=True)
+        _, _, kept = self._run(clean, _every_frame(t, clean), text, adapter, attend)
+        return kept
 
     def reencode(
         self,
@@ -296,12 +295,10 @@ class WanTransformer(nnx.Module):
             cache = kv.place_frames(cache, made.k, made.v, layout, np.arange(sink), length)
         frames = start - count + jnp.arange(count)
         past = Past(cache, start - count, jnp.clip(frames, 0))
-        tokens, grid = self._embed(recent)
-        attend = self._training_attention(count, grid, layout, past, keep=True, recent=0)
-        t = _every_frame(t, recent)
-        _, _, _, (k, v) = self._layers(tokens, t, text, adapter, attend)
+        attend = self._training_attention(recent, layout, past, keep=True, recent=0)
+        _, _, made = self._run(recent, _every_frame(t, recent), text, adapter, attend)
         frames = jnp.where(frames < sink, -1, frames)
-        return kv.place_frames(cache, k, v, layout, frames, length)
+        return kv.place_frames(cache, made.k, made.v, layout, frames, length)
 
     def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
         """Run one block through the cache once.
@@ -309,18 +306,20 @@ class WanTransformer(nnx.Module):
         Returns the velocity [B, P, C, H, W] and the cache with the block's keys written.
 
         Args:
-          x: latents [B, P, C, H, W] of the block; t: timesteps [B, P].
+          x: latents [B, P, C, H, W] of the block.
+          t: its timestep, a scalar or [B].
           view: where the block stands in the cache.
           first: whether this is the block's first pass; it matters to faithful sinks only.
         """
-        tokens, grid = self._embed(x)
+        grid = self.config.grid(x.shape[3:])
         frames = view.start + jnp.arange(view.frames)
         positions = frames if view.positions is None else view.positions
         table = rope_table(positions, grid, self.config.head_dim)
-        stored_table = _stored_table(table, frames, view.layout) if view.partial else table
-        sink_table = self._sink_table(view.layout, view.end, grid)
+        stored_table = kv.stored_table(table, frames, view.layout) if view.partial else table
+        moves = view.layout.sink_moves
+        sink_table = self._sink_table(view.layout, view.end, grid) if moves else None
 
-        def attend(q, k, v, cache, layer, _):
+        def attend(q, k, v, *, cache, layer, **_):
             k = _stored_keys(k, stored_table, view.raw_frames * view.frame_tokens)
             cache = kv.write(cache, layer, k, v, view, first)
             keys, values = kv.read(cache, layer, view, sink_table)
@@ -331,10 +330,9 @@ class WanTransformer(nnx.Module):
                 backend=self.config.attention,
                 length=view.visible_tokens,
             )
-            return y, cache, None
+            return y, (cache, None)
 
-        tokens, e, cache, _ = self._layers(tokens, t, text, adapter, attend, cache=cache)
-        return self._unembed(self.head(tokens, e), x, grid), cache
+        return self._run(x, _every_frame(t, x), text, adapter, attend, cache=cache)[:2]
 
     def recache(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, skip=0):
         """Compute the cached keys anew, for another prompt (docs/streaming.md, Scene changes).
@@ -344,54 +342,55 @@ class WanTransformer(nnx.Module):
 
         Args:
           x: [B, n, C, H, W], clean, one frame for every place of the cache that is in use.
-          t: timesteps [B, n].
+          t: their timestep, a scalar or [B].
           view: the n frames as one block, with their rotary positions. Its start is a Python int,
             or traced once the cache is full.
           skip: first places, of the sink, that keep their keys; the frames with those places only
             look on.
         """
-        tokens, grid = self._embed(x)
-        length = view.frame_tokens
+        grid = self.config.grid(x.shape[3:])
         table = rope_table(view.positions, grid, self.config.head_dim)
-        sink_table = self._sink_table(view.layout, view.end, grid)
-        raw = min(view.layout.kept, view.frames) if view.layout.sink_moves else 0
+        moves = view.layout.sink_moves
+        sink_table = self._sink_table(view.layout, view.end, grid) if moves else None
+        raw_frames = min(view.layout.kept, view.frames) if moves else 0
 
-        def attend(q, k, v, cache, layer, _):
-            cache = kv.rewrite(cache, layer, _stored_keys(k, table, raw * length), v, view, skip)
+        def attend(q, k, v, *, cache, layer, **_):
+            k = _stored_keys(k, table, raw_frames * view.frame_tokens)
+            cache = kv.rewrite(cache, layer, k, v, view, skip)
             keys, values = kv.read(cache, layer, view, sink_table)
 
             def one_frame(queries):  # all at once would need the scores of the whole window
                 return attention(queries, keys, values, backend=self.config.attention)
 
-            framed = rotate(q, table).reshape(q.shape[0], view.frames, length, *q.shape[2:])
+            framed = rotate(q, table).reshape(q.shape[0], view.frames, -1, *q.shape[2:])
             y = jax.lax.map(one_frame, jnp.moveaxis(framed, 1, 0))
-            return jnp.moveaxis(y, 0, 1).reshape(q.shape), cache, None
+            return jnp.moveaxis(y, 0, 1).reshape(q.shape), (cache, None)
 
-        tokens, e, cache, _ = self._layers(tokens, t, text, adapter, attend, cache=cache)
-        return self._unembed(self.head(tokens, e), x, grid), cache
+        return self._run(x, _every_frame(t, x), text, adapter, attend, cache=cache)[:2]
 
     def _sink_table(self, layout, end, grid):
-        """Return the rotary table of a moving sink, for the block that ends at `end`, or None."""
-        if not layout.sink_moves:
-            return None
+        """Return the rotary table of a moving sink, for the block that ends at `end`."""
         return rope_table(layout.shift(end) + jnp.arange(layout.kept), grid, self.config.head_dim)
 
     def _training_attention(
-        self, frames: int, grid, layout: Layout, past: Past | None, keep: bool = False, recent=None
+        self, x, layout: Layout, past: Past | None, keep: bool = False, recent=None
     ) -> Callable:
-        """Return the self-attention of a forward without a cache of its own.
+        """Return the self-attention of a forward over x without a cache of its own.
 
         keep: also return the keys as a rollout stores them, and values. recent: see
         `_window_attention`.
         """
-        if past is None:
-            run = self._video_attention(frames, grid, layout)
-        else:
-            run = self._window_attention(frames, grid, layout, past, recent)
+        frames = x.shape[1]
+        grid = self.config.grid(x.shape[3:])
+        run = (
+            self._video_attention(frames, grid, layout)
+            if past is None
+            else self._window_attention(frames, grid, layout, past, recent)
+        )
 
-        def attend(q, k, v, cache, layer, context):
+        def attend(q, k, v, *, cache, layer, context):
             y, stored = run(q, k, v, layer, context)
-            return y, cache, (stored, v) if keep else None
+            return y, (cache, KeyValues(stored, v) if keep else None)
 
         return attend
 
@@ -408,14 +407,9 @@ class WanTransformer(nnx.Module):
         numbers = past.start + jnp.arange(frames)
         positions = numbers if past.positions is None else past.positions[:frames]
         table = rope_table(positions, grid, self.config.head_dim)
-        stored_table = _stored_table(table, numbers, layout)
-        sink_tables = None
-        if layout.sink_moves:
-            ends = [past.start + stop for stop in range(layout.block, frames + 1, layout.block)]
-            sink = jnp.arange(layout.kept)
-            sink_tables = [
-                rope_table(layout.shift(end) + sink, grid, self.config.head_dim) for end in ends
-            ]
+        stored_table = kv.stored_table(table, numbers, layout)
+        stops = range(layout.block, frames + 1, layout.block) if layout.sink_moves else ()
+        sink_tables = [self._sink_table(layout, past.start + stop, grid) for stop in stops]
 
         def run(q, k, v, layer, context):
             k = rotate(k, stored_table)
@@ -436,26 +430,35 @@ class WanTransformer(nnx.Module):
     def _video_attention(self, frames, grid, layout) -> Callable:
         """Return the self-attention of a whole video of `frames` frames."""
         blocks = layout.blocks(frames)
-        length = grid[0] * grid[1]
         table = rope_table(jnp.arange(frames), grid, self.config.head_dim)
         sink = min(layout.kept, frames) if layout.sink_moves else 0
-        sink_tables = None
-        if sink:
-            starts = [block.shift + jnp.arange(sink) for block in blocks]
-            sink_tables = [rope_table(start, grid, self.config.head_dim) for start in starts]
+        sink_tables = [
+            rope_table(block.shift + jnp.arange(sink), grid, self.config.head_dim)
+            for block in blocks
+            if sink
+        ]
 
         def run(q, k, v, layer, context):
-            k = _stored_keys(k, table, sink * length)
-            attend = attention_of(self.config)
+            k = _stored_keys(k, table, sink * math.prod(grid))
             y = block_causal_attention(
-                rotate(q, table), KeyValues(k, v), blocks, attend, context, sink_tables
+                rotate(q, table),
+                KeyValues(k, v),
+                blocks,
+                attention_of(self.config),
+                context,
+                sink_tables,
             )
             return y, k
 
         return run
 
-    def _layers(self, tokens, t, text, adapter, attend, *, cache=None, context=None):
-        """Scan over the layers. The cache, if any, is carried, so that it is updated in place."""
+    def _run(self, x, t, text, adapter, attend, *, cache=None, context=None):
+        """Return the velocity of x, the cache, and what `attend` keeps of every layer.
+
+        The cache, if any, is carried through the scan over the layers, so that it is updated in
+        place. t: timesteps [B, F].
+        """
+        tokens = self._embed(x)
         e, e0 = self._time(t)
         graphdef, layers = nnx.split(self.blocks)
 
@@ -463,25 +466,21 @@ class WanTransformer(nnx.Module):
             x, cache = carry
             params, layer, text, adapter, context = xs
 
-            def attend_here(q, k, v):
-                y, new_cache, kept = attend(q, k, v, cache, layer, context)
-                return y, (new_cache, kept)
-
+            attend_here = functools.partial(attend, cache=cache, layer=layer, context=context)
             x, (cache, kept) = nnx.merge(graphdef, params)(x, e0, text, adapter, attend_here)
             return (x, cache), kept
 
         if self.config.remat and cache is None:
             body = jax.checkpoint(body, prevent_cse=False)
-        index = jnp.arange(self.config.num_layers)
         (tokens, cache), kept = jax.lax.scan(
-            body, (tokens, cache), (layers, index, text, adapter, context)
+            body,
+            (tokens, cache),
+            (layers, jnp.arange(self.config.num_layers), text, adapter, context),
         )
-        return tokens, e, cache, kept
+        return self._unembed(self.head(tokens, e), x), cache, kept
 
     def _embed(self, x):
-        """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype, and the patch grid
-        (h, w).
-        """
+        """Latents [B, F, C, H, W] -> tokens [B, F h w, D] in the compute dtype."""
         x = jnp.asarray(x)
         batch, frames, channels, height, width = x.shape
         if channels != self.config.in_channels:
@@ -495,7 +494,7 @@ class WanTransformer(nnx.Module):
         patches = x.reshape(batch, frames, channels, h, p, w, q).transpose(0, 1, 3, 5, 2, 4, 6)
         return self.patch_embedding(
             patches.reshape(batch, frames * h * w, -1).astype(self.config.dtype)
-        ), (h, w)
+        )
 
     def _time(self, t):
         """Timesteps [B, F] -> time embedding e [B, F, D] for the head and e0 [B, F, 6, D] for the
@@ -505,12 +504,12 @@ class WanTransformer(nnx.Module):
         e = self.time_embedding(features, {}, nnx.silu)
         return e, self.time_projection(nnx.silu(e)).reshape(*e.shape[:2], 6, -1)
 
-    def _unembed(self, patches, like, grid):
+    def _unembed(self, patches, like):
         """Patches [B, F h w, p q C], channel fastest, -> latents with the shape and dtype of
         `like`.
         """
-        batch, frames, channels, *_ = like.shape
-        h, w = grid
+        batch, frames, channels, height, width = like.shape
+        h, w = self.config.grid((height, width))
         _, p, q = self.config.patch_size
         patches = patches.reshape(batch, frames, h, w, p, q, channels).transpose(
             0, 1, 6, 2, 4, 3, 5
@@ -529,18 +528,6 @@ def _stored_keys(k, table, raw: int):
 def _every_frame(t, x):
     """Return a timestep, a scalar or [B], for every frame of x: [B, F]."""
     return jnp.broadcast_to(jnp.asarray(t, jnp.float32).reshape(-1, 1), x.shape[:2])
-
-
-def _stored_table(table, frames, layout):
-    """Return the rotary table of keys as they are cached, for `frames` [n] that are traced.
-
-    A moving sink is not rotated.
-    """
-    if not layout.sink_moves:
-        return table
-    cos, sin = table
-    raw = jnp.repeat(frames < layout.kept, cos.shape[0] // frames.shape[0])[:, None]
-    return jnp.where(raw, 1.0, cos), jnp.where(raw, 0.0, sin)
 
 
 def _modulation(config, rows, rngs):
@@ -567,12 +554,13 @@ def _gate(y, gate):
     return (y.reshape(*gate.shape[:2], -1, y.shape[-1]) * gate).reshape(y.shape)
 
 
-def _lora_by_part(adapter):
-    """{'self_attn.q': pair, ...} of one layer -> {'self_attn': {'q': pair}, ...}; empty parts for
-    no adapter.
+def _lora_of(adapter, part: str):
+    """Return one part's pairs of a layer's adapter: {'self_attn.q': pair, ...} -> {'q': pair, ...}.
+
+    They are none for no adapter.
     """
-    parts = {"self_attn": {}, "cross_attn": {}, "ffn": {}}
-    for name, pair in (adapter or {}).items():
-        part, linear = name.split(".")
-        parts[part][linear] = pair
-    return parts
+    return {
+        name.removeprefix(f"{part}."): pair
+        for name, pair in (adapter or {}).items()
+        if name.startswith(f"{part}.")
+    }
