@@ -182,8 +182,10 @@ def window_attention(
         # frames besides the sink, the block itself included
         count = min(layout.capacity - sink, recent + stop)
         visible = jnp.clip(past.start + stop, 1, sink + count)
+        # A window without recent frames may begin before frame 0, and its sink lie anywhere in it.
+        sink_end = min(first, sink) if recent else first
 
-        def seen(own, clean, before, first=first, stop=stop, count=count):
+        def seen(own, clean, before, first=first, stop=stop, count=count, sink_end=sink_end):
             own = _by_frame(own, length)[:, first:stop]
             clean = _by_frame(clean, length)
             before = jnp.repeat(_by_frame(before, length), repeats, axis=0)
@@ -191,7 +193,7 @@ def window_attention(
             newest_first = frames[:, -count:][:, ::-1]
             if not sink:
                 return _by_token(newest_first)
-            start = [before[:, :sink], clean[:, : min(first, sink)], own]
+            start = [before[:, :sink], clean[:, :sink_end], own]
             start = jnp.concatenate(start, axis=1)
             places = _sink_places(past.start, sink, start.shape[1])
             return _by_token(jnp.concatenate([start[:, places], newest_first], axis=1))

@@ -300,7 +300,6 @@ class WanTransformer(nnx.Module):
         attend = self._training_attention(count, grid, layout, past, keep=True, recent=0)
         t = _every_frame(t, recent)
         _, _, _, (k, v) = self._layers(tokens, t, text, adapter, attend)
-        frames = jnp.where(frames < sink, -1, frames)
         return kv.place_frames(cache, k, v, layout, frames, length)
 
     def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
