@@ -2,7 +2,9 @@
 uncached forward.
 """
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
-from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.models.wan.transformer import Past
 from astrolabe_jax.streaming import streams
 from tests.models import tiny
@@ -159,3 +161,86 @@ def test_reencoding_what_is_all_there_gives_the_stream(start):
         for one, other in zip(got, want, strict=True):
             gap = np.abs(one - other)[:, present].max()
             assert gap < 2e-5 if start <= 9 or layer == 0 else gap > 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class InSight(Layout):
+    """A video of which only the sink and the frames from `begin` on are ever seen."""
+
+    begin: int = 0
+
+    def blocks(self, frames: int) -> tuple[Block, ...]:
+        """Return the blocks, each of which sees what a cache made anew holds of its window."""
+        pieces = []
+        for block in super().blocks(frames):
+            cut = {block.start, block.stop}
+            if self.begin > 0 and block.start < self.kept:
+                cut.add(min(self.kept, block.stop))
+            for start, stop in itertools.pairwise(sorted(cut)):
+                held = set(range(start, stop))
+                for first, last in block.ranges:
+                    held |= {f for f in range(first, last) if f < self.kept or f >= self.begin}
+                pieces.append(Block(start, stop, _ranges(f for f in held if f < stop), block.shift))
+        return tuple(pieces)
+
+
+def _ranges(frames) -> tuple[tuple[int, int], ...]:
+    """Return the ranges [first, last + 1) that the frames make up."""
+    groups = itertools.groupby(enumerate(sorted(frames)), lambda pair: pair[1] - pair[0])
+    spans = [[frame for _, frame in group] for _, group in groups]
+    return tuple((span[0], span[-1] + 1) for span in spans)
+
+
+REENCODED = {
+    "LongLive's": (Layout(3, 12, 3, "relative"), 0),
+    "LongLive's, before a block": (Layout(3, 12, 3, "relative"), 1),
+    "window of 21": (Layout(3, 21, 3, "relative"), 0),
+    "absolute": (Layout(3, 12, 3), 0),
+    "sink of two": (Layout(3, 11, 2, "relative"), 0),
+    "sink of two blocks": (Layout(3, 12, 6, "relative"), 0),
+    "frames": (Layout(1, 6, 3, "relative"), 0),
+    "no sink": (Layout(3, 9, 0, "relative"), 0),
+    "first frame alone": (Layout(3, 10, 1, "relative", True), 0),
+}
+# (layout, blocks behind which the cache is made): all until two blocks after the window is full
+PLACES = {
+    (name, block): []
+    if (name, block) in {("LongLive's", 2), ("window of 21", 3), ("sink of two", 5)}
+    else [pytest.mark.slow]
+    for name, (layout, _) in REENCODED.items()
+    for block in range(1, layout.capacity // layout.block + 3)
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [pytest.param(*place, marks=marks) for place, marks in PLACES.items()]
+)
+def test_reencoding_equals_a_forward_over_what_is_in_sight(name, blocks):
+    """Made anew behind any block, the cache holds the keys of a forward in which nobody has seen
+    the frames that are gone, whether the video is shorter than the window or longer.
+    """
+    layout, room = REENCODED[name]
+    start = layout.lead + blocks * layout.block
+    video = tiny.latents(start, 2)
+    count = layout.capacity - layout.kept - room * layout.block
+    begin = start - count
+    # anything before the video
+    padded = np.concatenate([np.full_like(video[:, :1], 9.0).repeat(count, 1), video], axis=1)
+    first = np.concatenate([video, padded], axis=1)[:, : layout.kept]
+
+    @jax.jit
+    def run(params, start):
+        model, adapter, text = model_of(params)
+        recent = padded[:, -count:]
+        anew = model.reencode(first, recent, 0.0, text, start, adapter, layout=layout)
+        in_sight = InSight(**dataclasses.asdict(layout), begin=begin)
+        return anew, model.context(video, text, adapter, layout=in_sight)
+
+    got, want = run(tiny.model()[1], jnp.int32(start))
+    held = [f for f in range(start) if f < layout.kept or f >= begin]
+    ring = layout.capacity - layout.kept
+    slots = [f if f < layout.kept else layout.kept + (f - layout.kept) % ring for f in held]
+    for mine, theirs in zip(got, want, strict=True):
+        mine = mine.reshape(2, 2, layout.capacity, -1)[:, :, slots]
+        theirs = theirs.reshape(2, 2, start, -1)[:, :, held]
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)

@@ -172,8 +172,10 @@ def window_attention(
         # frames besides the sink, the block itself included
         count = min(layout.capacity - sink, recent + stop)
         visible = jnp.clip(past.start + stop, 1, sink + count)
+        # A window without recent frames may begin before frame 0, and its sink lie anywhere in it.
+        sink_end = min(first, sink) if recent else first
 
-        def seen(own, clean, before, first=first, stop=stop, count=count):
+        def seen(own, clean, before, first=first, stop=stop, count=count, sink_end=sink_end):
             own = _by_frame(own, length)[:, first:stop]
             clean = _by_frame(clean, length)
             before = jnp.repeat(_by_frame(before, length), q.shape[0] // before.shape[0], axis=0)
@@ -181,7 +183,7 @@ def window_attention(
             newest_first = frames[:, -count:][:, ::-1]
             if not sink:
                 return _by_token(newest_first)
-            start = jnp.concatenate([before[:, :sink], clean[:, : min(first, sink)], own], axis=1)
+            start = jnp.concatenate([before[:, :sink], clean[:, :sink_end], own], axis=1)
             # the sink's frames are among the past's sink, which the frames from past.start follow
             frame = np.arange(sink)
             places = jnp.where(frame < past.start, frame, sink + frame - past.start)

@@ -297,7 +297,6 @@ class WanTransformer(nnx.Module):
         past = Past(cache, start - count, jnp.clip(frames, 0))
         attend = self._training_attention(recent, layout, past, keep=True, recent=0)
         _, _, made = self._run(recent, _every_frame(t, recent), text, adapter, attend)
-        frames = jnp.where(frames < sink, -1, frames)
         return kv.place_frames(cache, made.k, made.v, layout, frames, length)
 
     def step(self, x, t, text: KeyValues, cache: kv.Cache, view: kv.View, adapter=None, first=True):
