@@ -9,15 +9,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
 from astrolabe_jax.convert import commands, describe, lora, parts
-
-DTYPES = ("float32", "bfloat16")
-FORMATS = ("original", "diffusers")
-FILE_DTYPE = "default: the file's own"
+from astrolabe_jax.rewards import convert as rewards
+from astrolabe_jax.rewards.directory import PublishedFiles
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,156 +24,138 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+_Argument = tuple[str, dict[str, Any]]  # what add_argument takes
+
+
 class _Command(NamedTuple):
     about: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], object]
+    run: Callable[..., object]  # takes the arguments by their names
+    arguments: list[_Argument]
 
 
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE|DIR")
-    parser.add_argument("--json", action="store_true", help="for machines")
+def _argument(name: str, **options: Any) -> _Argument:
+    return name, options
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    described = describe.describe(args.path)
-    print(json.dumps(described, indent=1) if args.json else describe.text(described))
+def _to(metavar: str) -> _Argument:
+    return _argument("--to", type=Path, required=True, metavar=metavar)
 
 
-def _import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE|DIR")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--entry",
-        default="",
-        help="entry of a nested file, such as generator; default: the average",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="", help=FILE_DTYPE)
-    _add_num_heads(parser)
-
-
-def _add_num_heads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num_heads",
-        type=int,
-        help="of a transformer whose config.json is not at hand",
+def _dtype(default: str) -> _Argument:
+    return _argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help=f"default: {default} own"
     )
 
 
-def _import(args: argparse.Namespace) -> None:
-    commands.import_(args.path, args.to, args.entry, args.dtype, args.num_heads)
+_FORMAT = _argument("--format", dest="form", choices=("original", "diffusers"), default="original")
+_NUM_HEADS = _argument(
+    "--num_heads", type=int, help="of a transformer whose config.json is not at hand"
+)
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="DIR")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--part", choices=parts.PARTS, required=True)
-    parser.add_argument("--format", choices=FORMATS, default="original")
+def _inspect(path: Path, as_json: bool) -> None:
+    described = describe.describe(path)
+    print(json.dumps(described, indent=1) if as_json else describe.text(described))
 
 
-def _export(args: argparse.Namespace) -> None:
-    commands.export(args.path, args.to, args.part, args.format)
-
-
-def _export_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
-    )
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--format", choices=lora.SAVERS, default="peft")
-    parser.add_argument(
-        "--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint"
-    )
-
-
-def _export_lora(args: argparse.Namespace) -> None:
-    commands.export_lora(args.path, args.to, args.format, args.policy)
-
-
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="BASE")
-    parser.add_argument("adapter", type=Path, metavar="LORA")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--format", choices=FORMATS, default="original")
-    parser.add_argument("--dtype", choices=DTYPES, default="", help="default: the base's own")
-    _add_num_heads(parser)
-
-
-def _merge(args: argparse.Namespace) -> None:
-    commands.merge(args.path, args.adapter, args.to, args.format, args.dtype, args.num_heads)
-
-
-def _reward_arguments(parser: argparse.ArgumentParser) -> None:
-    from astrolabe_jax.rewards.convert import KINDS  # rewards import convert, not the reverse
-
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument(
-        "--weights", type=Path, nargs="+", required=True, metavar="FILE", help="as published"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE|DIR",
-        help="tokenizer.json, or the folder that holds it",
-    )
-    parser.add_argument(
-        "--template",
-        type=Path,
-        metavar="FILE|DIR",
-        help="module of the official package, or its folder",
-    )
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--dtype", choices=DTYPES, default="", help=FILE_DTYPE)
-    parser.add_argument(
-        "--quantised",
-        action="store_true",
-        help="large weights as int8: half the memory of bfloat16",
-    )
-
-
-def _reward(args: argparse.Namespace) -> None:
-    from astrolabe_jax.rewards.convert import convert
-    from astrolabe_jax.rewards.directory import PublishedFiles
-
-    published = PublishedFiles(
-        tuple(args.weights), args.tokenizer, args.template, args.dtype, args.quantised
-    )
-    convert(args.kind, published, args.to)
+def _reward(kind: str, to: Path, weights: list[Path], **options: Any) -> None:
+    rewards.convert(kind, PublishedFiles(tuple(weights), **options), to)
 
 
 _COMMANDS = {
     "inspect": _Command(
         "Say what a file or directory is, and whether it is complete; read headers only.",
-        _inspect_arguments,
         _inspect,
+        [
+            _argument("path", type=Path, metavar="FILE|DIR"),
+            _argument("--json", dest="as_json", action="store_true", help="for machines"),
+        ],
     ),
     "import": _Command(
         "Write a published file, or all parts of a base, as Orbax directories with a config.json.",
-        _import_arguments,
-        _import,
+        commands.import_,
+        [
+            _argument("path", type=Path, metavar="FILE|DIR"),
+            _to("DIR"),
+            _argument(
+                "--entry",
+                default="",
+                help="entry of a nested file, such as generator; default: the average",
+            ),
+            _dtype("the file's"),
+            _NUM_HEADS,
+        ],
     ),
     "export": _Command(
         "Write a part of a base, or of what import made, as one safetensors file.",
-        _export_arguments,
-        _export,
+        commands.export,
+        [
+            _argument("path", type=Path, metavar="DIR"),
+            _to("FILE"),
+            _argument("--part", choices=parts.PARTS, required=True),
+            _FORMAT,
+        ],
     ),
     "export-lora": _Command(
         "Write the adapter of a run, or of a LoRA in any dialect, for PEFT or diffusers.",
-        _export_lora_arguments,
-        _export_lora,
+        commands.export_lora,
+        [
+            _argument(
+                "path",
+                type=Path,
+                metavar="CHECKPOINT",
+                help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
+            ),
+            _to("DIR"),
+            _argument("--format", dest="form", choices=lora.SAVERS, default="peft"),
+            _argument("--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint"),
+        ],
     ),
     "merge": _Command(
         "Write a transformer with a LoRA added to its weights.",
-        _merge_arguments,
-        _merge,
+        commands.merge,
+        [
+            _argument("path", type=Path, metavar="BASE"),
+            _argument("adapter", type=Path, metavar="LORA"),
+            _to("FILE"),
+            _FORMAT,
+            _dtype("the base's"),
+            _NUM_HEADS,
+        ],
     ),
     "reward": _Command(
         "Write the directory that a published reward model is loaded from.",
-        _reward_arguments,
         _reward,
+        [
+            _argument("kind", choices=rewards.KINDS),
+            _argument(
+                "--weights",
+                type=Path,
+                nargs="+",
+                required=True,
+                metavar="FILE",
+                help="as published",
+            ),
+            _argument(
+                "--tokenizer",
+                type=Path,
+                metavar="FILE|DIR",
+                help="tokenizer.json, or the folder that holds it",
+            ),
+            _argument(
+                "--template",
+                type=Path,
+                metavar="FILE|DIR",
+                help="module of the official package, or its folder",
+            ),
+            _to("DIR"),
+            _dtype("the file's"),
+            _argument(
+                "--quantised",
+                action="store_true",
+                help="large weights as int8: half the memory of bfloat16",
+            ),
+        ],
     ),
 }
 
@@ -186,17 +166,19 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.about, description=command.about)
-        command.add_arguments(subparser)
+        for argument, options in command.arguments:
+            subparser.add_argument(argument, **options)
     return top
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exit with status 2 and one message for what cannot be done."""
-    args = parser().parse_args(argv)
+    arguments = vars(parser().parse_args(argv))
     jax.config.update("jax_platforms", "cpu")  # shapes alone are traced: no accelerator is taken
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    command = _COMMANDS[arguments.pop("command")]
     try:
-        _COMMANDS[args.command].run(args)
+        command.run(**arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,37 +12,23 @@ weights.py): vae.pth may be Wan2.1_VAE.pth, transformer.pt may be self_forcing_d
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 
 from astrolabe_jax.convert import engine, store
 from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
-from astrolabe_jax.convert.parts import PARTS, SIZES, described, load_net, save_net, shapes
-from astrolabe_jax.convert.weights import READERS, read_weights, suffix_of
-from astrolabe_jax.models import layers
+from astrolabe_jax.convert.parts import PARTS, SIZES, PlaceLeaf, described, load_net, shapes
+from astrolabe_jax.convert.weights import READERS, read_weights
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
-from astrolabe_jax.runtime.files import INDEX, read_json, write_atomic, write_safetensors
+from astrolabe_jax.runtime.files import INDEX, read_json
 
 SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
-
-
-# (part, path of a leaf, leaf) -> the leaf on its devices.
-PlaceLeaf = Callable[[str, tuple, np.ndarray], Any]
-
-
-def keep_on_host(part: str, path: tuple, leaf: np.ndarray) -> np.ndarray:
-    """Return the leaf as it is."""
-    del part, path
-    return leaf
 
 
 class Base(NamedTuple):
@@ -105,17 +91,11 @@ LAYOUTS = {
 }
 
 
-def directory_of(base: str) -> Path:
-    """Return the directory of a shipped base, given its name, or the given directory.
+def _locate(base: str) -> tuple[Path, BaseLayout]:
+    """Return the directory of a base, given its name or the directory itself, and its layout.
 
     Raises FileNotFoundError, which says what is expected, for a directory that is no base.
     """
-    directory, _ = _locate(base)
-    return directory
-
-
-def _locate(base: str) -> tuple[Path, BaseLayout]:
-    """Return `directory_of` and its layout."""
     directory = SHIPPED.get(base, Path(base))
     layout = layout_of(directory)
     if layout is None:
@@ -132,10 +112,8 @@ def _marks() -> str:
 
 def layout_of(directory: Path) -> BaseLayout | None:
     """Return the layout of a base's directory, or None for any other directory."""
-    for layout in LAYOUTS.values():
-        if (directory / layout.mark).is_file():
-            return layout
-    return None
+    known = LAYOUTS.values()
+    return next((layout for layout in known if (directory / layout.mark).is_file()), None)
 
 
 def tokenizer_of(base: str) -> Path:
@@ -160,20 +138,17 @@ def sizes(base: str, size: str = "") -> dict[str, dict]:
         return {part: sizes_of(config) for part, config in SIZES[size].items()}
     if layout is LAYOUTS["own"]:
         return _own_sizes(directory / layout.mark)
-    content = {}
-    for part, entry in PARTS.items():
-        content[part] = sizes_of(entry.published)
-        if part in layout.configs:
-            path = directory / layout.configs[part]
-            content[part] = _published_sizes(path, part, content[part])
-    return content
+    published = {part: sizes_of(spec.published) for part, spec in PARTS.items()}
+    return published | {
+        part: _published_sizes(directory / name, part, published[part])
+        for part, name in layout.configs.items()
+    }
 
 
 def _own_sizes(path: Path) -> dict[str, dict]:
     """Return the content of our config.json."""
     content = read_json(path)
-    are_objects = all(isinstance(part, dict) for part in content.values())
-    if set(content) != set(PARTS) or not are_objects:
+    if set(content) != set(PARTS) or {type(part) for part in content.values()} != {dict}:
         raise ValueError(
             f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else"
         )
@@ -208,9 +183,9 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
     directory, layout = _locate(base)
     content = sizes(base, size)
     path = directory / layout.mark
-    faults = []
-    for part, values in content.items():
-        faults += field_faults(PARTS[part], values)
+    faults = [
+        fault for part, values in content.items() for fault in field_faults(PARTS[part], values)
+    ]
     if faults:
         raise ValueError("\n  ".join([f"{path}: fields that do not make sense:", *faults]))
     parts = {}
@@ -218,8 +193,8 @@ def configs(base: str, size: str = "", **numerics) -> dict[str, Any]:
         try:
             parts[part] = make_config(PARTS[part], values, **numerics)
         except ValueError as error:
-            config_path = directory / layout.configs.get(part, layout.mark)
-            raise ValueError(f"{config_path}, {error}") from None
+            file = layout.configs.get(part, layout.mark)
+            raise ValueError(f"{directory / file}, {error}") from None
     faults = list(_misfits(parts["transformer"], parts["vae"], parts["text_encoder"]))
     if faults:
         raise ValueError("\n  ".join([f"{path}: the parts do not fit each other:", *faults]))
@@ -244,7 +219,7 @@ def load_base(
     *,
     size: str = "",
     transformer: str = "",
-    place: PlaceLeaf = keep_on_host,
+    place: PlaceLeaf = lambda part, path, leaf: leaf,
     **numerics,
 ) -> Base:
     """Read a base.
@@ -274,8 +249,7 @@ def load_base(
         )
     digest = hashlib.sha256()
     config_files = sorted({directory / name for name in layout.configs.values()})
-    tokenizer_files = [tokenizer_dir / name for name in TOKENIZERS]
-    for path in (*config_files, *tokenizer_files):
+    for path in (*config_files, *(tokenizer_dir / name for name in TOKENIZERS)):
         digest.update(path.read_bytes() if path.is_file() else b"")
     nets = {}
     for part, config in parts.items():
@@ -293,7 +267,7 @@ def load_base(
     )
 
 
-def read_net(part: str, path: Path, config: Any, place: PlaceLeaf = keep_on_host) -> Net:
+def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:
     """Read a part from a file of weights or an Orbax directory, in config.param_dtype.
 
     Raises engine.ConversionError or store.StoreError, which name the file.
@@ -302,13 +276,13 @@ def read_net(part: str, path: Path, config: Any, place: PlaceLeaf = keep_on_host
         if not path.is_dir():
             return load_net(part, read_weights(path), config, place)
         net = shapes(part, config)
-        stored = engine.flatten(store.tree(store.open_leaves(path), net.params))
         expected = engine.flatten(net.params)
-        placed = (
+        stored = store.tree(store.open_leaves(path), net.params)
+        params = engine.nested(
             (where, place(part, where, np.asarray(leaf, expected[where].dtype)))
-            for where, leaf in stored.items()
+            for where, leaf in engine.flatten(stored).items()
         )
-        return net._replace(params=engine.nested(placed))
+        return net._replace(params=params)
     except (engine.ConversionError, store.StoreError) as error:
         raise type(error)(f"{path}: {error}") from None
 
@@ -317,14 +291,10 @@ def weights_of(base: str | Path, part: str) -> Path:
     """Return where the weights of a part are.
 
     `base` is a base, or a file of weights or a store, which is returned as it is. Raises
-    FileNotFoundError or ValueError, which say what is expected.
+    FileNotFoundError, which says what is expected.
     """
     path = SHIPPED.get(str(base), Path(base))
-    if store.is_store(path):
-        return path
-    if path.is_file():
-        if suffix_of(path) is None:
-            raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
+    if path.is_file() or store.is_store(path):
         return path
     layout = layout_of(path)
     if layout is None:
@@ -334,9 +304,9 @@ def weights_of(base: str | Path, part: str) -> Path:
     candidates = [path / name for name in layout.weights[part]]
     present = [file for file in candidates if file.is_file() or store.is_store(file)]
     if len(present) != 1:
-        names = ", ".join(str(file.relative_to(path)) for file in candidates)
         raise FileNotFoundError(
-            f"{path} has {len(present)} files of the {part}; expected one of {names}"
+            f"{path} has {len(present)} files of the {part}; expected one of "
+            f"{', '.join(layout.weights[part])}"
         )
     return present[0]
 
@@ -345,41 +315,4 @@ def files_of(path: Path) -> list[Path]:
     """Return the files that weights are in: a file, an index and its shards, or all files of a
     store, sorted by name.
     """
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    return with_shards(path)
-
-
-def save_base(
-    directory: Path,
-    transformer: Net,
-    vae: Net,
-    text: Net,
-    tokenizer_json: str,
-    dtype: Any = np.float32,
-) -> None:
-    """Write a base that `load_base` reads; floating-point tensors are stored as `dtype`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    nets = {"transformer": transformer, "vae": vae, "text_encoder": text}
-    for part, net in nets.items():
-        tensors = {
-            name: np.asarray(tensor, dtype)
-            for name, tensor in save_net(part, net.params, net.config).items()
-        }
-        write_safetensors(directory / f"{part}.safetensors", tensors)
-    content = {part: sizes_of(net.config) for part, net in nets.items()}
-    write_atomic(directory / "tokenizer.json", tokenizer_json.encode())
-    write_atomic(directory / "config.json", json.dumps(content, indent=2).encode())
-
-
-def random_base(parts: Mapping[str, Any], seed: int) -> dict[str, Net]:
-    """Return a net for each part as its class initialises it, where the training of a base starts.
-
-    `parts` are the configs by name of the part.
-    """
-    nets = {}
-    for i, (part, config) in enumerate(parts.items()):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        graphdef, params = layers.split(PARTS[part].module(config, rngs=nnx.Rngs(key)))
-        nets[part] = Net(graphdef, params, config)
-    return nets
+    return sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else with_shards(path)

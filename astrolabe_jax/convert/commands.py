@@ -8,12 +8,11 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
 from astrolabe_jax.convert import base, lora, nets, parts, store
-from astrolabe_jax.convert.nets import NetCheckpoint
 from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.tokenizer import load_tokenizer
@@ -77,15 +76,14 @@ def import_(
     return [to / net.spec.name for net in opened]
 
 
-def export(path: Path, to: Path, part: str, form: str) -> Path:
-    """Write a part as one safetensors file, `to`, under the names of a format; return `to`.
+def export(path: Path, to: Path, part: str, form: str) -> None:
+    """Write a part as one safetensors file, `to`, under the names of a format.
 
     `path` is what `open_part` takes.
     """
-    _check_free(to)
-    _check_safetensors(to)
+    _check_file(to)
     opened = open_part(path, part)
-    return _write(to, opened, opened.tensors, form)
+    _write(to, opened, opened.tensors, form)
 
 
 def merge(
@@ -95,33 +93,35 @@ def merge(
     form: str,
     dtype: str = "",
     num_heads: int | None = None,
-) -> Path:
+) -> None:
     """Write a transformer, as `export` does, with W + scale B A in place of each adapted weight.
 
     Product and sum are computed in float32 and rounded once, to `dtype` or that of the weight.
     """
-    _check_free(to)
-    _check_safetensors(to)
+    _check_file(to)
     opened = open_part(path, "transformer", num_heads=num_heads)
     pairs, scale = lora.open_lora(adapter, opened.config)
     tensors = dict(opened.tensors)
-    for module in TARGETS:
-        pieces = zip(pairs[module]["a"].pieces, pairs[module]["b"].pieces, strict=True)
-        for i, (a, b) in enumerate(pieces):
+    for module, pair in pairs.items():
+        for i, (a, b) in enumerate(zip(pair["a"].pieces, pair["b"].pieces, strict=True)):
             name = f"blocks.{i}.{module}.weight"
-            a = a.map(np.transpose, a.shape[::-1])
-            b = b.map(np.transpose, b.shape[::-1])
-            tensors[name] = lora.merged(tensors[name], a, b, scale, dtype)
+            tensors[name] = lora.merged(
+                tensors[name],
+                a.map(np.transpose, a.shape[::-1]),
+                b.map(np.transpose, b.shape[::-1]),
+                scale,
+                dtype,
+            )
     if dtype:
         tensors = {
             name: tensor.map(lambda x: x.astype(dtype), dtype=dtype)
             for name, tensor in tensors.items()
         }
-    return _write(to, opened, tensors, form)
+    _write(to, opened, tensors, form)
 
 
-def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> Path:
-    """Write an adapter as a directory of PEFT or diffusers; return the directory `to`.
+def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> None:
+    """Write an adapter as a directory of PEFT or diffusers.
 
     Args:
       path: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
@@ -134,14 +134,11 @@ def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> Path:
     checkpoint = _checkpoint(path)
     if checkpoint is None:
         adapter, scale = lora.open_lora(path)
-        rank = next(iter(adapter.values()))["a"].shape[-1]
+        rank = adapter["ffn.0"]["a"].shape[-1]
         alpha = scale * rank
     else:
         adapter, rank, alpha = _policy(checkpoint, policy)
-    if float(alpha).is_integer():
-        alpha = int(alpha)
-    lora.SAVERS[form](adapter, to, rank, alpha)
-    return to
+    lora.SAVERS[form](adapter, to, rank, int(alpha) if float(alpha).is_integer() else alpha)
 
 
 def _checkpoint(path: Path) -> Path | None:
@@ -164,16 +161,14 @@ def _policy(checkpoint: Path, policy: str) -> tuple[dict, int, float]:
         leaves = store.open_leaves(checkpoint / "state")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{checkpoint} is no whole checkpoint of a run: {error}") from None
-    adapter: dict[str, dict[str, Any]] = {module: {} for module in TARGETS}
-    for name, leaf in leaves.items():
-        owner, _, rest = name.removeprefix("train.").partition(".")
-        module, _, half = rest.rpartition(".")
-        if owner == policy and module in adapter:
-            adapter[module][half] = leaf
-    missing = [module for module, pair in adapter.items() if set(pair) != {"a", "b"}]
+    names = {
+        module: {half: f"train.{policy}.{module}.{half}" for half in ("a", "b")}
+        for module in TARGETS
+    }
+    missing = [module for module, pair in names.items() if not leaves.keys() >= {*pair.values()}]
     if missing:
         raise ValueError(f"{checkpoint} has no adapter {policy!r} of {', '.join(missing)}")
-    return adapter, rank, alpha
+    return jax.tree.map(leaves.__getitem__, names), rank, alpha
 
 
 def _check_free(to: Path) -> None:
@@ -181,12 +176,13 @@ def _check_free(to: Path) -> None:
         raise FileExistsError(f"{to} is there already; remove it or give another --to")
 
 
-def _check_safetensors(to: Path) -> None:
+def _check_file(to: Path) -> None:
+    _check_free(to)
     if to.suffix != ".safetensors":
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _write(to: Path, net: NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> Path:
+def _write(to: Path, net: nets.NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> None:
     """Write tensors, which have the original names of a part, under those of a format."""
     names = nets.source_shapes(net.spec, net.config, form)
     original = nets.source_shapes(net.spec, net.config)
@@ -194,12 +190,10 @@ def _write(to: Path, net: NetCheckpoint, tensors: Mapping[str, Lazy], form: str)
     size = sum(tensor.nbytes for tensor in renamed.values())
     to.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
-    return to
 
 
 def byte_counter(what: str, total: int) -> Callable[[int], None]:
     """Return a function that is given numbers of bytes as they are written, and logs to stderr how
     many of the total are done.
     """
-    progress = Progress(log=functools.partial(log, file=sys.stderr))
-    return progress.counter(what, total, "bytes")
+    return Progress(log=functools.partial(log, file=sys.stderr)).counter(what, total, "bytes")

@@ -100,14 +100,14 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     """Return sizes and families of a part, and what it lacks or has too much."""
     spec = parts.PARTS[part]
     measured = nets.measure(spec, form, weights.tensors)
-    size = _size_name(measured) if part == "transformer" else ""
+    found = (measured.get("dim"), measured.get("num_layers"))
+    size = parts.SIZE_NAMES.get(found, "") if part == "transformer" else ""
     try:
         tensors = spec.prepare(weights.tensors)
         # Placeholders: shapes depend neither on the statistics of latents nor on the heads.
         channels = measured.get("z_dim", 1)
         statistics = {"latent_mean": (0.0,) * channels, "latent_std": (1.0,) * channels}
-        beside = statistics if part == "vae" else {}
-        config = config_of(part, form, tensors, beside, num_heads=1)
+        config = config_of(part, form, tensors, statistics, num_heads=1)
         faults = engine.mismatches(nets.source_shapes(spec, config, form), tensors)
     except ValueError as error:
         faults = [str(error)]
@@ -120,24 +120,13 @@ def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
     }
 
 
-def _size_name(measured: Mapping[str, Any]) -> str:
-    """Return the name of a published transformer's size, or ''."""
-    for name, configs in parts.SIZES.items():
-        net = configs["transformer"]
-        if (net.dim, net.num_layers) == (measured.get("dim"), measured.get("num_layers")):
-            return name
-    return ""
-
-
 def _families(part: str, weights: Weights, size: str) -> list[str]:
     """Return the families whose files are nested and prefixed so.
 
     They must be of this size too, unless it is '', which no published transformer has.
     """
-    if part == "vae":
-        return ["Wan VAE"]
-    if part == "text_encoder":
-        return ["UMT5"]
+    if part != "transformer":
+        return [{"vae": "Wan VAE", "text_encoder": "UMT5"}[part]]
     names = [
         family.name
         for family in FAMILIES
@@ -150,12 +139,9 @@ def _families(part: str, weights: Weights, size: str) -> list[str]:
 def _describe_lora(path: Path) -> dict[str, Any]:
     files = lora.find(path)
     weights = open_weights(files.weights, containers=("generator_lora", *CONTAINERS))
+    family = "LongLive LoRA" if weights.entry == "generator_lora" else "LoRA"
     if files.config:
         family = "PEFT"
-    elif weights.entry == "generator_lora":
-        family = "LongLive LoRA"
-    else:
-        family = "LoRA"
     described = _counts(files.weights, weights.tensors) | {
         "part": "lora",
         "format": lora.dialect_of(weights.tensors),
@@ -202,15 +188,15 @@ def text(described: Mapping[str, Any], most: int = 10) -> str:
         for part, content in described["parts"].items():
             lines += ["", f"[{part}]", text({"kind": "file"} | content, most)]
         return "\n".join(lines)
-    lines = []
-    for key, value in described.items():
-        if value and key not in ("kind", "faults", "complete"):
-            lines.append(f"{key}: {_plain(value)}")
+    lines = [
+        f"{key}: {_plain(value)}"
+        for key, value in described.items()
+        if value and key not in ("kind", "faults", "complete")
+    ]
     faults = described["faults"]
-    if described["complete"]:
-        lines.append("complete: yes")
-    else:
-        lines.append(f"complete: no, {len(faults)} faults")
+    lines.append(
+        "complete: yes" if described["complete"] else f"complete: no, {len(faults)} faults"
+    )
     lines += [f"  {fault}" for fault in faults[:most]]
     if len(faults) > most:
         lines.append(f"  and {len(faults) - most} more")

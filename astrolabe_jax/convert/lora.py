@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +31,34 @@ from astrolabe_jax.runtime.files import (
 )
 
 PEFT_CONFIG = "adapter_config.json"
+# All fields of PEFT 0.10.0 and no other: it refuses files with newer ones (docs/checkpoints.md,
+# PEFT config).
+_PEFT_FIELDS = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": False,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": None,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -72,43 +101,27 @@ DIALECTS = {
 }
 
 
-def from_peft(tensors: Mapping[str, Any], expected: dict) -> dict:
-    """Return the adapter tree `expected`, in its dtypes, filled from a PEFT state dict.
-
-    The state dict has lora_A [R, in] and lora_B [out, R].
-
-    Raises:
-      engine.ConversionError: names or shapes do not match exactly. PEFT itself ignores misspelt
-        names.
-    """
-    return engine.load(PEFT, tensors, expected)
-
-
-def to_peft(adapter: dict) -> dict[str, np.ndarray]:
-    """Return the PEFT state dict of an adapter: the exact inverse of `from_peft`."""
-    return engine.save(PEFT, adapter)
-
-
-def save_peft(adapter: dict, directory: Path | str, rank: int, alpha: float) -> None:
+def save_peft(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
     """Write adapter_model.safetensors and adapter_config.json.
 
     Each is replaced atomically, the config last. Leaves of `adapter` may be arrays or engine.Stack.
     """
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / PEFT_WEIGHTS[0], engine.tensors(PEFT, adapter))
-    config = peft_config(rank, alpha, _module_names(PEFT, PEFT_PREFIX, adapter))
-    content = json.dumps(config, indent=2, sort_keys=True)
-    write_atomic(directory / PEFT_CONFIG, content.encode())
+    config = _PEFT_FIELDS | {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": _module_names(PEFT, PEFT_PREFIX, adapter),
+    }
+    write_atomic(directory / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
-def save_diffusers(adapter: dict, directory: Path | str, rank: int, alpha: float) -> None:
+def save_diffusers(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
     """Write pytorch_lora_weights.safetensors for diffusers' load_lora_weights and
     load_lora_adapter; atomic.
 
     Rank and alpha are in its header, without which diffusers takes alpha to be the rank.
     """
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         f"{DIFFUSERS_PREFIX}r": rank,
@@ -124,13 +137,9 @@ SAVERS = {"peft": save_peft, "diffusers": save_diffusers}
 
 def _module_names(rules: list[Rule], prefix: str, adapter: dict) -> list[str]:
     """Return the names, without `prefix`, of the adapted modules of every block."""
-    layers = next(iter(adapter.values()))["a"].shape[0]
-    names = [
-        rule.source.removeprefix(prefix).removesuffix(".lora_A.weight")
-        for rule in rules
-        if rule.source.endswith(".lora_A.weight")
-    ]
-    return [name.format(i=i) for i in range(layers) for name in names]
+    layers = range(adapter["ffn.0"]["a"].shape[0])
+    names = [_module_of(rule).removeprefix(prefix) for rule in rules[::2]]
+    return [name.format(i=i) for i in layers for name in names]
 
 
 def load_lora(
@@ -141,11 +150,7 @@ def load_lora(
     See `open_lora`.
     """
     opened, scale = open_lora(path, net, rank, dtype)
-    adapter = {
-        module: {half: np.asarray(leaf) for half, leaf in pair.items()}
-        for module, pair in opened.items()
-    }
-    return adapter, scale
+    return jax.tree.map(np.asarray, opened), scale
 
 
 def open_lora(
@@ -171,33 +176,30 @@ def open_lora(
     files = find(Path(path))
     stored = open_weights(files.weights, containers=("generator_lora", *CONTAINERS)).tensors
     scale = None
-    config = files.config
-    if config is None:
-        config = _diffusers_config(files.weights)
+    config = _diffusers_config(files.weights) if files.config is None else files.config
     if config is not None:
         rank, scale = _rank_and_scale(config, files.config_path, rank)
     try:
-        tensors = _recognise(stored)
-        stored_rank = _most_frequent_rank(tensors.halves)
+        halves, alphas, rules = _recognise(stored)
+        stored_rank = _most_frequent_rank(halves)
         if rank not in (None, stored_rank):
             raise engine.ConversionError(
                 f"its rank is {stored_rank}; expected rank {rank}: set the rank of this run to "
                 f"{stored_rank}"
             )
         if dtype is None:
-            dtype = next(iter(tensors.halves.values())).dtype
-        if net is None:
-            expected = _measured_shapes(tensors, stored_rank, np.dtype(dtype))
-        else:
-            expected = adapter_shapes(net, stored_rank, dtype)
-        stacks = engine.stacks(tensors.rules, tensors.halves, expected)
-        adapter = engine.nested(stacks.items())
-        if tensors.alphas and scale is None:
+            dtype = next(iter(halves.values())).dtype
+        expected = (
+            _measured_shapes(halves, rules, stored_rank, np.dtype(dtype))
+            if net is None
+            else adapter_shapes(net, stored_rank, dtype)
+        )
+        adapter = engine.nested(engine.stacks(rules, halves, expected).items())
+        if alphas and scale is None:
             scales = {
-                name: float(np.asarray(alpha)) / stored_rank
-                for name, alpha in tensors.alphas.items()
+                name: float(np.asarray(alpha)) / stored_rank for name, alpha in alphas.items()
             }
-            adapter, scale = _with_scales(adapter, tensors.rules, scales)
+            adapter, scale = _with_scales(adapter, rules, scales)
     except engine.ConversionError as error:
         raise engine.ConversionError(f"{files.weights}: {error}") from None
     return adapter, 1.0 if scale is None else scale
@@ -217,27 +219,17 @@ def find(path: Path) -> LoraFiles:
     Raises FileNotFoundError, which says what is expected, and ValueError for a config that is no
     JSON object.
     """
-    if path.is_file():
-        return LoraFiles(path, None, path)
-    for directory in (path, path / "lora"):
-        weights = directory / DIFFUSERS_WEIGHTS
+    for weights in (path, path / DIFFUSERS_WEIGHTS, path / "lora" / DIFFUSERS_WEIGHTS):
         if weights.is_file():
             return LoraFiles(weights, None, weights)
-    directory = path
-    if not (path / PEFT_CONFIG).is_file() and (path / "lora").is_dir():
-        directory = path / "lora"
+    in_run = (path / "lora").is_dir() and not (path / PEFT_CONFIG).is_file()
+    directory = path / "lora" if in_run else path
     config_path = directory / PEFT_CONFIG
-    if not config_path.is_file():
-        raise _no_lora(config_path)
-    for name in PEFT_WEIGHTS:
-        weights = directory / name
-        if weights.is_file():
+    for weights in map(directory.joinpath, PEFT_WEIGHTS):
+        if config_path.is_file() and weights.is_file():
             return LoraFiles(weights, read_json(config_path), config_path)
-    raise _no_lora(directory / PEFT_WEIGHTS[0])
-
-
-def _no_lora(missing: Path) -> FileNotFoundError:
-    return FileNotFoundError(
+    missing = directory / PEFT_WEIGHTS[0] if config_path.is_file() else config_path
+    raise FileNotFoundError(
         f"no {missing}; expected a PEFT directory with {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} (or "
         f".bin), one of diffusers with {DIFFUSERS_WEIGHTS}, the working directory of a run, or a "
         "file"
@@ -305,16 +297,10 @@ def _rank_and_scale(
     return rank, alpha / rank
 
 
-class _LoraTensors(NamedTuple):
-    """The tensors of a file, by what they are."""
-
-    halves: dict[str, Lazy]  # all a and b, by name
-    alphas: dict[str, Lazy]  # by name of the module
-    rules: list[Rule]  # of the dialect that the names are in
-
-
-def _recognise(stored: Mapping[str, Lazy]) -> _LoraTensors:
-    """Return the tensors of a file, sorted by what they are.
+def _recognise(
+    stored: Mapping[str, Lazy],
+) -> tuple[dict[str, Lazy], dict[str, Lazy], list[Rule]]:
+    """Return all a and b by name, the alphas by module, and the rules of the names' dialect.
 
     Raises ConversionError for a file that is no LoRA, or more than one.
     """
@@ -325,20 +311,14 @@ def _recognise(stored: Mapping[str, Lazy]) -> _LoraTensors:
             f"{', '.join(changes)}; expected pairs of lora_A and lora_B alone"
         )
     rules = DIALECTS[dialect_of(stored)]
-    modules = tuple({_module_of(rule).partition("{i}")[2] for rule in rules})
-    halves = {}
-    alphas = {}
-    for name, tensor in stored.items():
-        module = name.removesuffix(".alpha")
-        if module != name and module.endswith(modules):
-            alphas[module] = tensor
-        else:
-            halves[name] = tensor
+    ends = tuple(f"{_module_of(rule).partition('{i}')[2]}.alpha" for rule in rules)
+    halves = {name: tensor for name, tensor in stored.items() if not name.endswith(ends)}
+    alphas = {name.removesuffix(".alpha"): stored[name] for name in stored if name.endswith(ends)}
     if not any(map(_is_a, halves)):
         raise engine.ConversionError(
             f"it is no LoRA: expected lora_A and lora_B, it holds {', '.join(list(stored)[:4])}"
         )
-    return _LoraTensors(halves, alphas, rules)
+    return halves, alphas, rules
 
 
 def dialect_of(names: Mapping[str, Any]) -> str:
@@ -362,16 +342,17 @@ def _most_frequent_rank(halves: Mapping[str, Lazy]) -> int:
     return max(set(ranks), key=ranks.count)
 
 
-def _measured_shapes(tensors: _LoraTensors, rank: int, dtype: np.dtype) -> dict:
+def _measured_shapes(
+    halves: Mapping[str, Lazy], rules: list[Rule], rank: int, dtype: np.dtype
+) -> dict:
     """Return an adapter's tree, with shapes alone, as most of its own tensors have them."""
-    shapes = engine.Shapes(tensors.halves, ())
-    layers = shapes.layers(tensors.rules) or 0
+    shapes = engine.Shapes(halves, ())
+    layers = shapes.layers(rules) or 0
     tree = {}
-    for rule_a, rule_b in zip(tensors.rules[::2], tensors.rules[1::2], strict=True):
+    for rule_a, rule_b in zip(rules[::2], rules[1::2], strict=True):
         n_in = shapes.vote((rule_a.source, 1)) or 0
         n_out = shapes.vote((rule_b.source, 0)) or 0
-        module = rule_a.target.removesuffix(".a")
-        tree[module] = {
+        tree[rule_a.target.removesuffix(".a")] = {
             "a": engine.Stack((layers, n_in, rank), dtype, True, ()),
             "b": engine.Stack((layers, rank, n_out), dtype, True, ()),
         }
@@ -386,30 +367,27 @@ def _with_scales(
     A module without one has scale 1. Where the scales differ, the adapter that comes back has them
     folded into b, and its scale is 1.
     """
-    layers = next(iter(adapter.values()))["a"].shape[0]
-    unknown = set(scales)
-    by_module = {}
-    for rule in rules[::2]:
-        names = [_module_of(rule).format(i=i) for i in range(layers)]
-        by_module[rule.target.removesuffix(".a")] = [scales.get(name, 1.0) for name in names]
-        unknown -= set(names)
-    if unknown:
+    layers = range(adapter["ffn.0"]["a"].shape[0])
+    names = {
+        rule.target.removesuffix(".a"): [_module_of(rule).format(i=i) for i in layers]
+        for rule in rules[::2]
+    }
+    if unknown := set(scales).difference(*names.values()):
         raise engine.ConversionError(
             f"alpha of modules that are not adapted: {', '.join(sorted(unknown))}"
         )
-    distinct = {scale for layer_scales in by_module.values() for scale in layer_scales}
+    by_module = {
+        module: [scales.get(name, 1.0) for name in layer_names]
+        for module, layer_names in names.items()
+    }
+    distinct = set(itertools.chain.from_iterable(by_module.values()))
     if len(distinct) == 1:
         return adapter, distinct.pop()
     folded = {}
-    for module, layer_scales in by_module.items():
-        b = adapter[module]["b"]
-        pieces = [
-            _scaled_piece(piece, scale) for piece, scale in zip(b.pieces, layer_scales, strict=True)
-        ]
-        folded[module] = {
-            "a": adapter[module]["a"],
-            "b": engine.Stack(b.shape, b.dtype, True, tuple(pieces)),
-        }
+    for module, pair in adapter.items():
+        b = pair["b"]
+        pieces = map(_scaled_piece, b.pieces, by_module[module])
+        folded[module] = pair | {"b": engine.Stack(b.shape, b.dtype, True, tuple(pieces))}
     return folded, 1.0
 
 
@@ -432,35 +410,3 @@ def merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str = "") -> Laz
         return total.astype(target)
 
     return weight.map(merge, dtype=target)
-
-
-def peft_config(rank: int, alpha: float, target_modules: list[str]) -> dict:
-    """Return the fields of PEFT 0.10.0 and no other: it refuses files with newer ones
-    (docs/checkpoints.md, PEFT config).
-    """
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": False,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": target_modules,
-        "task_type": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }

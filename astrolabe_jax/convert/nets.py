@@ -55,12 +55,6 @@ class Net(NamedTuple):
     config: Any  # sizes and numerics
 
 
-def unchanged(config: Any) -> engine.Substitutions:
-    """Return no substitutions: the format has the names of the table."""
-    del config
-    return ()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class NetSpec:
     """What a net is, and how its published files are read."""
@@ -72,7 +66,7 @@ class NetSpec:
     measure: Callable[[engine.Shapes], dict[str, Any]]  # sizes that the shapes of tensors tell
     # Formats by name: config -> what to put in place of the names in `table`.
     formats: Mapping[str, Callable[[Any], engine.Substitutions]] = dataclasses.field(
-        default_factory=lambda: {ORIGINAL: unchanged}
+        default_factory=lambda: {ORIGINAL: lambda _: ()}
     )
     # Tensors as they are stored -> as the table counts them: without second names of a tensor, and
     # without what the net does not use.
@@ -155,37 +149,31 @@ def without_aliases(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> d
       ConversionError: for a tensor that is there under both names with different values.
     """
     named = dict(tensors)
-    for alias, name in aliases.items():
-        if alias not in named:
-            continue
+    for alias in [alias for alias in aliases if alias in tensors]:
         tensor = named.pop(alias)
-        if name in named and _digest(tensor) != _digest(named[name]):
+        first = named.setdefault(aliases[alias], tensor)
+        if first is not tensor and _digest(first) != _digest(tensor):
             raise engine.ConversionError(
-                f"{alias} and {name} must be the same tensor, but their values differ; download "
-                "the file again"
+                f"{alias} and {aliases[alias]} must be the same tensor, but their values differ; "
+                "download the file again"
             )
-        named.setdefault(name, tensor)
     return named
 
 
 def _digest(tensor: Any) -> tuple:
-    content = np.ascontiguousarray(np.asarray(tensor))
+    content = np.ascontiguousarray(tensor)
     octets = content.reshape(-1).view(np.uint8)
-    digest = hashlib.sha256(octets.data).digest()
-    return content.shape, content.dtype, digest
+    return content.shape, content.dtype, hashlib.sha256(octets.data).digest()
 
 
-def overlaps(spec: NetSpec, tensors: Mapping[str, Any]) -> dict[str, int]:
-    """Return, for each format of a net, how many of the names are its own."""
-    return {
-        form: engine.overlap(rules(spec, spec.published, form), tensors) for form in spec.formats
-    }
+def overlap(spec: NetSpec, form: str, tensors: Mapping[str, Any]) -> int:
+    """Return how many of the names are those of a net in one of its formats."""
+    return engine.overlap(rules(spec, spec.published, form), tensors)
 
 
 def format_of(spec: NetSpec, tensors: Mapping[str, Any]) -> str:
     """Return the format that has most of these names."""
-    counts = overlaps(spec, tensors)
-    return max(counts, key=lambda form: counts[form])
+    return max(spec.formats, key=lambda form: overlap(spec, form, tensors))
 
 
 def measure(spec: NetSpec, form: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +190,11 @@ def checked(spec: NetSpec, config: Any, form: str, tensors: Mapping[str, Any]) -
     stored = source_shapes(spec, config, form)
     engine.check(stored, tensors)
     plain = source_shapes(spec, config)
-    named = {name: tensors[theirs] for name, theirs in zip(plain, stored, strict=True)}
-    return NetCheckpoint(spec, config, named)
+    return NetCheckpoint(
+        spec,
+        config,
+        {name: tensors[theirs] for name, theirs in zip(plain, stored, strict=True)},
+    )
 
 
 def open_files(spec: NetSpec, paths: Sequence[Path]) -> NetCheckpoint:
@@ -278,8 +269,8 @@ def make_config(spec: NetSpec, values: Mapping[str, Any], **numerics) -> Any:
     """
     if faults := list(field_faults(spec, values)):
         raise ValueError("\n  ".join(["fields that do not make sense:", *faults]))
-    names = {field.name for field in dataclasses.fields(spec.published)}
-    chosen = {name: value for name, value in numerics.items() if name in names}
+    fields = vars(spec.published)
+    chosen = {name: value for name, value in numerics.items() if name in fields}
     sizes = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }

@@ -89,8 +89,9 @@ def config_of(
     known = {field: value for field, value in beside.items() if field in published}
     measured = nets.measure(spec, form, tensors)
     if part == "transformer":
-        width = measured.get("dim", published["dim"])
-        known["num_heads"] = num_heads or known.get("num_heads") or _heads_of(width)
+        known["num_heads"] = (
+            num_heads or known.get("num_heads") or _heads_of(measured.get("dim", published["dim"]))
+        )
     if part == "vae" and "latent_mean" not in known:
         channels = measured.get("z_dim", published["z_dim"])
         if channels != published["z_dim"]:

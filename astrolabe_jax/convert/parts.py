@@ -22,7 +22,7 @@ PARTS = {
         WAN_1_3B,
         wan.table,
         wan.measure,
-        {nets.ORIGINAL: nets.unchanged, _DIFFUSERS: wan.diffusers},
+        {nets.ORIGINAL: lambda _: (), _DIFFUSERS: wan.diffusers},
     ),
     "vae": NetSpec(
         "vae",
@@ -30,7 +30,7 @@ PARTS = {
         VaeConfig(),
         vae.table,
         vae.measure,
-        {nets.ORIGINAL: nets.unchanged, _DIFFUSERS: vae.diffusers},
+        {nets.ORIGINAL: lambda _: (), _DIFFUSERS: vae.diffusers},
     ),
     "text_encoder": NetSpec(
         "text_encoder",
@@ -39,7 +39,7 @@ PARTS = {
         umt5.table,
         umt5.measure,
         # Of a diffusers package, too, the text encoder has the names of transformers.
-        {nets.ORIGINAL: nets.unchanged, _DIFFUSERS: umt5.diffusers},
+        {nets.ORIGINAL: lambda _: (), _DIFFUSERS: umt5.diffusers},
         functools.partial(nets.without_aliases, aliases=umt5.ALIASES),
     ),
 }
@@ -48,6 +48,12 @@ SIZES = {
     name: {"transformer": net, "vae": VaeConfig(), "text_encoder": XXL}
     for name, net in {"wan_1.3b": WAN_1_3B, "wan_14b": WAN_14B}.items()
 }
+# Width and blocks of a published transformer -> the name of its size.
+SIZE_NAMES = {
+    (size["transformer"].dim, size["transformer"].num_layers): name for name, size in SIZES.items()
+}
+# (part, path of a leaf, leaf) -> the leaf on its devices.
+PlaceLeaf = Callable[[str, tuple, np.ndarray], Any]
 
 
 class ForeignConfig(NamedTuple):
@@ -115,11 +121,6 @@ def shapes(part: str, config: Any) -> Net:
     return nets.shapes(PARTS[part], config)
 
 
-def rules(part: str, config: Any, form: str = nets.ORIGINAL) -> list[engine.Rule]:
-    """Return `nets.rules` of a part."""
-    return nets.rules(PARTS[part], config, form)
-
-
 def described(part: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return our sizes from a config.json of a Wan repository or of a diffusers package.
 
@@ -137,9 +138,11 @@ def described(part: str, content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"this {part} is of another kind: {odd}; expected {expected}")
     sizes = {ours: content[theirs] for theirs, ours in fields.items() if theirs in content}
     if heads := sizes.get("num_heads"):
-        for theirs, ours in _HEAD_WIDTHS.items():
-            if theirs in content:
-                sizes[ours] = content[theirs] * heads
+        sizes |= {
+            ours: content[theirs] * heads
+            for theirs, ours in _HEAD_WIDTHS.items()
+            if theirs in content
+        }
     return sizes
 
 
@@ -150,9 +153,9 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
       ValueError: if less than half of the names are those of one part.
     """
     counts = {
-        (part, form): count
+        (part, form): nets.overlap(spec, form, tensors)
         for part, spec in PARTS.items()
-        for form, count in nets.overlaps(spec, tensors).items()
+        for form in spec.formats
     }
     best = max(counts, key=lambda key: counts[key])
     if counts[best] < len(tensors) / 2:
@@ -169,32 +172,25 @@ def check_size(config: Any, measured: Mapping[str, Any]) -> None:
     Raises:
       ConversionError: one sentence in place of hundreds of mismatches.
     """
-    width = measured.get("dim")
-    blocks = measured.get("num_layers")
-    if width is None or blocks is None:
-        return
-    if (width, blocks) == (config.dim, config.num_layers):
-        return
-    raise engine.ConversionError(
-        f"the transformer has {_size_text(width, blocks)}; expected "
-        f"{_size_text(config.dim, config.num_layers)}: choose config.model.size or the file to "
-        "match"
-    )
+    found = (measured.get("dim"), measured.get("num_layers"))
+    expected = (config.dim, config.num_layers)
+    if None not in found and found != expected:
+        raise engine.ConversionError(
+            f"the transformer has {_size_text(found)}; expected {_size_text(expected)}: choose "
+            "config.model.size or the file to match"
+        )
 
 
-def _size_text(width: int, blocks: int) -> str:
-    for name, size in SIZES.items():
-        net = size["transformer"]
-        if (net.dim, net.num_layers) == (width, blocks):
-            return f"width {width} and {blocks} blocks ({name})"
-    return f"width {width} and {blocks} blocks"
+def _size_text(size: tuple) -> str:
+    text = "width {} and {} blocks".format(*size)
+    return f"{text} ({SIZE_NAMES[size]})" if size in SIZE_NAMES else text
 
 
 def load_net(
     part: str,
     tensors: Mapping[str, Any],
     config: Any,
-    place: Callable[[str, tuple, np.ndarray], Any] = lambda part, path, leaf: leaf,
+    place: PlaceLeaf = lambda part, path, leaf: leaf,
 ) -> Net:
     """Return a part's net from tensors in any of its formats, in config.param_dtype.
 
@@ -213,17 +209,7 @@ def load_net(
     if part == "transformer":
         check_size(config, nets.measure(spec, form, tensors))
     net = shapes(part, config)
-    params = engine.load(
-        rules(part, config, form),
-        tensors,
-        net.params,
-        lambda path, leaf: place(part, path, leaf),
+    table = nets.rules(spec, config, form)
+    return net._replace(
+        params=engine.load(table, tensors, net.params, functools.partial(place, part))
     )
-    return net._replace(params=params)
-
-
-def save_net(
-    part: str, params: dict, config: Any, form: str = nets.ORIGINAL
-) -> dict[str, np.ndarray]:
-    """Return the tensors that `load_net` reads, in the dtypes of the parameters."""
-    return engine.save(rules(part, config, form), params)

@@ -96,9 +96,11 @@ def _linear(source: str, target: str) -> list[Rule]:
 def _attention(name: str) -> list[Rule]:
     source = f"blocks.{{i}}.{name}"
     target = f"blocks.{name}"
-    rules = []
-    for linear in "qkvo":
-        rules += _linear(f"{source}.{linear}", f"{target}.{linear}")
-    for norm in ("norm_q", "norm_k"):
-        rules.append(Rule(f"{source}.{norm}.weight", f"{target}.{norm}.scale"))
-    return rules
+    return [
+        *_linear(f"{source}.q", f"{target}.q"),
+        *_linear(f"{source}.k", f"{target}.k"),
+        *_linear(f"{source}.v", f"{target}.v"),
+        *_linear(f"{source}.o", f"{target}.o"),
+        Rule(f"{source}.norm_q.weight", f"{target}.norm_q.scale"),
+        Rule(f"{source}.norm_k.weight", f"{target}.norm_k.scale"),
+    ]

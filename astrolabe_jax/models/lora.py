@@ -28,10 +28,10 @@ TARGETS = {
 
 def linear_sizes(config: WanConfig) -> dict[str, tuple[int, int]]:
     """Return the (in, out) features of each adapted linear, by adapter name."""
-    sizes = dict.fromkeys(TARGETS, (config.dim, config.dim))
-    sizes["ffn.0"] = (config.dim, config.ffn_dim)
-    sizes["ffn.2"] = (config.ffn_dim, config.dim)
-    return sizes
+    return dict.fromkeys(TARGETS, (config.dim, config.dim)) | {
+        "ffn.0": (config.dim, config.ffn_dim),
+        "ffn.2": (config.ffn_dim, config.dim),
+    }
 
 
 def init_adapter(config: WanConfig, rank: int, key: jax.Array, dtype=jnp.float32) -> dict:
@@ -46,19 +46,18 @@ def init_adapter(config: WanConfig, rank: int, key: jax.Array, dtype=jnp.float32
     """
     if rank < 1:
         raise ValueError(f"LoRA rank is {rank}; it must be at least 1")
-    layers = config.num_layers
     adapter = {}
     for i, (name, (n_in, n_out)) in enumerate(linear_sizes(config).items()):
         bound = n_in**-0.5
         a = jax.random.uniform(
             jax.random.fold_in(key, i),
-            (layers, n_in, rank),
+            (config.num_layers, n_in, rank),
             minval=-bound,
             maxval=bound,
         )
         adapter[name] = {
             "a": a.astype(dtype),
-            "b": jnp.zeros((layers, rank, n_out), dtype),
+            "b": jnp.zeros((config.num_layers, rank, n_out), dtype),
         }
     return adapter
 
@@ -97,35 +96,30 @@ def merge_adapter(params: dict, adapter: dict, scale: float = 1.0) -> dict:
     Raises:
       ValueError: the adapter's names or shapes are not those of `params`.
     """
-    unknown = sorted(set(adapter) - set(TARGETS))
-    missing = sorted(set(TARGETS) - set(adapter))
-    if unknown or missing:
+    if adapter.keys() != TARGETS.keys():
         raise ValueError(
-            f"adapter does not fit: unknown modules {unknown}, missing modules {missing}"
+            f"adapter does not fit: unknown modules {sorted(adapter.keys() - TARGETS.keys())}, "
+            f"missing modules {sorted(TARGETS.keys() - adapter.keys())}"
         )
-
-    def merge_layer(layer):
-        kernel, a, b = layer
-        return _merge_kernel(kernel, a, b, scale)
-
     blocks = jax.tree.map(lambda leaf: leaf, params["blocks"])  # new dicts, same arrays
     for name, (part, linear) in TARGETS.items():
         kernel = blocks[part][linear]["kernel"]
         a = adapter[name]["a"]
         b = adapter[name]["b"]
-        layers, n_in, rank = a.shape
-        if (layers, n_in, b.shape[2]) != kernel.shape or rank != b.shape[1]:
+        if (*a.shape[:2], b.shape[2]) != kernel.shape or a.shape[2] != b.shape[1]:
             raise ValueError(
                 f"adapter module {name}: a {a.shape} and b {b.shape} do not fit the kernel "
                 f"{kernel.shape}"
             )
         # One layer at a time: the float32 products of all layers of a 14B model would take 11 GB.
-        blocks[part][linear]["kernel"] = jax.lax.map(merge_layer, (kernel, a, b))
+        blocks[part][linear]["kernel"] = jax.lax.map(
+            lambda layer: _merge_kernel(layer, scale), (kernel, a, b)
+        )
     return params | {"blocks": blocks}
 
 
-def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _merge_kernel(layer: tuple[jax.Array, jax.Array, jax.Array], scale: float) -> jax.Array:
     """Return one layer's kernel [in, out] with a [in, R] and b [R, out] merged in."""
+    kernel, a, b = layer
     delta = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
-    merged = kernel.astype(jnp.float32) + scale * delta
-    return merged.astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)

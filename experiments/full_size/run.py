@@ -31,7 +31,7 @@ from absl import app, flags
 from astrolabe_jax import sharding
 from astrolabe_jax.config import get_config
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert import engine, parts
+from astrolabe_jax.convert import engine, nets, parts
 from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.wan.config import Layout
@@ -55,7 +55,7 @@ def write(directory: Path) -> None:
 
     def tensors(part, prefix):
         config = parts.SIZES["wan_1.3b"][part]
-        rules = parts.rules(part, config)
+        rules = nets.rules(parts.PARTS[part], config)
         named = {}
         for name, shape in engine.source_shapes(rules, parts.shapes(part, config).params).items():
             is_scale = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax.convert.base import configs, load_base, save_base
+from astrolabe_jax.convert.base import configs, load_base
 from astrolabe_jax.convert.engine import ConversionError
+from experiments.moving_shapes_base.bases import save_base
 from tests.tiny_base import write_tiny_base
 
 FLOAT32 = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}

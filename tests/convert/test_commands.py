@@ -21,11 +21,12 @@ from jax.sharding import PartitionSpec as P
 
 from astrolabe_jax import checkpoint
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert import lora, parts, store
+from astrolabe_jax.convert import lora, nets, parts, store
 from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.runtime.files import DTYPES, read_safetensors, write_safetensors
 from astrolabe_jax.update import TrainState
 from tests import tiny_base
+from tests.adapters import to_peft
 from tests.convert import torch_files
 from tests.models import tiny
 
@@ -81,9 +82,7 @@ def test_inspect_says_what_is_missing(capsys, base, tmp_path):
 def test_inspect_reads_headers_only(capsys, tmp_path, monkeypatch):
     """The 14B model's names and shapes, without its 57 GB: the content of the file is a hole."""
     config = parts.SIZES["wan_14b"]["transformer"]
-    shapes = bases.engine.source_shapes(
-        parts.rules("transformer", config), parts.shapes("transformer", config).params
-    )
+    shapes = nets.source_shapes(parts.PARTS["transformer"], config)
     header, stop = {}, 0
     for name, shape in shapes.items():
         start, stop = stop, stop + 2 * int(np.prod(shape))
@@ -110,9 +109,7 @@ def test_inspect_knows_adapters(capsys, tmp_path):
         2,
         1.5,
     )
-    tree = {
-        name: torch_files.whole(tensor) for name, tensor in lora.to_peft(tiny.adapter()).items()
-    }
+    tree = {name: torch_files.whole(tensor) for name, tensor in to_peft(tiny.adapter()).items()}
     torch_files.write(tmp_path / "lora.pt", {"generator_lora": tree, "critic_lora": {}, "step": 1})
     found = json.loads(run(capsys, "inspect", tmp_path / "lora.pt", "--json")[1])
     assert found["families"] == ["LongLive LoRA"] and found["entries"] == [
@@ -397,9 +394,7 @@ def big_transformer(path, config):
 
     Return the bytes of the largest tensor, and of all.
     """
-    shapes = bases.engine.source_shapes(
-        parts.rules("transformer", config), parts.shapes("transformer", config).params
-    )
+    shapes = nets.source_shapes(parts.PARTS["transformer"], config)
     rng, dtype = np.random.default_rng(0), DTYPES["BF16"]
     tensors = {
         name: bases.engine.Lazy(

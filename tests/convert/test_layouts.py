@@ -15,6 +15,7 @@ from astrolabe_jax.convert.engine import ConversionError
 from astrolabe_jax.convert.open import open_part
 from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
+from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
 from tests.convert import torch_files
 from tests.models import tiny
@@ -26,7 +27,7 @@ def drawn(part, form="original", seed=0):
     """Random tensors of a tiny part, by the names of a format."""
     net = parts.shapes(part, tiny_base.PARTS[part])
     params = tiny.random_params(net.params, np.random.default_rng(seed))
-    return parts.save_net(part, params, net.config, form)
+    return save_net(part, params, net.config, form)
 
 
 def prefixed(tensors, prefix):
@@ -286,7 +287,7 @@ def write_package(directory, layout, sources):
     }
     (directory / "model_index.json").write_text("{}")
     for part, content in configs.items():
-        table = parts.rules(part, tiny_base.PARTS[part], "diffusers")
+        table = nets.rules(parts.PARTS[part], tiny_base.PARTS[part], "diffusers")
         params = parts.load_net(part, tensors[part], tiny_base.PARTS[part]).params
         (directory / part).mkdir()
         name = bases.LAYOUTS[layout].weights[part][part == "text_encoder"]
@@ -370,7 +371,7 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     got = bases.load_base(str(repository), **NUMERICS)
     assert nets.sizes_of(got.transformer.config) == nets.sizes_of(net)
     for part, net in zip(parts.PARTS, got[:3], strict=True):
-        again = parts.save_net(part, net.params, net.config)
+        again = save_net(part, net.params, net.config)
         assert {name: t.tobytes() for name, t in again.items()} == {
             n: t.tobytes() for n, t in tensors[part].items()
         }
@@ -378,7 +379,7 @@ def test_a_wan_repository_is_a_base(tmp_path, monkeypatch):
     (repository / "diffusion_pytorch_model.safetensors").unlink()
     nested("generator_ema", FSDP)(tmp_path / "other.pt", drawn("transformer", seed=9))
     other = bases.load_base(str(repository), transformer=str(tmp_path / "other.pt"), **NUMERICS)
-    again = parts.save_net("transformer", other.transformer.params, other.transformer.config)
+    again = save_net("transformer", other.transformer.params, other.transformer.config)
     want = drawn("transformer", seed=9)
     assert {name: t.tobytes() for name, t in again.items()} == {
         name: t.tobytes() for name, t in want.items()

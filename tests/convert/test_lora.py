@@ -11,6 +11,7 @@ import safetensors.numpy
 from astrolabe_jax.convert import engine, lora
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.models.wan.config import WanConfig
+from tests.adapters import from_peft, to_peft
 
 LAYERS = 2
 DIM = 6
@@ -47,7 +48,7 @@ def assert_same_bytes(left, right):
 
 
 def test_names_and_orientation(adapter):
-    tensors = lora.to_peft(adapter)
+    tensors = to_peft(adapter)
     assert len(tensors) == LAYERS * 20
     product = (
         tensors["base_model.model.blocks.1.ffn.0.lora_B.weight"]
@@ -80,12 +81,12 @@ def test_config_holds_exactly_the_pinned_fields_in_order(adapter, tmp_path):
 
 
 def test_a_misspelt_name_is_refused(adapter):
-    tensors = lora.to_peft(adapter)
+    tensors = to_peft(adapter)
     tensors["base_model.model.blocks.0.ffn.3.lora_A.weight"] = tensors.pop(
         "base_model.model.blocks.0.ffn.2.lora_A.weight"
     )
     with pytest.raises(engine.ConversionError) as error:
-        lora.from_peft(tensors, adapter)
+        from_peft(tensors, adapter)
     assert "unused tensor: base_model.model.blocks.0.ffn.3.lora_A.weight" in str(error.value)
     assert "missing tensor: base_model.model.blocks.0.ffn.2.lora_A.weight" in str(error.value)
 
@@ -95,7 +96,7 @@ def test_another_rank_is_refused(adapter):
         module: {"a": pair["a"][..., :2], "b": pair["b"][:, :2]} for module, pair in adapter.items()
     }
     with pytest.raises(engine.ConversionError, match="changed shape"):
-        lora.from_peft(lora.to_peft(smaller), adapter)
+        from_peft(to_peft(smaller), adapter)
 
 
 def test_variants_of_lora_are_refused(adapter, tmp_path):
@@ -163,7 +164,7 @@ def test_an_adapter_of_bfloat16_is_read_exactly(adapter, tmp_path):
 
 def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
     lora.save_peft(adapter, tmp_path, RANK, alpha=RANK)
-    tensors = {name: tensor.astype(np.int8) for name, tensor in lora.to_peft(adapter).items()}
+    tensors = {name: tensor.astype(np.int8) for name, tensor in to_peft(adapter).items()}
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
         ValueError,

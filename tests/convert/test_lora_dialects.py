@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from astrolabe_jax.convert import commands, lora, wan
 from astrolabe_jax.convert.engine import ConversionError, substituted
+from tests.adapters import to_peft
 from tests.convert import torch_files
 from tests.models import tiny
 
@@ -52,7 +53,7 @@ def save(path, tensors, metadata=None):
 def peft_bin(directory, adapter):
     lora.save_peft(adapter, directory, RANK, 3.0)
     (directory / "adapter_model.safetensors").unlink()
-    torch_files.write(directory / "adapter_model.bin", torch_tree(lora.to_peft(adapter)))
+    torch_files.write(directory / "adapter_model.bin", torch_tree(to_peft(adapter)))
     return directory
 
 

@@ -22,6 +22,7 @@ from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
+from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
 from tests.models import tiny
 
@@ -100,7 +101,7 @@ def oracles(tmp_path_factory):
         folder = directory / part
         folder.mkdir()
         describe_in(folder, part, net.config)
-        write_safetensors(folder / "a.safetensors", parts.save_net(part, net.params, net.config))
+        write_safetensors(folder / "a.safetensors", save_net(part, net.params, net.config))
         commands.import_(folder / "a.safetensors", directory / "imported")
         commands.export(
             directory / "imported", directory / f"{part}.safetensors", part, "diffusers"
@@ -205,7 +206,7 @@ def test_published_names_and_shapes(part, config, tensors, parameters):
     theirs = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
     theirs = {name: shape for name, shape in theirs.items() if name not in umt5.ALIASES}
     ours = engine.source_shapes(
-        parts.rules(part, config, "diffusers"), parts.shapes(part, config).params
+        nets.rules(parts.PARTS[part], config, "diffusers"), parts.shapes(part, config).params
     )
     assert ours == theirs
     assert (len(ours), sum(int(np.prod(shape, dtype=np.int64)) for shape in ours.values())) == (
@@ -282,7 +283,7 @@ def test_peft_merges_what_we_merge(adapter, tmp_path):
     net = exported_net("transformer")
     describe_in(tmp_path, "transformer", net.config)
     write_safetensors(
-        tmp_path / "base.safetensors", parts.save_net("transformer", net.params, net.config)
+        tmp_path / "base.safetensors", save_net("transformer", net.params, net.config)
     )
     lora.save_peft(adapter, tmp_path / "lora", RANK, ALPHA)
     commands.merge(
@@ -312,9 +313,7 @@ def test_peft_merges_what_we_merge(adapter, tmp_path):
             else np.asarray(tensor)
         )
         np.testing.assert_allclose(np.asarray(merged[name]), want, rtol=0, atol=1e-6)
-    ours = parts.save_net(
-        "transformer", merge_adapter(net.params, adapter, ALPHA / RANK), net.config
-    )
+    ours = save_net("transformer", merge_adapter(net.params, adapter, ALPHA / RANK), net.config)
     for name, tensor in ours.items():
         np.testing.assert_allclose(np.asarray(merged[name]), tensor, rtol=0, atol=1e-6)
 
@@ -324,7 +323,7 @@ def test_a_merge_is_rounded_once(adapter, tmp_path):
     config = dataclasses.replace(net.config, param_dtype="bfloat16")
     rounded = jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16), net.params)
     describe_in(tmp_path, "transformer", config)
-    write_safetensors(tmp_path / "base.safetensors", parts.save_net("transformer", rounded, config))
+    write_safetensors(tmp_path / "base.safetensors", save_net("transformer", rounded, config))
     lora.save_peft(adapter, tmp_path / "lora", RANK, ALPHA)
     for dtype in ("", "float32"):
         target = tmp_path / f"merged{dtype}.safetensors"

@@ -11,6 +11,7 @@ import pytest
 from astrolabe_jax.convert import commands, lora, parts
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
+from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
 from tests.convert import torch_files
 from tests.e2e import runs
@@ -31,7 +32,7 @@ def framewise(path, seed):
     net = tiny.random_params(
         parts.shapes("transformer", tiny_base.TRANSFORMER).params, np.random.default_rng(seed)
     )
-    tensors = parts.save_net("transformer", net, tiny_base.TRANSFORMER)
+    tensors = save_net("transformer", net, tiny_base.TRANSFORMER)
     tree = {
         f"model._fsdp_wrapped_module.{name}": torch_files.whole(tensor)
         for name, tensor in tensors.items()

@@ -12,6 +12,7 @@ from astrolabe_jax.convert import base, engine, umt5, vae, wan
 from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B
 from astrolabe_jax.models.wan.vae import VaeConfig
+from experiments.moving_shapes_base.bases import save_net
 from tests.models import tiny
 
 CONFIGS = {
@@ -28,7 +29,7 @@ def drawn(request):
     """Return (part, net, tensors), all random, so that no two tensors can be exchanged unseen."""
     net = base.shapes(request.param, CONFIGS[request.param])
     net = net._replace(params=tiny.random_params(net.params, np.random.default_rng(0)))
-    return request.param, net, base.save_net(request.param, net.params, net.config)
+    return request.param, net, save_net(request.param, net.params, net.config)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_round_trip_is_byte_exact(drawn):
     assert jax.tree.structure(back.params) == jax.tree.structure(net.params)
     for a, b in zip(jax.tree.leaves(back.params), jax.tree.leaves(net.params), strict=True):
         assert a.tobytes() == b.tobytes()
-    again = base.save_net(part, back.params, net.config)
+    again = save_net(part, back.params, net.config)
     assert {k: v.tobytes() for k, v in again.items()} == {
         k: v.tobytes() for k, v in tensors.items()
     }

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages, losses, update
 from astrolabe_jax.config import get_config
-from astrolabe_jax.convert.lora import from_peft, to_peft
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.schedule import T_MAX, add_noise
+from tests.adapters import from_peft, to_peft
 from tests.golden.dit import Dit, to_x0, training_layout
 from tests.golden.entry import CONVERSION, FORWARD, Entries, Entry, Tolerance
 from tests.golden.files import GoldenFile

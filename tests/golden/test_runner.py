@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax.convert.lora import to_peft
 from astrolabe_jax.models.lora import adapter_shapes
+from tests.adapters import to_peft
 from tests.golden import nft_step, oracle
 from tests.golden.__main__ import main
 from tests.golden.dit import wan_config

@@ -60,7 +60,7 @@ def scores(drawn):
 
 def test_size():
     """Everything that ships with the package, at most 8 MB."""
-    files = list(bases.directory_of("moving_shapes").iterdir())
+    files = list(bases.SHIPPED["moving_shapes"].iterdir())
     assert {file.suffix for file in files} == {".json", ".safetensors"}
     assert sum(file.stat().st_size for file in files) <= 8e6
 
