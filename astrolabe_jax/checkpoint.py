@@ -99,8 +99,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        tempfile.TemporaryFile(dir=workdir).close()
         others = [path.name for path in workdir.iterdir() if ".partial." not in path.name]
     except OSError as error:
         raise OSError(
@@ -135,17 +134,13 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     today = {name: renamed(name.removeprefix("config.")) for name in saved}
     older = [f"{name} is config.{new} now" for name, new in today.items() if new]
     if older:
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{complaint}: an older version of astrolabe_jax has written it, with other "
-                    "names of fields; give a new --workdir, or go on with that version; to start "
-                    "anew from its adapter, set config.lora.init to the lora/ of a run that has "
-                    "ended, or to what `python -m astrolabe_jax.convert export-lora` writes:",
-                    *older,
-                ]
-            )
+        opening = (
+            f"{complaint}: an older version of astrolabe_jax has written it, with other names of "
+            "fields; give a new --workdir, or go on with that version; to start anew from its "
+            "adapter, set config.lora.init to the lora/ of a run that has ended, or to what "
+            "`python -m astrolabe_jax.convert export-lora` writes:"
         )
+        raise ValueError("\n  ".join([opening, *older]))
     absent = "(none)"
     differing = [
         f"{name}: {saved.get(name, absent)!r} there, {current.get(name, absent)!r} now"
@@ -154,8 +149,8 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
         and not MAY_DIFFER_OPTION.fullmatch(name)
     ]
     if differing:
-        advice = "give another --workdir, or the same settings as there"
-        raise ValueError("\n  ".join([f"{complaint}; {advice}:", *differing]))
+        opening = f"{complaint}; give another --workdir, or the same settings as there:"
+        raise ValueError("\n  ".join([opening, *differing]))
 
 
 def save(workdir: Path, snapshot: Snapshot, fingerprint: Fingerprint, keep: int) -> int:
@@ -193,8 +188,10 @@ def restore(
     damaged = {}
     for epoch in _epochs(directory):
         path = directory / str(epoch)
-        load = functools.partial(_load, path, template(epoch), fingerprint, f"checkpoint {path}")
-        found, fault = _sound(load, _Damaged)
+        found, fault = _sound(
+            functools.partial(_load, path, template(epoch), fingerprint, f"checkpoint {path}"),
+            _Damaged,
+        )
         if found:
             break
         damaged[path] = fault
@@ -254,14 +251,17 @@ def restore_samples(
         samples = None
         fault = f"of epoch {number + 1}"
         if number == epoch:
-            load = functools.partial(_load, path, template, fingerprint, str(path), sampled_by)
-            # they can be made again, whatever keeps them from being read
-            samples, fault = _sound(load, (_Damaged, ValueError, OSError))
+            samples, fault = _sound(
+                functools.partial(_load, path, template, fingerprint, str(path), sampled_by),
+                (_Damaged, ValueError, OSError),  # they can be made again, whatever is the matter
+            )
         if samples:
             return samples
-        reason, _, _ = fault.partition(";")  # without its advice
         logging.warning(
-            "samples in %s are not used (%s): epoch %d is sampled again", path, reason, epoch + 1
+            "samples in %s are not used (%s): epoch %d is sampled again",
+            path,
+            fault.partition(";")[0],  # without its advice
+            epoch + 1,
         )
     return None
 
@@ -377,9 +377,8 @@ def _read_part(path: Path, part: str, how: Any) -> Any:
 
 def _target(leaf: Any) -> Any:
     """Return what Orbax is asked for: an array on devices if it has a sharding, else numpy."""
-    if getattr(leaf, "sharding", None) is None:
-        return np.empty(leaf.shape, leaf.dtype)
-    return ocp.utils.to_shape_dtype_struct(leaf)
+    on_devices = getattr(leaf, "sharding", None) is not None
+    return ocp.utils.to_shape_dtype_struct(leaf) if on_devices else np.empty(leaf.shape, leaf.dtype)
 
 
 def _put_aside(path: Path) -> str:
@@ -428,14 +427,15 @@ def _system_error(error: OSError | ValueError) -> int | None:
 
 def _shapes(state: Any) -> dict[str, str]:
     """Return the dtype and shape of every array by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _digest(record: Mapping[str, Any]) -> str:
     """Return a hash that is the same before and after a way through JSON."""
-    plain = json.loads(json.dumps(record))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

@@ -88,8 +88,9 @@ class PromptBatch(NamedTuple):
 
     def take(self, videos: np.ndarray) -> "PromptBatch":
         """Return the batch of these videos, in this order; a video may be there several times."""
-        texts = tuple(self.texts[i] for i in videos)
-        return PromptBatch(texts, self.index[videos], self.candidate[videos])
+        return PromptBatch(
+            tuple(self.texts[i] for i in videos), self.index[videos], self.candidate[videos]
+        )
 
 
 class CacheChange(NamedTuple):
