@@ -2,7 +2,7 @@
 
 from absl import app, flags
 
-from astrolabe_jax.runtime import cli, multihost
+from astrolabe_jax.runtime import cli, multihost, preemption
 
 CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
@@ -39,7 +39,6 @@ def main(argv: list[str]) -> None:
 
     from astrolabe_jax import train
     from astrolabe_jax.run import prepare
-    from astrolabe_jax.runtime import preemption
 
     with multihost.exit_together(), preemption.listening() as check:
         try:

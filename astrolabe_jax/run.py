@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
@@ -28,7 +26,6 @@ from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
-from astrolabe_jax.streaming.scenes import Rules, Scene
 from astrolabe_jax.types import Policy, RngStream, Timeline
 from astrolabe_jax.update import training_layout
 
@@ -42,7 +39,7 @@ class Run(NamedTuple):
     config: ConfigDict
     workdir: Path
     fingerprint: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
-    base: Base  # with its parameters on the mesh
+    base: bases.Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
     mesh: Any  # Mesh, or AbstractMesh if it is only planned
@@ -109,20 +106,19 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
-    identity = {"base": base.fingerprint}
-    identity |= {
-        f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()
+    leaves = jax.tree.leaves(adapter)
+    identity = {
+        "base": base.fingerprint,
+        **{f"prompts.{name}": _hash(map(str.encode, lines)) for name, lines in lists.items()},
+        **({"lora.init": _hash(leaf.tobytes() for leaf in leaves)} if config.lora.init else {}),
+        **{f"config.{field}": value for field, value in flatten(config).items()},
     }
-    if config.lora.init:
-        identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
-    identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
     reward_runner = load_rewards(config, mesh)
-    identity |= reward_runner.identity
     return Run(
         config,
         workdir,
-        identity,
+        identity | reward_runner.identity,
         base,
         layout,
         sampler,
@@ -136,7 +132,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
+def load_rewards(config: ConfigDict, mesh: jax.sharding.Mesh) -> RewardRunner:
     """Return the rewards of a config, their weights on the mesh.
 
     Raises:
@@ -148,8 +144,12 @@ def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
             "config.scoring.overlap is 'all' with several processes, which must start programs in "
             "one order; expected host or none"
         )
-    loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
-    return RewardRunner(loaded, scoring.overlap, scoring.weights, scoring.timeout)
+    return RewardRunner(
+        rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps)),
+        scoring.overlap,
+        scoring.weights,
+        scoring.timeout,
+    )
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
         return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
-def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> Base:
+def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> bases.Base:
     """Return the base model of a config, with its parameters on the mesh.
 
     Raises:
@@ -252,16 +252,21 @@ def sampler_of(config: ConfigDict) -> Sampler:
     """Return the denoising steps."""
     settings = config.sampler
     schedule = Schedule(shift=settings.shift)
-    steps = tuple(float(t) for t in settings.steps)
+    steps = tuple(map(float, settings.steps))
     with error_prefix("config.sampler"):
-        steps = warp(steps, schedule) if settings.warp else steps
-        return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
+        return Sampler(
+            warp(steps, schedule) if settings.warp else steps,
+            None,
+            settings.context_noise,
+            schedule,
+            settings.sigma_source,
+        )
 
 
-def rules_of(config: ConfigDict) -> Rules:
+def rules_of(config: ConfigDict) -> scenes.Rules:
     """Return how scenes follow each other."""
     settings = config.scenes
-    return Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
+    return scenes.Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
 
 
 def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Timeline:
@@ -269,14 +274,13 @@ def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) ->
 
     Where windows are trained, a prompt may be a scene string; elsewhere it is taken literally.
     """
-    parts = scenes_of(config, layout, prompt)
-    return scenes.timeline_of(parts, frames, layout, rules_of(config))
+    return scenes.timeline_of(scenes_of(config, layout, prompt), frames, layout, rules_of(config))
 
 
-def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[Scene]:
+def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[scenes.Scene]:
     """Return the scenes of a prompt, see `timeline_of`."""
     if not config.streaming.window:
-        return [Scene(prompt, 0.0, 0, False)]
+        return [scenes.Scene(prompt, 0.0, 0, False)]
     parse = scenes.parse_published if config.scenes.published else scenes.parse
     return parse(prompt, layout.block, config.video.fps)
 
@@ -406,7 +410,7 @@ def _prompts(
     return lines
 
 
-def _first_adapter(config: ConfigDict, base: Base) -> dict:
+def _first_adapter(config: ConfigDict, base: bases.Base) -> dict:
     """Return the adapter that every policy starts from: fresh, or from config.lora.init."""
     lora = config.lora
     net = base.transformer.config
