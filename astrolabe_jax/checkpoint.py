@@ -37,8 +37,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from astrolabe_jax.config import renamed
-from astrolabe_jax.runtime import multihost
-from astrolabe_jax.runtime.files import WriteError, read_json, write_atomic
+from astrolabe_jax.runtime import files, multihost
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
@@ -108,7 +107,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     record = workdir / "run.json"
     if record.exists():
         try:
-            saved = read_json(record)
+            saved = files.read_json(record)
         except ValueError as error:
             raise ValueError(
                 f"{error}; give another --workdir, or put back the file that was there"
@@ -122,7 +121,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
         for path in workdir.glob(half_written):
             path.unlink()
-    write_atomic(record, json.dumps(fingerprint, indent=1).encode())
+    files.write_atomic(record, json.dumps(fingerprint, indent=1).encode())
 
 
 def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str) -> None:
@@ -198,11 +197,12 @@ def restore(
     if not damaged:
         return found
     if found is None:
-        reasons = [f"{path.name}: {fault}" for path, fault in damaged.items()]
-        advice = "put a whole one back, or move the directory away to start this run over"
-        raise ValueError(
-            "\n  ".join([f"no checkpoint in {directory} is whole; {advice}:", *reasons])
+        opening = (
+            f"no checkpoint in {directory} is whole; put a whole one back, or move the directory "
+            "away to start this run over:"
         )
+        reasons = (f"{path.name}: {fault}" for path, fault in damaged.items())
+        raise ValueError("\n  ".join([opening, *reasons]))
     for path, fault in damaged.items():
         aside = multihost.on_primary(functools.partial(_put_aside, path))
         logging.warning("checkpoint %s is damaged (%s); it is now %s", path, fault, aside)
@@ -224,8 +224,12 @@ def save_samples(workdir: Path, samples: Snapshot, policy: Any, fingerprint: Fin
     """
     # Those of a later epoch, of a checkpoint that was damaged, would count as newer.
     _remove_samples(workdir)
-    record = {"identity": dict(fingerprint), "policy": int(checksum(policy))}
-    return _write(workdir / SAMPLES, samples, record, keep=1)
+    return _write(
+        workdir / SAMPLES,
+        samples,
+        {"identity": dict(fingerprint), "policy": int(checksum(policy))},
+        keep=1,
+    )
 
 
 def restore_samples(
@@ -411,7 +415,7 @@ def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: in
         code = _system_error(error)
         if not code:
             raise
-        raise WriteError(path, os.strerror(code)) from error
+        raise files.WriteError(path, os.strerror(code)) from error
     return multihost.on_primary(
         lambda: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     )
@@ -447,8 +451,7 @@ def checksum(state: Any) -> jax.Array:
 
     def leaf_sum(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
+            leaf = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
         strides = [math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
         place = sum(  # not flattened: arrays stay where they are
             jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -456,8 +459,10 @@ def checksum(state: Any) -> jax.Array:
         )
         return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
-    leaves = enumerate(jax.tree.leaves(state), start=1)
-    return sum((number * leaf_sum(leaf) for number, leaf in leaves), start=jnp.uint32(0))
+    return sum(
+        (number * leaf_sum(leaf) for number, leaf in enumerate(jax.tree.leaves(state), start=1)),
+        start=jnp.uint32(0),
+    )
 
 
 # Orbax.
@@ -492,14 +497,16 @@ def _manager(
         processes = ocp.options.MultiprocessingOptions(
             primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{index}"
         )
-    options = ocp.CheckpointManagerOptions(
-        create=False,
-        max_to_keep=keep,
-        enable_async_checkpointing=False,
-        cleanup_tmp_directories=clean,
-        multiprocessing_options=processes,
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=clean,
+            multiprocessing_options=processes,
+        ),
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,10 @@ class Constraint(NamedTuple):
 
 def one_of(*choices: str) -> Constraint:
     """Return the constraint of a field that takes one of these words."""
-    names = ", ".join(choice or "''" for choice in choices)
-    return Constraint(f"one of {names}", lambda value: value in choices)
+    return Constraint(
+        f"one of {', '.join(choice or repr(choice) for choice in choices)}",
+        lambda value: value in choices,
+    )
 
 
 def at_least(least: float) -> Constraint:
@@ -44,10 +46,13 @@ def between(least: float, most: float) -> Constraint:
 
 def _are_timesteps(steps: Sequence[Any]) -> bool:
     """Return whether denoising can go through `steps`: down from at most 1000, at last to 0."""
-    if not all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps):
-        return False
-    falling = bool(steps) and list(steps) == sorted(set(steps), reverse=True)
-    return falling and 0 < steps[0] <= 1000 and steps[-1] >= 0
+    return (
+        bool(steps)
+        and all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps)
+        and list(steps) == sorted(set(steps), reverse=True)
+        and 0 < steps[0] <= 1000
+        and steps[-1] >= 0
+    )
 
 
 POSITIVE = Constraint("a positive number", lambda value: 0 < value < math.inf)
@@ -481,8 +486,16 @@ def describe_fields() -> str:
             for name, field in FIELDS.items()
             if _section(name) == section
         ]
-        header = ["| field | default | values | meaning |", "|---|---|---|---|"]
-        lines += [f"## {section}", "", meaning, "", *header, *rows, ""]
+        lines += [
+            f"## {section}",
+            "",
+            meaning,
+            "",
+            "| field | default | values | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -535,9 +548,9 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     """Return every field by its full name, {'optimizer.b1': 0.9, ...}; tuples become lists, so that
     the result survives JSON.
     """
-    flat = traverse_util.flatten_dict(config.to_dict(), sep=".")
     return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items()
     }
 
 
@@ -601,8 +614,7 @@ def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
     }
     progressive = range(0, max(last, 0) + 1, window)
     starts = tuple(progressive if streaming.mode == "progressive" else choices[streaming.selection])
-    whole_blocks = all(type(start) is int and start >= 0 and start % block == 0 for start in starts)
-    if window % block or not whole_blocks:
+    if window % block or any(type(at) is not int or at < 0 or at % block for at in starts):
         raise ValueError(
             f"config.streaming has a window of {window} and starts {tuple(streaming.starts)}; "
             f"expected whole blocks of {block}"

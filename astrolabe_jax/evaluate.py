@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from astrolabe_jax import prompts
-from astrolabe_jax.advantages import total_reward
+from astrolabe_jax import advantages, decode, prompts
 from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
-from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows
@@ -48,12 +46,11 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     if world is None or not run.config.eval.ceiling:
         return None
     batch = held_out(run)
-    length = _length(run)
     size = piece(run.config, run.config.sampler.batch, run.mesh.size)
     waiting = []
     for first in range(0, len(batch.texts), size):
         part = batch.take(np.arange(first, min(first + size, len(batch.texts))))
-        timelines = [timeline_of(run.config, run.layout, text, length) for text in part.texts]
+        timelines = [timeline_of(run.config, run.layout, text, _length(run)) for text in part.texts]
         real = np.stack(
             [
                 world.sample(_scenes(run, timeline), _generator(run, part, j))
@@ -83,10 +80,12 @@ def _score_real(
     for begin, end in windows.split(length, clip_length(run.config) or length):
         clip = padded[:, max(stride * begin - stride + 1, 0) : stride * end - stride + 1]
         with progress.phase("encode"):
-            latents, encoder = encode_video(vae, clip, encoder, end - begin, run.mesh)
+            latents, encoder = decode.encode_video(vae, clip, encoder, end - begin, run.mesh)
         with progress.phase("decode"):
             windows.refuse_non_finite(latents, [t.prompts[0] for t in timelines], numbers)
-            decoded, decoder = decode_video(vae, latents, decoder, run.config.video.decode_chunk)
+            decoded, decoder = decode.decode_video(
+                vae, latents, decoder, run.config.video.decode_chunk
+            )
             frames = windows.to_host(decoded)[: len(videos)]
         texts = [_prompt_at(timeline, begin) for timeline in timelines]
         waiting.append(windows.score_async(run, frames, texts, numbers, progress))
@@ -142,4 +141,4 @@ def _total(run: Run, pieces: Sequence[windows.WaitForScores]) -> Evaluation:
     scores = windows.joined(pieces)
     weights = reward_weights(run.config)
     values = {name: scores[name].astype(np.float64) for name in weights}
-    return values | {"total": total_reward(values, weights)}
+    return values | {"total": advantages.total_reward(values, weights)}

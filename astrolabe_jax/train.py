@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import advantages as adv
-from astrolabe_jax import checkpoint, prompts, report, sharding
+from astrolabe_jax import advantages, checkpoint, evaluate, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
-from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import files, multihost, preemption
@@ -51,8 +49,8 @@ class RunState(NamedTuple):
 
     epoch: int  # finished ones
     train: TrainState
-    risk: adv.RiskState  # controllers of the selective KL
-    reset: adv.ResetState
+    risk: advantages.RiskState  # controllers of the selective KL
+    reset: advantages.ResetState
     seconds: dict[str, float]  # spent so far, by phase
     # progressive streams at the next epoch's window, one set a round
     streams: list[StreamState] = []
@@ -83,7 +81,7 @@ def epoch(
     segment = collect_or_restore(run, state, videos, progress)
     # advantages
     rewards = {name: segment.scores[name] for name in config.rewards}
-    result = adv.advantages(config, rewards, batch.index)
+    result = advantages.advantages(config, rewards, batch.index)
     risk, mask, figures = kl_mask(config, rewards, state.risk)
     # losses, update
     with progress.phase("update"):
@@ -150,17 +148,19 @@ def collect_or_restore(
 
 
 def kl_mask(
-    config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: adv.RiskState
-) -> tuple[adv.RiskState, np.ndarray, dict[str, float]]:
+    config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: advantages.RiskState
+) -> tuple[advantages.RiskState, np.ndarray, dict[str, float]]:
     """Return the risk controller after this epoch, which samples the KL restrains, and figures.
 
     The samples are bool [N] (docs/objective.md, Selective KL).
     """
     if config.kl.kind == "uniform":
         return risk, np.ones(samples(config), bool), {}
-    discrepancy = adv.rank_discrepancy(rewards, config.kl.main_reward, config.kl.rank_direction)
-    risk, value = adv.update_risk(risk, discrepancy)
-    mask, threshold = adv.risk_mask(discrepancy, risk.ratio)
+    discrepancy = advantages.rank_discrepancy(
+        rewards, config.kl.main_reward, config.kl.rank_direction
+    )
+    risk, value = advantages.update_risk(risk, discrepancy)
+    mask, threshold = advantages.risk_mask(discrepancy, risk.ratio)
     figures = {
         "risk": value,
         "risk_ratio": risk.ratio,
@@ -171,7 +171,7 @@ def kl_mask(
 
 
 def samples_of(
-    run: Run, segment: Segment, result: adv.Advantages, mask: np.ndarray, number: int
+    run: Run, segment: Segment, result: advantages.Advantages, mask: np.ndarray, number: int
 ) -> Samples:
     """Return what the update of epoch `number` learns from.
 
@@ -193,7 +193,7 @@ def samples_of(
 
 def learn(
     run: Run, state: RunState, step: TrainStep, learn_from: Samples, segment: Segment
-) -> tuple[TrainState, adv.ResetState, dict[str, float]]:
+) -> tuple[TrainState, advantages.ResetState, dict[str, float]]:
     """Take the optimizer steps of an epoch: return the state, the reset controller, and metrics.
 
     The metrics are means over the steps. The memory of `state.train` is taken.
@@ -203,7 +203,7 @@ def learn(
     reset = state.reset
     figures = {}
     if config.kl.kind == "selective" and config.loss.kl_weight > 0:
-        reset, due = adv.start_epoch(
+        reset, due = advantages.start_epoch(
             reset, state.epoch, config.kl.reset_epochs, config.kl.reset_bounds
         )
         train = reset_reference(train) if due else train
@@ -218,7 +218,7 @@ def learn(
         functools.partial(windows.loss_parts, run, segment),
     ):
         train = after
-        reset = adv.after_step(reset, metrics["kl_loss"])
+        reset = advantages.after_step(reset, metrics["kl_loss"])
         steps.append(metrics)
     settings = config.optimizer
     decay = old_decay(settings.old_decay, int(train.step), settings.old_decay_constant)
@@ -227,7 +227,7 @@ def learn(
 
 
 def reward_figures(
-    rewards: Mapping[str, np.ndarray], segment: Segment, result: adv.Advantages
+    rewards: Mapping[str, np.ndarray], segment: Segment, result: advantages.Advantages
 ) -> dict[str, float]:
     """Return the mean rewards of an epoch, of their parts, and what is logged of the groups."""
     return {
@@ -249,7 +249,7 @@ def trained_prompts(run: Run, batch: PromptBatch, number: int) -> int:
 
 
 def score_table(
-    segment: Segment, rewards: Mapping[str, np.ndarray], result: adv.Advantages
+    segment: Segment, rewards: Mapping[str, np.ndarray], result: advantages.Advantages
 ) -> dict[str, np.ndarray]:
     """Return columns [N]: line of the prompt, rewards, raw and standardised (/z), and advantage."""
     batch = segment.videos.batch
@@ -257,7 +257,7 @@ def score_table(
         "prompt": batch.index,
         "candidate": batch.candidate,
         **rewards,
-        **{f"{name}/z": values for name, values in adv.standardise(rewards).items()},
+        **{f"{name}/z": values for name, values in advantages.standardise(rewards).items()},
         "total": result.total,
         "advantage": result.advantage,
         "optimality": result.r,
@@ -281,7 +281,11 @@ def resume(run: Run) -> RunState:
     found = checkpoint.restore(run.workdir, saved, run.fingerprint)
     if found is None:
         return RunState(
-            0, train, adv.RiskState(), adv.ResetState(run.config.kl.reset_threshold), {}
+            0,
+            train,
+            advantages.RiskState(),
+            advantages.ResetState(run.config.kl.reset_threshold),
+            {},
         )
     if found.epoch > run.config.train.epochs:
         raise ValueError(
@@ -291,8 +295,8 @@ def resume(run: Run) -> RunState:
     return RunState(
         found.epoch,
         found.state["train"],
-        adv.RiskState(**found.progress["risk"]),
-        adv.ResetState(**found.progress["reset"]),
+        advantages.RiskState(**found.progress["risk"]),
+        advantages.ResetState(**found.progress["reset"]),
         found.progress["seconds"],
         windows.split_streams(run, found.state.get("streams")),
     )
@@ -312,18 +316,18 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     count = run.config.train.epochs
     for line in (report.opening(run), *report.warnings(run)):
         log(line)
-    if state.epoch:
-        log(f"going on after epoch {state.epoch} of {count}")
-    began = state.epoch
     saved = state.epoch
     progress = Progress(state.seconds, check)
-    metrics = Metrics(run.workdir, state.epoch, lambda record: _still_holds(run, record, began))
+    metrics = Metrics(run.workdir, state.epoch, functools.partial(_still_holds, run, state.epoch))
     step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
-        _say_what_is_lost(run, state.epoch, metrics)
+        if state.epoch:
+            log(f"going on after epoch {state.epoch} of {count}")
+            _say_what_is_lost(run, state.epoch, metrics)
         _measure_ceiling(run, metrics, progress)
         _evaluate_if_due(run, 0, None, metrics, progress)
         _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
+        summary = multihost.on_primary(lambda: _finished(run)) if state.epoch == count else None
         while state.epoch < count:
             state, record = epoch(run, state, step, progress)
             metrics.add(record)
@@ -332,7 +336,6 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
                 with progress.phase("checkpoint"):
                     saved = _save(run, state, progress)
             _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
-        summary = multihost.on_primary(lambda: _finished(run)) if began == count else None
         summary = summary or _finish(run, state, metrics, progress)
         log(report.closing(run.workdir, summary))
         return summary
@@ -380,10 +383,11 @@ def _due(run: Run, number: int) -> bool:
     return number in (0, run.config.train.epochs) or bool(every and number % every == 0)
 
 
-def _still_holds(run: Run, record: Mapping[str, Any], number: int) -> bool:
+def _still_holds(run: Run, number: int, record: Mapping[str, Any]) -> bool:
     """Return whether a record of metrics.jsonl belongs to the run as it goes on after `number`."""
-    wanted = record["kind"] != "evaluation" or _due(run, record["epoch"])
-    return wanted and record["epoch"] <= number
+    return record["epoch"] <= number and (
+        record["kind"] != "evaluation" or _due(run, record["epoch"])
+    )
 
 
 def _say_what_is_lost(run: Run, number: int, metrics: Metrics) -> None:
@@ -391,8 +395,6 @@ def _say_what_is_lost(run: Run, number: int, metrics: Metrics) -> None:
 
     Ceiling and first evaluation are measured again.
     """
-    if not number:
-        return
     present = {(record["kind"], record["epoch"]) for record in metrics.records}
     lost = {
         "epoch": [e for e in range(1, number + 1) if ("epoch", e) not in present],
@@ -436,7 +438,7 @@ def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
     if _evaluations(metrics, "ceiling"):
         return
     with progress.within("ceiling"):
-        result = ceiling(run, progress)
+        result = evaluate.ceiling(run, progress)
     if result is not None:
         _add_evaluation(metrics, "ceiling", 0, result)
         log(report.evaluation_line("ceiling (real videos through the VAE)", result))
@@ -458,7 +460,9 @@ def _evaluate_if_due(
         return
     adapter = _evaluated_policy(run, train) if train else sharding.replicate(run.mesh, run.adapter)
     with progress.within("evaluation"):
-        result, frames = evaluate(run, adapter, progress, f"evaluation after epoch {number}: batch")
+        result, frames = evaluate.evaluate(
+            run, adapter, progress, f"evaluation after epoch {number}: batch"
+        )
     name = {0: "before", run.config.train.epochs: "after"}.get(number)
     if name:
         multihost.on_primary(
@@ -488,7 +492,9 @@ def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> 
 
     def write():
         save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
-        report.write_contact_sheet(run.workdir, run.config.name, held_out(run), evaluations)
+        report.write_contact_sheet(
+            run.workdir, run.config.name, evaluate.held_out(run), evaluations
+        )
         report.write_curves(run.workdir, metrics.records)
         everything = evaluations | ({"ceiling": real[0]} if real else {})
         return report.write_summary(run.workdir, run.config, everything, progress.seconds)
