@@ -18,6 +18,7 @@ that another program made, is an error.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -36,8 +37,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from astrolabe_jax.config import renamed
-from astrolabe_jax.runtime import multihost
-from astrolabe_jax.runtime.files import WriteError, read_json, write_atomic
+from astrolabe_jax.runtime import files, multihost
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
@@ -98,8 +98,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        tempfile.TemporaryFile(dir=workdir).close()
         others = [path.name for path in workdir.iterdir() if ".partial." not in path.name]
     except OSError as error:
         raise OSError(
@@ -108,7 +107,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     record = workdir / "run.json"
     if record.exists():
         try:
-            saved = read_json(record)
+            saved = files.read_json(record)
         except ValueError as error:
             raise ValueError(
                 f"{error}; give another --workdir, or put back the file that was there"
@@ -122,7 +121,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
         for path in workdir.glob(half_written):
             path.unlink()
-    write_atomic(record, json.dumps(fingerprint, indent=1).encode())
+    files.write_atomic(record, json.dumps(fingerprint, indent=1).encode())
 
 
 def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str) -> None:
@@ -131,35 +130,26 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     Entries of MAY_DIFFER may differ. A fingerprint of an older version is refused by the names that
     its fields have today (docs/checkpoints.md, Old checkpoints). `complaint` opens the message.
     """
-    renamed = [f"{old} is {new} now" for old, new in _renamed_fields(saved).items()]
-    if renamed:
-        advice = (
-            "give a new --workdir, or go on with that version; to start anew from its adapter, set "
-            "config.lora.init to the lora/ of a run that has ended, or to what `python -m "
-            "astrolabe_jax.convert export-lora` writes"
+    today = {name: renamed(name.removeprefix("config.")) for name in saved}
+    older = [f"{name} is config.{new} now" for name, new in today.items() if new]
+    if older:
+        opening = (
+            f"{complaint}: an older version of astrolabe_jax has written it, with other names of "
+            "fields; give a new --workdir, or go on with that version; to start anew from its "
+            "adapter, set config.lora.init to the lora/ of a run that has ended, or to what "
+            "`python -m astrolabe_jax.convert export-lora` writes:"
         )
-        older = "an older version of astrolabe_jax has written it, with other names of fields"
-        raise ValueError("\n  ".join([f"{complaint}: {older}; {advice}:", *renamed]))
+        raise ValueError("\n  ".join([opening, *older]))
     absent = "(none)"
-    differing = []
-    for name in sorted({*saved, *current} - MAY_DIFFER):
-        there = saved.get(name, absent)
-        here = current.get(name, absent)
-        if there != here and not MAY_DIFFER_OPTION.fullmatch(name):
-            differing.append(f"{name}: {there!r} there, {here!r} now")
+    differing = [
+        f"{name}: {saved.get(name, absent)!r} there, {current.get(name, absent)!r} now"
+        for name in sorted({*saved, *current} - MAY_DIFFER)
+        if saved.get(name, absent) != current.get(name, absent)
+        and not MAY_DIFFER_OPTION.fullmatch(name)
+    ]
     if differing:
-        advice = "give another --workdir, or the same settings as there"
-        raise ValueError("\n  ".join([f"{complaint}; {advice}:", *differing]))
-
-
-def _renamed_fields(saved: Fingerprint) -> dict[str, str]:
-    """Return the config fields of an older version in a fingerprint, with their names today."""
-    fields = {}
-    for name in saved:
-        new = renamed(name.removeprefix("config."))
-        if new:
-            fields[name] = f"config.{new}"
-    return fields
+        opening = f"{complaint}; give another --workdir, or the same settings as there:"
+        raise ValueError("\n  ".join([opening, *differing]))
 
 
 def save(workdir: Path, snapshot: Snapshot, fingerprint: Fingerprint, keep: int) -> int:
@@ -197,21 +187,23 @@ def restore(
     damaged = {}
     for epoch in _epochs(directory):
         path = directory / str(epoch)
-        load = functools.partial(_load, path, template(epoch), fingerprint, f"checkpoint {path}")
-        found, fault = _sound(functools.partial(_faulty, load, path))
+        found, fault = _sound(
+            functools.partial(_load, path, template(epoch), fingerprint, f"checkpoint {path}"),
+            _Damaged,
+        )
         if found:
             break
-        damaged[epoch] = fault
+        damaged[path] = fault
     if not damaged:
         return found
     if found is None:
-        reasons = [f"{epoch}: {fault}" for epoch, fault in damaged.items()]
-        advice = "put a whole one back, or move the directory away to start this run over"
-        raise ValueError(
-            "\n  ".join([f"no checkpoint in {directory} is whole; {advice}:", *reasons])
+        opening = (
+            f"no checkpoint in {directory} is whole; put a whole one back, or move the directory "
+            "away to start this run over:"
         )
-    for epoch, fault in damaged.items():
-        path = directory / str(epoch)
+        reasons = (f"{path.name}: {fault}" for path, fault in damaged.items())
+        raise ValueError("\n  ".join([opening, *reasons]))
+    for path, fault in damaged.items():
         aside = multihost.on_primary(functools.partial(_put_aside, path))
         logging.warning("checkpoint %s is damaged (%s); it is now %s", path, fault, aside)
     logging.warning("going on from the checkpoint before it, %s", directory / str(found.epoch))
@@ -232,8 +224,12 @@ def save_samples(workdir: Path, samples: Snapshot, policy: Any, fingerprint: Fin
     """
     # Those of a later epoch, of a checkpoint that was damaged, would count as newer.
     _remove_samples(workdir)
-    record = {"identity": dict(fingerprint), "policy": int(checksum(policy))}
-    return _write(workdir / SAMPLES, samples, record, keep=1)
+    return _write(
+        workdir / SAMPLES,
+        samples,
+        {"identity": dict(fingerprint), "policy": int(checksum(policy))},
+        keep=1,
+    )
 
 
 def restore_samples(
@@ -251,21 +247,25 @@ def restore_samples(
       policy: the adapter that samples.
       fingerprint: of the run.
     """
-    directory = workdir / SAMPLES
-    expected = int(checksum(policy))
-    for number in _epochs(directory):
-        path = directory / str(number)
+    sampled_by = int(checksum(policy))
+    for number in _epochs(workdir / SAMPLES):
+        path = workdir / SAMPLES / str(number)
         if number < epoch:  # learnt from; a kill came before they were removed
             continue
         samples = None
         fault = f"of epoch {number + 1}"
         if number == epoch:
-            load = functools.partial(_load, path, template, fingerprint, f"{path}", expected)
-            samples, fault = _sound(functools.partial(_unusable, load))
+            samples, fault = _sound(
+                functools.partial(_load, path, template, fingerprint, str(path), sampled_by),
+                (_Damaged, ValueError, OSError),  # they can be made again, whatever is the matter
+            )
         if samples:
             return samples
         logging.warning(
-            "samples in %s are not used (%s): epoch %d is sampled again", path, fault, epoch + 1
+            "samples in %s are not used (%s): epoch %d is sampled again",
+            path,
+            fault.partition(";")[0],  # without its advice
+            epoch + 1,
         )
     return None
 
@@ -314,29 +314,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise _Damaged(f"{type(error).__name__}: {reason}") from error
 
 
-# A checkpoint, or None and what is wrong with it.
-_Attempt = tuple[Snapshot | None, str]
-
-
-def _faulty(load: Callable[[], Snapshot], path: Path) -> _Attempt:
-    """Return what `load` returns, or what is damaged; raise what is no damage."""
-    try:
-        with _reading(path):
-            _read_all(path)
-        return load(), ""
-    except _Damaged as error:
-        return None, str(error)
-
-
-def _unusable(load: Callable[[], Snapshot]) -> _Attempt:
-    """Return what `load` returns, or whatever keeps it from that; samples can be made again."""
-    try:
-        return load(), ""
-    except (_Damaged, ValueError, OSError) as error:
-        reason, _, _ = str(error).partition(";")  # without its advice
-        return None, reason
-
-
 def _read_all(path: Path) -> None:
     """Raise the errors of the system, which later readers would wrap in errors of their own."""
     for file in path.rglob("*"):
@@ -346,12 +323,22 @@ def _read_all(path: Path) -> None:
                     pass
 
 
-def _sound(load: Callable[[], _Attempt]) -> _Attempt:
-    """Return what `load` gives on all processes, if its content gives its checksum.
+def _sound(
+    load: Callable[[], Snapshot], faults: type[Exception] | tuple[type[Exception], ...]
+) -> tuple[Snapshot | None, str]:
+    """Return what `load` gives on all processes and "", if its content gives its checksum.
 
-    Otherwise return None and the fault that any process has found.
+    Otherwise return None and the fault that any process has found; errors that are none of `faults`
+    are raised.
     """
-    loaded, fault = multihost.on_all(load)
+
+    def attempt() -> tuple[Snapshot | None, str]:
+        try:
+            return load(), ""
+        except faults as error:
+            return None, str(error)
+
+    loaded, fault = multihost.on_all(attempt)
     fault = multihost.first_nonempty(fault)
     if fault:
         return None, fault
@@ -368,6 +355,8 @@ def _load(
     `what` names it in errors; `policy` is the checksum of the policy that must have sampled it.
     Raises _Damaged, ValueError or OSError.
     """
+    with _reading(path):
+        _read_all(path)
     record = _read_part(path, "progress", ocp.args.JsonRestore())
     with _reading(path):
         if record.pop("digest") != _digest(record):
@@ -375,37 +364,32 @@ def _load(
         saved = record["identity"]
         shapes = record["shapes"]
     refuse_differences(saved, fingerprint, f"{what} is of another run")
-    other_state = f"{what} holds another state than this program trains"
-    refuse_differences(shapes, _shapes(template), other_state)
+    refuse_differences(
+        shapes, _shapes(template), f"{what} holds another state than this program trains"
+    )
     if policy is not None and record.get("policy") != policy:
         raise ValueError("another policy has sampled them")
-    targets = jax.tree.map(_target, template)
-    state = _read_part(path, "state", ocp.args.StandardRestore(targets))
-    return Snapshot(int(path.name), state, record)
+    targets = ocp.args.StandardRestore(jax.tree.map(_target, template))
+    return Snapshot(int(path.name), _read_part(path, "state", targets), record)
 
 
 def _read_part(path: Path, part: str, how: Any) -> Any:
     """Read EPOCH/PART, on each process alone. Raises _Damaged or OSError."""
     with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
-        content: Any = manager.restore(int(path.name), args=ocp.args.Composite(**{part: how}))
-        return content[part]
+        return manager.restore(int(path.name), args=ocp.args.Composite(**{part: how}))[part]
 
 
 def _target(leaf: Any) -> Any:
     """Return what Orbax is asked for: an array on devices if it has a sharding, else numpy."""
-    if getattr(leaf, "sharding", None) is None:
-        return np.empty(leaf.shape, leaf.dtype)
-    return ocp.utils.to_shape_dtype_struct(leaf)
+    on_devices = getattr(leaf, "sharding", None) is not None
+    return ocp.utils.to_shape_dtype_struct(leaf) if on_devices else np.empty(leaf.shape, leaf.dtype)
 
 
 def _put_aside(path: Path) -> str:
     """Rename EPOCH to EPOCH.damaged, or EPOCH.damaged.2 and so on, and return the new name."""
-    aside = path.with_name(f"{path.name}.damaged")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged.{number}")
-    return path.rename(aside).name
+    endings = itertools.chain(["damaged"], (f"damaged.{i}" for i in itertools.count(2)))
+    places = (path.with_name(f"{path.name}.{ending}") for ending in endings)
+    return path.rename(next(place for place in places if not place.exists())).name
 
 
 # Writing, and what proves that content is whole.
@@ -413,15 +397,14 @@ def _put_aside(path: Path) -> str:
 
 def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: int) -> int:
     """Save `snapshot` as EPOCH with `record` in its progress; return the bytes on the disk."""
-    state = snapshot.state
     record = record | {
         "progress": snapshot.progress,
-        "shapes": _shapes(state),
-        "checksum": int(checksum(state)),
+        "shapes": _shapes(snapshot.state),
+        "checksum": int(checksum(snapshot.state)),
     }
-    record["digest"] = _digest(record)
     arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
+        state=ocp.args.StandardSave(snapshot.state),
+        progress=ocp.args.JsonSave(record | {"digest": _digest(record)}),
     )
     path = directory / str(snapshot.epoch)
     try:
@@ -432,8 +415,10 @@ def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: in
         code = _system_error(error)
         if not code:
             raise
-        raise WriteError(path, os.strerror(code)) from error
-    return multihost.on_primary(lambda: _bytes_on_disk(path))
+        raise files.WriteError(path, os.strerror(code)) from error
+    return multihost.on_primary(
+        lambda: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )
 
 
 def _system_error(error: OSError | ValueError) -> int | None:
@@ -444,20 +429,17 @@ def _system_error(error: OSError | ValueError) -> int | None:
     return int(match[1]) if match else None
 
 
-def _bytes_on_disk(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
 def _shapes(state: Any) -> dict[str, str]:
     """Return the dtype and shape of every array by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype} {list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _digest(record: Mapping[str, Any]) -> str:
     """Return a hash that is the same before and after a way through JSON."""
-    plain = json.loads(json.dumps(record))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -469,20 +451,18 @@ def checksum(state: Any) -> jax.Array:
 
     def leaf_sum(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-            leaf = jax.lax.bitcast_convert_type(leaf, unsigned)
-        place = jnp.uint32(0)
-        stride = 1
-        for axis in reversed(range(leaf.ndim)):  # not flattened: arrays stay where they are
-            along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place += jnp.uint32(stride % 2**32) * along
-            stride *= leaf.shape[axis]
+            leaf = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        strides = [math.prod(leaf.shape[axis + 1 :]) for axis in range(leaf.ndim)]
+        place = sum(  # not flattened: arrays stay where they are
+            jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            for axis, stride in enumerate(strides)
+        )
         return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
-    total = jnp.uint32(0)
-    for number, leaf in enumerate(jax.tree.leaves(state), start=1):
-        total += number * leaf_sum(leaf)
-    return total
+    return sum(
+        (number * leaf_sum(leaf) for number, leaf in enumerate(jax.tree.leaves(state), start=1)),
+        start=jnp.uint32(0),
+    )
 
 
 # Orbax.
@@ -517,14 +497,16 @@ def _manager(
         processes = ocp.options.MultiprocessingOptions(
             primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{index}"
         )
-    options = ocp.CheckpointManagerOptions(
-        create=False,
-        max_to_keep=keep,
-        enable_async_checkpointing=False,
-        cleanup_tmp_directories=clean,
-        multiprocessing_options=processes,
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(
+            create=False,
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=clean,
+            multiprocessing_options=processes,
+        ),
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 @contextlib.contextmanager

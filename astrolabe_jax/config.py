@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 WEIGHT = "weight"  # option of a reward: its weight, where it has other options, too
@@ -27,8 +28,10 @@ class Constraint(NamedTuple):
 
 def one_of(*choices: str) -> Constraint:
     """Return the constraint of a field that takes one of these words."""
-    names = ", ".join(choice or "''" for choice in choices)
-    return Constraint(f"one of {names}", lambda value: value in choices)
+    return Constraint(
+        f"one of {', '.join(choice or repr(choice) for choice in choices)}",
+        lambda value: value in choices,
+    )
 
 
 def at_least(least: float) -> Constraint:
@@ -43,12 +46,13 @@ def between(least: float, most: float) -> Constraint:
 
 def _are_timesteps(steps: Sequence[Any]) -> bool:
     """Return whether denoising can go through `steps`: down from at most 1000, at last to 0."""
-    for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int | float):
-            return False
-    if not steps or list(steps) != sorted(set(steps), reverse=True):
-        return False
-    return 0 < steps[0] <= 1000 and steps[-1] >= 0
+    return (
+        bool(steps)
+        and all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps)
+        and list(steps) == sorted(set(steps), reverse=True)
+        and 0 < steps[0] <= 1000
+        and steps[-1] >= 0
+    )
 
 
 POSITIVE = Constraint("a positive number", lambda value: 0 < value < math.inf)
@@ -464,13 +468,8 @@ def get_config() -> ConfigDict:
 
     Only `rewards` takes new names.
     """
-    config = ConfigDict()
-    for name, field in FIELDS.items():
-        section, _, key = name.rpartition(".")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        parent = config[section] if section else config
-        parent[key] = field.default
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    config = ConfigDict(traverse_util.unflatten_dict(defaults, sep="."))
     config.lock()
     config.rewards.unlock()
     return config
@@ -482,14 +481,21 @@ def describe_fields() -> str:
     """
     lines = []
     for section, meaning in SECTIONS.items():
-        lines += [f"## {section}", "", meaning, ""]
-        lines += ["| field | default | values | meaning |", "|---|---|---|---|"]
-        for name, field in FIELDS.items():
-            if _section(name) == section:
-                lines.append(
-                    f"| `{name}` | `{field.default!r}` | {_values(field)} | {field.meaning} |"
-                )
-        lines.append("")
+        rows = [
+            f"| `{name}` | `{field.default!r}` | {_values(field)} | {field.meaning} |"
+            for name, field in FIELDS.items()
+            if _section(name) == section
+        ]
+        lines += [
+            f"## {section}",
+            "",
+            meaning,
+            "",
+            "| field | default | values | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -511,10 +517,12 @@ def renamed(field: str) -> str | None:
     """Return today's name of a field ('prompts.groups') or section of earlier versions, else
     None.
     """
-    for old, new in RENAMED.items():
-        if field == old or field.startswith(f"{old}."):
-            return new + field.removeprefix(old)
-    return None
+    names = (
+        new + field.removeprefix(old)
+        for old, new in RENAMED.items()
+        if f"{field}.".startswith(f"{old}.")
+    )
+    return next(names, None)
 
 
 def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
@@ -536,17 +544,14 @@ def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
     return config
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flatten(config: ConfigDict) -> dict[str, Any]:
     """Return every field by its full name, {'optimizer.b1': 0.9, ...}; tuples become lists, so that
     the result survives JSON.
     """
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items()
+    }
 
 
 def samples(config: ConfigDict) -> int:
@@ -556,10 +561,10 @@ def samples(config: ConfigDict) -> int:
 
 def reward_weights(config: ConfigDict) -> dict[str, float]:
     """Return the weight of each reward by its name."""
-    weights = {}
-    for name, value in config.rewards.items():
-        weights[name] = value.get(WEIGHT) if isinstance(value, ConfigDict) else value
-    return weights
+    return {
+        name: value.get(WEIGHT) if isinstance(value, ConfigDict) else value
+        for name, value in config.rewards.items()
+    }
 
 
 def repeats(config: ConfigDict) -> int:
@@ -609,8 +614,7 @@ def window_starts(config: ConfigDict, frames: int) -> tuple[int, ...]:
     }
     progressive = range(0, max(last, 0) + 1, window)
     starts = tuple(progressive if streaming.mode == "progressive" else choices[streaming.selection])
-    whole_blocks = all(type(start) is int and start >= 0 and start % block == 0 for start in starts)
-    if window % block or not whole_blocks:
+    if window % block or any(type(at) is not int or at < 0 or at % block for at in starts):
         raise ValueError(
             f"config.streaming has a window of {window} and starts {tuple(streaming.starts)}; "
             f"expected whole blocks of {block}"

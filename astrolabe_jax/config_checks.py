@@ -1,12 +1,13 @@
 """Refuse a config that makes no sense, with all its faults at once, before anything is compiled.
 
-Each `_..._faults` yields one message for each fault: the field, its value, what was expected. What
+Each `_..._faults` gives one message for each fault: the field, its value, what was expected. What
 a field takes by itself is declared in config.py; here is what fields ask of each other and of the
 devices. What depends on the base model or the prompts is checked in prepare.py.
 """
 
 import math
-from collections.abc import Collection, Iterator
+import operator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,18 +27,17 @@ def validate(config: ConfigDict, reward_names: Collection[str], devices: int, ba
     Raises:
       ValueError: its message lists every field at fault: its value, what was expected, what to do.
     """
-    faults = [
+    _refuse(
         *_field_faults(config),
         *_reward_faults(config, reward_names),
         *_attention_faults(config, backend),
-    ]
-    if not faults:  # the sums below need sensible numbers
-        faults = [
-            *_batch_faults(config, devices),
-            *_kl_faults(config),
-            *_streaming_faults(config, devices),
-        ]
-    _refuse(faults)
+    )
+    # these calculate, with numbers that are sensible by now
+    _refuse(
+        *_batch_faults(config, devices),
+        *_kl_faults(config),
+        *_streaming_faults(config, devices),
+    )
 
 
 def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
@@ -45,65 +45,73 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
 
     Arguments and errors are those of validate().
     """
-    faults = [*_field_faults(config), *_attention_faults(config, backend)]
-    if not faults:
-        faults = [*_mesh_faults(config, devices)]
-    _refuse(faults)
+    _refuse(*_field_faults(config), *_attention_faults(config, backend))
+    _refuse(*_mesh_faults(config, devices))
 
 
-def _refuse(faults: list[str]) -> None:
+def _refuse(*faults: str) -> None:
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))
 
 
+def _broken(*rules: tuple[object, str]) -> Iterable[str]:
+    """Return the messages of the rules that are broken; a rule is (whether it is, message)."""
+    return [message for broken, message in rules if broken]
+
+
 def _field_faults(config: ConfigDict) -> Iterator[str]:
     for name, field in FIELDS.items():
-        value = _value(config, name)
+        value = operator.attrgetter(name)(config)
         if field.constraint and not field.constraint.allows(value):
             yield f"config.{name} is {value!r}; expected {field.constraint.expected}"
-    if config.train.save_samples and config.train.checkpoint_every != 1:
-        yield (
+    yield from _broken(
+        (
+            config.train.save_samples and config.train.checkpoint_every != 1,
             "config.train.save_samples is True and train.checkpoint_every "
             f"{config.train.checkpoint_every}: samples go with the checkpoint before them; "
-            "expected checkpoint_every 1"
-        )
-    if config.eval.shown > config.eval.videos:
-        yield (
+            "expected checkpoint_every 1",
+        ),
+        (
+            config.eval.shown > config.eval.videos,
             f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, "
-            f"{config.eval.videos}"
-        )
+            f"{config.eval.videos}",
+        ),
+    )
 
 
-def _value(config: ConfigDict, name: str) -> Any:
-    """Return the value of a field by its full name."""
-    section, _, key = name.rpartition(".")
-    return config[section][key] if section else config[key]
-
-
-def _attention_faults(config: ConfigDict, backend: str) -> Iterator[str]:
+def _attention_faults(config: ConfigDict, backend: str) -> Iterable[str]:
     model = config.model
-    if model.attention == "cudnn" and (backend != "gpu" or model.dtype != "bfloat16"):
-        yield (
+    return _broken(
+        (
+            model.attention == "cudnn" and (backend != "gpu" or model.dtype != "bfloat16"),
             f"config.model.attention is 'cudnn' with model.dtype {model.dtype} on a {backend}; "
-            "expected bfloat16 on a gpu; or use auto"
+            "expected bfloat16 on a gpu; or use auto",
         )
+    )
 
 
 def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterator[str]:
     known = ", ".join(sorted(reward_names))
-    if not config.rewards:
-        yield (
-            "config.rewards is empty; give at least one reward a weight, config.rewards.NAME = "
-            f"1.0 ({known})"
-        )
     weights = reward_weights(config)
+    yield from _broken(
+        (
+            not config.rewards,
+            "config.rewards is empty; give at least one reward a weight, config.rewards.NAME = "
+            f"1.0 ({known})",
+        )
+    )
     for name, weight in weights.items():
-        if name not in reward_names:
-            yield f"config.rewards.{name}: unknown reward; expected one of {known}"
-        if not _is_finite(weight):
-            has_options = isinstance(config.rewards[name], ConfigDict)
-            field = f"config.rewards.{name}.{WEIGHT}" if has_options else f"config.rewards.{name}"
-            yield f"{field} is {weight!r}; expected a finite weight"
+        option = f".{WEIGHT}" if isinstance(config.rewards[name], ConfigDict) else ""
+        yield from _broken(
+            (
+                name not in reward_names,
+                f"config.rewards.{name}: unknown reward; expected one of {known}",
+            ),
+            (
+                not _is_finite(weight),
+                f"config.rewards.{name}{option} is {weight!r}; expected a finite weight",
+            ),
+        )
     if weights and all(map(_is_finite, weights.values())) and sum(weights.values()) == 0:
         summands = ", ".join(f"{name}={weight}" for name, weight in weights.items())
         yield f"config.rewards has a total weight of 0 ({summands}); raise a weight"
@@ -111,8 +119,9 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
 
 def _is_finite(weight: Any) -> bool:
     """Return whether a weight is a finite number; the command line may give any literal."""
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    return is_number and math.isfinite(weight)
+    return (
+        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    )
 
 
 def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
@@ -127,15 +136,23 @@ def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
         yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
     else:
         yield from _prompt_faults(config)
-    if videos % (optimizer.microbatch * optimizer.steps_per_pass):
-        yield (
+    yield from _broken(
+        (
+            videos % (optimizer.microbatch * optimizer.steps_per_pass),
             f"config.optimizer.microbatch is {optimizer.microbatch}; expected {epoch} to be a "
-            f"whole number of them in each of the {optimizer.steps_per_pass} steps of a pass"
+            f"whole number of them in each of the {optimizer.steps_per_pass} steps of a pass",
         )
+    )
     yield from _mesh_faults(config, devices)
-    for field, size in _batch_sizes(config).items():
-        if size % devices:
-            yield f"config.{field} is {size}; expected a multiple of the {devices} devices"
+    yield from _broken(
+        *(
+            (
+                size % devices,
+                f"config.{field} is {size}; expected a multiple of the {devices} devices",
+            )
+            for field, size in _batch_sizes(config).items()
+        )
+    )
 
 
 def _prompt_faults(config: ConfigDict) -> Iterator[str]:
@@ -163,51 +180,59 @@ def _batch_sizes(config: ConfigDict) -> dict[str, int]:
     }
 
 
-def _mesh_faults(config: ConfigDict, devices: int) -> Iterator[str]:
+def _mesh_faults(config: ConfigDict, devices: int) -> Iterable[str]:
     mesh = config.mesh
     data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
-    if data * mesh.fsdp != devices:
-        yield (
+    return _broken(
+        (
+            data * mesh.fsdp != devices,
             f"config.mesh has data {mesh.data} x fsdp {mesh.fsdp}; expected their product to be "
-            f"the {devices} devices"
-        )
-    if config.scoring.overlap == "all" and mesh.fsdp > 1:
-        yield (
+            f"the {devices} devices",
+        ),
+        (
+            config.scoring.overlap == "all" and mesh.fsdp > 1,
             f"config.scoring.overlap is 'all' with mesh.fsdp {mesh.fsdp}: rewards and sampling "
             "that gather weights at one time may wait for each other for ever; expected host or "
-            "none"
-        )
+            "none",
+        ),
+    )
 
 
-def _kl_faults(config: ConfigDict) -> Iterator[str]:
-    if config.kl.kind != "selective":
-        return
+def _kl_faults(config: ConfigDict) -> Iterable[str]:
     names = ", ".join(config.rewards)
-    if len(config.rewards) < 2:
-        yield f"config.kl.kind 'selective' compares rewards; expected at least 2, got {names}"
-    elif config.kl.main_reward not in config.rewards:
-        yield (
+    selective = config.kl.kind == "selective"
+    several = len(config.rewards) >= 2
+    return _broken(
+        (
+            selective and not several,
+            f"config.kl.kind 'selective' compares rewards; expected at least 2, got {names}",
+        ),
+        (
+            selective and several and config.kl.main_reward not in config.rewards,
             f"config.kl.main_reward is {config.kl.main_reward!r}; expected one of the rewards of "
-            f"this run, {names}"
-        )
+            f"this run, {names}",
+        ),
+    )
 
 
 def _streaming_faults(config: ConfigDict, devices: int) -> Iterator[str]:
-    if not config.streaming.window:
-        if config.eval.frames:
-            yield (
-                "config.eval.frames belongs to the training of windows; set video.frames, or "
-                "streaming.window"
-            )
-        if config.streaming.score_frames:
-            yield (
-                "config.streaming.score_frames belongs to the training of windows; expected 0, or "
-                "a streaming.window"
-            )
-        return
     streaming = config.streaming
     block = config.model.block
     score_frames = streaming.score_frames
+    if not streaming.window:
+        yield from _broken(
+            (
+                config.eval.frames,
+                "config.eval.frames belongs to the training of windows; set video.frames, or "
+                "streaming.window",
+            ),
+            (
+                score_frames,
+                "config.streaming.score_frames belongs to the training of windows; expected 0, or "
+                "a streaming.window",
+            ),
+        )
+        return
     if score_frames and (score_frames % block or streaming.window % score_frames):
         yield (
             f"config.streaming.score_frames is {score_frames}; expected whole blocks of {block}, "
@@ -247,60 +272,65 @@ def _stream_batch_faults(
             )
 
 
-def _variant_faults(config: ConfigDict) -> Iterator[str]:
-    """Yield the variants of windows that exclude each other."""
+def _variant_faults(config: ConfigDict) -> Iterable[str]:
+    """Return the variants of windows that exclude each other."""
     streaming = config.streaming
     progressive = streaming.mode == "progressive"
+    sequence = streaming.sampling == "sequence"
     old_prefix = streaming.prefix == "rollout_old"
-    if streaming.sampling == "sequence" and progressive:
-        yield (
+    return _broken(
+        (
+            sequence and progressive,
             "config.streaming.sampling is 'sequence', whose videos begin at frame 0; expected "
-            "'clip' if progressive"
-        )
-    if streaming.backprop == "full" and (progressive or not old_prefix):
-        yield (
+            "'clip' if progressive",
+        ),
+        (
+            streaming.backprop == "full" and (progressive or not old_prefix),
             "config.streaming.backprop 'full' makes all keys anew; expected mode 'epoch' and "
-            "prefix 'rollout_old'"
-        )
-    if streaming.sampling == "sequence" and not old_prefix:
-        yield (
+            "prefix 'rollout_old'",
+        ),
+        (
+            sequence and not old_prefix,
             f"config.streaming.prefix is {streaming.prefix!r}; expected 'rollout_old' where "
-            "sampling is 'sequence'"
-        )
-    if progressive and streaming.reward == "full":
-        yield (
+            "sampling is 'sequence'",
+        ),
+        (
+            progressive and streaming.reward == "full",
             "config.streaming.reward is 'full', a progressive stream does not keep its frames; "
-            "expected window_stream"
-        )
-    if config.prompts.repeated != 1:
-        yield (
+            "expected window_stream",
+        ),
+        (
+            config.prompts.repeated != 1,
             f"config.prompts.repeated is {config.prompts.repeated}; expected 1 where windows are "
-            "trained"
-        )
+            "trained",
+        ),
+    )
 
 
-def _cache_faults(config: ConfigDict) -> Iterator[str]:
-    """Yield what the cache of a long video cannot do."""
+def _cache_faults(config: ConfigDict) -> Iterable[str]:
+    """Return what the cache of a long video cannot do."""
     streaming = config.streaming
     model = config.model
-    if model.independent_first_frame or (model.faithful_sinks and model.sink > model.block):
-        yield (
-            "config.streaming.window cuts videos into equal blocks with whole sinks; expected "
-            "model.independent_first_frame False, and model.faithful_sinks False for a sink larger "
-            "than a block"
-        )
     hidden_sink = model.sink and not config.loss.mask_sink
-    if hidden_sink or config.loss.mask_block > model.block:
-        yield (
-            "config.loss.mask_sink and mask_block ask for frames that the cache of a long video "
-            "does not hold; where windows are trained, expected mask_sink True and mask_block at "
-            "most model.block"
-        )
     capacity = model.max_global if model.window == -1 else model.window
     recomputed = streaming.prefix != "rollout_old" or streaming.recache_on_update
-    if recomputed and (capacity - model.sink) % model.block:
-        yield (
+    return _broken(
+        (
+            model.independent_first_frame or (model.faithful_sinks and model.sink > model.block),
+            "config.streaming.window cuts videos into equal blocks with whole sinks; expected "
+            "model.independent_first_frame False, and model.faithful_sinks False for a sink larger "
+            "than a block",
+        ),
+        (
+            hidden_sink or config.loss.mask_block > model.block,
+            "config.loss.mask_sink and mask_block ask for frames that the cache of a long video "
+            "does not hold; where windows are trained, expected mask_sink True and mask_block at "
+            "most model.block",
+        ),
+        (
+            recomputed and (capacity - model.sink) % model.block,
             f"config.streaming makes keys anew, but a window of {capacity} less a sink of "
             f"{model.sink} is not whole blocks of {model.block}; expected prefix 'rollout_old' "
-            "without recache_on_update, or another model.window"
-        )
+            "without recache_on_update, or another model.window",
+        ),
+    )

@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from astrolabe_jax import prompts
-from astrolabe_jax.advantages import total_reward
+from astrolabe_jax import advantages, decode, prompts
 from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
-from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows
-from astrolabe_jax.streaming.windows import WaitForScores
 from astrolabe_jax.types import Evaluation, PromptBatch, RngStream, Timeline
 
 
@@ -49,12 +46,11 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     if world is None or not run.config.eval.ceiling:
         return None
     batch = held_out(run)
-    length = _length(run)
     size = piece(run.config, run.config.sampler.batch, run.mesh.size)
     waiting = []
     for first in range(0, len(batch.texts), size):
         part = batch.take(np.arange(first, min(first + size, len(batch.texts))))
-        timelines = [timeline_of(run.config, run.layout, text, length) for text in part.texts]
+        timelines = [timeline_of(run.config, run.layout, text, _length(run)) for text in part.texts]
         real = np.stack(
             [
                 world.sample(_scenes(run, timeline), _generator(run, part, j))
@@ -67,14 +63,13 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
 
 def _score_real(
     run: Run, timelines: Sequence[Timeline], videos: np.ndarray, first: int, progress: Progress
-) -> list[WaitForScores]:
+) -> list[windows.WaitForScores]:
     """Begin to score real videos [B, T, height, width, 3] after a round trip, clip by clip.
 
     first: number of the first one among the held-out videos.
     """
     vae = run.base.vae
     stride = vae.config.temporal_stride
-    chunk = run.config.video.decode_chunk
     size = piece(run.config, run.config.sampler.batch, run.mesh.size)
     padded = videos[np.resize(np.arange(len(videos)), size)]
     numbers = range(first, first + len(videos))
@@ -85,10 +80,12 @@ def _score_real(
     for begin, end in windows.split(length, clip_length(run.config) or length):
         clip = padded[:, max(stride * begin - stride + 1, 0) : stride * end - stride + 1]
         with progress.phase("encode"):
-            latents, encoder = encode_video(vae, clip, encoder, end - begin, run.mesh)
+            latents, encoder = decode.encode_video(vae, clip, encoder, end - begin, run.mesh)
         with progress.phase("decode"):
             windows.refuse_non_finite(latents, [t.prompts[0] for t in timelines], numbers)
-            decoded, decoder = decode_video(vae, latents, decoder, chunk)
+            decoded, decoder = decode.decode_video(
+                vae, latents, decoder, run.config.video.decode_chunk
+            )
             frames = windows.to_host(decoded)[: len(videos)]
         texts = [_prompt_at(timeline, begin) for timeline in timelines]
         waiting.append(windows.score_async(run, frames, texts, numbers, progress))
@@ -116,11 +113,12 @@ def _scenes(run: Run, timeline: Timeline) -> list[tuple[str, int]]:
 
 def _generator(run: Run, batch: PromptBatch, j: int) -> np.random.Generator:
     """Return what the path of a real video is drawn from."""
-    seed = [run.config.seed, RngStream.REAL, batch.index[j], batch.candidate[j]]
-    return np.random.default_rng(seed)
+    return np.random.default_rng(
+        [run.config.seed, RngStream.REAL, batch.index[j], batch.candidate[j]]
+    )
 
 
-def _evaluation(run: Run, waiting: Sequence[Sequence[WaitForScores]]) -> Evaluation:
+def _evaluation(run: Run, waiting: Sequence[Sequence[windows.WaitForScores]]) -> Evaluation:
     """Return the means over the clips of each video, and what single clips have (types.Evaluation).
 
     waiting: for each piece of the held-out videos, the scores of its clips.
@@ -131,15 +129,16 @@ def _evaluation(run: Run, waiting: Sequence[Sequence[WaitForScores]]) -> Evaluat
         return clips[0]
     begins = [begin for begin, _ in windows.split(length, clip_length(run.config))]
     late = [clip["total"] for begin, clip in zip(begins, clips, strict=True) if 2 * begin >= length]
-    evaluation = {name: np.mean([clip[name] for clip in clips], axis=0) for name in clips[0]}
-    evaluation["late"] = np.mean(late or [clips[-1]["total"]], axis=0)
-    by_clip = {f"total/{begin}": clip["total"] for begin, clip in zip(begins, clips, strict=True)}
-    return evaluation | by_clip
+    return {
+        **{name: np.mean([clip[name] for clip in clips], axis=0) for name in clips[0]},
+        "late": np.mean(late or [clips[-1]["total"]], axis=0),
+        **{f"total/{begin}": clip["total"] for begin, clip in zip(begins, clips, strict=True)},
+    }
 
 
-def _total(run: Run, pieces: Sequence[WaitForScores]) -> Evaluation:
+def _total(run: Run, pieces: Sequence[windows.WaitForScores]) -> Evaluation:
     """Return the rewards of one clip of all videos, and their weighted sum."""
     scores = windows.joined(pieces)
     weights = reward_weights(run.config)
     values = {name: scores[name].astype(np.float64) for name in weights}
-    return values | {"total": total_reward(values, weights)}
+    return values | {"total": advantages.total_reward(values, weights)}

@@ -2,7 +2,7 @@
 
 from absl import app, flags
 
-from astrolabe_jax.runtime import cli, multihost
+from astrolabe_jax.runtime import cli, multihost, preemption
 
 CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
@@ -37,19 +37,17 @@ def main(argv: list[str]) -> None:
     # after joining: no array may exist before it
     import jax
 
-    from astrolabe_jax import train
-    from astrolabe_jax.run import prepare
-    from astrolabe_jax.runtime import preemption
+    from astrolabe_jax import run, train
 
     with multihost.exit_together(), preemption.listening() as check:
         try:
-            run = prepare(CONFIG.value, WORKDIR.value)
-            jax.set_mesh(run.mesh)
-            state = train.resume(run)
+            prepared = run.prepare(CONFIG.value, WORKDIR.value)
+            jax.set_mesh(prepared.mesh)
+            state = train.resume(prepared)
         except (ValueError, OSError) as error:
             cli.fail(error, 2)
         try:
-            train.train(run, state, check)
+            train.train(prepared, state, check)
         except train.REFUSED as error:
             cli.fail(error, 1)
 

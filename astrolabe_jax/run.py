@@ -10,25 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
-from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.rewards.panel import RewardRunner
+from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
-from astrolabe_jax.streaming.scenes import Rules, Scene
 from astrolabe_jax.types import Policy, RngStream, Timeline
 from astrolabe_jax.update import training_layout
 
@@ -42,7 +38,7 @@ class Run(NamedTuple):
     config: ConfigDict
     workdir: Path
     fingerprint: dict[str, Any]  # what makes two runs the same, see checkpoint.claim
-    base: Base  # with its parameters on the mesh
+    base: bases.Base  # with its parameters on the mesh
     layout: Layout  # blocks, window, sink
     sampler: Sampler  # denoising steps
     mesh: Any  # Mesh, or AbstractMesh if it is only planned
@@ -51,7 +47,7 @@ class Run(NamedTuple):
     test_prompts: tuple[str, ...]
     adapter: Any  # of every policy before the first epoch, on the host; None: merged in the base
     starts: tuple[int, ...]  # latent frames at which a trained window may begin; whole videos: 0
-    reward_runner: RewardRunner  # the rewards, ready to score
+    reward_runner: panel.RewardRunner  # the rewards, ready to score
 
     @property
     def lora_scale(self) -> float:
@@ -77,6 +73,17 @@ class Run(NamedTuple):
         )
 
 
+@contextlib.contextmanager
+def error_prefix(field: str) -> Iterator[None]:
+    """Put the field at fault in front of an error's message."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{field}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
 def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     """Check the config, the base model, the prompts and the directory, and load what a run needs.
 
@@ -96,8 +103,8 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
 
 def _read(config: ConfigDict, workdir: Path) -> Run:
     """Do all of `prepare` but for the working directory, without the other processes."""
-    validate(config, rewards.TABLE, jax.device_count(), jax.default_backend())
-    rewards.validate(config.rewards)
+    validate(config, registry.TABLE, jax.device_count(), jax.default_backend())
+    registry.validate(config.rewards)
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {
@@ -109,20 +116,19 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
     adapter = _first_adapter(config, base)
-    identity = {"base": base.fingerprint}
-    identity |= {
-        f"prompts.{name}": _hash(line.encode() for line in lines) for name, lines in lists.items()
+    leaves = jax.tree.leaves(adapter)
+    identity = {
+        "base": base.fingerprint,
+        **{f"prompts.{name}": _hash(map(str.encode, lines)) for name, lines in lists.items()},
+        **({"lora.init": _hash(leaf.tobytes() for leaf in leaves)} if config.lora.init else {}),
+        **{f"config.{field}": value for field, value in flatten(config).items()},
     }
-    if config.lora.init:
-        identity["lora.init"] = _hash(leaf.tobytes() for leaf in jax.tree.leaves(adapter))
-    identity |= {f"config.{field}": value for field, value in flatten(config).items()}
     starts = _window_starts(config, layout, sizes, lists)
     reward_runner = load_rewards(config, mesh)
-    identity |= reward_runner.identity
     return Run(
         config,
         workdir,
-        identity,
+        identity | reward_runner.identity,
         base,
         layout,
         sampler,
@@ -136,7 +142,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     )
 
 
-def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
+def load_rewards(config: ConfigDict, mesh: jax.sharding.Mesh) -> panel.RewardRunner:
     """Return the rewards of a config, their weights on the mesh.
 
     Raises:
@@ -148,8 +154,12 @@ def load_rewards(config: ConfigDict, mesh: Mesh) -> RewardRunner:
             "config.scoring.overlap is 'all' with several processes, which must start programs in "
             "one order; expected host or none"
         )
-    loaded = rewards.load(config.rewards, rewards.Setting(mesh, config.video.fps))
-    return RewardRunner(loaded, scoring.overlap, scoring.weights, scoring.timeout)
+    return panel.RewardRunner(
+        registry.load(config.rewards, registry.Setting(mesh, config.video.fps)),
+        scoring.overlap,
+        scoring.weights,
+        scoring.timeout,
+    )
 
 
 def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -170,17 +180,17 @@ def numerics(config: ConfigDict) -> dict[str, Any]:
     return {name: config.model[name] for name in ("dtype", "param_dtype", "remat", "attention")}
 
 
+@error_prefix("config.base")
 def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
     """Return the sizes of the nets of config.base (bases.configs) and its tokenizer.
 
     No weights are read.
     """
-    with error_prefix("config.base"):
-        sizes = bases.configs(config.base, config.model.size, **numerics(config))
-        return sizes, load_tokenizer(bases.tokenizer_of(config.base))
+    sizes = bases.configs(config.base, config.model.size, **numerics(config))
+    return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
-def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> Base:
+def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> bases.Base:
     """Return the base model of a config, with its parameters on the mesh.
 
     Raises:
@@ -203,9 +213,9 @@ def _place(mesh: sharding.AnyMesh, part: str, path: tuple, leaf: np.ndarray) -> 
 
     Those of the VAE are whole on every device; the large nets are split over `fsdp`.
     """
-    if part == "vae":
-        return sharding.replicate(mesh, leaf)
-    return sharding.shard_param(mesh, path, leaf)
+    return (
+        sharding.replicate(mesh, leaf) if part == "vae" else sharding.shard_param(mesh, path, leaf)
+    )
 
 
 def geometry(
@@ -233,35 +243,40 @@ def geometry(
     return layout, sampler, (last + window, *size)
 
 
+@error_prefix("config.model")
 def layout_of(config: ConfigDict) -> Layout:
     """Return blocks, window and sink."""
     model = config.model
-    with error_prefix("config.model"):
-        return Layout(
-            model.block,
-            model.window,
-            model.sink,
-            model.positions,
-            model.independent_first_frame,
-            model.max_global,
-            model.faithful_sinks,
-        )
+    return Layout(
+        model.block,
+        model.window,
+        model.sink,
+        model.positions,
+        model.independent_first_frame,
+        model.max_global,
+        model.faithful_sinks,
+    )
 
 
+@error_prefix("config.sampler")
 def sampler_of(config: ConfigDict) -> Sampler:
     """Return the denoising steps."""
     settings = config.sampler
     schedule = Schedule(shift=settings.shift)
-    steps = tuple(float(t) for t in settings.steps)
-    with error_prefix("config.sampler"):
-        steps = warp(steps, schedule) if settings.warp else steps
-        return Sampler(steps, None, settings.context_noise, schedule, settings.sigma_source)
+    steps = tuple(map(float, settings.steps))
+    return Sampler(
+        warp(steps, schedule) if settings.warp else steps,
+        None,
+        settings.context_noise,
+        schedule,
+        settings.sigma_source,
+    )
 
 
-def rules_of(config: ConfigDict) -> Rules:
+def rules_of(config: ConfigDict) -> scenes.Rules:
     """Return how scenes follow each other."""
     settings = config.scenes
-    return Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
+    return scenes.Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
 
 
 def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Timeline:
@@ -269,14 +284,13 @@ def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) ->
 
     Where windows are trained, a prompt may be a scene string; elsewhere it is taken literally.
     """
-    parts = scenes_of(config, layout, prompt)
-    return scenes.timeline_of(parts, frames, layout, rules_of(config))
+    return scenes.timeline_of(scenes_of(config, layout, prompt), frames, layout, rules_of(config))
 
 
-def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[Scene]:
+def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[scenes.Scene]:
     """Return the scenes of a prompt, see `timeline_of`."""
     if not config.streaming.window:
-        return [Scene(prompt, 0.0, 0, False)]
+        return [scenes.Scene(prompt, 0.0, 0, False)]
     parse = scenes.parse_published if config.scenes.published else scenes.parse
     return parse(prompt, layout.block, config.video.fps)
 
@@ -313,31 +327,36 @@ def _window_starts(
 def _check_timeline(config: ConfigDict, timeline: Timeline, first: Timeline, frames: int) -> None:
     """Raise ValueError for a timeline that cannot be sampled with others, such as `first`."""
     streaming = config.streaming
-    if timeline.blocks[-1].scene != len(timeline.prompts) - 1:
-        raise ValueError(
-            f"the {frames} latent frames of a video are over before its last scene; raise "
-            "config.video.frames, or for held-out videos config.eval.frames"
-        )
-    if timeline.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"):
-        raise ValueError(
-            "its prompt changes; expected streaming.sampling 'clip' and streaming.backprop 'detach'"
-        )
     reencodes = streaming.prefix != "rollout_old" or streaming.recache_on_update
     restarts = any(
         block.change is not None and block.change.keep is not None for block in timeline.blocks
     )
-    if restarts and reencodes:
-        raise ValueError(
+    for broken, fault in (
+        (
+            timeline.blocks[-1].scene != len(timeline.prompts) - 1,
+            f"the {frames} latent frames of a video are over before its last scene; raise "
+            "config.video.frames, or for held-out videos config.eval.frames",
+        ),
+        (
+            timeline.changes and (streaming.sampling == "sequence" or streaming.backprop == "full"),
+            "its prompt changes; expected streaming.sampling 'clip' and streaming.backprop "
+            "'detach'",
+        ),
+        (
+            restarts and reencodes,
             "a flush or a hard cut leaves frames that are not the last ones, whose keys cannot be "
             "made anew; expected scenes.transition 'recache', or streaming.prefix 'rollout_old' "
-            "without recache_on_update"
-        )
-    if _places(timeline) != _places(first):
-        raise ValueError(
+            "without recache_on_update",
+        ),
+        (
+            _places(timeline) != _places(first),
             f"its prompt changes at the latent frames {timeline.changes}, that of line 1 at "
             f"{first.changes}; flushes and hard cuts must come at the same frames in all lines; or "
-            "use scenes.transition 'recache' and no #"
-        )
+            "use scenes.transition 'recache' and no #",
+        ),
+    ):
+        if broken:
+            raise ValueError(fault)
 
 
 def _places(timeline: Timeline) -> list:
@@ -389,7 +408,7 @@ def _prompts(
 
     def check(line: str) -> None:
         for scene in scenes_of(config, layout, line):
-            rewards.check_prompt(list(config.rewards), scene.prompt)
+            registry.check_prompt(list(config.rewards), scene.prompt)
 
     def tokens(line: str) -> int:
         return max(
@@ -406,7 +425,7 @@ def _prompts(
     return lines
 
 
-def _first_adapter(config: ConfigDict, base: Base) -> dict:
+def _first_adapter(config: ConfigDict, base: bases.Base) -> dict:
     """Return the adapter that every policy starts from: fresh, or from config.lora.init."""
     lora = config.lora
     net = base.transformer.config
@@ -426,14 +445,3 @@ def _first_adapter(config: ConfigDict, base: Base) -> dict:
 
 def _hash(pieces: Iterable[bytes]) -> str:
     return hashlib.sha256(b"\n".join(pieces)).hexdigest()
-
-
-@contextlib.contextmanager
-def error_prefix(field: str) -> Iterator[None]:
-    """Put the field at fault in front of an error's message."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{field}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None

@@ -15,17 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import advantages as adv
-from astrolabe_jax import checkpoint, prompts, report, sharding
+from astrolabe_jax import advantages, checkpoint, evaluate, prompts, report, sharding
 from astrolabe_jax.config import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
-from astrolabe_jax.evaluate import ceiling, evaluate, held_out
 from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
-from astrolabe_jax.runtime import multihost
-from astrolabe_jax.runtime.files import read_json
+from astrolabe_jax.runtime import files, multihost, preemption
 from astrolabe_jax.runtime.metrics import Metrics
-from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.runtime.progress import Progress, log
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
@@ -53,8 +49,8 @@ class RunState(NamedTuple):
 
     epoch: int  # finished ones
     train: TrainState
-    risk: adv.RiskState  # controllers of the selective KL
-    reset: adv.ResetState
+    risk: advantages.RiskState  # controllers of the selective KL
+    reset: advantages.ResetState
     seconds: dict[str, float]  # spent so far, by phase
     # progressive streams at the next epoch's window, one set a round
     streams: list[StreamState] = []
@@ -78,13 +74,14 @@ def epoch(
     # prompts
     batch = draw_prompts(run, number)
     # encode
-    length = run.latent_shape[0]
-    videos = windows.encode_videos(run, batch, RngStream.ROLLOUT, number, length, progress)
+    videos = windows.encode_videos(
+        run, batch, RngStream.ROLLOUT, number, run.latent_shape[0], progress
+    )
     # rollout, decode, rewards: piece by piece, so that scoring overlaps sampling
     segment = collect_or_restore(run, state, videos, progress)
     # advantages
     rewards = {name: segment.scores[name] for name in config.rewards}
-    result = adv.advantages(config, rewards, batch.index)
+    result = advantages.advantages(config, rewards, batch.index)
     risk, mask, figures = kl_mask(config, rewards, state.risk)
     # losses, update
     with progress.phase("update"):
@@ -103,8 +100,9 @@ def epoch(
         **figures,
         "seconds": progress.take(),
     }
-    table = score_table(segment, rewards, result)
-    multihost.on_primary(lambda: report.write_scores(run.workdir, number + 1, table))
+    multihost.on_primary(
+        lambda: report.write_scores(run.workdir, number + 1, score_table(segment, rewards, result))
+    )
     return RunState(number + 1, train, risk, reset, dict(progress.seconds), following), record
 
 
@@ -128,37 +126,41 @@ def collect_or_restore(
     start = windows.window_start(run, state.epoch)
     old = state.train.old
     if run.config.train.save_samples:
-        shapes = windows.segment_shapes(run, start)
-        found = checkpoint.restore_samples(run.workdir, state.epoch, shapes, old, run.fingerprint)
+        found = checkpoint.restore_samples(
+            run.workdir, state.epoch, windows.segment_shapes(run, start), old, run.fingerprint
+        )
         if found is not None:
             log(f"epoch {state.epoch + 1} goes on with the samples that were saved")
             scores = {k: np.array(values, np.float32) for k, values in found.progress.items()}
-            saved = (found.state, scores)
-            return windows.restore_segment(run, old, videos, start, state.streams, saved)
-    label = f"epoch {state.epoch + 1}: sampling"
-    segment = windows.collect(run, old, videos, start, state.streams, progress, label)
+            return windows.restore_segment(
+                run, old, videos, start, state.streams, (found.state, scores)
+            )
+    segment = windows.collect(
+        run, old, videos, start, state.streams, progress, f"epoch {state.epoch + 1}: sampling"
+    )
     if run.config.train.save_samples:
         with progress.phase("save samples"):
-            arrays = windows.segment_arrays(run, segment)
             scores = {name: values.tolist() for name, values in segment.scores.items()}
-            samples_of_epoch = checkpoint.Snapshot(state.epoch, arrays, scores)
-            size = checkpoint.save_samples(run.workdir, samples_of_epoch, old, run.fingerprint)
+            sampled = checkpoint.Snapshot(state.epoch, windows.segment_arrays(run, segment), scores)
+            size = checkpoint.save_samples(run.workdir, sampled, old, run.fingerprint)
         progress.takes("an epoch's samples", size, run.workdir / checkpoint.SAMPLES)
     return segment
 
 
 def kl_mask(
-    config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: adv.RiskState
-) -> tuple[adv.RiskState, np.ndarray, dict[str, float]]:
+    config: ConfigDict, rewards: Mapping[str, np.ndarray], risk: advantages.RiskState
+) -> tuple[advantages.RiskState, np.ndarray, dict[str, float]]:
     """Return the risk controller after this epoch, which samples the KL restrains, and figures.
 
     The samples are bool [N] (docs/objective.md, Selective KL).
     """
     if config.kl.kind == "uniform":
         return risk, np.ones(samples(config), bool), {}
-    discrepancy = adv.rank_discrepancy(rewards, config.kl.main_reward, config.kl.rank_direction)
-    risk, value = adv.update_risk(risk, discrepancy)
-    mask, threshold = adv.risk_mask(discrepancy, risk.ratio)
+    discrepancy = advantages.rank_discrepancy(
+        rewards, config.kl.main_reward, config.kl.rank_direction
+    )
+    risk, value = advantages.update_risk(risk, discrepancy)
+    mask, threshold = advantages.risk_mask(discrepancy, risk.ratio)
     figures = {
         "risk": value,
         "risk_ratio": risk.ratio,
@@ -169,7 +171,7 @@ def kl_mask(
 
 
 def samples_of(
-    run: Run, segment: Segment, result: adv.Advantages, mask: np.ndarray, number: int
+    run: Run, segment: Segment, result: advantages.Advantages, mask: np.ndarray, number: int
 ) -> Samples:
     """Return what the update of epoch `number` learns from.
 
@@ -179,16 +181,19 @@ def samples_of(
     videos = segment.videos
     _, first, row = np.unique(videos.batch.index, return_index=True, return_inverse=True)
     texts = videos.prompts_at(streams.block_at(videos, segment.start))
-    rows = np.array([videos.rows[texts[i]] for i in first])
-    keys = prompts.sample_keys(videos.batch, run.config.seed, RngStream.LOSS, number)
     return Samples(
-        segment.latents, result.r, mask, row.astype(np.int32), keys, videos.embeddings[rows]
+        segment.latents,
+        result.r,
+        mask,
+        row.astype(np.int32),
+        prompts.sample_keys(videos.batch, run.config.seed, RngStream.LOSS, number),
+        videos.embeddings[np.array([videos.rows[texts[i]] for i in first])],
     )
 
 
 def learn(
     run: Run, state: RunState, step: TrainStep, learn_from: Samples, segment: Segment
-) -> tuple[TrainState, adv.ResetState, dict[str, float]]:
+) -> tuple[TrainState, advantages.ResetState, dict[str, float]]:
     """Take the optimizer steps of an epoch: return the state, the reset controller, and metrics.
 
     The metrics are means over the steps. The memory of `state.train` is taken.
@@ -198,16 +203,22 @@ def learn(
     reset = state.reset
     figures = {}
     if config.kl.kind == "selective" and config.loss.kl_weight > 0:
-        bounds = config.kl.reset_bounds
-        reset, due = adv.start_epoch(reset, state.epoch, config.kl.reset_epochs, bounds)
+        reset, due = advantages.start_epoch(
+            reset, state.epoch, config.kl.reset_epochs, config.kl.reset_bounds
+        )
         train = reset_reference(train) if due else train
         figures["reference_reset"] = int(due)
-    parts = functools.partial(windows.loss_parts, run, segment)
     steps = []
-    params = run.base.transformer.params
-    for after, metrics in update(step, train, params, learn_from, state.epoch, parts):
+    for after, metrics in update(
+        step,
+        train,
+        run.base.transformer.params,
+        learn_from,
+        state.epoch,
+        functools.partial(windows.loss_parts, run, segment),
+    ):
         train = after
-        reset = adv.after_step(reset, metrics["kl_loss"])
+        reset = advantages.after_step(reset, metrics["kl_loss"])
         steps.append(metrics)
     settings = config.optimizer
     decay = old_decay(settings.old_decay, int(train.step), settings.old_decay_constant)
@@ -216,14 +227,17 @@ def learn(
 
 
 def reward_figures(
-    rewards: Mapping[str, np.ndarray], segment: Segment, result: adv.Advantages
+    rewards: Mapping[str, np.ndarray], segment: Segment, result: advantages.Advantages
 ) -> dict[str, float]:
     """Return the mean rewards of an epoch, of their parts, and what is logged of the groups."""
-    parts = {name: values for name, values in segment.scores.items() if name not in rewards}
     return {
         "total_reward": float(result.total.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in rewards.items()},
-        **{f"part/{name}": float(values.mean()) for name, values in parts.items()},
+        **{
+            f"part/{name}": float(values.mean())
+            for name, values in segment.scores.items()
+            if name not in rewards
+        },
         **result.metrics,
     }
 
@@ -235,14 +249,19 @@ def trained_prompts(run: Run, batch: PromptBatch, number: int) -> int:
 
 
 def score_table(
-    segment: Segment, rewards: Mapping[str, np.ndarray], result: adv.Advantages
+    segment: Segment, rewards: Mapping[str, np.ndarray], result: advantages.Advantages
 ) -> dict[str, np.ndarray]:
     """Return columns [N]: line of the prompt, rewards, raw and standardised (/z), and advantage."""
     batch = segment.videos.batch
-    table = {"prompt": batch.index, "candidate": batch.candidate, **rewards}
-    table |= {f"{name}/z": values for name, values in adv.standardise(rewards).items()}
-    table |= {"total": result.total, "advantage": result.advantage, "optimality": result.r}
-    return table
+    return {
+        "prompt": batch.index,
+        "candidate": batch.candidate,
+        **rewards,
+        **{f"{name}/z": values for name, values in advantages.standardise(rewards).items()},
+        "total": result.total,
+        "advantage": result.advantage,
+        "optimality": result.r,
+    }
 
 
 def resume(run: Run) -> RunState:
@@ -254,12 +273,20 @@ def resume(run: Run) -> RunState:
     train = init_state(run.config, run.adapter, run.mesh)
 
     def saved(number: int) -> dict[str, Any]:
-        return checkpoint_arrays(train, _stream_shapes(run, number))
+        if run.config.streaming.mode != "progressive":
+            return checkpoint_arrays(train, None)
+        start = windows.window_start(run, number)
+        return checkpoint_arrays(train, windows.stream_shapes(run, start, progressive=True))
 
     found = checkpoint.restore(run.workdir, saved, run.fingerprint)
     if found is None:
-        reset = adv.ResetState(run.config.kl.reset_threshold)
-        return RunState(0, train, adv.RiskState(), reset, {})
+        return RunState(
+            0,
+            train,
+            advantages.RiskState(),
+            advantages.ResetState(run.config.kl.reset_threshold),
+            {},
+        )
     if found.epoch > run.config.train.epochs:
         raise ValueError(
             f"config.train.epochs is {run.config.train.epochs}, but the run in {run.workdir} has a "
@@ -268,8 +295,8 @@ def resume(run: Run) -> RunState:
     return RunState(
         found.epoch,
         found.state["train"],
-        adv.RiskState(**found.progress["risk"]),
-        adv.ResetState(**found.progress["reset"]),
+        advantages.RiskState(**found.progress["risk"]),
+        advantages.ResetState(**found.progress["reset"]),
         found.progress["seconds"],
         windows.split_streams(run, found.state.get("streams")),
     )
@@ -280,51 +307,39 @@ def checkpoint_arrays(train: TrainState, streams: StreamState | None) -> dict[st
     return {"train": train} | ({} if streams is None else {"streams": streams})
 
 
-def _stream_shapes(run: Run, number: int) -> StreamState | None:
-    """Return the shapes of the progressive streams in a checkpoint after `number` epochs."""
-    if run.config.streaming.mode != "progressive":
-        return None
-    return windows.stream_shapes(run, windows.window_start(run, number), progressive=True)
-
-
 def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any] | None:
     """Run from `state` to the last epoch and its report: return the content of summary.json.
 
     `check` is called before every phase; when it raises Stopped, the run saves and None is
     returned. Raises any of the errors in REFUSED.
     """
-    config = run.config
-    count = config.train.epochs
-    log(report.opening(run))
-    for line in report.warnings(run):
+    count = run.config.train.epochs
+    for line in (report.opening(run), *report.warnings(run)):
         log(line)
-    if state.epoch:
-        log(f"going on after epoch {state.epoch} of {count}")
-    began = state.epoch
     saved = state.epoch
     progress = Progress(state.seconds, check)
-    metrics = Metrics(run.workdir, state.epoch, lambda record: _still_holds(run, record, began))
-    step = TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
+    metrics = Metrics(run.workdir, state.epoch, functools.partial(_still_holds, run, state.epoch))
+    step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
-        _say_what_is_lost(run, state.epoch, metrics)
+        if state.epoch:
+            log(f"going on after epoch {state.epoch} of {count}")
+            _say_what_is_lost(run, state.epoch, metrics)
         _measure_ceiling(run, metrics, progress)
         _evaluate_if_due(run, 0, None, metrics, progress)
-        while True:
-            policy = _evaluated_policy(run, state.train)
-            _evaluate_if_due(run, state.epoch, policy, metrics, progress)
-            if state.epoch >= count:
-                break
+        _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
+        summary = multihost.on_primary(lambda: _finished(run)) if state.epoch == count else None
+        while state.epoch < count:
             state, record = epoch(run, state, step, progress)
             metrics.add(record)
             progress.epoch(record, count, progress.lasted.get("evaluation", 0.0))
-            if _to_be_saved(config, state):
+            if _to_be_saved(run.config, state):
                 with progress.phase("checkpoint"):
                     saved = _save(run, state, progress)
-        summary = multihost.on_primary(lambda: _finished(run)) if began == count else None
+            _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
         summary = summary or _finish(run, state, metrics, progress)
         log(report.closing(run.workdir, summary))
         return summary
-    except Stopped as stopped:
+    except preemption.Stopped as stopped:
         if saved != state.epoch:
             _save(run, state, progress)
         log(f"{stopped}: saved after epoch {state.epoch} of {count}; run the same command to go on")
@@ -341,10 +356,13 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
         "reset": state.reset._asdict(),
         "seconds": progress.seconds,
     }
-    keep = run.config.train.checkpoints_kept
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
-    saved = checkpoint.Snapshot(state.epoch, arrays, record)
-    size = checkpoint.save(run.workdir, saved, run.fingerprint, keep)
+    size = checkpoint.save(
+        run.workdir,
+        checkpoint.Snapshot(state.epoch, arrays, record),
+        run.fingerprint,
+        run.config.train.checkpoints_kept,
+    )
     progress.takes("a checkpoint", size, run.workdir / checkpoint.CHECKPOINTS)
     return state.epoch
 
@@ -354,10 +372,9 @@ def _to_be_saved(config: ConfigDict, state: RunState) -> bool:
 
     Progressive streams are saved at their end, with streaming.save 'full' always.
     """
-    if state.epoch == config.train.epochs:
-        return True
     held_back = state.streams and config.streaming.save == "sequence_end"
-    return state.epoch % config.train.checkpoint_every == 0 and not held_back
+    due = state.epoch % config.train.checkpoint_every == 0 and not held_back
+    return due or state.epoch == config.train.epochs
 
 
 def _due(run: Run, number: int) -> bool:
@@ -366,11 +383,11 @@ def _due(run: Run, number: int) -> bool:
     return number in (0, run.config.train.epochs) or bool(every and number % every == 0)
 
 
-def _still_holds(run: Run, record: Mapping[str, Any], number: int) -> bool:
+def _still_holds(run: Run, number: int, record: Mapping[str, Any]) -> bool:
     """Return whether a record of metrics.jsonl belongs to the run as it goes on after `number`."""
-    if record["epoch"] > number:
-        return False
-    return record["kind"] != "evaluation" or _due(run, record["epoch"])
+    return record["epoch"] <= number and (
+        record["kind"] != "evaluation" or _due(run, record["epoch"])
+    )
 
 
 def _say_what_is_lost(run: Run, number: int, metrics: Metrics) -> None:
@@ -378,14 +395,11 @@ def _say_what_is_lost(run: Run, number: int, metrics: Metrics) -> None:
 
     Ceiling and first evaluation are measured again.
     """
-    if not number:
-        return
     present = {(record["kind"], record["epoch"]) for record in metrics.records}
-    epochs = range(1, number + 1)
     lost = {
-        "epoch": [e for e in epochs if ("epoch", e) not in present],
+        "epoch": [e for e in range(1, number + 1) if ("epoch", e) not in present],
         "evaluation": [
-            e for e in epochs if ("evaluation", e) not in present and e < number and _due(run, e)
+            e for e in range(1, number) if ("evaluation", e) not in present and _due(run, e)
         ],
     }
     parts = [f"{kind} {report.spans(numbers)}" for kind, numbers in lost.items() if numbers]
@@ -409,8 +423,14 @@ def _evaluations(metrics: Metrics, kind: str = "evaluation") -> dict[int, Evalua
 
 
 def _add_evaluation(metrics: Metrics, kind: str, number: int, result: Evaluation) -> None:
-    videos = {name: values.tolist() for name, values in result.items()}
-    metrics.add({"kind": kind, "epoch": number, "eval": report.table(result), "videos": videos})
+    metrics.add(
+        {
+            "kind": kind,
+            "epoch": number,
+            "eval": report.table(result),
+            "videos": {name: values.tolist() for name, values in result.items()},
+        }
+    )
 
 
 def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
@@ -418,7 +438,7 @@ def _measure_ceiling(run: Run, metrics: Metrics, progress: Progress) -> None:
     if _evaluations(metrics, "ceiling"):
         return
     with progress.within("ceiling"):
-        result = ceiling(run, progress)
+        result = evaluate.ceiling(run, progress)
     if result is not None:
         _add_evaluation(metrics, "ceiling", 0, result)
         log(report.evaluation_line("ceiling (real videos through the VAE)", result))
@@ -430,22 +450,26 @@ def _evaluated_policy(run: Run, train: TrainState) -> dict:
 
 
 def _evaluate_if_due(
-    run: Run, number: int, policy: dict | None, metrics: Metrics, progress: Progress
+    run: Run, number: int, train: TrainState | None, metrics: Metrics, progress: Progress
 ) -> None:
-    """Evaluate a policy after epoch `number`, unless that is not due or was done before.
+    """Evaluate the policy after epoch `number`, unless that is not due or was done before.
 
-    policy: an adapter on the mesh; None: that of every policy before the first epoch.
+    train: the state after it; None: before the first epoch, where all policies are `run.adapter`.
     """
     if not _due(run, number) or number in _evaluations(metrics):
         return
-    adapter = sharding.replicate(run.mesh, run.adapter) if policy is None else policy
+    adapter = _evaluated_policy(run, train) if train else sharding.replicate(run.mesh, run.adapter)
     with progress.within("evaluation"):
-        label = f"evaluation after epoch {number}: batch"
-        result, frames = evaluate(run, adapter, progress, label)
+        result, frames = evaluate.evaluate(
+            run, adapter, progress, f"evaluation after epoch {number}: batch"
+        )
     name = {0: "before", run.config.train.epochs: "after"}.get(number)
     if name:
-        place = run.workdir / "samples" / name
-        multihost.on_primary(lambda: report.write_samples(place, frames, run.config.video.fps))
+        multihost.on_primary(
+            lambda: report.write_samples(
+                run.workdir / "samples" / name, frames, run.config.video.fps
+            )
+        )
     _add_evaluation(metrics, "evaluation", number, result)
     log(report.evaluation_line(f"evaluation {name or f'after epoch {number}'}", result))
 
@@ -453,7 +477,7 @@ def _evaluate_if_due(
 def _finished(run: Run) -> dict[str, Any] | None:
     """Return the summary of a run that had reached its end before, or None."""
     try:
-        summary = read_json(run.workdir / "summary.json")
+        summary = files.read_json(run.workdir / "summary.json")
     except (FileNotFoundError, ValueError):  # it is made again
         return None
     return summary if summary.get("epochs") == run.config.train.epochs else None
@@ -463,14 +487,16 @@ def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> 
     """Write everything that is made once, at the end: return the summary."""
     held = _evaluations(metrics)
     evaluations = {"before": held[0], "after": held[state.epoch]}
-    adapter = sharding.to_host(_evaluated_policy(run, state.train))
     real = _evaluations(metrics, "ceiling")
+    adapter = sharding.to_host(_evaluated_policy(run, state.train))
 
     def write():
         save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
-        report.write_contact_sheet(run.workdir, run.config.name, held_out(run), evaluations)
+        report.write_contact_sheet(
+            run.workdir, run.config.name, evaluate.held_out(run), evaluations
+        )
         report.write_curves(run.workdir, metrics.records)
-        everything = evaluations | ({"ceiling": real[0]} if 0 in real else {})
+        everything = evaluations | ({"ceiling": real[0]} if real else {})
         return report.write_summary(run.workdir, run.config, everything, progress.seconds)
 
     return multihost.on_primary(write)

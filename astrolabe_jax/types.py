@@ -88,8 +88,9 @@ class PromptBatch(NamedTuple):
 
     def take(self, videos: np.ndarray) -> "PromptBatch":
         """Return the batch of these videos, in this order; a video may be there several times."""
-        texts = tuple(self.texts[i] for i in videos)
-        return PromptBatch(texts, self.index[videos], self.candidate[videos])
+        return PromptBatch(
+            tuple(self.texts[i] for i in videos), self.index[videos], self.candidate[videos]
+        )
 
 
 class CacheChange(NamedTuple):
@@ -197,17 +198,14 @@ class Place:
     positions: (
         Int[Array, " P"] | np.ndarray | None
     )  # rotary, of the block's frames; None: the frames' numbers
-    static_start: int | None = struct.field(pytree_node=False, default=None)
+    static_start: int = struct.field(pytree_node=False, default=0)
     aligned: bool = struct.field(pytree_node=False, default=True)  # see models/wan/cache.View
     partial: bool = struct.field(pytree_node=False, default=False)  # likewise
 
     @property
     def frame(self) -> int | jax.Array | np.int32:
         """First frame of the block, in the cache's count."""
-        if self.start is not None:
-            return self.start
-        assert self.static_start is not None
-        return self.static_start
+        return self.static_start if self.start is None else self.start
 
 
 class StreamState(NamedTuple):

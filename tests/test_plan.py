@@ -13,6 +13,7 @@ import pytest
 from astrolabe_jax import plan, report, sharding, train
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.run import prepare
+from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.streaming import streams, windows
 from tests.e2e import runs
 from tests.tiny_base import write_tiny_base
@@ -123,7 +124,7 @@ def test_another_number_of_videos_is_said_once(base, tmp_path, capsys):
     )
 
     def stopped():
-        raise train.Stopped("enough")
+        raise Stopped("enough")
 
     assert train.train(run, train.resume(run), stopped) is None
     assert capsys.readouterr().out.count("warning: ") == 1

@@ -10,6 +10,7 @@ import pytest
 from astrolabe_jax import evaluate, prompts, sharding, train
 from astrolabe_jax.config import flatten
 from astrolabe_jax.rewards import registry as rewards
+from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream, Segment
 from astrolabe_jax.update import TrainStep
@@ -566,7 +567,7 @@ def test_a_stop_during_an_update_saves_the_epoch_and_its_streams(
     def check():
         if len(stops) == 2:
             stops.append(None)
-            raise train.Stopped("enough")
+            raise Stopped("enough")
 
     monkeypatch.setattr(train, "blend_old", stopped)
     run, summary = go(tmp_path / "run", {"streaming.save": save}, check=check)

@@ -182,7 +182,7 @@ def test_a_place_is_static_while_the_cache_fills_and_traced_when_it_is_full():
     assert all(place.start is None and not place.partial for place in filling)
     for start in (3, 4, 100):
         place = streams.place_at(layout, 4, start, 2, None)
-        assert place.static_start is None
+        assert place.start is not None
         assert place.frame == start
     # a window of one block, and a cache that holds the whole video
     assert streams.place_at(Layout(block=2, window=2), 2, 0, 2, None).static_start == 0
