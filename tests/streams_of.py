@@ -76,7 +76,7 @@ def begin(policy: Policy, videos: VideoBatch, slots: int | None = None) -> Strea
     capacity = policy.layout.capacity
     if slots is None:
         slots = capacity if videos.traced else min(capacity, last.frame + last.count)
-    return streams.begin(policy, len(videos.timelines), slots, tiny.FRAME)
+    return streams.begin(policy.config, policy.layout, len(videos.timelines), slots, tiny.FRAME)
 
 
 def sample(

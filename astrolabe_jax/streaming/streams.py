@@ -10,8 +10,9 @@ evaluation, sampling and planning all come through this file (docs/streaming.md)
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,32 +38,31 @@ class SampledBlock(NamedTuple):
     change: Trace | None  # of a recache before the block
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def begin(
-    policy: Policy, count: int, slots: int, latent_shape: tuple[int, int, int]
+    config: WanConfig, layout: Layout, count: int, slots: int, latent_shape: tuple[int, int, int]
 ) -> StreamState:
     """Return the state of `count` videos at frame 0.
 
     Args:
+      config, layout: of the policy.
       slots: frames of the cache.
       latent_shape: (C, H, W).
     """
-    return _begin(policy.config, policy.layout, count, slots, tuple(latent_shape))
+    first = max(layout.kept, 1)  # a flush keeps frame 0
+    state = StreamState(
+        kv.empty_cache(config, count, slots, latent_shape[1:]),
+        None,
+        jnp.zeros((count, first, *latent_shape), jnp.float32),
+        jnp.zeros((count, slots, *latent_shape), jnp.float32),
+    )
+    return jax.tree.map(sharding.by_sample, state, by_axis(state, 0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _begin(
-    config: WanConfig, layout: Layout, count: int, slots: int, latent_shape: tuple[int, int, int]
-) -> StreamState:
-    cache = kv.empty_cache(config, count, slots, latent_shape[1:])
-    cache = jax.tree.map(functools.partial(sharding.by_sample, axis=1), cache)
-    first = jnp.zeros((count, remembered(layout), *latent_shape), jnp.float32)
-    recent = jnp.zeros((count, slots, *latent_shape), jnp.float32)
-    return StreamState(cache, None, sharding.by_sample(first), sharding.by_sample(recent))
-
-
-def remembered(layout: Layout) -> int:
-    """Return the number of first frames whose latents a stream keeps: a flush keeps frame 0."""
-    return max(layout.kept, 1)
+def by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
+    """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
+    rest = jax.tree.map(lambda _: outer, state._replace(cache=None))
+    return rest._replace(cache=jax.tree.map(lambda _: inner, state.cache))
 
 
 def sample_blocks(
@@ -90,9 +90,13 @@ def sample_blocks(
         change = None
         if number > blocks[0]:
             state, change = _change_prompts(policy, videos, state, number, text, trace)
-        place = _place_of(policy.layout, videos, state, plan)
         latents, cache, record = rollout.sample_block(
-            policy, text, draw(plan), state.cache, place, trace
+            policy,
+            text,
+            draw(plan),
+            state.cache,
+            _place_of(policy.layout, videos, state, plan),
+            trace,
         )
         state = _remember(state._replace(cache=cache), latents, plan)
         yield SampledBlock(plan, latents, state, record, change)
@@ -142,8 +146,7 @@ def change_prompts(
     if not any(timeline.blocks[block].change for timeline in videos.timelines):
         return state
     own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
-    (text,) = _texts(policy, videos, [block])
-    return _change_prompts(policy, videos, own, block, text)[0]
+    return _change_prompts(policy, videos, own, block, next(_texts(policy, videos, [block])))[0]
 
 
 def refresh_cache(
@@ -154,22 +157,24 @@ def refresh_cache(
     The other memory is shared with `state`.
     """
     layout = policy.layout
-    (text,) = _texts(policy, videos, [block])
-    first = state.first[:, : layout.kept]
-    recent = state.recent[:, -(layout.capacity - layout.kept) :]
-    start = np.int32(videos.blocks[block].start)
-    return state._replace(cache=rollout.reencode(policy, text, first, recent, start))
+    cache = rollout.reencode(
+        policy,
+        next(_texts(policy, videos, [block])),
+        state.first[:, : layout.kept],
+        state.recent[:, -(layout.capacity - layout.kept) :],
+        np.int32(videos.blocks[block].start),
+    )
+    return state._replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames="each")
 def fork(state: StreamState, each: int) -> StreamState:
     """Return `each` copies of every video's state, adjacent, with memory of their own."""
 
-    def repeat(part, axis=0):
+    def repeat(part, axis):
         return sharding.by_sample(jnp.repeat(part, each, axis=axis), axis)
 
-    cache = jax.tree.map(functools.partial(repeat, axis=1), state.cache)
-    return jax.tree.map(repeat, state._replace(cache=None))._replace(cache=cache)
+    return jax.tree.map(repeat, state, by_axis(state, 0, 1))
 
 
 def block_at(videos: VideoBatch, frame: int) -> int:
@@ -179,11 +184,7 @@ def block_at(videos: VideoBatch, frame: int) -> int:
 
 def blocks_between(videos: VideoBatch, begin: int, end: int) -> range:
     """Return the numbers of the blocks of the latent frames from `begin` to `end`."""
-    frames = [plan.frame for plan in videos.blocks]
-    return range(
-        sum(frame < begin for frame in frames),
-        sum(frame < end for frame in frames),
-    )
+    return range(block_at(videos, begin - 1) + 1, block_at(videos, end - 1) + 1)
 
 
 @jax.jit
@@ -199,19 +200,16 @@ def positions_of(plans: Sequence[BlockPlan]) -> np.ndarray:
 
 def _texts(policy: Policy, videos: VideoBatch, blocks: Sequence[int]) -> Iterator[KeyValues]:
     """Give each block's prompts as the policy reads them, encoded anew only where they change."""
-    prompts = None
-    text = None
-    for number in blocks:
-        if text is None or videos.prompts_at(number) != prompts:
-            prompts = videos.prompts_at(number)
-            rows = np.array([videos.rows[prompt] for prompt in prompts])
-            text = rollout.encode_text(policy, sharding.place_batch(videos.embeddings[rows]))
-        yield text
+    for prompts, alike in itertools.groupby(blocks, videos.prompts_at):
+        rows = np.array([videos.rows[prompt] for prompt in prompts])
+        text = rollout.encode_text(policy, sharding.place_batch(videos.embeddings[rows]))
+        for _ in alike:
+            yield text
 
 
 def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> NoiseOf:
     keys = sharding.place_batch(videos.keys)
-    shape = tuple(state.recent.shape[2:])
+    shape = state.recent.shape[2:]
 
     def noise_of(plan: BlockPlan) -> jax.Array:
         # as sample_block reads them: a traced block is never the first
@@ -265,13 +263,11 @@ def _change_prompts(
     change = next((change for change in changes if change), None)
     if change is None:
         return state, None
+    own = state if all(changes) else state._replace(cache=jax.tree.map(jnp.copy, state.cache))
     frame = videos.blocks[block].frame
-    if all(changes):
-        cache, record = _change_cache(policy, state, change, frame, text, trace)
-        return state._replace(cache=cache), record
-    own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
     cache, record = _change_cache(policy, own, change, frame, text, trace)
-    cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
+    if not all(changes):
+        cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
     return state._replace(cache=cache), record
 
 
@@ -288,13 +284,12 @@ def _change_cache(
     slots = state.recent.shape[1]
     if change.keep is not None:
         place = place_at(layout, slots, change.end, 0, None)
-        latent_hw = tuple(state.recent.shape[3:])
+        latent_hw = state.recent.shape[3:]
         return _restart(policy, state.cache, place, change.keep, latent_hw, change.every), None
     gone = frame - slots  # frames before it are no longer among the recent ones
     latents = [state.first[:, f] if f < gone else state.recent[:, f - gone] for f in change.frames]
-    count = len(change.frames)
     positions = np.asarray(change.positions, np.int32)
-    place = place_at(layout, slots, change.end - count, count, positions)
+    place = place_at(layout, slots, change.end - len(latents), len(latents), positions)
     stacked = jnp.stack(latents, axis=1)
     return rollout.recache(policy, text, stacked, state.cache, place, change.skip, trace)
 

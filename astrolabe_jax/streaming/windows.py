@@ -92,10 +92,11 @@ def encode_videos(
 
 def begin(run: Run, count: int, frames: int) -> StreamState:
     """Return the state of `count` videos of `frames` latent frames, at frame 0."""
-    slots = run.layout.capacity
-    if not run.config.streaming.window:
-        slots = min(slots, frames)
-    return streams.begin(run.policy({}), count, slots, run.latent_shape[1:])
+    most = run.layout.capacity
+    slots = most if run.config.streaming.window else min(most, frames)
+    return streams.begin(
+        run.base.transformer.config, run.layout, count, slots, run.latent_shape[1:]
+    )
 
 
 def collect(
@@ -393,7 +394,7 @@ def stream_shapes(run: Run, start: int, progressive: bool) -> StreamState | None
 
         state = state._replace(decoder=jax.eval_shape(memory, vae.params, one))
     state = state if progressive else _loss_prefix(run, state)
-    shardings = _by_axis(state, *_saved_places(run))
+    shardings = streams.by_axis(state, *_saved_places(run))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         state,
@@ -625,20 +626,14 @@ def _saved_places(run: Run):
     return sharding.batch_sharding(run.mesh), sharding.batch_sharding(run.mesh, axis=1)
 
 
-def _by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
-    """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
-    rest = jax.tree.map(lambda _: outer, state._replace(cache=None))
-    return rest._replace(cache=jax.tree.map(lambda _: inner, state.cache))
-
-
 @functools.partial(jax.jit, static_argnames=("copies", "places"))
 def _merged(states, copies: int, *, places):
     def join(axis, *parts):
         joined = jnp.concatenate(parts, axis)
         return jax.lax.slice_in_dim(joined, 0, None, copies, axis)
 
-    merged = jax.tree.map(join, _by_axis(states[0], 0, 1), *states)
-    return jax.lax.with_sharding_constraint(merged, _by_axis(merged, *places))
+    merged = jax.tree.map(join, streams.by_axis(states[0], 0, 1), *states)
+    return jax.lax.with_sharding_constraint(merged, streams.by_axis(merged, *places))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "copies"))
@@ -650,7 +645,7 @@ def _divided(saved, count: int, copies: int):
             cut = jax.lax.slice_in_dim(spread, number * size, (number + 1) * size, axis=axis)
             return sharding.by_sample(cut, axis)
 
-        return jax.tree.map(part, _by_axis(saved, 0, 1), saved)
+        return jax.tree.map(part, streams.by_axis(saved, 0, 1), saved)
 
     return [of_round(number) for number in range(count)]
 

@@ -169,7 +169,7 @@ def _blocks(file: GoldenFile, policy: Policy, videos: VideoBatch) -> Iterator[st
     """Every block of the stored rollout, the given ones first, by the driver of all videos."""
     scenario, config = file.config["scenario"], file.config
     shape = (policy.config.in_channels, config["lat_h"], config["lat_w"])
-    state = streams.begin(policy, scenario["B"], _capacity(scenario), shape)
+    state = streams.begin(policy.config, policy.layout, scenario["B"], _capacity(scenario), shape)
     first = scenario["init"]
     given = streams.blocks_between(videos, 0, first)
     if given:
