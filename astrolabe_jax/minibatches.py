@@ -41,23 +41,23 @@ def plan_pass(
     Raises:
       ValueError: unless N is whole microbatches in every step.
     """
-    optimizer = config.optimizer
-    count = len(mask)
-    size = optimizer.microbatch
-    if count % (size * optimizer.steps_per_pass):
+    steps = config.optimizer.steps_per_pass
+    size = config.optimizer.microbatch
+    if len(mask) % (size * steps):
         raise ValueError(
-            f"{count} samples do not fill {optimizer.steps_per_pass} optimizer steps "
-            f"(optimizer.steps_per_pass) with whole microbatches of {size} (optimizer.microbatch)"
+            f"{len(mask)} samples do not fill {steps} optimizer steps (optimizer.steps_per_pass) "
+            f"with whole microbatches of {size} (optimizer.microbatch)"
         )
-    bits = random_bits(config, RngStream.LOSS, epoch, count, 2 * turn)
+    bits = random_bits(config, RngStream.LOSS, epoch, len(mask), 2 * turn)
     order = _order(config, bits, devices)
     if config.kl.reduction == "epoch":
         kl_weight = losses.kl_weights(mask)[order]
     else:
-        microbatches = mask[order].reshape(-1, size)
-        kl_weight = np.concatenate([losses.kl_weights(part) for part in microbatches])
+        kl_weight = np.concatenate(
+            [losses.kl_weights(part) for part in mask[order].reshape(-1, size)]
+        )
     parts = (order, _timesteps(config, epoch, turn, order), kl_weight)
-    return PassPlan(*(part.reshape(optimizer.steps_per_pass, -1, size) for part in parts))
+    return PassPlan(*(part.reshape(steps, -1, size) for part in parts))
 
 
 def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
@@ -92,8 +92,7 @@ def _timesteps(config: ConfigDict, epoch: int, turn: int, order: np.ndarray) -> 
     rows = -(-count // len(table))
     bits = random_bits(config, RngStream.LOSS, epoch, rows * len(table), 2 * cycle + 1)
     strata = np.argsort(bits.reshape(rows, -1), axis=1, kind="stable")
-    strata = np.roll(strata, shift, axis=1)
-    return table[strata.reshape(-1)[order]]
+    return table[np.roll(strata, shift, axis=1).reshape(-1)[order]]
 
 
 def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:

@@ -242,9 +242,10 @@ def place_at(
     It is static while the cache fills. Once it is full it is traced, so that one compiled program
     serves the rest of the video.
     """
-    if slots == layout.capacity and start + count > slots and start > 0:
-        return Place(np.int32(start), positions, aligned=aligned)
-    return Place(None, positions, start, aligned)
+    full = slots == layout.capacity and start + count > slots and start > 0
+    return Place(
+        np.int32(start) if full else None, positions, None if full else start, aligned=aligned
+    )
 
 
 def _change_prompts(

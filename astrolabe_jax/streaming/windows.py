@@ -163,8 +163,14 @@ def collect(
             prefixes.append(prefix)
         whole.extend(latents_before)
     back = np.argsort(np.concatenate(order))
-    scores = {name: values[back] for name, values in joined(waiting).items()}
-    return Segment(videos, start, _in_order(pieces, back), scores, prefixes, whole)
+    return Segment(
+        videos,
+        start,
+        _in_order(pieces, back),
+        {name: values[back] for name, values in joined(waiting).items()},
+        prefixes,
+        whole,
+    )
 
 
 def score_videos(
@@ -250,9 +256,9 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: VideoNu
 
 
 def loss_parts(
-    run: Run, segment: Segment, order: np.ndarray, state: TrainState, latents: jax.Array
+    run: Run, segment: Segment, order: np.ndarray, i: int, state: TrainState, latents: jax.Array
 ) -> Iterator[LossPart]:
-    """Give the parts of a microbatch whose samples are `order`, for update.update.
+    """Give the parts of microbatch i of a step over the samples `order` [m, B], for update.update.
 
     Args:
       latents: of the microbatch, [B, F, C, H, W].
@@ -261,12 +267,12 @@ def loss_parts(
     videos = segment.videos
     shared = shares_prefix(run.config)
     if shared and (segment.start or streaming.backprop == "detach"):
-        number = int(order[0]) * len(segment.prefixes) // len(videos.timelines)
+        number = int(order[i, 0]) * len(segment.prefixes) // len(videos.timelines)
         yield LossPart(prefix=_prefix_context(run, segment, number))
     elif shared or streaming.backprop == "full" or not streaming.window:
         yield LossPart()
     else:
-        yield from _sequence_parts(run, videos.take(order), segment.start, state, latents)
+        yield from _sequence_parts(run, videos.take(order[i]), segment.start, state, latents)
 
 
 def _sequence_parts(
@@ -289,9 +295,8 @@ def _sequence_parts(
 def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
     """Return what the loss reads of a round's past (docs/streaming.md, Whose keys)."""
     streaming = run.config.streaming
-    videos = segment.videos
-    blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
-    plans = videos.blocks[blocks.start : blocks.stop]
+    blocks = streams.blocks_between(segment.videos, segment.start, segment.start + run.window)
+    plans = segment.videos.blocks[blocks.start : blocks.stop]
     context = PrefixContext(np.int32(plans[0].start), streams.positions_of(plans))
     if streaming.backprop == "full":
         return context._replace(whole=segment.whole[number])
@@ -322,8 +327,9 @@ def continue_streams(
     for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
         taken = np.array([chosen[line] for line in videos.batch.index[places].tolist()])
         latents = _chosen(segment.latents, taken)
-        own = _prefix_videos(run, videos, places)
-        state = cache_blocks(run, policy, own, state, latents, blocks)
+        state = cache_blocks(
+            run, policy, _prefix_videos(run, videos, places), state, latents, blocks
+        )
         if decodes(run):
             state = state._replace(decoder=_decode(run, latents, state.decoder)[1])
         after.append(state)
@@ -363,9 +369,8 @@ def merge_streams(run: Run, states: list[StreamState]) -> StreamState | None:
 
 def split_streams(run: Run, saved: StreamState | None) -> list[StreamState]:
     """Return the inverse of `merge_streams`, on these devices."""
-    if saved is None:
-        return []
-    return _divided(saved, rounds(run.config, run.mesh.size)[0], _copies(run))
+    count, _ = rounds(run.config, run.mesh.size)
+    return [] if saved is None else _divided(saved, count, _copies(run))
 
 
 def _copies(run: Run) -> int:
