@@ -46,8 +46,12 @@ def advantages(
     total = total_reward(rewards, weights)
     score = total_reward(standardise(rewards), weights) if settings.standardise else total
     advantage = normalise(score, groups, settings.std, settings.min_std)
-    r = optimality(advantage, settings.clip).astype(np.float32)
-    return Advantages(total, advantage, r, statistics(total, groups))
+    return Advantages(
+        total,
+        advantage,
+        optimality(advantage, settings.clip).astype(np.float32),
+        statistics(total, groups),
+    )
 
 
 def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -67,8 +71,9 @@ def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]
                 f"of {len(values)} samples are not finite); look at that video before training on "
                 "it"
             )
-    terms = [weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards)]
-    return np.asarray(sum(terms))
+    return np.asarray(
+        sum(weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards))
+    )
 
 
 def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -122,18 +127,19 @@ def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     P)-th percentile.
     """
 
-    def top(score: np.ndarray, share: int) -> float:
-        return score[score >= np.percentile(score, 100 - share)].mean()
-
     scores = [np.asarray(total[members], np.float64) for members in _members(groups)]
+
+    def top(share: int) -> np.floating:
+        best = [score[score >= np.percentile(score, 100 - share)] for score in scores]
+        return np.mean([score.mean() for score in best])
+
     metrics = {
         "group_size": len(total) / len(scores),
         "groups": len(scores),
         "zero_std_ratio": np.mean([np.ptp(score) == 0 for score in scores]),
         "group_std": np.mean([score.std() for score in scores]),
+        **{f"top_{share}": top(share) for share in TOP_SHARES},
     }
-    for share in TOP_SHARES:
-        metrics[f"top_{share}"] = np.mean([top(score, share) for score in scores])
     return {name: float(value) for name, value in metrics.items()}
 
 

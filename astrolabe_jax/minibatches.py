@@ -48,8 +48,7 @@ def plan_pass(
             f"{len(mask)} samples do not fill {steps} optimizer steps (optimizer.steps_per_pass) "
             f"with whole microbatches of {size} (optimizer.microbatch)"
         )
-    bits = random_bits(config, RngStream.LOSS, epoch, len(mask), 2 * turn)
-    order = _order(config, bits, devices)
+    order = _order(config, random_bits(config, RngStream.LOSS, epoch, len(mask), 2 * turn), devices)
     if config.kl.reduction == "epoch":
         kl_weight = losses.kl_weights(mask)[order]
     else:
@@ -65,8 +64,8 @@ def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
 
     It has the same samples, timesteps and weights.
     """
-    size = piece(config, plan.order.shape[2], devices)
-    return PassPlan(*(part.reshape(len(part), -1, size) for part in plan))
+    steps, _, size = plan.order.shape
+    return PassPlan(*(part.reshape(steps, -1, piece(config, size, devices)) for part in plan))
 
 
 def levels(config: ConfigDict) -> tuple[float, ...]:
@@ -83,13 +82,12 @@ def levels(config: ConfigDict) -> tuple[float, ...]:
 def _timesteps(config: ConfigDict, epoch: int, turn: int, order: np.ndarray) -> np.ndarray:
     """Return the timestep of each sample in the order of a pass, float32 [N]."""
     table = np.asarray(levels(config), np.float32)
-    count = len(order)
     if config.loss.timestep_draw == "batch":
         size = config.optimizer.microbatch
-        bits = random_bits(config, RngStream.LOSS, epoch, count // size, 2 * turn + 1)
+        bits = random_bits(config, RngStream.LOSS, epoch, len(order) // size, 2 * turn + 1)
         return np.repeat(table[bits % np.uint64(len(table))], size)
     cycle, shift = divmod(turn, len(table))
-    rows = -(-count // len(table))
+    rows = -(-len(order) // len(table))
     bits = random_bits(config, RngStream.LOSS, epoch, rows * len(table), 2 * cycle + 1)
     strata = np.argsort(bits.reshape(rows, -1), axis=1, kind="stable")
     return table[np.roll(strata, shift, axis=1).reshape(-1)[order]]
@@ -116,5 +114,5 @@ def random_bits(
 
     No numpy release changes it.
     """
-    key = np.array([config.seed, (stream << 32) | epoch], np.uint64)
+    key = [config.seed, (stream << 32) | epoch]
     return np.random.Philox(key=key, counter=[0, 0, 0, number]).random_raw(count)

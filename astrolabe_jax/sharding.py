@@ -185,13 +185,12 @@ def to_host(tree: Any) -> Any:
     """Return the whole arrays as numpy on every process, wherever their parts live."""
 
     def fetch(leaf):
-        if (
+        spread = (
             isinstance(leaf, jax.Array)
             and not leaf.is_fully_addressable
             and not leaf.is_fully_replicated
-        ):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
+        )
+        return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
 

@@ -18,8 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from astrolabe_jax import losses, sharding
-from astrolabe_jax.minibatches import cut, plan_pass
+from astrolabe_jax import losses, minibatches, sharding
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
@@ -113,12 +112,19 @@ class TrainingForward:
             cache = self._cache_of_whole(model, lora, text, prefix.whole)
         else:
             assert prefix.first is not None and prefix.recent is not None
-            recent = prefix.recent[:, prefix.recent.shape[1] - self.recent_frames :]
+            # besides the sink, what the first block of a window sees
+            seen = max(self.layout.capacity - self.layout.kept - self.layout.block, 0)
+            recent = prefix.recent[:, prefix.recent.shape[1] - seen :]
             text = _one_a_stream(text, prefix.first)
             first, recent, text, lora = jax.lax.stop_gradient((prefix.first, recent, text, lora))
-            level = t if self.prefix == "noised_prefix" else self.context_noise
             cache = model.reencode(
-                first, recent, level, text, prefix.start, lora, layout=self.layout
+                first,
+                recent,
+                t if self.prefix == "noised_prefix" else self.context_noise,
+                text,
+                prefix.start,
+                lora,
+                layout=self.layout,
             )
         return Past(cache, prefix.start, prefix.positions)
 
@@ -129,11 +135,6 @@ class TrainingForward:
         streams, frames, _, *latent_hw = whole.shape
         cache = kv.empty_cache(model.config, streams, self.layout.capacity, tuple(latent_hw))
         return kv.place_visible(cache, context.k, context.v, self.layout, frames)
-
-    @property
-    def recent_frames(self) -> int:
-        """Frames besides the sink that the first block of a window sees."""
-        return max(self.layout.capacity - self.layout.kept - self.layout.block, 0)
 
 
 def _one_a_stream(text: KeyValues, latents) -> KeyValues:
@@ -147,8 +148,11 @@ def _one_a_stream(text: KeyValues, latents) -> KeyValues:
 def training_layout(config: ConfigDict, layout: Layout) -> Layout:
     """Return the layout of the training mask, for a model that samples with `layout`."""
     loss = config.loss
-    block = layout.block if loss.mask_block == -1 else loss.mask_block
-    return dataclasses.replace(layout, block=block, sink=layout.sink if loss.mask_sink else 0)
+    return dataclasses.replace(
+        layout,
+        block=layout.block if loss.mask_block == -1 else loss.mask_block,
+        sink=layout.sink if loss.mask_sink else 0,
+    )
 
 
 def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> TrainingForward:
@@ -185,8 +189,14 @@ def init_state(config: ConfigDict, adapter: dict, mesh: sharding.AnyMesh) -> Tra
 def first_state(config: ConfigDict, adapter: dict) -> TrainState:
     """Return a state in which every policy is the starting adapter; may be traced."""
     adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.lora.dtype)), adapter)
-    optimizer = make_optimizer(config).init(adapter)
-    return TrainState(adapter, adapter, adapter, adapter, optimizer, np.zeros((), np.int32))
+    return TrainState(
+        adapter,
+        adapter,
+        adapter,
+        adapter,
+        make_optimizer(config).init(adapter),
+        np.zeros((), np.int32),
+    )
 
 
 def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -214,17 +224,10 @@ class TrainStep:
     returned state equals the given one.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        graphdef: Any,
-        layout: Layout,
-        mesh: sharding.AnyMesh,
-        noise: SampleNoise = standard_normal,
-    ):
+    def __init__(self, config: ConfigDict, graphdef: Any, layout: Layout, mesh: sharding.AnyMesh):
         self.config = config
         self.mesh = mesh
-        objective = Objective(config, training_forward(config, graphdef, layout), noise)
+        objective = Objective(config, training_forward(config, graphdef, layout))
         whole = sharding.replicated(mesh)
         self._zeros = jax.jit(
             partial(optax.tree.zeros_like, dtype=jnp.float32), out_shardings=whole
@@ -264,8 +267,12 @@ def _cut_part(batch: StepBatch, i: int, part: LossPart) -> tuple[StepBatch, Part
     if part.frames is None:
         return batch, PartArrays(np.int32(i), None, None, part.prefix)
     begin, end = part.frames
-    share = np.float32((end - begin) / batch.latents.shape[2])
-    arrays = PartArrays(np.int32(i), np.int32(part.number), share, part.prefix)
+    arrays = PartArrays(
+        np.int32(i),
+        np.int32(part.number),
+        np.float32((end - begin) / batch.latents.shape[2]),
+        part.prefix,
+    )
     return batch._replace(latents=batch.latents[:, :, begin:end]), arrays
 
 
@@ -277,8 +284,9 @@ def _accumulate(objective: Objective, total, state, params, text, batch: StepBat
         micro = micro._replace(key=jnp.where(part.number > 0, others, micro.key))
 
     def loss(current):
-        own = state._replace(current=current)
-        terms = sample_terms(objective, own, params, text, micro, part.prefix)
+        terms = sample_terms(
+            objective, state._replace(current=current), params, text, micro, part.prefix
+        )
         if part.share is not None:
             terms = jax.tree.map(lambda term: term * part.share, terms)
         return terms["total_loss"].sum() / batch.r.size, terms
@@ -291,12 +299,11 @@ def _finish(config: ConfigDict, state: TrainState, grads, terms):
     """Take the step of accumulated gradients: (state, metrics)."""
     norm = optax.tree.norm(grads)
     terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
-    sample_loss = terms["total_loss"]
     new = apply_gradient(config, make_optimizer(config), state, grads, norm)
     moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
     metrics = {name: values.mean() for name, values in terms.items()}
-    metrics |= {"grad_norm": norm, "adapter_norm": moved, "sample_loss": sample_loss}
-    finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(sample_loss).all()
+    metrics |= {"grad_norm": norm, "adapter_norm": moved, "sample_loss": terms["total_loss"]}
+    finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(terms["total_loss"]).all()
     return jax.tree.map(lambda after, old: jnp.where(finite, after, old), new, state), metrics
 
 
@@ -442,13 +449,13 @@ def update(
     devices = train_step.mesh.size
     text = sharding.replicate(train_step.mesh, samples.text)
     for turn in range(config.optimizer.inner_epochs):
-        plan = plan_pass(config, epoch, turn, samples.mask, devices)
-        steps = zip(*cut(config, plan, devices), strict=True)
-        before = turn * config.optimizer.steps_per_pass
-        for number, (order, t, kl_weight) in enumerate(steps, before + 1):
+        plan = minibatches.plan_pass(config, epoch, turn, samples.mask, devices)
+        for number, (order, t, kl_weight) in enumerate(
+            zip(*minibatches.cut(config, plan, devices), strict=True),
+            1 + turn * config.optimizer.steps_per_pass,
+        ):
             batch = _step_batch(samples, order, t, kl_weight, turn)
-            of_microbatch = parts and partial(parts, order)
-            state, metrics = train_step(state, params, text, batch, of_microbatch)
+            state, metrics = train_step(state, params, text, batch, parts and partial(parts, order))
             place = f"epoch {epoch + 1}, step {number}"
             yield state, _checked(jax.device_get(metrics), order.reshape(-1), place)
 

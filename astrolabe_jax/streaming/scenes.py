@@ -200,10 +200,15 @@ def shots(
             raise ValueError(
                 f"{frames} frames are over before scene {len(scenes)} begins; ask for more"
             )
-        timeline = timeline_of(
-            part, count, layout, rules, cache_slots(layout, rules, count), before
+        slots = cache_slots(layout, rules, count)
+        shots.append(
+            Shot(
+                timeline_of(part, count, layout, rules, slots, before),
+                before,
+                count,
+                shown,
+            )
         )
-        shots.append(Shot(timeline, before, count, shown))
         begin = end
     return shots
 
@@ -244,8 +249,10 @@ def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given
     # an independent first frame stands for a whole block
     missing = layout.block - layout.lead if layout.lead and not given else 0
     least = given + layout.block * sum(scene.blocks for scene in scenes) - missing
-    seconds = sum(scene.seconds for scene in scenes)
-    return max(before + round(seconds * fps), 1 + stride * (least - 1))
+    return max(
+        before + round(sum(scene.seconds for scene in scenes) * fps),
+        1 + stride * (least - 1),
+    )
 
 
 def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:

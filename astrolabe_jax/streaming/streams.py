@@ -22,7 +22,6 @@ from astrolabe_jax import rollout, sharding
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import KeyValues
 from astrolabe_jax.models.wan.config import Layout, WanConfig
-from astrolabe_jax.rollout import Trace
 from astrolabe_jax.types import BlockPlan, CacheChange, Place, Policy, StreamState, VideoBatch
 
 NoiseOf = Callable[[BlockPlan], jax.Array]
@@ -34,8 +33,8 @@ class SampledBlock(NamedTuple):
     plan: BlockPlan
     latents: jax.Array  # [B, P, C, H, W]
     state: StreamState  # after it; the next block takes its memory
-    trace: Trace | None
-    change: Trace | None  # of a recache before the block
+    trace: rollout.Trace | None
+    change: rollout.Trace | None  # of a recache before the block
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
@@ -49,11 +48,11 @@ def begin(
       slots: frames of the cache.
       latent_shape: (C, H, W).
     """
-    first = max(layout.kept, 1)  # a flush keeps frame 0
     state = StreamState(
         kv.empty_cache(config, count, slots, latent_shape[1:]),
         None,
-        jnp.zeros((count, first, *latent_shape), jnp.float32),
+        # at least frame 0, which a flush keeps
+        jnp.zeros((count, max(layout.kept, 1), *latent_shape), jnp.float32),
         jnp.zeros((count, slots, *latent_shape), jnp.float32),
     )
     return jax.tree.map(sharding.by_sample, state, by_axis(state, 0, 1))
@@ -61,8 +60,8 @@ def begin(
 
 def by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
     """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
-    rest = jax.tree.map(lambda _: outer, state._replace(cache=None))
-    return rest._replace(cache=jax.tree.map(lambda _: inner, state.cache))
+    cache = jax.tree.map(lambda _: inner, state.cache)
+    return jax.tree.map(lambda _: outer, state._replace(cache=None))._replace(cache=cache)
 
 
 def sample_blocks(
@@ -126,8 +125,15 @@ def cache_blocks(
         if number > blocks[0]:
             state, _ = _change_prompts(policy, videos, state, number, text)
         part = latents[:, plan.frame - begin : plan.frame - begin + plan.count]
-        place = _place_of(policy.layout, videos, state, plan)
-        cache, record = rollout.cache_block(policy, text, part, state.cache, place, t, trace)
+        cache, record = rollout.cache_block(
+            policy,
+            text,
+            part,
+            state.cache,
+            _place_of(policy.layout, videos, state, plan),
+            t,
+            trace,
+        )
         state = _remember(state._replace(cache=cache), part, plan)
         yield SampledBlock(plan, part, state, record, None)
 
@@ -171,10 +177,11 @@ def refresh_cache(
 def fork(state: StreamState, each: int) -> StreamState:
     """Return `each` copies of every video's state, adjacent, with memory of their own."""
 
-    def repeat(part, axis):
-        return sharding.by_sample(jnp.repeat(part, each, axis=axis), axis)
-
-    return jax.tree.map(repeat, state, by_axis(state, 0, 1))
+    return jax.tree.map(
+        lambda part, axis: sharding.by_sample(jnp.repeat(part, each, axis=axis), axis),
+        state,
+        by_axis(state, 0, 1),
+    )
 
 
 def block_at(videos: VideoBatch, frame: int) -> int:
@@ -215,8 +222,9 @@ def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> 
         # as sample_block reads them: a traced block is never the first
         start = np.int32(plan.start) if videos.traced else plan.start
         steps = len(policy.sampler.steps_at(start))
-        frame = np.int32(videos.first_frame + plan.frame)
-        return rollout.block_noise(keys, frame, steps, plan.count, shape)
+        return rollout.block_noise(
+            keys, np.int32(videos.first_frame + plan.frame), steps, plan.count, shape
+        )
 
     return noise_of
 
@@ -255,7 +263,7 @@ def _change_prompts(
     block: int,
     text: KeyValues,
     trace: bool = False,
-) -> tuple[StreamState, Trace | None]:
+) -> tuple[StreamState, rollout.Trace | None]:
     """Apply the changes before a block to the videos that have one; the memory of `state` is taken.
 
     Also returns the network call of a recache if `trace`.
@@ -265,8 +273,7 @@ def _change_prompts(
     if change is None:
         return state, None
     own = state if all(changes) else state._replace(cache=jax.tree.map(jnp.copy, state.cache))
-    frame = videos.blocks[block].frame
-    cache, record = _change_cache(policy, own, change, frame, text, trace)
+    cache, record = _change_cache(policy, own, change, videos.blocks[block].frame, text, trace)
     if not all(changes):
         cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
     return state._replace(cache=cache), record
@@ -279,20 +286,22 @@ def _change_cache(
     frame: int,
     text: KeyValues,
     trace: bool,
-) -> tuple[kv.Cache, Trace | None]:
+) -> tuple[kv.Cache, rollout.Trace | None]:
     """Apply one change to the caches of all videos, before the block that begins at `frame`."""
-    layout = policy.layout
     slots = state.recent.shape[1]
     if change.keep is not None:
-        place = place_at(layout, slots, change.end, 0, None)
-        latent_hw = state.recent.shape[3:]
-        return _restart(policy, state.cache, place, change.keep, latent_hw, change.every), None
+        place = place_at(policy.layout, slots, change.end, 0, None)
+        cache = _restart(
+            policy, state.cache, place, change.keep, state.recent.shape[3:], change.every
+        )
+        return cache, None
     gone = frame - slots  # frames before it are no longer among the recent ones
     latents = [state.first[:, f] if f < gone else state.recent[:, f - gone] for f in change.frames]
     positions = np.asarray(change.positions, np.int32)
-    place = place_at(layout, slots, change.end - len(latents), len(latents), positions)
-    stacked = jnp.stack(latents, axis=1)
-    return rollout.recache(policy, text, stacked, state.cache, place, change.skip, trace)
+    place = place_at(policy.layout, slots, change.end - len(latents), len(latents), positions)
+    return rollout.recache(
+        policy, text, jnp.stack(latents, axis=1), state.cache, place, change.skip, trace
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "latent_hw", "every"), donate_argnames="cache")

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, prompts, sharding
+from astrolabe_jax import encode, minibatches, prompts, sharding
 from astrolabe_jax.config import clip_length, piece, rounds, samples, shares_prefix
 from astrolabe_jax.decode import decode_video
-from astrolabe_jax.minibatches import random_bits
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run, timeline_of
@@ -31,6 +30,7 @@ from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.types import (
     LossPart,
+    Policy,
     PrefixContext,
     PromptBatch,
     RngStream,
@@ -47,7 +47,7 @@ VideoNumbers = Sequence[int] | np.ndarray  # of the videos in their epoch or eva
 
 def window_start(run: Run, epoch: int) -> int:
     """Return the frame at which an epoch's window begins, from the seed alone."""
-    drawn = random_bits(run.config, RngStream.WINDOW, epoch, 1)
+    drawn = minibatches.random_bits(run.config, RngStream.WINDOW, epoch, 1)
     return run.starts[(epoch if _progressive(run) else drawn[0]) % len(run.starts)]
 
 
@@ -120,12 +120,11 @@ def collect(
       RewardError: for a reward that is not finite.
       FloatingPointError: for latents that are not finite.
     """
-    config = run.config
     policy = run.policy(adapter)
-    shared = shares_prefix(config)
+    shared = shares_prefix(run.config)
     blocks = streams.blocks_between(videos, start if shared else 0, start + run.window)
     places = _places(run, videos)
-    share = piece(config, config.sampler.batch, run.mesh.size) // places.shape[1]
+    share = piece(run.config, run.config.sampler.batch, run.mesh.size) // places.shape[1]
     pieces = []
     waiting = []
     order = []
@@ -166,7 +165,7 @@ def collect(
     return Segment(
         videos,
         start,
-        _in_order(pieces, back),
+        _chosen(pieces, back),
         {name: values[back] for name, values in joined(waiting).items()},
         prefixes,
         whole,
@@ -182,11 +181,11 @@ def score_videos(
     each clip; the last clip may be shorter. Errors as in `collect`.
     """
     policy = run.policy(adapter)
-    count = len(videos.timelines)
     size = piece(run.config, run.config.sampler.batch, run.mesh.size)
-    starts = range(0, count, size)
+    everything = np.arange(len(videos.timelines))
+    starts = everything[::size]
     for i, first in enumerate(starts):
-        numbers = np.arange(first, min(first + size, count))
+        numbers = everything[first : first + size]
         part = videos.take(np.resize(numbers, size))  # the last piece is filled up
         state = begin(run, size, frames)
         clips = []
@@ -264,15 +263,16 @@ def loss_parts(
       latents: of the microbatch, [B, F, C, H, W].
     """
     streaming = run.config.streaming
-    videos = segment.videos
     shared = shares_prefix(run.config)
     if shared and (segment.start or streaming.backprop == "detach"):
-        number = int(order[i, 0]) * len(segment.prefixes) // len(videos.timelines)
+        number = int(order[i, 0]) * len(segment.prefixes) // len(segment.videos.timelines)
         yield LossPart(prefix=_prefix_context(run, segment, number))
     elif shared or streaming.backprop == "full" or not streaming.window:
         yield LossPart()
     else:
-        yield from _sequence_parts(run, videos.take(order[i]), segment.start, state, latents)
+        yield from _sequence_parts(
+            run, segment.videos.take(order[i]), segment.start, state, latents
+        )
 
 
 def _sequence_parts(
@@ -284,12 +284,17 @@ def _sequence_parts(
     policy = run.policy(state.old)
     for number, (first, end) in enumerate(split(stop, run.window)):
         blocks = streams.blocks_between(videos, first, end)
-        positions = streams.positions_of(videos.blocks[blocks.start : blocks.stop])
         yield LossPart(
-            (first, end), number, PrefixContext(np.int32(first), positions, stream.cache)
+            (first, end),
+            number,
+            PrefixContext(
+                np.int32(first),
+                streams.positions_of(videos.blocks[blocks.start : blocks.stop]),
+                stream.cache,
+            ),
         )
         if end < stop:
-            stream = cache_blocks(run, policy, videos, stream, latents[:, first:end], blocks)
+            stream = cache_blocks(policy, videos, stream, latents[:, first:end], blocks)
 
 
 def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
@@ -326,10 +331,9 @@ def continue_streams(
     after = []
     for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
         taken = np.array([chosen[line] for line in videos.batch.index[places].tolist()])
-        latents = _chosen(segment.latents, taken)
-        state = cache_blocks(
-            run, policy, _prefix_videos(run, videos, places), state, latents, blocks
-        )
+        latents = _chosen([segment.latents], taken)
+        own = _prefix_videos(run, videos, places)
+        state = cache_blocks(policy, own, state, latents, blocks)
         if decodes(run):
             state = state._replace(decoder=_decode(run, latents, state.decoder)[1])
         after.append(state)
@@ -337,11 +341,12 @@ def continue_streams(
 
 
 def cache_blocks(
-    run: Run, policy, videos: VideoBatch, state: StreamState, latents: jax.Array, blocks: range
+    policy: Policy, videos: VideoBatch, state: StreamState, latents: jax.Array, blocks: range
 ) -> StreamState:
     """Return the state behind given latents of some blocks; the memory of `state` is taken."""
-    t = run.sampler.context_noise
-    for block in streams.cache_blocks(policy, videos, state, latents, blocks, t):
+    for block in streams.cache_blocks(
+        policy, videos, state, latents, blocks, policy.sampler.context_noise
+    ):
         state = block.state
     return state
 
@@ -350,7 +355,7 @@ def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -
     """Return which video each prompt goes on with: line of the prompt -> place in the batch."""
     lines = list(dict.fromkeys(batch.index.tolist()))
     chosen = {}
-    drawn = random_bits(run.config, RngStream.CONTINUATION, epoch, len(lines))
+    drawn = minibatches.random_bits(run.config, RngStream.CONTINUATION, epoch, len(lines))
     for line, bits in zip(lines, drawn, strict=True):
         places = np.flatnonzero(batch.index == line)
         picks = {
@@ -387,14 +392,14 @@ def stream_shapes(run: Run, start: int, progressive: bool) -> StreamState | None
     state = jax.eval_shape(lambda: begin(run, groups, 0))
     if progressive and decodes(run):
         vae = run.base.vae
-        one = jax.ShapeDtypeStruct((groups, 1, *run.latent_shape[1:]), jnp.float32)
 
-        decoder = jax.eval_shape(
-            lambda params, latents: merge(vae.graphdef, params).decode(latents)[1],
-            vae.params,
-            one,
+        state = state._replace(
+            decoder=jax.eval_shape(
+                lambda params, latents: merge(vae.graphdef, params).decode(latents)[1],
+                vae.params,
+                jax.ShapeDtypeStruct((groups, 1, *run.latent_shape[1:]), jnp.float32),
+            )
         )
-        state = state._replace(decoder=decoder)
     state = state if progressive else _loss_prefix(run, state)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -407,8 +412,11 @@ def segment_shapes(run: Run, start: int) -> dict[str, Any]:
     """Return the shapes of what `segment_arrays` gives."""
 
     def latents(count: int, frames: int) -> jax.ShapeDtypeStruct:
-        shape = (count, frames, *run.latent_shape[1:])
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(run.mesh))
+        return jax.ShapeDtypeStruct(
+            (count, frames, *run.latent_shape[1:]),
+            jnp.float32,
+            sharding=sharding.batch_sharding(run.mesh),
+        )
 
     frames = run.window if shares_prefix(run.config) else start + run.window
     shapes: dict[str, Any] = {"latents": latents(samples(run.config), frames)}
@@ -443,15 +451,14 @@ def restore_segment(
     A past that needs no sampling is made anew. Arguments as in `collect`.
     """
     arrays, scores = saved
-    prefixes = []
-    if "streams" in arrays:
-        prefixes = split_streams(run, arrays["streams"])
-    elif shares_prefix(run.config):
+    prefixes = split_streams(run, arrays.get("streams"))
+    if shares_prefix(run.config) and not prefixes:
         quiet = Progress(log=lambda line: None)
         places = _places(run, videos)[:, :, 0]
-        for streams_of_round, first in zip(places, begun or [None] * len(places), strict=True):
-            own = _prefix_videos(run, videos, streams_of_round)
-            prefixes.append(_advance_to(run, adapter, own, start, first, quiet)[0])
+        prefixes = [
+            _advance_to(run, adapter, _prefix_videos(run, videos, of_round), start, first, quiet)[0]
+            for of_round, first in zip(places, begun or [None] * len(places), strict=True)
+        ]
     return Segment(videos, start, arrays["latents"], scores, prefixes, arrays.get("whole", []))
 
 
@@ -579,11 +586,11 @@ def _score_clips(
     # the first latent frame of a video is one frame, not `stride`
     count = -(-frames.shape[1] // stride)
     missing = stride * count - frames.shape[1]
-    first = start + run.window - count
     waiting = []
     for begin, end in split(count, length or count):
         clip = frames[:, max(stride * begin - missing, 0) : stride * end - missing]
-        texts = videos.prompts_at(streams.block_at(videos, first + begin if length else start))
+        frame = start + run.window - count + begin if length else start
+        texts = videos.prompts_at(streams.block_at(videos, frame))
         waiting.append(score_async(run, clip, texts, numbers, progress))
 
     def mean() -> Scores:
@@ -608,10 +615,13 @@ def _saved_places(run: Run):
 
 @functools.partial(jax.jit, static_argnames=("copies", "places"))
 def _merged(states, copies: int, *, places):
-    def join(axis, *parts):
-        return jax.lax.slice_in_dim(jnp.concatenate(parts, axis), 0, None, copies, axis)
-
-    merged = jax.tree.map(join, streams.by_axis(states[0], 0, 1), *states)
+    merged = jax.tree.map(
+        lambda axis, *parts: jax.lax.slice_in_dim(
+            jnp.concatenate(parts, axis), 0, None, copies, axis
+        ),
+        streams.by_axis(states[0], 0, 1),
+        *states,
+    )
     return jax.lax.with_sharding_constraint(merged, streams.by_axis(merged, *places))
 
 
@@ -628,12 +638,6 @@ def _divided(saved, count: int, copies: int):
 
 
 @jax.jit
-def _chosen(latents, places):
-    """Return the latents of these videos, samples split over all devices."""
-    return sharding.by_sample(latents[places])
-
-
-@jax.jit
-def _in_order(pieces, back):
-    """Return latents of pieces as one batch, in the order of the videos."""
-    return sharding.by_sample(jnp.concatenate(pieces)[back].astype(jnp.float32))
+def _chosen(pieces, places):
+    """Return latents at these places of all pieces, samples split over all devices."""
+    return sharding.by_sample(jnp.concatenate(pieces)[places].astype(jnp.float32))
