@@ -55,8 +55,11 @@ def plan_pass(
         kl_weight = np.concatenate(
             [losses.kl_weights(part) for part in mask[order].reshape(-1, size)]
         )
-    parts = (order, _timesteps(config, epoch, turn, order), kl_weight)
-    return PassPlan(*(part.reshape(steps, -1, size) for part in parts))
+    return PassPlan(
+        order.reshape(steps, -1, size),
+        _timesteps(config, epoch, turn, order).reshape(steps, -1, size),
+        kl_weight.reshape(steps, -1, size),
+    )
 
 
 def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
