@@ -117,5 +117,5 @@ def random_bits(
 
     No numpy release changes it.
     """
-    key = [config.seed, (stream << 32) | epoch]
+    key = np.array([config.seed, (stream << 32) | epoch], np.uint64)
     return np.random.Philox(key=key, counter=[0, 0, 0, number]).random_raw(count)
