@@ -44,12 +44,14 @@ def advantages(
     settings = config.advantages
     weights = reward_weights(config)
     total = total_reward(rewards, weights)
-    score = total
-    if settings.standardise:
-        score = total_reward(standardise(rewards), weights)
+    score = total_reward(standardise(rewards), weights) if settings.standardise else total
     advantage = normalise(score, groups, settings.std, settings.min_std)
-    r = optimality(advantage, settings.clip).astype(np.float32)
-    return Advantages(total, advantage, r, statistics(total, groups))
+    return Advantages(
+        total,
+        advantage,
+        optimality(advantage, settings.clip).astype(np.float32),
+        statistics(total, groups),
+    )
 
 
 def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
@@ -69,8 +71,9 @@ def total_reward(rewards: Mapping[str, np.ndarray], weights: Mapping[str, float]
                 f"of {len(values)} samples are not finite); look at that video before training on "
                 "it"
             )
-    terms = [weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards)]
-    return np.asarray(sum(terms))
+    return np.asarray(
+        sum(weights[name] * np.asarray(rewards[name], np.float64) for name in sorted(rewards))
+    )
 
 
 def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,11 +81,8 @@ def standardise(rewards: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     So no reward's scale dominates the sum.
     """
-    standardised = {}
-    for name, values in rewards.items():
-        x = np.asarray(values, np.float64)
-        standardised[name] = (x - x.mean()) / (x.std() + STD_FLOOR)
-    return standardised
+    doubles = {name: np.asarray(values, np.float64) for name, values in rewards.items()}
+    return {name: (x - x.mean()) / (x.std() + STD_FLOOR) for name, x in doubles.items()}
 
 
 def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 0.0) -> np.ndarray:
@@ -98,8 +98,6 @@ def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 
         group.
       min_std: a standard deviation below this counts as this.
     """
-    if std not in ("global", "prompt"):
-        raise ValueError(f"advantages.std is {std!r}; use 'global' or 'prompt'")
     score = np.asarray(score, np.float64)
     overall_std = score.std()
     members_by_group = _members(groups)
@@ -118,8 +116,7 @@ def optimality(advantage: np.ndarray, clip: float) -> np.ndarray:
 
     See docs/objective.md, Optimality.
     """
-    clipped = np.clip(advantage, -clip, clip)
-    return np.clip(clipped / clip / 2 + 0.5, 0.0, 1.0)
+    return np.clip(np.clip(advantage, -clip, clip) / clip / 2 + 0.5, 0.0, 1.0)
 
 
 def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -129,20 +126,20 @@ def statistics(total: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     be learnt; `top_P` averages over groups the mean of the samples at or above the group's (100 -
     P)-th percentile.
     """
-    total = np.asarray(total, np.float64)
-    scores = [total[members] for members in _members(groups)]
+
+    scores = [np.asarray(total[members], np.float64) for members in _members(groups)]
+
+    def top(share: int) -> np.floating:
+        best = [score[score >= np.percentile(score, 100 - share)] for score in scores]
+        return np.mean([score.mean() for score in best])
+
     metrics = {
         "group_size": len(total) / len(scores),
         "groups": len(scores),
         "zero_std_ratio": np.mean([np.ptp(score) == 0 for score in scores]),
         "group_std": np.mean([score.std() for score in scores]),
+        **{f"top_{share}": top(share) for share in TOP_SHARES},
     }
-    for share in TOP_SHARES:
-        means = []
-        for score in scores:
-            threshold = np.percentile(score, 100 - share)
-            means.append(score[score >= threshold].mean())
-        metrics[f"top_{share}"] = np.mean(means)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -168,8 +165,6 @@ def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: st
         which is what reward hacking looks like. 'published': the opposite sign and at most two
         other rewards, as the released code has it (docs/published.md, Objective).
     """
-    if direction not in ("paper", "published"):
-        raise ValueError(f"kl.rank_direction is {direction!r}; use 'paper' or 'published'")
     others = sorted(set(rewards) - {main})
     if main not in rewards or not others:
         raise ValueError(
@@ -178,17 +173,14 @@ def rank_discrepancy(rewards: Mapping[str, np.ndarray], main: str, direction: st
         )
     if direction == "published":
         others = others[:2]
-    other_ranks = [_ranks(rewards[name]) for name in others]
-    excess = _ranks(rewards[main]) - np.mean(other_ranks, axis=0)
+    excess = _ranks(rewards[main]) - np.mean([_ranks(rewards[name]) for name in others], axis=0)
     return -excess if direction == "paper" else excess
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Return ranks [N]: 1 for the highest value, N for the lowest."""
     order = np.argsort(-np.asarray(values, np.float64), kind="stable")
-    ranks = np.empty(len(order))
-    ranks[order] = np.arange(1, len(order) + 1)
-    return ranks
+    return np.argsort(order) + 1.0
 
 
 class RiskState(NamedTuple):
@@ -205,27 +197,19 @@ HISTORY = 20  # epochs
 def update_risk(state: RiskState, discrepancy: np.ndarray) -> tuple[RiskState, float]:
     """Return the controller after one epoch, and the epoch's risk.
 
-    The risk is the mean of the discrepancies [N] that are at least 0.
+    The risk is the mean of the discrepancies [N] that are at least 0. A risk above all of the
+    history raises the ratio by 1.1, one below all of it lowers it by 0.9.
     """
     risk = float(discrepancy[discrepancy >= 0].mean())
-    return risk_step(state, risk), risk
-
-
-def risk_step(state: RiskState, risk: float) -> RiskState:
-    """Return the controller after an epoch of the given risk.
-
-    A risk above all of the history raises the ratio by 1.1, one below all of it lowers it by 0.9.
-    """
     ratio = state.ratio
-    history = tuple(state.history)
-    if not history:
+    if not state.history:
         ratio = RiskState().ratio
-    elif risk > max(history):
+    elif risk > max(state.history):
         ratio *= 1.1
-    elif risk < min(history):
+    elif risk < min(state.history):
         ratio *= 0.9
     ratio = float(np.clip(ratio, *RATIO_BOUNDS))
-    return RiskState(ratio, (*history, risk)[-HISTORY:])
+    return RiskState(ratio, (*state.history, risk)[-HISTORY:]), risk
 
 
 def risk_mask(discrepancy: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
@@ -269,11 +253,8 @@ def start_epoch(
       bounds: 'corrected' or 'published', see RESET_BOUNDS. The corrected bounds never move a
         threshold that starts outside of them the wrong way.
     """
-    if bounds not in RESET_BOUNDS:
-        raise ValueError(f"kl.reset_bounds is {bounds!r}; use 'corrected' or 'published'")
     elapsed = epoch - state.previous
-    asked_for = epoch > 0 and state.pending
-    if not asked_for and elapsed <= max_epochs:
+    if elapsed <= max_epochs and not (epoch > 0 and state.pending):
         return state, False
     threshold = state.threshold
     floor, ceiling = RESET_BOUNDS[bounds]
@@ -289,5 +270,4 @@ def start_epoch(
 
 def after_step(state: ResetState, kl: float) -> ResetState:
     """Return the controller after an optimizer step of mean KL `kl`, which may ask for a reset."""
-    exceeded = bool(kl > state.threshold)
-    return state._replace(pending=state.pending or exceeded)
+    return state._replace(pending=state.pending or bool(kl > state.threshold))

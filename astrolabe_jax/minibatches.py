@@ -41,23 +41,25 @@ def plan_pass(
     Raises:
       ValueError: unless N is whole microbatches in every step.
     """
-    optimizer = config.optimizer
-    count = len(mask)
-    size = optimizer.microbatch
-    if count % (size * optimizer.steps_per_pass):
+    steps = config.optimizer.steps_per_pass
+    size = config.optimizer.microbatch
+    if len(mask) % (size * steps):
         raise ValueError(
-            f"{count} samples do not fill {optimizer.steps_per_pass} optimizer steps "
-            f"(optimizer.steps_per_pass) with whole microbatches of {size} (optimizer.microbatch)"
+            f"{len(mask)} samples do not fill {steps} optimizer steps (optimizer.steps_per_pass) "
+            f"with whole microbatches of {size} (optimizer.microbatch)"
         )
-    order = _order(config, _random_bits(config, epoch, 2 * turn, count), devices)
+    order = _order(config, random_bits(config, RngStream.LOSS, epoch, len(mask), 2 * turn), devices)
     if config.kl.reduction == "epoch":
         kl_weight = losses.kl_weights(mask)[order]
     else:
-        microbatches = mask[order].reshape(-1, size)
-        kl_weight = np.concatenate([losses.kl_weights(part) for part in microbatches])
-    t = _timesteps(config, epoch, turn, order)
-    shape = (optimizer.steps_per_pass, -1, size)
-    return PassPlan(order.reshape(shape), t.reshape(shape), kl_weight.reshape(shape))
+        kl_weight = np.concatenate(
+            [losses.kl_weights(part) for part in mask[order].reshape(-1, size)]
+        )
+    return PassPlan(
+        order.reshape(steps, -1, size),
+        _timesteps(config, epoch, turn, order).reshape(steps, -1, size),
+        kl_weight.reshape(steps, -1, size),
+    )
 
 
 def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
@@ -65,8 +67,8 @@ def cut(config: ConfigDict, plan: PassPlan, devices: int) -> PassPlan:
 
     It has the same samples, timesteps and weights.
     """
-    size = piece(config, plan.order.shape[2], devices)
-    return PassPlan(*(part.reshape(len(part), -1, size) for part in plan))
+    steps, _, size = plan.order.shape
+    return PassPlan(*(part.reshape(steps, -1, piece(config, size, devices)) for part in plan))
 
 
 def levels(config: ConfigDict) -> tuple[float, ...]:
@@ -83,16 +85,15 @@ def levels(config: ConfigDict) -> tuple[float, ...]:
 def _timesteps(config: ConfigDict, epoch: int, turn: int, order: np.ndarray) -> np.ndarray:
     """Return the timestep of each sample in the order of a pass, float32 [N]."""
     table = np.asarray(levels(config), np.float32)
-    count = len(order)
     if config.loss.timestep_draw == "batch":
         size = config.optimizer.microbatch
-        bits = _random_bits(config, epoch, 2 * turn + 1, count // size)
+        bits = random_bits(config, RngStream.LOSS, epoch, len(order) // size, 2 * turn + 1)
         return np.repeat(table[bits % np.uint64(len(table))], size)
     cycle, shift = divmod(turn, len(table))
-    rows = -(-count // len(table))
-    bits = _random_bits(config, epoch, 2 * cycle + 1, rows * len(table)).reshape(rows, -1)
-    strata = np.roll(np.argsort(bits, axis=1, kind="stable"), shift, axis=1)
-    return table[strata.reshape(-1)[order]]
+    rows = -(-len(order) // len(table))
+    bits = random_bits(config, RngStream.LOSS, epoch, rows * len(table), 2 * cycle + 1)
+    strata = np.argsort(bits.reshape(rows, -1), axis=1, kind="stable")
+    return table[np.roll(strata, shift, axis=1).reshape(-1)[order]]
 
 
 def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:
@@ -100,21 +101,21 @@ def _order(config: ConfigDict, bits: np.ndarray, devices: int) -> np.ndarray:
     if not shares_prefix(config):
         return np.argsort(bits, kind="stable")
     count, streams = rounds(config, devices)
+    # the bits of a stream's samples, which are adjacent
     by_stream = bits.reshape(count * streams, -1)
-    each = by_stream.shape[1]
-    order = (
-        np.argsort(by_stream, axis=1, kind="stable") + each * np.arange(count * streams)[:, None]
-    )
+    first = np.arange(len(bits)).reshape(by_stream.shape)[:, :1]
+    order = first + np.argsort(by_stream, axis=1, kind="stable")
     # videos of a stream that are together
     share = piece(config, config.optimizer.microbatch, devices) // streams
     return order.reshape(count, streams, -1, share).transpose(2, 0, 1, 3).reshape(-1)
 
 
-def _random_bits(config: ConfigDict, epoch: int, stream: int, count: int) -> np.ndarray:
-    """Return `count` uint64 of a counter-based generator's raw output.
+def random_bits(
+    config: ConfigDict, stream: RngStream, epoch: int, count: int, number: int = 0
+) -> np.ndarray:
+    """Return `count` uint64 of a counter-based generator's raw output, the `number`-th such row.
 
     No numpy release changes it.
     """
-    key = np.array([config.seed, (RngStream.LOSS << 32) | epoch], np.uint64)
-    counter = np.array([0, 0, 0, stream], np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    key = np.array([config.seed, (stream << 32) | epoch], np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, 0, number]).random_raw(count)

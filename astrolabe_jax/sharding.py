@@ -55,11 +55,10 @@ def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
 
 
 def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
-    data = config.data
     fsdp = config.fsdp
     if fsdp < 1 or devices % fsdp:
         raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices")
-    data = devices // fsdp if data == -1 else data
+    data = devices // fsdp if config.data == -1 else config.data
     if data * fsdp != devices:
         raise ValueError(
             f"mesh.data {data} x mesh.fsdp {fsdp} is not the number of devices, {devices}; "
@@ -88,8 +87,8 @@ def param_sharding(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> NamedSha
       path: as of jax.tree_util.keystr.
     """
     size = mesh.shape[FSDP]
-    axes = range(len(shape) - 2, len(shape))  # in and out of a linear or a convolution
-    fitting = [axis for axis in axes if axis >= 0 and shape[axis] % size == 0]
+    # of in and out of a linear or a convolution
+    fitting = [axis for axis in range(len(shape))[-2:] if shape[axis] % size == 0]
     if size == 1 or not SPLIT_PARAMS.search(path) or not fitting:
         return replicated(mesh)
     longest = max(fitting, key=lambda axis: (shape[axis], axis))
@@ -101,10 +100,12 @@ def param_sharding(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> NamedSha
 def shard_params(mesh: AnyMesh, params: Any) -> Any:
     """Place frozen parameters by `param_sharding`."""
 
-    def place(path, leaf):
-        return _place(leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape))
-
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _place(
+            leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape)
+        ),
+        params,
+    )
 
 
 def shard_param(mesh: AnyMesh, path: tuple, leaf: Any) -> Any:
@@ -120,7 +121,12 @@ def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
     """
 
     def place(path, leaf):
-        check_batch(mesh, leaf.shape[axis], f"batch{jax.tree_util.keystr(path)}")
+        samples = leaf.shape[axis]
+        if samples % mesh.size:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} holds {samples} samples, which {mesh.size} "
+                f"devices (mesh {dict(mesh.shape)}) do not divide; use a multiple of {mesh.size}"
+            )
         return _place(leaf, batch_sharding(mesh, axis))
 
     return jax.tree_util.tree_map_with_path(place, batch)
@@ -135,18 +141,6 @@ def place_batch(batch: Any, axis: int = 0) -> Any:
         return jax.tree.map(functools.partial(by_sample, axis=axis), batch)
     mesh = jax.sharding.get_mesh()
     return batch if mesh.empty else shard_batch(mesh, batch, axis)
-
-
-def check_batch(mesh: AnyMesh, samples: int, name: str) -> None:
-    """Raise ValueError unless `samples` can be split over all devices of the mesh.
-
-    name: of what holds the samples.
-    """
-    if samples % mesh.size:
-        raise ValueError(
-            f"{name} holds {samples} samples, which {mesh.size} devices (mesh {dict(mesh.shape)}) "
-            f"do not divide; use a multiple of {mesh.size}"
-        )
 
 
 def replicate(mesh: AnyMesh, tree: Any) -> Any:
@@ -174,9 +168,8 @@ def gathered(param: jax.Array) -> jax.Array:
     Without it the compiler may split the features of the activations instead, and move those.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape[FSDP] == 1:
-        return param
-    return jax.lax.with_sharding_constraint(param, P())
+    whole = mesh.empty or mesh.shape[FSDP] == 1
+    return param if whole else jax.lax.with_sharding_constraint(param, P())
 
 
 def by_sample(x: jax.Array, axis: int = 0) -> jax.Array:
@@ -192,13 +185,12 @@ def to_host(tree: Any) -> Any:
     """Return the whole arrays as numpy on every process, wherever their parts live."""
 
     def fetch(leaf):
-        if (
+        spread = (
             isinstance(leaf, jax.Array)
             and not leaf.is_fully_addressable
             and not leaf.is_fully_replicated
-        ):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
+        )
+        return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
 

@@ -9,7 +9,7 @@ per sample, so that a sample's noise does not depend on the microbatch it is in
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from astrolabe_jax import losses, sharding
-from astrolabe_jax.minibatches import cut, plan_pass
+from astrolabe_jax import losses, minibatches, sharding
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import scaled
 from astrolabe_jax.models.wan import cache as kv
@@ -33,8 +32,9 @@ CLIP_EPSILON = 1e-6  # added to the gradient norm it divides by, as torch does
 
 # Draws the noise of one sample from its key and the shape (F, C, H, W).
 SampleNoise = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-# The parts of microbatch i: (samples [B], state, latents [B, F, C, H, W]) -> LossPart, ...
-LossParts = Callable[[np.ndarray, TrainState, jax.Array], Iterable[LossPart]]
+# The parts of microbatch i of a step over the samples `order` [m, B], whose latents are
+# [B, F, C, H, W]: (order, i, state, latents) -> LossPart, ...
+LossParts = Callable[[np.ndarray, int, TrainState, jax.Array], Iterable[LossPart]]
 
 
 class StepBatch(NamedTuple):
@@ -94,8 +94,15 @@ class TrainingForward:
                 t=self.context_noise,
                 past=context_past,
             )
-        times = jnp.broadcast_to(t[:, None], x_t.shape[:2])
-        return model(x_t, times, keys, lora, layout=self.layout, context=context, past=past)
+        return model(
+            x_t,
+            jnp.broadcast_to(t[:, None], x_t.shape[:2]),
+            keys,
+            lora,
+            layout=self.layout,
+            context=context,
+            past=past,
+        )
 
     def _past(self, model, lora, text: KeyValues, t, prefix: PrefixContext) -> Past:
         """Return the keys of the past that this policy reads. text: of the samples."""
@@ -104,15 +111,20 @@ class TrainingForward:
         elif self.prefix == "full":
             cache = self._cache_of_whole(model, lora, text, prefix.whole)
         else:
-            first = prefix.first
-            recent = prefix.recent
-            assert first is not None and recent is not None
-            recent = recent[:, recent.shape[1] - self.recent_frames :]
-            text = _one_a_stream(text, first)
-            first, recent, text, lora = jax.lax.stop_gradient((first, recent, text, lora))
-            level = t if self.prefix == "noised_prefix" else self.context_noise
+            assert prefix.first is not None and prefix.recent is not None
+            # besides the sink, what the first block of a window sees
+            seen = max(self.layout.capacity - self.layout.kept - self.layout.block, 0)
+            recent = prefix.recent[:, prefix.recent.shape[1] - seen :]
+            text = _one_a_stream(text, prefix.first)
+            first, recent, text, lora = jax.lax.stop_gradient((prefix.first, recent, text, lora))
             cache = model.reencode(
-                first, recent, level, text, prefix.start, lora, layout=self.layout
+                first,
+                recent,
+                t if self.prefix == "noised_prefix" else self.context_noise,
+                text,
+                prefix.start,
+                lora,
+                layout=self.layout,
             )
         return Past(cache, prefix.start, prefix.positions)
 
@@ -120,15 +132,9 @@ class TrainingForward:
         """Return the cache behind all latents of the past; gradients go through it."""
         text = _one_a_stream(text, whole)
         context = model.context(whole, text, lora, layout=self.layout, t=self.context_noise)
-        streams, frames = whole.shape[:2]
-        latent_hw = tuple(whole.shape[3:])
-        cache = kv.empty_cache(model.config, streams, self.layout.capacity, latent_hw)
+        streams, frames, _, *latent_hw = whole.shape
+        cache = kv.empty_cache(model.config, streams, self.layout.capacity, tuple(latent_hw))
         return kv.place_visible(cache, context.k, context.v, self.layout, frames)
-
-    @property
-    def recent_frames(self) -> int:
-        """Frames besides the sink that the first block of a window sees."""
-        return max(self.layout.capacity - self.layout.kept - self.layout.block, 0)
 
 
 def _one_a_stream(text: KeyValues, latents) -> KeyValues:
@@ -142,8 +148,11 @@ def _one_a_stream(text: KeyValues, latents) -> KeyValues:
 def training_layout(config: ConfigDict, layout: Layout) -> Layout:
     """Return the layout of the training mask, for a model that samples with `layout`."""
     loss = config.loss
-    block = layout.block if loss.mask_block == -1 else loss.mask_block
-    return dataclasses.replace(layout, block=block, sink=layout.sink if loss.mask_sink else 0)
+    return dataclasses.replace(
+        layout,
+        block=layout.block if loss.mask_block == -1 else loss.mask_block,
+        sink=layout.sink if loss.mask_sink else 0,
+    )
 
 
 def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> TrainingForward:
@@ -180,8 +189,14 @@ def init_state(config: ConfigDict, adapter: dict, mesh: sharding.AnyMesh) -> Tra
 def first_state(config: ConfigDict, adapter: dict) -> TrainState:
     """Return a state in which every policy is the starting adapter; may be traced."""
     adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.lora.dtype)), adapter)
-    optimizer = make_optimizer(config).init(adapter)
-    return TrainState(adapter, adapter, adapter, adapter, optimizer, np.zeros((), np.int32))
+    return TrainState(
+        adapter,
+        adapter,
+        adapter,
+        adapter,
+        make_optimizer(config).init(adapter),
+        np.zeros((), np.int32),
+    )
 
 
 def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -209,19 +224,14 @@ class TrainStep:
     returned state equals the given one.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        graphdef: Any,
-        layout: Layout,
-        mesh: sharding.AnyMesh,
-        noise: SampleNoise = standard_normal,
-    ):
+    def __init__(self, config: ConfigDict, graphdef: Any, layout: Layout, mesh: sharding.AnyMesh):
         self.config = config
         self.mesh = mesh
-        objective = Objective(config, training_forward(config, graphdef, layout), noise)
+        objective = Objective(config, training_forward(config, graphdef, layout))
         whole = sharding.replicated(mesh)
-        self._zeros = jax.jit(_zeros, out_shardings=whole)
+        self._zeros = jax.jit(
+            partial(optax.tree.zeros_like, dtype=jnp.float32), out_shardings=whole
+        )
         self.accumulate = jax.jit(
             partial(_accumulate, objective), donate_argnums=0, out_shardings=whole
         )
@@ -231,15 +241,12 @@ class TrainStep:
         grads = self._zeros(state.current)
         terms = []
         for i in range(batch.r.shape[0]):
-            terms_of_microbatch = None
+            of_parts = []
             for part in parts(i, state, batch.latents[i]) if parts else (LossPart(),):
                 piece, arrays = _cut_part(batch, i, part)
                 grads, new = self.accumulate(grads, state, params, text, piece, arrays)
-                if terms_of_microbatch is None:
-                    terms_of_microbatch = new
-                else:
-                    terms_of_microbatch = jax.tree.map(jnp.add, terms_of_microbatch, new)
-            terms.append(terms_of_microbatch)
+                of_parts.append(new)
+            terms.append(reduce(partial(jax.tree.map, jnp.add), of_parts))
         return self.finish(state, grads, terms)
 
 
@@ -260,13 +267,13 @@ def _cut_part(batch: StepBatch, i: int, part: LossPart) -> tuple[StepBatch, Part
     if part.frames is None:
         return batch, PartArrays(np.int32(i), None, None, part.prefix)
     begin, end = part.frames
-    share = np.float32((end - begin) / batch.latents.shape[2])
-    piece = batch._replace(latents=batch.latents[:, :, begin:end])
-    return piece, PartArrays(np.int32(i), np.int32(part.number), share, part.prefix)
-
-
-def _zeros(current):
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), current)
+    arrays = PartArrays(
+        np.int32(i),
+        np.int32(part.number),
+        np.float32((end - begin) / batch.latents.shape[2]),
+        part.prefix,
+    )
+    return batch._replace(latents=batch.latents[:, :, begin:end]), arrays
 
 
 def _accumulate(objective: Objective, total, state, params, text, batch: StepBatch, part):
@@ -277,8 +284,9 @@ def _accumulate(objective: Objective, total, state, params, text, batch: StepBat
         micro = micro._replace(key=jnp.where(part.number > 0, others, micro.key))
 
     def loss(current):
-        own = state._replace(current=current)
-        terms = sample_terms(objective, own, params, text, micro, part.prefix)
+        terms = sample_terms(
+            objective, state._replace(current=current), params, text, micro, part.prefix
+        )
         if part.share is not None:
             terms = jax.tree.map(lambda term: term * part.share, terms)
         return terms["total_loss"].sum() / batch.r.size, terms
@@ -291,14 +299,12 @@ def _finish(config: ConfigDict, state: TrainState, grads, terms):
     """Take the step of accumulated gradients: (state, metrics)."""
     norm = optax.tree.norm(grads)
     terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
-    sample_loss = terms["total_loss"]
     new = apply_gradient(config, make_optimizer(config), state, grads, norm)
     moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
     metrics = {name: values.mean() for name, values in terms.items()}
-    metrics |= {"grad_norm": norm, "adapter_norm": moved}
-    finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(sample_loss).all()
-    state = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-    return state, metrics | {"sample_loss": sample_loss}
+    metrics |= {"grad_norm": norm, "adapter_norm": moved, "sample_loss": terms["total_loss"]}
+    finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(terms["total_loss"]).all()
+    return jax.tree.map(lambda after, old: jnp.where(finite, after, old), new, state), metrics
 
 
 def sample_terms(
@@ -321,8 +327,8 @@ def sample_terms(
     x0 = micro.latents.astype(jnp.float32)
     eps = jax.vmap(lambda key: noise(key, x0.shape[1:]))(micro.key)
     x_t = add_noise(x0, eps, micro.t / T_MAX)
-    schedule = Schedule(shift=config.sampler.shift)
-    sigma = sigma_of(micro.t, schedule, config.sampler.sigma_source)
+    sampler = config.sampler
+    sigma = sigma_of(micro.t, Schedule(shift=sampler.shift), sampler.sigma_source)
     text = text[micro.prompt]
     if prefix is not None and forward.prefix == "noised_prefix":
         prefix = noised_prefix(prefix, noise, micro)
@@ -333,10 +339,9 @@ def sample_terms(
 
     old = predict(jax.lax.stop_gradient(state.old))
     reference = predict(jax.lax.stop_gradient(state.reference))
-    current = predict(state.current)
     return losses.objective(
         losses.Coefficients(loss.kind, loss.mix_beta, loss.kl_weight, config.advantages.clip),
-        losses.Predictions(x0, current, old, reference, x_t, sigma),
+        losses.Predictions(x0, predict(state.current), old, reference, x_t, sigma),
         micro.r,
         micro.kl_weight,
     )
@@ -346,8 +351,7 @@ def noised_prefix(prefix: PrefixContext, noise: SampleNoise, micro: StepBatch) -
     """Return the past of every sample at the sample's own level (the paper's Algorithm 2)."""
 
     def noised(latents, number):
-        repeats = micro.r.shape[0] // latents.shape[0]
-        x0 = jnp.repeat(latents, repeats, axis=0).astype(jnp.float32)
+        x0 = jnp.repeat(latents, len(micro.r) // len(latents), axis=0).astype(jnp.float32)
         draw = jax.vmap(lambda key: noise(jax.random.fold_in(key, number), x0.shape[1:]))
         return add_noise(x0, draw(micro.key), micro.t / T_MAX)
 
@@ -364,8 +368,12 @@ def apply_gradient(
     current = optax.apply_updates(state.current, updates)
     # The first step starts the average from its result.
     decay = jnp.where(state.step == 0, 0.0, ema_decay(state.step, config.optimizer.ema_cap))
-    ema = average(state.ema, current, decay)
-    return state._replace(current=current, ema=ema, optimizer=moments, step=state.step + 1)
+    return state._replace(
+        current=current,
+        ema=average(state.ema, current, decay),
+        optimizer=moments,
+        step=state.step + 1,
+    )
 
 
 def average(mean, new, decay):
@@ -395,11 +403,12 @@ def old_decay(kind: str, step: int, constant: float) -> float:
     kind: 'type0' on-policy, 'type1' Astrolabe's schedule, 'type2' DiffusionNFT's slow start, or
     'constant' (docs/objective.md, Behaviour policy).
     """
-    if kind == "type2":
-        return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
-    decays = {"type0": 0.0, "type1": min(0.001 * step, 0.5), "constant": constant}
-    if kind not in decays:
-        raise ValueError(f"optimizer.old_decay is {kind!r}; use {', '.join([*decays, 'type2'])}")
+    decays = {
+        "type0": 0.0,
+        "type1": min(0.001 * step, 0.5),
+        "type2": 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999),
+        "constant": constant,
+    }
     return decays[kind]
 
 
@@ -437,32 +446,26 @@ def update(
         not finite; the step is not taken.
     """
     config = train_step.config
-    mesh = train_step.mesh
-    text = sharding.replicate(mesh, samples.text)
-    number = 0
+    devices = train_step.mesh.size
+    text = sharding.replicate(train_step.mesh, samples.text)
     for turn in range(config.optimizer.inner_epochs):
-        plan = plan_pass(config, epoch, turn, samples.mask, mesh.size)
-        for order, t, kl_weight in zip(*cut(config, plan, mesh.size), strict=True):
-            number += 1
+        plan = minibatches.plan_pass(config, epoch, turn, samples.mask, devices)
+        for number, (order, t, kl_weight) in enumerate(
+            zip(*minibatches.cut(config, plan, devices), strict=True),
+            1 + turn * config.optimizer.steps_per_pass,
+        ):
             batch = _step_batch(samples, order, t, kl_weight, turn)
-
-            of_microbatch = parts and partial(_parts_of, parts, order)
-            state, metrics = train_step(state, params, text, batch, of_microbatch)
+            state, metrics = train_step(state, params, text, batch, parts and partial(parts, order))
             place = f"epoch {epoch + 1}, step {number}"
             yield state, _checked(jax.device_get(metrics), order.reshape(-1), place)
-
-
-def _parts_of(parts: LossParts, order: np.ndarray, i: int, state: TrainState, latents: jax.Array):
-    """Return the parts of microbatch i of a step over the samples `order` [m, B]."""
-    return parts(order[i], state, latents)
 
 
 def _step_batch(samples: Samples, order, t, kl_weight, turn: int) -> StepBatch:
     """Gather the samples of one step, each device's share of every microbatch on the device."""
     latents, key = _gather(samples.latents, samples.key, order, turn)
-    r = samples.r[order].astype(np.float32)
-    prompt = samples.prompt[order]
-    r, kl_weight, prompt, t = sharding.place_batch((r, kl_weight, prompt, t), axis=1)
+    r, prompt, kl_weight, t = sharding.place_batch(
+        (samples.r[order].astype(np.float32), samples.prompt[order], kl_weight, t), axis=1
+    )
     return StepBatch(latents, r, kl_weight, prompt, t, key)
 
 
@@ -486,11 +489,10 @@ def _checked(metrics: dict, order: np.ndarray, place: str) -> dict[str, float]:
             f"{place}: the loss of {bad.size} of {len(order)} samples is not finite ({culprits}); "
             "the step was not taken; lower optimizer.learning_rate or use model.dtype=float32"
         )
-    norms = {
-        "grad_norm": "the gradient norm",
-        "adapter_norm": "the norm of the updated adapter",
-    }
-    for name, what in norms.items():
+    for name, what in (
+        ("grad_norm", "the gradient norm"),
+        ("adapter_norm", "the norm of the updated adapter"),
+    ):
         if not np.isfinite(metrics[name]):
             raise FloatingPointError(
                 f"{place}: {what} is {metrics[name]} although every sample's loss is finite; the "

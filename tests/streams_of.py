@@ -9,7 +9,7 @@ import numpy as np
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.streaming import streams
-from astrolabe_jax.streaming.scenes import given_blocks
+from astrolabe_jax.streaming.scenes import Rules, Scene, timeline_of
 from astrolabe_jax.types import Policy, PromptBatch, StreamState, Timeline, VideoBatch
 from tests.models import tiny
 from tests.traces import Trace, traced, traced_blocks
@@ -62,7 +62,8 @@ def videos_of(
 
 def plain_videos(layout: Layout, frames: int, count: int = 1, traced: bool = False) -> VideoBatch:
     """Return `count` videos of one prompt each, `frames` latent frames long."""
-    return videos_of(Timeline(("",), tuple(given_blocks(layout, frames))), count, traced=traced)
+    timeline = timeline_of([Scene("", 1.0, 1, False)], frames, layout, Rules())
+    return videos_of(timeline, count, traced=traced)
 
 
 def noise(frames: int, count: int = 1, steps: int = 2) -> np.ndarray:
@@ -76,7 +77,7 @@ def begin(policy: Policy, videos: VideoBatch, slots: int | None = None) -> Strea
     capacity = policy.layout.capacity
     if slots is None:
         slots = capacity if videos.traced else min(capacity, last.frame + last.count)
-    return streams.begin(policy, len(videos.timelines), slots, tiny.FRAME)
+    return streams.begin(policy.config, policy.layout, len(videos.timelines), slots, tiny.FRAME)
 
 
 def sample(

@@ -297,8 +297,6 @@ def test_decays_of_the_behaviour_policy():
             update.old_decay(kind, step, 0.9) for kind in ("type0", "type1", "type2", "constant")
         ]
         np.testing.assert_allclose(got, (*want, 0.9), rtol=1e-12)
-    with pytest.raises(ValueError, match="optimizer.old_decay"):
-        update.old_decay("type3", 0, 0.9)
 
 
 def test_decays_of_the_evaluation_average():

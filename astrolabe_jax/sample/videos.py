@@ -242,12 +242,8 @@ def _shot_blocks(
     """Give the blocks of a shot, the given ones first."""
     policy = run.policy(None)
     count = len(videos.timelines)
-    state = streams.begin(
-        policy,
-        count,
-        scenes.cache_slots(policy.layout, runs.rules_of(run.config), shot.latent_frames),
-        run.latent_shape[1:],
-    )
+    slots = scenes.cache_slots(policy.layout, runs.rules_of(run.config), shot.latent_frames)
+    state = streams.begin(policy.config, policy.layout, count, slots, run.latent_shape[1:])
     first = streams.blocks_between(videos, 0, shot.given)
     if first and given is not None:
         latents = sharding.place_batch(np.repeat(given[None], count, axis=0))

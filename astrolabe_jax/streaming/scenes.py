@@ -5,7 +5,6 @@ gives a scene's length, and # a hard cut at its end (docs/sampling.md, Scene str
 here is text and whole numbers on the host; streams.py follows the timeline with arrays.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -107,7 +106,7 @@ def is_plain(text: str) -> bool:
 
 
 def _blocks(seconds: float, block: int, fps: int, stride: int) -> int:
-    return max(1, math.floor(seconds * fps / (stride * block)))
+    return max(1, int(seconds * fps / (stride * block)))
 
 
 def _without_tags(part: str) -> str:
@@ -178,53 +177,67 @@ def shots(
       ValueError: if the frames are over before the last scene begins, or for a video that the
         layout cannot hold.
     """
-    last = len(scenes) - 1
-    ends = [k for k, scene in enumerate(scenes) if k == last or _starts_anew(scene, layout, rules)]
     shots = []
     begin = 0
     left = frames
-    for end in ends:
-        part = scenes[begin : end + 1]
+    for end, scene in enumerate(scenes, start=1):
+        last = end == len(scenes)
+        if not last and not _starts_anew(scene, layout, rules):
+            continue
+        part = scenes[begin:end]
         before = 0 if begin else given
-        shown = left if frames and end == last else _shown(part, layout, fps, stride, before)
+        shown = left if frames and last else _shown(part, layout, fps, stride, before)
         left -= shown
-        count = layout.whole(1 + math.ceil((shown - 1) / stride), up=True)
+        count = layout.whole(1 - (1 - shown) // stride, up=True)
         if before and count <= before:
             raise ValueError(
                 f"all of the {shown} frames are given, {1 + stride * (before - 1)} frames are "
                 f"there before; ask for at least {1 + stride * (before + layout.block - 1)}"
             )
         layout.check_frames(count)
-        blocks = [block for block in layout.blocks(count) if block.start >= before]
-        if shown < 1 or len(blocks) <= sum(scene.blocks for scene in part[:-1]):
+        own_blocks = len(layout.blocks(count)) - len(layout.blocks(before))
+        if shown < 1 or own_blocks <= sum(scene.blocks for scene in part[:-1]):
             raise ValueError(
-                f"{frames} frames are over before scene {last + 1} begins; ask for more"
+                f"{frames} frames are over before scene {len(scenes)} begins; ask for more"
             )
-        cuts = [scene.cut or rules.transition == "cut" for scene in part]
         slots = cache_slots(layout, rules, count)
-        scene_of = scenes_by_length(part, len(blocks))
-        plans = given_blocks(layout, before) + plan_blocks(
-            blocks, scene_of, cuts, layout, slots, rules
+        shots.append(
+            Shot(
+                timeline_of(part, count, layout, rules, slots, before),
+                before,
+                count,
+                shown,
+            )
         )
-        timeline = Timeline(tuple(scene.prompt for scene in part), tuple(plans))
-        shots.append(Shot(timeline, before, count, shown))
-        begin = end + 1
+        begin = end
     return shots
 
 
-def timeline_of(scenes: Sequence[Scene], frames: int, layout: Layout, rules: Rules) -> Timeline:
-    """Return the timeline of `frames` latent frames; the last scene takes what is left."""
+def timeline_of(
+    scenes: Sequence[Scene],
+    frames: int,
+    layout: Layout,
+    rules: Rules,
+    slots: int | None = None,
+    given: int = 0,
+) -> Timeline:
+    """Return the timeline of `frames` latent frames; the last scene takes what is left.
+
+    Args:
+      slots: frames of the cache, by default what the layout sees.
+      given: first frames, in whole blocks, which come before the first scene's time.
+    """
     blocks = layout.blocks(frames)
-    cuts = [scene.cut or rules.transition == "cut" for scene in scenes]
-    scene_of = scenes_by_length(scenes, len(blocks))
-    plans = plan_blocks(blocks, scene_of, cuts, layout, layout.capacity, rules)
+    before = len(layout.blocks(given))
+    plans = plan_blocks(
+        blocks,
+        [0] * before + scenes_by_length(scenes, len(blocks) - before),
+        [scene.cut or rules.transition == "cut" for scene in scenes],
+        layout,
+        slots or layout.capacity,
+        rules,
+    )
     return Timeline(tuple(scene.prompt for scene in scenes), tuple(plans))
-
-
-def given_blocks(layout: Layout, frames: int) -> list[BlockPlan]:
-    """Return the blocks of the first `frames` latent frames, of scene 0."""
-    blocks = layout.blocks(frames)
-    return plan_blocks(blocks, [0] * len(blocks), [], layout, layout.capacity, Rules())
 
 
 def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given: int) -> int:
@@ -233,12 +246,13 @@ def _shown(scenes: Sequence[Scene], layout: Layout, fps: int, stride: int, given
     It has at least the frames of all the blocks that go into the durations.
     """
     before = 1 + stride * (given - 1) if given else 0
-    blocks = sum(scene.blocks for scene in scenes)
-    least = given + layout.block * blocks
-    if layout.lead and not given:
-        least = layout.lead + layout.block * (blocks - 1)
-    seconds = sum(scene.seconds for scene in scenes)
-    return max(before + round(seconds * fps), 1 + stride * (least - 1))
+    # an independent first frame stands for a whole block
+    missing = layout.block - layout.lead if layout.lead and not given else 0
+    least = given + layout.block * sum(scene.blocks for scene in scenes) - missing
+    return max(
+        before + round(sum(scene.seconds for scene in scenes) * fps),
+        1 + stride * (least - 1),
+    )
 
 
 def cache_slots(layout: Layout, rules: Rules, latent_frames: int) -> int:
@@ -270,7 +284,7 @@ def plan_blocks(
     slots: int,
     rules: Rules,
 ) -> list[BlockPlan]:
-    """Return a plan for each of the blocks, which may begin behind given frames.
+    """Return a plan for each of the blocks of a video.
 
     A flush keeps the first frame and the last two. A hard cut keeps the sink alone where positions
     are relative; where they are absolute it is a flush, and the block behind it stands at positions
@@ -283,7 +297,7 @@ def plan_blocks(
       slots: frames of the cache.
     """
     relative = layout.positions == "relative"
-    held = [(frame, frame) for frame in range(blocks[0].start)] if blocks else []
+    held: list[_Held] = []
     plans = []
     for number, (block, scene) in enumerate(zip(blocks, scene_of, strict=True)):
         change = None
@@ -297,10 +311,16 @@ def plan_blocks(
         positions = list(range(start, start + len(frames))) if relative else list(frames)
         if cut and not relative:
             positions[-len(CUT_FRAMES) :] = CUT_FRAMES[-len(positions) :]
-        aligned = (start - layout.lead) % layout.block == 0
         plans.append(
             BlockPlan(
-                block.start, len(frames), scene, start, tuple(positions), aligned, cut, change
+                block.start,
+                len(frames),
+                scene,
+                start,
+                tuple(positions),
+                (start - layout.lead) % layout.block == 0,
+                cut,
+                change,
             )
         )
         held = held + list(zip(frames, positions, strict=True))
@@ -312,9 +332,8 @@ def _held_after(held: list[_Held], change: CacheChange, layout: Layout, slots: i
     if change.keep is None:
         return held
     places = _in_places(held, layout, slots)
-    kept = [places[place] for place in change.keep if place < len(places)]
     # published: places that hold no frame
-    return kept + [(-1, -1)] * (len(change.keep) - len(kept))
+    return [places[place] if place < len(places) else (-1, -1) for place in change.keep]
 
 
 def _in_places(held: list[_Held], layout: Layout, slots: int) -> list[_Held]:
@@ -322,9 +341,8 @@ def _in_places(held: list[_Held], layout: Layout, slots: int) -> list[_Held]:
 
     These are the sink, then the window, oldest first.
     """
-    if len(held) <= slots:
-        return held
-    return held[: layout.kept] + held[len(held) - (slots - layout.kept) :]
+    oldest = max(len(held) - slots, 0) + layout.kept
+    return held[: layout.kept] + held[oldest:]
 
 
 def _change(held: list[_Held], layout: Layout, slots: int, cut: bool, rules: Rules) -> CacheChange:

@@ -10,8 +10,9 @@ evaluation, sampling and planning all come through this file (docs/streaming.md)
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,32 +35,31 @@ class SampledBlock(NamedTuple):
     state: StreamState  # after it; the next block takes its memory
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def begin(
-    policy: Policy, count: int, slots: int, latent_shape: tuple[int, int, int]
+    config: WanConfig, layout: Layout, count: int, slots: int, latent_shape: tuple[int, int, int]
 ) -> StreamState:
     """Return the state of `count` videos at frame 0.
 
     Args:
+      config, layout: of the policy.
       slots: frames of the cache.
       latent_shape: (C, H, W).
     """
-    return _begin(policy.config, policy.layout, count, slots, tuple(latent_shape))
+    state = StreamState(
+        kv.empty_cache(config, count, slots, latent_shape[1:]),
+        None,
+        # at least frame 0, which a flush keeps
+        jnp.zeros((count, max(layout.kept, 1), *latent_shape), jnp.float32),
+        jnp.zeros((count, slots, *latent_shape), jnp.float32),
+    )
+    return jax.tree.map(sharding.by_sample, state, by_axis(state, 0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _begin(
-    config: WanConfig, layout: Layout, count: int, slots: int, latent_shape: tuple[int, int, int]
-) -> StreamState:
-    cache = kv.empty_cache(config, count, slots, latent_shape[1:])
-    cache = jax.tree.map(functools.partial(sharding.by_sample, axis=1), cache)
-    first = jnp.zeros((count, remembered(layout), *latent_shape), jnp.float32)
-    recent = jnp.zeros((count, slots, *latent_shape), jnp.float32)
-    return StreamState(cache, None, sharding.by_sample(first), sharding.by_sample(recent))
-
-
-def remembered(layout: Layout) -> int:
-    """Return the number of first frames whose latents a stream keeps: a flush keeps frame 0."""
-    return max(layout.kept, 1)
+def by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
+    """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
+    cache = jax.tree.map(lambda _: inner, state.cache)
+    return jax.tree.map(lambda _: outer, state._replace(cache=None))._replace(cache=cache)
 
 
 def sample_blocks(
@@ -132,8 +132,7 @@ def change_prompts(
     if not any(timeline.blocks[block].change for timeline in videos.timelines):
         return state
     own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
-    (text,) = _texts(policy, videos, [block])
-    return _change_prompts(policy, videos, own, block, text)
+    return _change_prompts(policy, videos, own, block, next(_texts(policy, videos, [block])))
 
 
 def refresh_cache(
@@ -144,22 +143,25 @@ def refresh_cache(
     The other memory is shared with `state`.
     """
     layout = policy.layout
-    (text,) = _texts(policy, videos, [block])
-    first = state.first[:, : layout.kept]
-    recent = state.recent[:, -(layout.capacity - layout.kept) :]
-    start = np.int32(videos.blocks[block].start)
-    return state._replace(cache=rollout.reencode(policy, text, first, recent, start))
+    cache = rollout.reencode(
+        policy,
+        next(_texts(policy, videos, [block])),
+        state.first[:, : layout.kept],
+        state.recent[:, -(layout.capacity - layout.kept) :],
+        np.int32(videos.blocks[block].start),
+    )
+    return state._replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames="each")
 def fork(state: StreamState, each: int) -> StreamState:
     """Return `each` copies of every video's state, adjacent, with memory of their own."""
 
-    def repeat(part, axis=0):
-        return sharding.by_sample(jnp.repeat(part, each, axis=axis), axis)
-
-    cache = jax.tree.map(functools.partial(repeat, axis=1), state.cache)
-    return jax.tree.map(repeat, state._replace(cache=None))._replace(cache=cache)
+    return jax.tree.map(
+        lambda part, axis: sharding.by_sample(jnp.repeat(part, each, axis=axis), axis),
+        state,
+        by_axis(state, 0, 1),
+    )
 
 
 def block_at(videos: VideoBatch, frame: int) -> int:
@@ -169,11 +171,7 @@ def block_at(videos: VideoBatch, frame: int) -> int:
 
 def blocks_between(videos: VideoBatch, begin: int, end: int) -> range:
     """Return the numbers of the blocks of the latent frames from `begin` to `end`."""
-    frames = [plan.frame for plan in videos.blocks]
-    return range(
-        sum(frame < begin for frame in frames),
-        sum(frame < end for frame in frames),
-    )
+    return range(block_at(videos, begin - 1) + 1, block_at(videos, end - 1) + 1)
 
 
 @jax.jit
@@ -189,19 +187,16 @@ def positions_of(plans: Sequence[BlockPlan]) -> np.ndarray:
 
 def _texts(policy: Policy, videos: VideoBatch, blocks: Sequence[int]) -> Iterator[KeyValues]:
     """Give each block's prompts as the policy reads them, encoded anew only where they change."""
-    prompts = None
-    text = None
-    for number in blocks:
-        if text is None or videos.prompts_at(number) != prompts:
-            prompts = videos.prompts_at(number)
-            rows = np.array([videos.rows[prompt] for prompt in prompts])
-            text = rollout.encode_text(policy, sharding.place_batch(videos.embeddings[rows]))
-        yield text
+    for prompts, alike in itertools.groupby(blocks, videos.prompts_at):
+        rows = np.array([videos.rows[prompt] for prompt in prompts])
+        text = rollout.encode_text(policy, sharding.place_batch(videos.embeddings[rows]))
+        for _ in alike:
+            yield text
 
 
 def _noise_from_keys(policy: Policy, videos: VideoBatch, state: StreamState) -> NoiseOf:
     keys = sharding.place_batch(videos.keys)
-    shape = tuple(state.recent.shape[2:])
+    shape = state.recent.shape[2:]
 
     def noise_of(plan: BlockPlan) -> jax.Array:
         frame = np.int32(videos.first_frame + plan.frame)
@@ -231,9 +226,10 @@ def place_at(
     It is static while the cache fills. Once it is full it is traced, so that one compiled program
     serves the rest of the video.
     """
-    if slots == layout.capacity and start + count > slots and start > 0:
-        return Place(np.int32(start), positions, aligned=aligned)
-    return Place(None, positions, start, aligned)
+    full = slots == layout.capacity and start + count > slots and start > 0
+    return Place(
+        np.int32(start) if full else None, positions, None if full else start, aligned=aligned
+    )
 
 
 def _change_prompts(
@@ -250,12 +246,10 @@ def _change_prompts(
     change = next((change for change in changes if change), None)
     if change is None:
         return state
-    frame = videos.blocks[block].frame
-    if all(changes):
-        return state._replace(cache=_change_cache(policy, state, change, frame, text))
-    own = state._replace(cache=jax.tree.map(jnp.copy, state.cache))
-    cache = _change_cache(policy, own, change, frame, text)
-    cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
+    own = state if all(changes) else state._replace(cache=jax.tree.map(jnp.copy, state.cache))
+    cache = _change_cache(policy, own, change, videos.blocks[block].frame, text)
+    if not all(changes):
+        cache = _where(np.array([bool(change) for change in changes]), cache, state.cache)
     return state._replace(cache=cache)
 
 
@@ -267,17 +261,16 @@ def _change_cache(
     text: KeyValues,
 ) -> kv.Cache:
     """Apply one change to the caches of all videos, before the block that begins at `frame`."""
-    layout = policy.layout
     slots = state.recent.shape[1]
     if change.keep is not None:
-        place = place_at(layout, slots, change.end, 0, None)
-        latent_hw = tuple(state.recent.shape[3:])
-        return _restart(policy, state.cache, place, change.keep, latent_hw, change.every)
+        place = place_at(policy.layout, slots, change.end, 0, None)
+        return _restart(
+            policy, state.cache, place, change.keep, state.recent.shape[3:], change.every
+        )
     gone = frame - slots  # frames before it are no longer among the recent ones
     latents = [state.first[:, f] if f < gone else state.recent[:, f - gone] for f in change.frames]
-    count = len(change.frames)
     positions = np.asarray(change.positions, np.int32)
-    place = place_at(layout, slots, change.end - count, count, positions)
+    place = place_at(policy.layout, slots, change.end - len(latents), len(latents), positions)
     stacked = jnp.stack(latents, axis=1)
     return rollout.recache(policy, text, stacked, state.cache, place, change.skip)
 

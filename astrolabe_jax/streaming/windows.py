@@ -13,14 +13,14 @@ the window begins (docs/streaming.md).
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax import encode, prompts, sharding
-from astrolabe_jax.config import clip_length, piece, rounds, shares_prefix
+from astrolabe_jax import encode, minibatches, prompts, sharding
+from astrolabe_jax.config import clip_length, piece, rounds, samples, shares_prefix
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.rewards.registry import RewardError
@@ -30,6 +30,7 @@ from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.types import (
     LossPart,
+    Policy,
     PrefixContext,
     PromptBatch,
     RngStream,
@@ -46,9 +47,8 @@ VideoNumbers = Sequence[int] | np.ndarray  # of the videos in their epoch or eva
 
 def window_start(run: Run, epoch: int) -> int:
     """Return the frame at which an epoch's window begins, from the seed alone."""
-    if run.config.streaming.mode == "progressive":
-        return run.starts[epoch % len(run.starts)]
-    return run.starts[_random(run, RngStream.WINDOW, epoch, 1)[0] % len(run.starts)]
+    drawn = minibatches.random_bits(run.config, RngStream.WINDOW, epoch, 1)
+    return run.starts[(epoch if _progressive(run) else drawn[0]) % len(run.starts)]
 
 
 def prompt_draw(run: Run, epoch: int) -> int:
@@ -56,8 +56,7 @@ def prompt_draw(run: Run, epoch: int) -> int:
 
     Progressive streams keep their prompts to the end of their videos.
     """
-    progressive = run.config.streaming.mode == "progressive"
-    return epoch // len(run.starts) if progressive else epoch
+    return epoch // len(run.starts) if _progressive(run) else epoch
 
 
 def encode_videos(
@@ -71,8 +70,10 @@ def encode_videos(
       stream, epoch: of the keys.
       frames: latent frames of the timelines.
     """
-    texts = dict.fromkeys(batch.texts)
-    timelines = {text: timeline_of(run.config, run.layout, text, frames) for text in texts}
+    timelines = {
+        text: timeline_of(run.config, run.layout, text, frames)
+        for text in dict.fromkeys(batch.texts)
+    }
     distinct = dict.fromkeys(
         prompt for timeline in timelines.values() for prompt in timeline.prompts
     )
@@ -92,10 +93,11 @@ def encode_videos(
 
 def begin(run: Run, count: int, frames: int) -> StreamState:
     """Return the state of `count` videos of `frames` latent frames, at frame 0."""
-    slots = run.layout.capacity
-    if not run.config.streaming.window:
-        slots = min(slots, frames)
-    return streams.begin(run.policy({}), count, slots, run.latent_shape[1:])
+    capacity = run.layout.capacity
+    slots = capacity if run.config.streaming.window else min(capacity, frames)
+    return streams.begin(
+        run.base.transformer.config, run.layout, count, slots, run.latent_shape[1:]
+    )
 
 
 def collect(
@@ -118,37 +120,36 @@ def collect(
       RewardError: for a reward that is not finite.
       FloatingPointError: for latents that are not finite.
     """
-    config = run.config
     policy = run.policy(adapter)
-    shared = shares_prefix(config)
-    stop = start + run.window
-    blocks = streams.blocks_between(videos, start if shared else 0, stop)
+    shared = shares_prefix(run.config)
+    blocks = streams.blocks_between(videos, start if shared else 0, start + run.window)
     places = _places(run, videos)
-    share = piece(config, config.sampler.batch, run.mesh.size) // places.shape[1]
+    share = piece(run.config, run.config.sampler.batch, run.mesh.size) // places.shape[1]
     pieces = []
     waiting = []
     order = []
     prefixes = []
     whole = []
-    for number, round_places in enumerate(places):
-        own = videos.take(_prefix_videos(run, videos, round_places[:, 0]))
-        first = begun[number] if begun else None
+    for round_places, first in zip(places, begun or [None] * len(places), strict=True):
         prefix, latents_before, frames_before = _advance_to(
-            run, adapter, own, start if shared else 0, first, progress
+            run,
+            adapter,
+            _prefix_videos(run, videos, round_places[:, 0]),
+            start if shared else 0,
+            first,
+            progress,
         )
         for i in range(0, round_places.shape[1], share):
             chosen = round_places[:, i : i + share].reshape(-1)
             part = videos.take(chosen)
             with progress.phase("rollout"):
                 state = streams.fork(prefix, share) if shared else prefix
-                decoder = state.decoder
                 # the keys of candidates are not kept: their latents are all that is learnt from
                 latents = sampled(streams.sample_blocks(policy, part, state, blocks))[0]
-                del state
-                latents = jax.block_until_ready(latents)
+                jax.block_until_ready(latents)
             with progress.phase("decode"):
                 refuse_non_finite(latents, part.prompts_at(blocks[0]), chosen)
-                decoded = _decode(run, latents, decoder)[0]
+                decoded = _decode(run, latents, state.decoder)[0]
                 repeated = [np.repeat(frames, share, axis=0) for frames in frames_before]
                 frames = np.concatenate([*repeated, to_host(decoded)], axis=1)
             waiting.append(_score_clips(run, frames, part, start, chosen, progress))
@@ -161,8 +162,14 @@ def collect(
             prefixes.append(prefix)
         whole.extend(latents_before)
     back = np.argsort(np.concatenate(order))
-    scores = {name: values[back] for name, values in joined(waiting).items()}
-    return Segment(videos, start, _in_order(pieces, back), scores, prefixes, whole)
+    return Segment(
+        videos,
+        start,
+        _chosen(pieces, back),
+        {name: values[back] for name, values in joined(waiting).items()},
+        prefixes,
+        whole,
+    )
 
 
 def score_videos(
@@ -174,11 +181,11 @@ def score_videos(
     each clip; the last clip may be shorter. Errors as in `collect`.
     """
     policy = run.policy(adapter)
-    count = len(videos.timelines)
     size = piece(run.config, run.config.sampler.batch, run.mesh.size)
-    starts = range(0, count, size)
+    everything = np.arange(len(videos.timelines))
+    starts = everything[::size]
     for i, first in enumerate(starts):
-        numbers = np.arange(first, min(first + size, count))
+        numbers = everything[first : first + size]
         part = videos.take(np.resize(numbers, size))  # the last piece is filled up
         state = begin(run, size, frames)
         clips = []
@@ -188,7 +195,7 @@ def score_videos(
             with progress.phase("rollout"):
                 state = streams.change_prompts(policy, part, state, blocks[0])
                 latents, state = sampled(streams.sample_blocks(policy, part, state, blocks))
-                latents = jax.block_until_ready(latents)
+                jax.block_until_ready(latents)
             texts = part.prompts_at(blocks[0])[: len(numbers)]
             with progress.phase("decode"):
                 refuse_non_finite(latents, texts, numbers)
@@ -236,10 +243,9 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: VideoNu
 
     Decoded, such latents would be black frames, and scored as such.
     """
-    fine = sharding.to_host(streams.finite(latents))[: len(texts)]
-    bad = np.flatnonzero(~fine)
+    bad = np.flatnonzero(~sharding.to_host(streams.finite(latents))[: len(texts)])
     if len(bad):
-        index = int(bad[0])
+        index = bad[0]
         others = f" and those of {len(bad) - 1} more" if len(bad) > 1 else ""
         raise FloatingPointError(
             f"the latents of sample {numbers[index]} (prompt {texts[index]!r}){others} are not "
@@ -249,24 +255,24 @@ def refuse_non_finite(latents: jax.Array, texts: Sequence[str], numbers: VideoNu
 
 
 def loss_parts(
-    run: Run, segment: Segment, order: np.ndarray, state: TrainState, latents: jax.Array
+    run: Run, segment: Segment, order: np.ndarray, i: int, state: TrainState, latents: jax.Array
 ) -> Iterator[LossPart]:
-    """Give the parts of a microbatch whose samples are `order`, for update.update.
+    """Give the parts of microbatch i of a step over the samples `order` [m, B], for update.update.
 
     Args:
       latents: of the microbatch, [B, F, C, H, W].
     """
     streaming = run.config.streaming
-    videos = segment.videos
     shared = shares_prefix(run.config)
     if shared and (segment.start or streaming.backprop == "detach"):
-        videos_a_round = len(videos.timelines) // len(segment.prefixes)
-        number = int(order[0]) // videos_a_round
+        number = int(order[i, 0]) * len(segment.prefixes) // len(segment.videos.timelines)
         yield LossPart(prefix=_prefix_context(run, segment, number))
     elif shared or streaming.backprop == "full" or not streaming.window:
         yield LossPart()
     else:
-        yield from _sequence_parts(run, videos.take(order), segment.start, state, latents)
+        yield from _sequence_parts(
+            run, segment.videos.take(order[i]), segment.start, state, latents
+        )
 
 
 def _sequence_parts(
@@ -278,20 +284,24 @@ def _sequence_parts(
     policy = run.policy(state.old)
     for number, (first, end) in enumerate(split(stop, run.window)):
         blocks = streams.blocks_between(videos, first, end)
-        positions = streams.positions_of([videos.blocks[block] for block in blocks])
         yield LossPart(
-            (first, end), number, PrefixContext(np.int32(first), positions, stream.cache)
+            (first, end),
+            number,
+            PrefixContext(
+                np.int32(first),
+                streams.positions_of(videos.blocks[blocks.start : blocks.stop]),
+                stream.cache,
+            ),
         )
         if end < stop:
-            stream = cache_blocks(run, policy, videos, stream, latents[:, first:end], blocks)
+            stream = cache_blocks(policy, videos, stream, latents[:, first:end], blocks)
 
 
 def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
     """Return what the loss reads of a round's past (docs/streaming.md, Whose keys)."""
     streaming = run.config.streaming
-    videos = segment.videos
-    blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
-    plans = [videos.blocks[block] for block in blocks]
+    blocks = streams.blocks_between(segment.videos, segment.start, segment.start + run.window)
+    plans = segment.videos.blocks[blocks.start : blocks.stop]
     context = PrefixContext(np.int32(plans[0].start), streams.positions_of(plans))
     if streaming.backprop == "full":
         return context._replace(whole=segment.whole[number])
@@ -315,39 +325,37 @@ def continue_streams(
     if not _progressive(run) or segment.start == run.starts[-1]:
         return []
     videos = segment.videos
-    index = videos.batch.index
     chosen = continuations(run, videos.batch, total, epoch)
     policy = run.policy(adapter)
     blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
     after = []
     for state, places in zip(segment.prefixes, _places(run, videos)[:, :, 0], strict=True):
-        taken = np.array([chosen[line] for line in index[places].tolist()])
-        latents = _chosen(segment.latents, taken)
-        own = videos.take(_first_candidates(index, places))
-        state = cache_blocks(run, policy, own, state, latents, blocks)
+        taken = np.array([chosen[line] for line in videos.batch.index[places].tolist()])
+        latents = _chosen([segment.latents], taken)
+        own = _prefix_videos(run, videos, places)
+        state = cache_blocks(policy, own, state, latents, blocks)
         if decodes(run):
-            _, decoder = _decode(run, latents, state.decoder)
-            state = state._replace(decoder=decoder)
+            state = state._replace(decoder=_decode(run, latents, state.decoder)[1])
         after.append(state)
     return jax.block_until_ready(after)
 
 
 def cache_blocks(
-    run: Run, policy, videos: VideoBatch, state: StreamState, latents: jax.Array, blocks: range
+    policy: Policy, videos: VideoBatch, state: StreamState, latents: jax.Array, blocks: range
 ) -> StreamState:
     """Return the state behind given latents of some blocks; the memory of `state` is taken."""
-    t = run.sampler.context_noise
-    for block in streams.cache_blocks(policy, videos, state, latents, blocks, t):
+    for block in streams.cache_blocks(
+        policy, videos, state, latents, blocks, policy.sampler.context_noise
+    ):
         state = block.state
     return state
 
 
 def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -> dict[int, int]:
     """Return which video each prompt goes on with: line of the prompt -> place in the batch."""
-    kind = run.config.streaming.continuation
     lines = list(dict.fromkeys(batch.index.tolist()))
     chosen = {}
-    drawn = _random(run, RngStream.CONTINUATION, epoch, len(lines))
+    drawn = minibatches.random_bits(run.config, RngStream.CONTINUATION, epoch, len(lines))
     for line, bits in zip(lines, drawn, strict=True):
         places = np.flatnonzero(batch.index == line)
         picks = {
@@ -355,26 +363,25 @@ def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -
             "best": np.argmax(total[places]),
             "uniform": int(bits % np.uint64(len(places))),
         }
-        chosen[line] = int(places[picks[kind]])
+        chosen[line] = int(places[picks[run.config.streaming.continuation]])
     return chosen
 
 
 def merge_streams(run: Run, states: list[StreamState]) -> StreamState | None:
     """Return the streams of all rounds as one for each prompt, whatever the devices."""
-    if not states:
-        return None
-    count, number = rounds(run.config, run.mesh.size)
-    copies = count * number // run.config.prompts.prompts_per_epoch
-    return _merged(states, copies, places=_saved_places(run))
+    return _merged(states, _copies(run), places=_saved_places(run)) if states else None
 
 
 def split_streams(run: Run, saved: StreamState | None) -> list[StreamState]:
     """Return the inverse of `merge_streams`, on these devices."""
-    if saved is None:
-        return []
+    count, _ = rounds(run.config, run.mesh.size)
+    return [] if saved is None else _divided(saved, count, _copies(run))
+
+
+def _copies(run: Run) -> int:
+    """Return how many streams there are of each prompt: devices may hold the same past."""
     count, number = rounds(run.config, run.mesh.size)
-    copies = count * number // run.config.prompts.prompts_per_epoch
-    return _divided(saved, count, copies)
+    return count * number // run.config.prompts.prompts_per_epoch
 
 
 def stream_shapes(run: Run, start: int, progressive: bool) -> StreamState | None:
@@ -382,39 +389,42 @@ def stream_shapes(run: Run, start: int, progressive: bool) -> StreamState | None
     if not start:
         return None
     groups = run.config.prompts.prompts_per_epoch
-    latent_hw = tuple(run.latent_shape[2:])
     state = jax.eval_shape(lambda: begin(run, groups, 0))
     if progressive and decodes(run):
         vae = run.base.vae
-        one = jax.ShapeDtypeStruct((groups, 1, run.latent_shape[1], *latent_hw), jnp.float32)
 
-        def memory(params, latents):
-            return merge(vae.graphdef, params).decode(latents)[1]
-
-        state = state._replace(decoder=jax.eval_shape(memory, vae.params, one))
+        state = state._replace(
+            decoder=jax.eval_shape(
+                lambda params, latents: merge(vae.graphdef, params).decode(latents)[1],
+                vae.params,
+                jax.ShapeDtypeStruct((groups, 1, *run.latent_shape[1:]), jnp.float32),
+            )
+        )
     state = state if progressive else _loss_prefix(run, state)
-    shardings = _by_axis(state, *_saved_places(run))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         state,
-        shardings,
+        streams.by_axis(state, *_saved_places(run)),
     )
 
 
 def segment_shapes(run: Run, start: int) -> dict[str, Any]:
     """Return the shapes of what `segment_arrays` gives."""
-    count = run.config.prompts.prompts_per_epoch * run.config.prompts.samples_per_prompt
+
+    def latents(count: int, frames: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (count, frames, *run.latent_shape[1:]),
+            jnp.float32,
+            sharding=sharding.batch_sharding(run.mesh),
+        )
+
     frames = run.window if shares_prefix(run.config) else start + run.window
-    shape = (count, frames, *run.latent_shape[1:])
-    place = sharding.batch_sharding(run.mesh)
-    shapes: dict[str, Any] = {"latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+    shapes: dict[str, Any] = {"latents": latents(samples(run.config), frames)}
     if _saves_prefix(run, start):
         shapes["streams"] = stream_shapes(run, start, progressive=False)
         if run.config.streaming.backprop == "full":
             number, streams_of_round = rounds(run.config, run.mesh.size)
-            shape = (streams_of_round, start, *run.latent_shape[1:])
-            one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-            shapes["whole"] = [one] * number
+            shapes["whole"] = [latents(streams_of_round, start)] * number
     return shapes
 
 
@@ -441,17 +451,15 @@ def restore_segment(
     A past that needs no sampling is made anew. Arguments as in `collect`.
     """
     arrays, scores = saved
-    prefixes = []
-    if "streams" in arrays:
-        prefixes = split_streams(run, arrays["streams"])
-    elif shares_prefix(run.config):
-        quiet = Progress({}, lambda: None, lambda line: None)
-        for number, places in enumerate(_places(run, videos)[:, :, 0]):
-            own = videos.take(_first_candidates(videos.batch.index, places))
-            first = begun[number] if begun else None
-            prefixes.append(_advance_to(run, adapter, own, start, first, quiet)[0])
-    whole = arrays.get("whole", [])
-    return Segment(videos, start, arrays["latents"], scores, prefixes, whole)
+    prefixes = split_streams(run, arrays.get("streams"))
+    if shares_prefix(run.config) and not prefixes:
+        quiet = Progress(log=lambda line: None)
+        places = _places(run, videos)[:, :, 0]
+        prefixes = [
+            _advance_to(run, adapter, _prefix_videos(run, videos, of_round), start, first, quiet)[0]
+            for of_round, first in zip(places, begun or [None] * len(places), strict=True)
+        ]
+    return Segment(videos, start, arrays["latents"], scores, prefixes, arrays.get("whole", []))
 
 
 def _progressive(run: Run) -> bool:
@@ -469,17 +477,15 @@ def _places(run: Run, videos: VideoBatch) -> np.ndarray:
     return np.arange(len(videos.timelines)).reshape(count, number, -1)
 
 
-def _prefix_videos(run: Run, videos: VideoBatch, places: np.ndarray) -> np.ndarray:
-    """Return whose noise the streams of a round have before the window."""
-    return _first_candidates(videos.batch.index, places) if shares_prefix(run.config) else places
+def _prefix_videos(run: Run, videos: VideoBatch, places: np.ndarray) -> VideoBatch:
+    """Return the videos whose noise the streams of a round have before the window.
 
-
-def _first_candidates(index: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return the first candidate of the prompt of each of these places.
-
-    A prompt's past is that of its first candidate, on whichever devices.
+    The past that a prompt's videos share is that of its first candidate, on whichever devices.
     """
-    return np.array([np.flatnonzero(index == index[place])[0] for place in places])
+    if shares_prefix(run.config):
+        index = videos.batch.index
+        places = np.array([np.flatnonzero(index == index[place])[0] for place in places])
+    return videos.take(places)
 
 
 def decodes(run: Run) -> bool:
@@ -494,14 +500,6 @@ def _loss_prefix(run: Run, state: StreamState) -> StreamState:
     return state._replace(decoder=None, cache=state.cache if cached else None)
 
 
-class _Advanced(NamedTuple):
-    """Streams at the window's start."""
-
-    state: StreamState
-    latents: list[jax.Array]  # all before it, where gradients go back there
-    frames: list[np.ndarray]  # all before it, where they are scored
-
-
 def _advance_to(
     run: Run,
     adapter: dict,
@@ -509,22 +507,23 @@ def _advance_to(
     start: int,
     begun: StreamState | None,
     progress: Progress,
-) -> _Advanced:
-    """Advance streams to frame `start` and apply the change of prompts there."""
-    streaming = run.config.streaming
-    count = len(own.timelines)
+) -> tuple[StreamState, list[jax.Array], list[np.ndarray]]:
+    """Advance streams to frame `start` and apply the change of prompts there.
+
+    Also returns all latents before it, where gradients go back there, and all frames, where they
+    are scored.
+    """
+    state = begin(run, len(own.timelines), run.latent_shape[0]) if begun is None else begun
     if not start:
-        state = begin(run, count, run.latent_shape[0]) if begun is None else begun
-        return _Advanced(state, [], [])
+        return state, [], []
+    streaming = run.config.streaming
     policy = run.policy(adapter)
     blocks = streams.blocks_between(own, 0, start)
     whole = []
     frames = []
-    state = begun
     with progress.phase("past"):
-        if state is None:
-            first = begin(run, count, start)
-            latents, state = sampled(streams.sample_blocks(policy, own, first, blocks))
+        if begun is None:
+            latents, state = sampled(streams.sample_blocks(policy, own, state, blocks))
             if streaming.backprop == "full":
                 whole = [latents]
             if decodes(run):
@@ -534,7 +533,7 @@ def _advance_to(
         if begun is not None and streaming.recache_on_update:
             state = streams.refresh_cache(policy, own, state, blocks.stop)
         jax.block_until_ready(state.cache)
-    return _Advanced(state, whole, frames)
+    return state, whole, frames
 
 
 def _decode_past(run: Run, latents: jax.Array) -> tuple[Any, list[np.ndarray]]:
@@ -544,8 +543,7 @@ def _decode_past(run: Run, latents: jax.Array) -> tuple[Any, list[np.ndarray]]:
     """
     decoder = None
     frames = []
-    chunk = run.config.video.decode_chunk
-    for begin, end in split(latents.shape[1], chunk):
+    for begin, end in split(latents.shape[1], run.config.video.decode_chunk):
         decoded, decoder = _decode(run, latents[:, begin:end], decoder)
         if run.config.streaming.reward == "full":
             frames.append(to_host(decoded))
@@ -588,11 +586,10 @@ def _score_clips(
     # the first latent frame of a video is one frame, not `stride`
     count = -(-frames.shape[1] // stride)
     missing = stride * count - frames.shape[1]
-    first = start + run.window - count
     waiting = []
     for begin, end in split(count, length or count):
         clip = frames[:, max(stride * begin - missing, 0) : stride * end - missing]
-        frame = first + begin if length else start
+        frame = start + run.window - count + begin if length else start
         texts = videos.prompts_at(streams.block_at(videos, frame))
         waiting.append(score_async(run, clip, texts, numbers, progress))
 
@@ -609,15 +606,6 @@ def joined(waiting: Sequence[WaitForScores]) -> Scores:
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _random(run: Run, stream: RngStream, epoch: int, count: int) -> np.ndarray:
-    """Return `count` uint64 of a counter-based generator's raw output.
-
-    No numpy release changes it.
-    """
-    key = np.array([run.config.seed, (stream << 32) | epoch], np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
-
-
 def _saved_places(run: Run):
     """Return the shardings of saved streams, along axis 0 and axis 1."""
     if run.config.prompts.prompts_per_epoch % run.mesh.size:
@@ -625,43 +613,31 @@ def _saved_places(run: Run):
     return sharding.batch_sharding(run.mesh), sharding.batch_sharding(run.mesh, axis=1)
 
 
-def _by_axis(state: StreamState, outer: Any, inner: Any) -> Any:
-    """Return a value for every array: `inner` for the cache, whose axis 1 is the streams'."""
-    rest = jax.tree.map(lambda _: outer, state._replace(cache=None))
-    return rest._replace(cache=jax.tree.map(lambda _: inner, state.cache))
-
-
 @functools.partial(jax.jit, static_argnames=("copies", "places"))
 def _merged(states, copies: int, *, places):
-    def join(axis, *parts):
-        joined = jnp.concatenate(parts, axis)
-        return jax.lax.slice_in_dim(joined, 0, None, copies, axis)
-
-    merged = jax.tree.map(join, _by_axis(states[0], 0, 1), *states)
-    return jax.lax.with_sharding_constraint(merged, _by_axis(merged, *places))
+    merged = jax.tree.map(
+        lambda axis, *parts: jax.lax.slice_in_dim(
+            jnp.concatenate(parts, axis), 0, None, copies, axis
+        ),
+        streams.by_axis(states[0], 0, 1),
+        *states,
+    )
+    return jax.lax.with_sharding_constraint(merged, streams.by_axis(merged, *places))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "copies"))
 def _divided(saved, count: int, copies: int):
-    def of_round(number):
-        def part(axis, leaf):
-            spread = jnp.repeat(leaf, copies, axis)
-            size = spread.shape[axis] // count
-            cut = jax.lax.slice_in_dim(spread, number * size, (number + 1) * size, axis=axis)
-            return sharding.by_sample(cut, axis)
+    def of_round(number, axis, leaf):
+        part = jnp.split(jnp.repeat(leaf, copies, axis), count, axis)[number]
+        return sharding.by_sample(part, axis)
 
-        return jax.tree.map(part, _by_axis(saved, 0, 1), saved)
-
-    return [of_round(number) for number in range(count)]
+    axes = streams.by_axis(saved, 0, 1)
+    return [
+        jax.tree.map(functools.partial(of_round, number), axes, saved) for number in range(count)
+    ]
 
 
 @jax.jit
-def _chosen(latents, places):
-    """Return the latents of these videos, samples split over all devices."""
-    return sharding.by_sample(latents[places])
-
-
-@jax.jit
-def _in_order(pieces, back):
-    """Return latents of pieces as one batch, in the order of the videos."""
-    return sharding.by_sample(jnp.concatenate(pieces)[back].astype(jnp.float32))
+def _chosen(pieces, places):
+    """Return latents at these places of all pieces, samples split over all devices."""
+    return sharding.by_sample(jnp.concatenate(pieces)[places].astype(jnp.float32))

@@ -91,7 +91,9 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     batch = PromptBatch(("",), zero, zero)
     videos = VideoBatch(batch, (shot.timeline,), {"": 0}, text.astype(np.float32), keys)
     slots = min(layout.capacity, shot.latent_frames)
-    state = streams.begin(policy, 1, slots, (CHANNELS, HEIGHT // 8, WIDTH // 8))
+    state = streams.begin(
+        policy.config, policy.layout, 1, slots, (CHANNELS, HEIGHT // 8, WIDTH // 8)
+    )
     blocks = streams.sample_blocks(policy, videos, state, range(len(videos.blocks)))
     seconds = {"transformer": [], "vae": []}
     decoder = None

@@ -197,7 +197,7 @@ def _blocks(
     """Every block of the stored rollout, the given ones first, by the driver of all videos."""
     scenario, config = file.config["scenario"], file.config
     shape = (policy.config.in_channels, config["lat_h"], config["lat_w"])
-    state = streams.begin(policy, scenario["B"], _capacity(scenario), shape)
+    state = streams.begin(policy.config, policy.layout, scenario["B"], _capacity(scenario), shape)
     first = scenario["init"]
     given = streams.blocks_between(videos, 0, first)
     if given:
@@ -239,15 +239,13 @@ def _videos(file: GoldenFile, layout: Layout) -> VideoBatch:
     """The videos of a stored rollout: each sample has prompts of its own."""
     scenario = file.config["scenario"]
     batch = scenario["B"]
-    plans = scenes.given_blocks(layout, scenario["init"])
     if scenario["prompts"] is None and scenario["switch"] is None:
         names = [[f"p{sample}"] for sample in range(batch)]
-        plans += _planned(scenario, layout, [0] * len(_sampled_blocks(scenario, layout)), [])
+        plans = _planned(scenario, layout, [0] * len(_sampled_blocks(scenario, layout)), [])
     else:
         file.under("prompt_embeds/")  # also those of scenes that the video does not reach
-        changes = _changing_plans(scenario, layout)
-        plans += changes
-        count = max(plan.scene for plan in changes) + 1
+        plans = _changing_plans(scenario, layout)
+        count = max(plan.scene for plan in plans) + 1
         names = [
             [_scene_key(file, scene, sample) for scene in range(count)] for sample in range(batch)
         ]
@@ -268,12 +266,15 @@ def _scene_key(file: GoldenFile, scene: int, sample: int) -> str:
 
 
 def _sampled_blocks(scenario: dict, layout: Layout) -> list:
+    """The blocks behind the given frames."""
     given, total = scenario["init"], scenario["init"] + scenario["frames"]
     return [block for block in layout.blocks(total) if block.start >= given]
 
 
 def _planned(scenario: dict, layout: Layout, scene_of, cuts, transition="flush") -> list[BlockPlan]:
-    blocks = _sampled_blocks(scenario, layout)
+    """The blocks of a video, the given ones first; `scene_of` and `cuts` are of the others."""
+    blocks = layout.blocks(scenario["init"] + scenario["frames"])
+    scene_of = [0] * (len(blocks) - len(scene_of)) + scene_of
     rules = scenes.Rules(transition, global_sink=bool(scenario["gsink"]), published=True)
     return scenes.plan_blocks(blocks, scene_of, cuts, layout, _capacity(scenario), rules)
 

@@ -11,7 +11,6 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
-    given_blocks,
     is_plain,
     parse,
     parse_published,
@@ -216,7 +215,7 @@ def test_given_frames_come_first():
     assert shot.latent_frames == 18
     assert shot.frames == 21 + 48
     assert plans[4].change.keep == (0, 10, 11)
-    assert plans[:2] == tuple(given_blocks(RELATIVE, 6))
+    assert plans[:2] == timeline_of([Scene("", 1.0, 1, False)], 6, RELATIVE, Rules()).blocks
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def drawn():
         encode.encode_prompts(base.text, base.tokenizer, prompts, ONE),
         jax.random.split(jax.random.key(0), VIDEOS),
     )
-    state = streams.begin(policy, VIDEOS, length, (base.vae.config.z_dim, 6, 6))
+    state = streams.begin(
+        policy.config, policy.layout, VIDEOS, length, (base.vae.config.z_dim, 6, 6)
+    )
     blocks = range(len(videos.blocks))
     latents, _ = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
     frames, _ = decode_video(base.vae, latents, None, 1)
