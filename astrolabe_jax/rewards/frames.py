@@ -59,7 +59,13 @@ def map_frames(
     for start in range(0, batch * count, per_call):
         items = np.minimum(np.arange(start, start + per_call), batch * count - 1)
         pictures = [
-            _taken(frames, items // count, times[items % count] + i, mesh) for i in range(following)
+            _taken(
+                frames,
+                items // count,
+                times[items % count] + i,
+                mesh,
+            )
+            for i in range(following)
         ]
         results.append(function(params, *pictures))
 

@@ -91,8 +91,14 @@ def _product(
     weights = bands.weights.astype(np.float32)
     blocks = []
     for start, block in zip(bands.starts, weights, strict=True):
-        window = jax.lax.slice_in_dim(x, start, start + block.shape[1], axis=x.ndim - 2)
-        blocks.append(finish(jnp.matmul(block, window, precision=jax.lax.Precision.HIGHEST)))
+        window = jax.lax.slice_in_dim(
+            x,
+            start,
+            start + block.shape[1],
+            axis=x.ndim - 2,
+        )
+        product = jnp.matmul(block, window, precision=jax.lax.Precision.HIGHEST)
+        blocks.append(finish(product))
     return jnp.concatenate(blocks, axis=-2)[..., :size, :]
 
 
@@ -109,7 +115,11 @@ def _bands(source: int, size: int) -> _Bands:
     stop = np.minimum((centre + 2 * widened + 0.5).astype(np.int64), source)
     inputs = first[:, None] + np.arange((stop - first).max())
     distance = (inputs - centre[:, None] + 0.5) * (1 / widened)
-    taps = np.where(inputs < stop[:, None], _bicubic(distance), 0.0)
+    taps = np.where(
+        inputs < stop[:, None],
+        _bicubic(distance),
+        0.0,
+    )
     taps /= taps.sum(axis=1, keepdims=True)
 
     begins = range(0, size, _BLOCK)

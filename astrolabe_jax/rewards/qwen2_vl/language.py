@@ -43,7 +43,12 @@ class QwenDecoder(nnx.Module):
         is_placeholder = (ids == config.image_token) | (ids == config.video_token)
         index = jnp.cumsum(is_placeholder, axis=1) - 1
         vision = vision.astype(config.dtype)
-        tokens = jnp.take_along_axis(vision, index[..., None], axis=1, mode="clip")
+        tokens = jnp.take_along_axis(
+            vision,
+            index[..., None],
+            axis=1,
+            mode="clip",
+        )
         x = jnp.where(is_placeholder[..., None], tokens, self.embedding(ids))
         x = scanned(self.blocks, by_sample(x), text_table(config, ids.shape[1]))
         return self.norm(jnp.take_along_axis(x, where[..., None], axis=1))
@@ -70,7 +75,12 @@ class QwenDecoderBlock(nnx.Module):
         y = self.norm1(x)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(y).reshape(heads) for project in (self.q, self.k, self.v))
-        y = attention(rotate(q, table), rotate(k, table), v, causal=True)
+        y = attention(
+            rotate(q, table),
+            rotate(k, table),
+            v,
+            causal=True,
+        )
         x = x + self.o(y.reshape(x.shape))
         y = self.norm2(x)
         gate = jax.nn.silu(self.gate(y))

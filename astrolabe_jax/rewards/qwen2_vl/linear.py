@@ -24,7 +24,13 @@ class Int8Linear(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool, param_dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool,
+        param_dtype,
+        rngs: nnx.Rngs,
     ):
         kernel, scale = quantise(INIT(rngs.params(), (in_features, out_features), jnp.float32))
         self.kernel = nnx.Param(kernel)

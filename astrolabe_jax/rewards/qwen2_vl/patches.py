@@ -143,5 +143,9 @@ def frame_indices(frames: int, count: int) -> tuple[int, ...]:
     last = np.float32(frames - 1)
     numbers = np.arange(count, dtype=np.float32)
     step = last / np.float32(count - 1)
-    places = np.where(numbers < count // 2, step * numbers, last - step * numbers[::-1])
+    places = np.where(
+        numbers < count // 2,
+        step * numbers,
+        last - step * numbers[::-1],
+    )
     return tuple(np.rint(places).astype(int).tolist())

@@ -50,5 +50,8 @@ def rotate(x: jax.Array, table: Table) -> jax.Array:
     """Return x [B, N, A, K], turned by a table [1, N, K/2] in float32, in the dtype of x."""
     cos, sin = (jnp.asarray(part)[:, :, None, :] for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = [
+        first * cos - second * sin,
+        second * cos + first * sin,
+    ]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

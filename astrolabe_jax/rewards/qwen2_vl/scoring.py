@@ -69,7 +69,8 @@ def evaluate(
         pictures = batch.frames[videos[:, None], batch.times[rows % choices]]
         ids, where = map(np.stack, zip(*(batch.questions[i] for i in videos), strict=True))
         inputs = sharding.shard_batch(mesh, [pictures, ids, where])
-        outputs.append(_outputs(graphdef, params, *inputs, preparation=preparation, mesh=mesh))
+        call = _outputs(graphdef, params, *inputs, preparation=preparation, mesh=mesh)
+        outputs.append(call)
         jax.block_until_ready(outputs[-2:-1])  # one call computes while the next is prepared
     filled = zip(sharding.to_host(outputs), calls, strict=True)
     by_call = np.concatenate([output[: len(samples)] for output, samples in filled])

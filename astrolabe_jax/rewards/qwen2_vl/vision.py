@@ -71,7 +71,11 @@ class QwenVisionBlock(nnx.Module):
         """Return x [N, patches, vision_dim] after the block."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1)
         q, k, v = jnp.split(qkv, 3, axis=2)
-        y = attention(rotate(q, table), rotate(k, table), v)
+        y = attention(
+            rotate(q, table),
+            rotate(k, table),
+            v,
+        )
         x = x + self.proj(y.reshape(x.shape))
         y = self.fc1(self.norm2(x))
         return x + self.fc2(y * jax.nn.sigmoid(1.702 * y))
