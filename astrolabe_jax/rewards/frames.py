@@ -20,11 +20,10 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1")
 
 
-def top_mean(scores: jax.Array | np.ndarray, share: float = 0.3) -> jax.Array:
-    """Return [B], the mean of the largest max(1, floor(share F)) of scores [B, F] of frames."""
-    count = max(1, math.floor(share * scores.shape[1]))
-    largest, _ = jax.lax.top_k(scores, count)
-    return jnp.mean(largest, axis=1)
+def top_mean(scores: jax.Array | np.ndarray) -> jax.Array:
+    """Return [B], the mean of the largest max(1, floor(0.3 F)) of scores [B, F] of frames."""
+    count = max(1, math.floor(0.3 * scores.shape[1]))
+    return jnp.mean(jax.lax.top_k(scores, count)[0], axis=1)
 
 
 def map_frames(
@@ -56,19 +55,22 @@ def map_frames(
     batch = frames.shape[0]
     count = len(times)
     per_call = -(-per_call // mesh.size) * mesh.size
-    videos = np.repeat(np.arange(batch), count)
-    moments = np.tile(times, batch)
     results = []
     for start in range(0, batch * count, per_call):
         items = np.minimum(np.arange(start, start + per_call), batch * count - 1)
         pictures = [
-            _taken(frames, videos[items], moments[items] + i, mesh) for i in range(following)
+            _taken(
+                frames,
+                items // count,
+                times[items % count] + i,
+                mesh,
+            )
+            for i in range(following)
         ]
         results.append(function(params, *pictures))
 
     def joined(*parts: jax.Array) -> jax.Array:
-        rows = jnp.concatenate(parts)[: batch * count]
-        return rows.reshape(batch, count, *parts[0].shape[1:])
+        return jnp.concatenate(parts)[: batch * count].reshape(batch, count, *parts[0].shape[1:])
 
     return jax.tree.map(joined, *results)
 

@@ -50,17 +50,14 @@ def resize(images: jax.Array, size: tuple[int, int], rounding: str = "pil") -> j
     count, height, width, channels = images.shape
     # What shrinks becomes the rows of a matrix, which lie whole in memory; it is transposed while
     # it has 8 bits.
-    x = images.reshape(count * height, width * channels)
-    x = x.T.reshape(width, -1)
+    x = images.reshape(count * height, width * channels).T.reshape(width, -1)
     if width != size[1]:
         x = one_pass(x, size[1])
-    x = x.reshape(-1, count * height)
-    x = x.T.reshape(count, height, -1)
+    x = x.reshape(-1, count * height).T.reshape(count, height, -1)
     if height != size[0]:
         x = one_pass(x, size[0])
     if rounding == "torch":
-        x = jnp.clip(jnp.round(x), 0, 255)
-        x = x.astype(jnp.uint8)
+        x = jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
     return x.reshape(count, *size, channels)
 
 
@@ -68,20 +65,17 @@ def _fixed_point(x: jax.Array, size: int) -> jax.Array:
     """Return levels uint8 [..., size, m] of levels uint8 [..., from, m], with PIL's rounding."""
     bands = _bands(x.shape[-2], size)
     half = np.copysign(0.5, bands.weights)
-    fixed = np.trunc(bands.weights * 2.0**_BITS + half)
-    fixed = fixed.astype(np.int64)
+    fixed = np.trunc(bands.weights * 2.0**_BITS + half).astype(np.int64)
     high = (fixed + (1 << _LOW - 1)) >> _LOW
     low = fixed - (high << _LOW)
 
     def rounded(product: jax.Array) -> jax.Array:
-        product = product.astype(jnp.int32)
-        high, low = jnp.split(product, 2, axis=-2)
+        high, low = jnp.split(product.astype(jnp.int32), 2, axis=-2)
         whole = (high << _LOW) + low + (1 << _BITS - 1)
-        levels = jnp.clip(whole >> _BITS, 0, 255)
-        return levels.astype(jnp.uint8)
+        return jnp.clip(whole >> _BITS, 0, 255).astype(jnp.uint8)
 
-    both = np.concatenate([high, low], axis=1)
-    return _product(x, size, _Bands(bands.starts, both), rounded)
+    both = _Bands(bands.starts, np.concatenate([high, low], axis=1))
+    return _product(x, size, both, rounded)
 
 
 def _floating(x: jax.Array, size: int) -> jax.Array:
@@ -97,12 +91,15 @@ def _product(
     weights = bands.weights.astype(np.float32)
     blocks = []
     for start, block in zip(bands.starts, weights, strict=True):
-        stop = start + block.shape[1]
-        window = jax.lax.slice_in_dim(x, start, stop, axis=x.ndim - 2)
+        window = jax.lax.slice_in_dim(
+            x,
+            start,
+            start + block.shape[1],
+            axis=x.ndim - 2,
+        )
         product = jnp.matmul(block, window, precision=jax.lax.Precision.HIGHEST)
         blocks.append(finish(product))
-    rows = jnp.concatenate(blocks, axis=-2)
-    return rows[..., :size, :]
+    return jnp.concatenate(blocks, axis=-2)[..., :size, :]
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,28 +111,28 @@ def _bands(source: int, size: int) -> _Bands:
     scale = source / size
     widened = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale
-    first = (centre - 2 * widened + 0.5).astype(np.int64)
-    first = np.maximum(first, 0)
-    stop = (centre + 2 * widened + 0.5).astype(np.int64)
-    stop = np.minimum(stop, source)
-    most = (stop - first).max()
-    inputs = first[:, None] + np.arange(most)
+    first = np.maximum((centre - 2 * widened + 0.5).astype(np.int64), 0)
+    stop = np.minimum((centre + 2 * widened + 0.5).astype(np.int64), source)
+    inputs = first[:, None] + np.arange((stop - first).max())
     distance = (inputs - centre[:, None] + 0.5) * (1 / widened)
-    inside = inputs < stop[:, None]
-    taps = np.where(inside, _bicubic(distance), 0.0)
+    taps = np.where(
+        inputs < stop[:, None],
+        _bicubic(distance),
+        0.0,
+    )
     taps /= taps.sum(axis=1, keepdims=True)
 
     begins = range(0, size, _BLOCK)
     ends = [stop[begin : begin + _BLOCK].max() for begin in begins]
     window = max(ends - first[::_BLOCK])
-    starts = np.minimum(first[::_BLOCK], source - window)
-    weights = np.zeros((len(begins), _BLOCK, window))
-    nonzero = np.nonzero(taps)
-    outputs, _ = nonzero
-    block, row = np.divmod(outputs, _BLOCK)
-    column = inputs[nonzero] - starts[block]
-    weights[block, row, column] = taps[nonzero]
-    return _Bands(tuple(starts.tolist()), weights)
+    starts = np.minimum(first[::_BLOCK], source - window).tolist()
+    matrix = np.zeros((len(begins) * _BLOCK, source + inputs.shape[1]))
+    matrix[np.arange(size)[:, None], inputs] = taps
+    blocks = np.split(matrix, len(begins))
+    windows = [
+        block[:, start : start + window] for start, block in zip(starts, blocks, strict=True)
+    ]
+    return _Bands(tuple(starts), np.stack(windows))
 
 
 def _bicubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
@@ -143,8 +140,7 @@ def _bicubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
-    outside = np.where(x < 2, far, 0.0)
-    return np.where(x < 1, near, outside)
+    return np.select([x < 1, x < 2], [near, far])
 
 
 def normalised(images: jax.Array, axis: int = -1) -> jax.Array:
@@ -154,7 +150,5 @@ def normalised(images: jax.Array, axis: int = -1) -> jax.Array:
     """
     shape = [1] * images.ndim
     shape[axis] = 3
-    mean = jnp.asarray(CLIP_MEAN, jnp.float32).reshape(shape)
-    std = jnp.asarray(CLIP_STD, jnp.float32).reshape(shape)
-    levels = images.astype(jnp.float32)
-    return (levels * jnp.float32(1 / 255) - mean) / std
+    mean, std = (jnp.asarray(of, jnp.float32).reshape(shape) for of in (CLIP_MEAN, CLIP_STD))
+    return (images.astype(jnp.float32) * jnp.float32(1 / 255) - mean) / std

@@ -92,20 +92,17 @@ def _constant(path: Path, tree: ast.Module, name: str, digest: str) -> str:
 def _assigned(tree: ast.Module, name: str) -> Iterator[str]:
     """Yield every literal that is assigned to a name."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            target = node.targets[0]
-        elif isinstance(node, ast.AnnAssign):
-            target = node.target
-        else:
-            continue
-        if node.value is None or not isinstance(target, ast.Name) or target.id != name:
-            continue
-        text = _text(node.value)
-        if text is not None:
-            yield text
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=assigned)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=assigned), value=value)
+            ) if assigned == name:
+                text = _text(value)
+                if text is not None:
+                    yield text
 
 
-def _text(node: ast.AST) -> str | None:
+def _text(node: ast.AST | None) -> str | None:
     """Return the content of a literal; None for anything that would have to be computed."""
     match node:
         case ast.Constant(value=str(text)):

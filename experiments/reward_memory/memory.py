@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import sharding
+from astrolabe_jax.convert import nets
 from astrolabe_jax.models import layers
 from astrolabe_jax.rewards.qwen2_vl import weights
 from astrolabe_jax.rewards.qwen2_vl.config import HPSV3, PATCH_VALUES, VIDEOALIGN
@@ -33,7 +34,8 @@ def measure(reward: str, target: str, batch: int, fsdp: int, execute: bool) -> t
     """
     name, _, kernels = reward.partition(":")
     config, grid, outputs, length = REWARDS[name]
-    graphdef, params, _ = weights.shapes(dataclasses.replace(config, quantised=kernels == "int8"))
+    config = dataclasses.replace(config, quantised=kernels == "int8")
+    graphdef, params, _ = nets.shapes(weights.spec_of(name, config), config)
     with compiling_for(target, fsdp) as devices:
         mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": fsdp}), devices)
         samples = batch * mesh.size

@@ -8,7 +8,7 @@ are read. See docs/rewards.md, Templates.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,10 @@ VIDEO = "<|video_pad|>"
 # The tokens at which the scores are read.
 HPSV3_TOKENS = ("<|Reward|>",)
 VIDEOALIGN_ASPECTS = ("VQ", "MQ", "TA")
+# Facts of its reward directory: what its scores are z-scores of.
+VIDEOALIGN_SCALES = [
+    f"{aspect}_{scale}" for aspect in VIDEOALIGN_ASPECTS for scale in ("mean", "std")
+]
 VIDEOALIGN_TOKENS = tuple(f"<|{aspect}_reward|>" for aspect in VIDEOALIGN_ASPECTS)
 _BEFORE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -79,8 +83,7 @@ def read_tokenizer(path: Path, tokens: Sequence[str] = ()) -> tokenizers.Tokeniz
         ) from None
     tokenizer.no_padding()  # what a training left in the file
     tokenizer.no_truncation()
-    chat_tokens = _SPECIAL.findall(_BEFORE + _BETWEEN + _AFTER)
-    needed = dict.fromkeys([*chat_tokens, IMAGE, VIDEO, _PADDING])
+    needed = dict.fromkeys(_SPECIAL.findall(_BEFORE + _BETWEEN + _AFTER + IMAGE + VIDEO + _PADDING))
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if missing := [token for token in needed if token not in special]:
         raise ValueError(
@@ -166,11 +169,3 @@ def ask(chat: Chat, prompt: str, grid: tuple[int, int, int]) -> Question:
     where = np.flatnonzero(np.isin(ids, chat.rewards)).astype(np.int32)
     padding = np.full(-len(ids) % _BUCKET, chat.tokenizer.token_to_id(_PADDING), np.int32)
     return Question(np.concatenate([ids, padding]), where)
-
-
-def placeholder_ids(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Return the fields of Qwen2VLConfig that a tokenizer tells."""
-    return {
-        "image_token": tokenizer.token_to_id(IMAGE),
-        "video_token": tokenizer.token_to_id(VIDEO),
-    }

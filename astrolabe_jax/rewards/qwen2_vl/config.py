@@ -24,7 +24,7 @@ class Qwen2VLConfig:
     head_dim: int = 128
     eps: float = 1e-6
     rope_theta: float = 1e6
-    # frequencies that turn with the frame, row and column
+    # frequencies that turn with the frame, row and column; the rewards count all three alike
     mrope_section: tuple[int, ...] = (16, 24, 24)
     vision_dim: int = 1280
     vision_ffn: int = 5120

@@ -10,26 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax.convert import engine, nets
-from astrolabe_jax.convert.engine import Stack
 from astrolabe_jax.convert.lora import merged
-from astrolabe_jax.convert.nets import NetSpec
 from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents
 from astrolabe_jax.rewards.qwen2_vl import chat
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.linear import quantise
-from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN, shapes
+from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN
 from astrolabe_jax.rewards.templates import PublishedText, read_template, sha256
-from astrolabe_jax.runtime.files import INDEX, Lazy, read_json
+from astrolabe_jax.runtime.files import INDEX, read_json
 
 OUTPUT = "lm_head.weight"  # [vocabulary, D]: published, and of no use where no token is predicted
-# The names that PEFT gives an adapted weight and its LoRA.
-_BASE_WEIGHT = ".base_layer.weight"
-_A = "lora_A.default.weight"
-_B = "lora_B.default.weight"
+# The ends of the names that PEFT gives an adapted weight and its LoRA.
+_BASE = ".base_layer.weight"
+_A = ".lora_A.default.weight"
+_B = ".lora_B.default.weight"
 
 MODEL_CONFIG = "model_config.json"  # that VideoReward has beside its weights
 HPSV3_TEXT = PublishedText(
@@ -63,11 +60,7 @@ class Adapter(NamedTuple):
     scale: float  # alpha / rank
 
 
-class QwenLeaves(NamedTuple):
-    """A net whose names and shapes are checked, as its leaves by their paths; none is read."""
-
-    config: Qwen2VLConfig
-    stacks: dict[tuple, Stack]
+NO_ADAPTER = Adapter(0, 0.0)  # of specs without adapted weights
 
 
 def convert_hpsv3(published: PublishedFiles) -> RewardContents:
@@ -102,11 +95,11 @@ def convert_videoalign(published: PublishedFiles) -> RewardContents:
 
 
 def _contents(
-    spec: NetSpec,
+    spec: nets.NetSpec,
     published: PublishedFiles,
     tokens: tuple[str, ...],
     text: PublishedText,
-    adapter: Adapter | None = None,
+    adapter: Adapter = NO_ADAPTER,
 ) -> RewardContents:
     """Return a net on Qwen2-VL with its tokenizer and its template."""
     tokenizer_path = published.require(
@@ -124,12 +117,18 @@ def _contents(
     if tokenizer_path.is_dir():
         tokenizer_path = tokenizer_path / chat.TOKENIZER
     tokenizer = chat.read_tokenizer(tokenizer_path, tokens)
-    leaves = open_checkpoint(path, spec, adapter, published.dtype, published.quantised)
-    chat.ids_of(tokenizer, tokens, leaves.config.vocab_size, tokenizer_path)
+    tensors = nets.read_tensors([path])
+    with nets.naming_files(path):
+        config, stacks = assemble(tensors, spec, adapter, published.dtype, published.quantised)
+    chat.ids_of(tokenizer, tokens, config.vocab_size, tokenizer_path)
     return RewardContents(
         spec,
-        dataclasses.replace(leaves.config, **chat.placeholder_ids(tokenizer)),
-        leaves.stacks,
+        dataclasses.replace(
+            config,
+            image_token=tokenizer.token_to_id(chat.IMAGE),
+            video_token=tokenizer.token_to_id(chat.VIDEO),
+        ),
+        stacks,
         (*nets.with_shards(path), tokenizer_path),
         {chat.TOKENIZER: tokenizer.to_str().encode(), chat.TEMPLATE: template.encode()},
         {"template": sha256(template)},
@@ -175,14 +174,15 @@ def read_facts(path: Path) -> dict[str, float]:
       OSError: for a file that is not there.
     """
     content = read_json(path)
-    data = _section(path, content, "data_config")
-    scores = _section(path, content, "inference_config")
+    for name in ("data_config", "inference_config"):
+        if not isinstance(content.get(name), Mapping):
+            raise ValueError(f"{path} has no {name}; expected that of VideoReward")
+    data = content["data_config"]
     if odd := _other_values(data, _INPUT):
         raise ValueError(f"{path}: data_config is of another model: {odd}; expected {_INPUT}")
     facts: dict[str, Any] = {name: data.get(name) for name in ("fps", "max_frame_pixels")}
-    for aspect in chat.VIDEOALIGN_ASPECTS:
-        for name in (f"{aspect}_mean", f"{aspect}_std"):
-            facts[name] = scores.get(name)
+    for name in chat.VIDEOALIGN_SCALES:
+        facts[name] = content["inference_config"].get(name)
     for name, value in facts.items():
         is_number = type(value) in (int, float) and math.isfinite(value)
         if not is_number or (value <= 0 and not name.endswith("_mean")):
@@ -192,13 +192,6 @@ def read_facts(path: Path) -> dict[str, float]:
     return facts
 
 
-def _section(path: Path, content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = content.get(name)
-    if not isinstance(section, Mapping):
-        raise ValueError(f"{path} has no {name}; expected that of VideoReward")
-    return section
-
-
 def _other_values(section: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that have another value than the expected one; a missing one has none."""
     return {
@@ -206,35 +199,14 @@ def _other_values(section: Mapping[str, Any], expected: Mapping[str, Any]) -> di
     }
 
 
-def open_checkpoint(
-    path: Path,
-    spec: NetSpec,
-    adapter: Adapter | None = None,
-    dtype: str = "",
-    quantised: bool = False,
-) -> QwenLeaves:
-    """Open HPSv3.safetensors, VideoReward's model.pth, or the index of Qwen2-VL-Instruct's shards.
-
-    See `assemble` for the arguments.
-
-    Raises:
-      ConversionError: naming the file and every tensor at fault.
-      ValueError: naming the file, for one that cannot be read.
-      OSError: for a file that is not there.
-    """
-    tensors = nets.read_tensors([path])
-    with nets.naming_files(path):
-        return assemble(tensors, spec, adapter, dtype, quantised)
-
-
 def assemble(
     tensors: Mapping[str, Any],
-    spec: NetSpec,
-    adapter: Adapter | None = None,
+    spec: nets.NetSpec,
+    adapter: Adapter = NO_ADAPTER,
     dtype: str = "",
     quantised: bool = False,
-) -> QwenLeaves:
-    """Return the leaves that tensors make.
+) -> tuple[Qwen2VLConfig, dict[tuple, engine.Stack]]:
+    """Return the config and the leaves, by their paths, that tensors make; none is read.
 
     Sizes are those of the tensors; what these do not tell, such as the width of an attention head,
     is as published.
@@ -242,8 +214,8 @@ def assemble(
     Args:
       tensors: by plain name. Every one must be used, but for `lm_head.weight`, which is dropped.
       spec: of `spec_of`, and adapted if there is an adapter.
-      adapter: the LoRA that all linears of the decoder must have; W + scale B A is computed in
-        float32.
+      adapter: the LoRA that all linears of the decoder must have, if the spec is adapted;
+        W + scale B A is computed in float32.
       dtype: of the leaves but for the head, which is then float32; by default all are as in the
         file.
       quantised: make int8 kernels.
@@ -252,65 +224,45 @@ def assemble(
       ConversionError: listing every tensor that is missing, unused or of another shape.
     """
     form = nets.format_of(spec, tensors)
-    measured = nets.measure(spec, form, tensors) | {"quantised": False}
-    if dtype:
-        measured["param_dtype"] = dtype
-    config = dataclasses.replace(spec.published, **measured)
+    config = dataclasses.replace(spec.published, **nets.measure(spec, form, tensors))
     sources = nets.source_shapes(spec, config, form)
-    pairs = _lora_shapes(sources, adapter.rank) if adapter else {}
+    pairs = {  # adapted weight -> its A and B
+        name: (name.replace(_BASE, _A), name.replace(_BASE, _B))
+        for name in sources
+        if name.endswith(_BASE)
+    }
     expected = dict(sources)
     if OUTPUT in tensors:
         expected[OUTPUT] = (config.vocab_size, config.dim)
-    for pair in pairs.values():
-        expected |= pair
+    for name, (a, b) in pairs.items():
+        rows, columns = sources[name]
+        expected |= {a: (adapter.rank, columns), b: (rows, adapter.rank)}
     engine.check(expected, tensors)
     used = {name: tensors[name] for name in sources}
-    if adapter:
-        for name, pair in pairs.items():
-            a, b = (tensors[half] for half in pair)
-            used[name] = merged(used[name], a, b, adapter.scale, dtype)
+    for name, (a, b) in pairs.items():
+        used[name] = merged(used[name], tensors[a], tensors[b], adapter.scale, dtype)
     checkpoint = nets.checked(spec, config, form, used)
     stacks = nets.stacks(checkpoint, dtype)
     if dtype:
         whole = nets.stacks(checkpoint, "float32")
         stacks |= {path: stack for path, stack in whole.items() if path[0] == "head"}
-    if not quantised:
-        return QwenLeaves(config, stacks)
-    config = dataclasses.replace(config, quantised=True)
-    return QwenLeaves(config, _quantised(stacks, shapes(config).params))
+    if quantised:
+        config = dataclasses.replace(config, quantised=True)
+        leaves = engine.flatten(nets.shapes(spec, config).params)
+        stacks |= {
+            path: _part_of_kernel(stacks[*path[:-1], "kernel"], leaf)
+            for path, leaf in leaves.items()
+            if leaf.dtype == np.int8 or path not in stacks  # a kernel, or the scale of one
+        }
+    return config, stacks
 
 
-def _lora_shapes(
-    sources: Mapping[str, engine.Shape], rank: int
-) -> dict[str, dict[str, engine.Shape]]:
-    """Return, for every adapted weight, name and shape of its A and its B, in this order."""
-    pairs = {}
-    for name, (rows, *columns) in sources.items():
-        if name.endswith(_BASE_WEIGHT):
-            module = name.removesuffix(_BASE_WEIGHT)
-            pairs[name] = {f"{module}.{_A}": (rank, *columns), f"{module}.{_B}": (rows, rank)}
-    return pairs
-
-
-def _quantised(stacks: Mapping[tuple, Stack], expected: dict) -> dict[tuple, Stack]:
-    """Return the leaves of `expected`, in which a kernel became an int8 kernel and its scale."""
-    quantised = {}
-    for path, leaf in engine.flatten(expected).items():
-        if leaf.dtype == jnp.int8:
-            quantised[path] = _part_of_kernel(stacks[path], leaf, part=0)
-        elif path not in stacks:
-            quantised[path] = _part_of_kernel(stacks[*path[:-1], "kernel"], leaf, part=1)
-        else:
-            quantised[path] = stacks[path]
-    return quantised
-
-
-def _part_of_kernel(kernel: Stack, leaf: Any, part: int) -> Stack:
-    """Return the part 0, the int8 kernel, or 1, the scale, of `quantise`, with the leaf's shape."""
-    dtype = np.dtype(leaf.dtype)
+def _part_of_kernel(kernel: engine.Stack, leaf: Any) -> engine.Stack:
+    """Return the leaf that `quantise` makes of a kernel: the int8 kernel, or else the scale."""
+    part = 0 if leaf.dtype == np.int8 else 1
     shape = leaf.shape[1:] if kernel.stacked else leaf.shape
-
-    def piece(layer: Lazy) -> Lazy:
-        return layer.map(lambda content: quantise(content, np)[part], shape, dtype)
-
-    return Stack(leaf.shape, dtype, kernel.stacked, tuple(map(piece, kernel.pieces)))
+    pieces = [
+        piece.map(lambda content: quantise(content, np)[part], shape, leaf.dtype)
+        for piece in kernel.pieces
+    ]
+    return engine.Stack(leaf.shape, np.dtype(leaf.dtype), kernel.stacked, tuple(pieces))

@@ -44,22 +44,18 @@ def load(names: tuple[str, ...], setting: Setting, options: HPSv3Options) -> Sco
     Raises:
       ValueError, OSError: naming the option or the file at fault.
     """
-    scoring.check_names(names, (NAME,))
+    del names  # it has one
     path = Path(options.path)
     net = directory.read(path, HPSV3, setting.mesh, options.dtype)
     talk = chat.load(path, chat.HPSV3_TOKENS, chat.IMAGE, net.config.vocab_size)
 
     def score(params: Any, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
-        count, length, height, width = frames.shape[:4]
+        length, height, width = frames.shape[1:4]
         size = patches.smart_resize(height, width)
-        times = np.arange(0, length, options.frame_stride)
-        video = np.repeat(np.arange(count), len(times))
         batch = scoring.QuestionBatch(
             frames,
             scoring.questions_of(talk, prompts, patches.grid_of(1, *size)),
-            video,
-            np.tile(times, count)[:, None],
-            video,
+            np.arange(0, length, options.frame_stride)[:, None],
         )
         outputs = scoring.evaluate(
             net.graphdef,
@@ -69,7 +65,7 @@ def load(names: tuple[str, ...], setting: Setting, options: HPSv3Options) -> Sco
             per_call=options.frames_per_batch,
             mesh=setting.mesh,
         )
-        scores, deviations = np.moveaxis(outputs.reshape(count, len(times), 2), -1, 0)
+        scores, deviations = np.moveaxis(outputs, -1, 0)
         return {
             NAME: top_mean(scores),
             f"{NAME}/mean": scores.mean(axis=1),

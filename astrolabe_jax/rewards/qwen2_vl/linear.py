@@ -1,4 +1,4 @@
-"""Linears of Qwen2-VL, in the dtype of its config or as int8, and stacks of layers."""
+"""Linears of Qwen2-VL, in the dtype of its config or as int8, and stacks of blocks."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -9,10 +9,11 @@ from flax import nnx
 
 from astrolabe_jax.models.layers import Linear
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
+from astrolabe_jax.rewards.qwen2_vl.rope import Table
 from astrolabe_jax.sharding import gathered
 
 INT8_MAX = 127  # of a kernel, whose range is symmetric
-_INIT = nnx.initializers.normal(0.02)
+INIT = nnx.initializers.normal(0.02)
 
 
 class Int8Linear(nnx.Module):
@@ -23,9 +24,15 @@ class Int8Linear(nnx.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool, param_dtype, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool,
+        param_dtype,
+        rngs: nnx.Rngs,
     ):
-        kernel, scale = quantise(_INIT(rngs.params(), (in_features, out_features), jnp.float32))
+        kernel, scale = quantise(INIT(rngs.params(), (in_features, out_features), jnp.float32))
         self.kernel = nnx.Param(kernel)
         self.scale = nnx.Param(scale)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
@@ -33,9 +40,9 @@ class Int8Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [..., out] in the dtype of x [..., in]."""
         kernel = gathered(self.kernel[...]).astype(x.dtype)
-        y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
         ones = (1,) * (x.ndim - 1)
-        y = y * self.scale[...].reshape(*ones, -1)
+        scale = self.scale[...].reshape(*ones, -1)
+        y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32) * scale
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32).reshape(*ones, -1)
         return y.astype(x.dtype)
@@ -60,22 +67,18 @@ def linear(
     rngs: nnx.Rngs,
     *,
     use_bias: bool = True,
-    quantised: bool | None = None,
 ) -> Linear | Int8Linear:
-    """Return a linear with parameters as the config says; `quantised` overrides its field."""
-    param_dtype = jnp.dtype(config.param_dtype)
-    if quantised is None:
-        quantised = config.quantised
-    if quantised:
+    """Return a linear with parameters as the config says."""
+    if config.quantised:
         return Int8Linear(
-            in_features, out_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+            in_features, out_features, use_bias=use_bias, param_dtype=config.param_dtype, rngs=rngs
         )
     return Linear(
         in_features,
         out_features,
         use_bias=use_bias,
-        param_dtype=param_dtype,
-        kernel_init=_INIT,
+        param_dtype=config.param_dtype,
+        kernel_init=INIT,
         rngs=rngs,
     )
 
@@ -83,3 +86,13 @@ def linear(
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """Return `count` modules as one, with their parameters on a leading axis."""
     return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+def scanned(blocks: nnx.Module, x: jax.Array, table: Table) -> jax.Array:
+    """Return x after the blocks that `stacked` made, one after the other, with a rotary table."""
+    blockdef, params = nnx.split(blocks)
+
+    def block(x, params):
+        return nnx.merge(blockdef, params)(x, table), None
+
+    return jax.lax.scan(block, x, params)[0]

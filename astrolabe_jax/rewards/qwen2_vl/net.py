@@ -9,7 +9,7 @@ from flax import nnx
 from astrolabe_jax.models.layers import Linear
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.language import QwenDecoder
-from astrolabe_jax.rewards.qwen2_vl.rope import Grid, Table, plain_positions, text_table
+from astrolabe_jax.rewards.qwen2_vl.rope import Grid
 from astrolabe_jax.rewards.qwen2_vl.vision import QwenVision
 
 
@@ -17,18 +17,10 @@ class Qwen2VL(nnx.Module):
     """Both towers."""
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
-        self.config = config
         self.vision = QwenVision(config, rngs)
         self.language = QwenDecoder(config, rngs)
 
-    def hidden(
-        self,
-        patches: jax.Array,
-        grid: Grid,
-        ids: jax.Array,
-        where: jax.Array,
-        table: Table | None = None,
-    ) -> jax.Array:
+    def hidden(self, patches: jax.Array, grid: Grid, ids: jax.Array, where: jax.Array) -> jax.Array:
         """Return the hidden states [B, n, D] at some tokens.
 
         Args:
@@ -37,12 +29,8 @@ class Qwen2VL(nnx.Module):
           grid: (t, h, w), static.
           ids: token ids [B, L], padded on the right or not.
           where: [B, n], the tokens that are asked about.
-          table: of other positions than 0 to L - 1 in all three rows, from rope.text_table; an
-            argument of the jitted function.
         """
-        if table is None:
-            table = text_table(self.config, plain_positions(ids.shape[1]))
-        return self.language(ids, self.vision(patches, grid), where, table)
+        return self.language(ids, self.vision(patches, grid), where)
 
 
 class QwenRewardNet(Qwen2VL):
@@ -64,20 +52,18 @@ class QwenRewardNet(Qwen2VL):
         HPSv3 has one token: the score and the raw uncertainty, the logarithm of a standard
         deviation. VideoAlign has three tokens: VQ, MQ and TA before their normalisation.
         """
-        outputs = self.head(self.hidden(patches, grid, ids, where))
-        return outputs.reshape(outputs.shape[0], -1)
+        hidden = self.hidden(patches, grid, ids, where)
+        return self.head(hidden).reshape(ids.shape[0], -1)
 
 
 class QwenRewardHead(nnx.Module):
     """Linears with ReLU between them, in float32."""
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
-        widths = (config.dim, *config.head)
-        use_bias = len(config.head) > 1
         self.linears = nnx.List(
             [
-                Linear(n_in, n_out, use_bias=use_bias, rngs=rngs)
-                for n_in, n_out in itertools.pairwise(widths)
+                Linear(n_in, n_out, use_bias=len(config.head) > 1, rngs=rngs)
+                for n_in, n_out in itertools.pairwise((config.dim, *config.head))
             ]
         )
 

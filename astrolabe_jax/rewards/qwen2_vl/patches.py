@@ -26,13 +26,9 @@ class Preparation(NamedTuple):
 
 
 def smart_resize(
-    height: int,
-    width: int,
-    factor: int = FACTOR,
-    min_pixels: int = MAX_PIXELS,
-    max_pixels: int = MAX_PIXELS,
+    height: int, width: int, *, min_pixels: int = MAX_PIXELS, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Return (height, width), multiples of `factor`, near the aspect ratio and within the limits.
+    """Return (height, width), multiples of 28, near the aspect ratio and within the limits.
 
     An image between the limits is rounded to multiples. One that rounds to more than max_pixels
     gets at most so many, one that rounds to fewer than min_pixels at least so many.
@@ -46,13 +42,13 @@ def smart_resize(
             f"frames of {height} x {width} pixels; expected an aspect ratio of at most {MAX_ASPECT}"
         )
     sides = (height, width)
-    rounded = [max(factor, round(side / factor) * factor) for side in sides]
+    rounded = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in sides]
     if math.prod(rounded) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rounded = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+        rounded = [max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in sides]
     elif math.prod(rounded) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rounded = [math.ceil(side * grow / factor) * factor for side in sides]
+        rounded = [math.ceil(side * grow / FACTOR) * FACTOR for side in sides]
     return rounded[0], rounded[1]
 
 
@@ -64,8 +60,7 @@ def grayscale(frames: jax.Array) -> jax.Array:
     """
     red, green, blue = (frames[..., i].astype(jnp.int32) for i in range(3))
     gray = (2989 * red + 5870 * green + 1140 * blue) // 10000
-    gray = gray.astype(jnp.uint8)[..., None]
-    return jnp.broadcast_to(gray, frames.shape)
+    return jnp.broadcast_to(gray.astype(jnp.uint8)[..., None], frames.shape)
 
 
 def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -73,43 +68,24 @@ def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
 
     There are t * rows * columns / 4 tokens.
     """
-    time = -(-frames // PATCH_FRAMES)
-    return time, height // PATCH_SIDE, width // PATCH_SIDE
+    return -(-frames // PATCH_FRAMES), height // PATCH_SIDE, width // PATCH_SIDE
 
 
 def patches(images: jax.Array) -> jax.Array:
     """Return the patches [B, t * rows * columns, 1176] of videos [B, T, h, w, 3].
 
-    h and w are multiples of 28. Order of the rows: time, row and column of the token, row and
-    column of the patch in it. Within a row: channel, frame, y, x. An odd last frame, as a picture
-    is, is repeated to fill its patch.
+    h and w are multiples of 28, as of `smart_resize`. Order of the rows: time, row and column of
+    the token, row and column of the patch in it. Within a row: channel, frame, y, x. An odd last
+    frame, as a picture is, is repeated to fill its patch.
     """
     batch, frames, height, width, channels = images.shape
-    if height % FACTOR or width % FACTOR:
-        raise ValueError(
-            f"frames of {height} x {width} pixels; expected multiples of {FACTOR}, as of "
-            "smart_resize"
-        )
     time, rows, columns = grid_of(frames, height, width)
-    both = min(frames, PATCH_FRAMES)
-    if frames % both:
+    if frames % PATCH_FRAMES:
         images = jnp.concatenate([images, images[:, -1:]], axis=1)
     grid = (rows // MERGE, MERGE, PATCH_SIDE, columns // MERGE, MERGE, PATCH_SIDE)
-    x = images.reshape(batch, time, both, *grid, channels)
+    x = images.reshape(batch, time, PATCH_FRAMES, *grid, channels)
     x = x.transpose(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
-    x = jnp.concatenate([x] * (PATCH_FRAMES // both), axis=7)
-    values = channels * PATCH_FRAMES * PATCH_SIDE**2
-    return x.reshape(batch, time * rows * columns, values)
-
-
-def normalised_patches(images: jax.Array) -> jax.Array:
-    """Return float32 `patches` of `normalised` videos, uint8 [B, T, h, w, 3].
-
-    The order is changed while it is 8 bits.
-    """
-    rows = patches(images)
-    by_channel = rows.reshape(*rows.shape[:-1], 3, -1)
-    return normalised(by_channel, axis=-2).reshape(rows.shape)
+    return x.reshape(batch, time * rows * columns, -1)
 
 
 def prepared(frames: jax.Array, preparation: Preparation, devices: int = 1) -> jax.Array:
@@ -122,33 +98,29 @@ def prepared(frames: jax.Array, preparation: Preparation, devices: int = 1) -> j
     samples, count = frames.shape[:2]
 
     def resized(pictures: jax.Array) -> jax.Array:
-        if gray:
-            pictures = grayscale(pictures)
-        return resize(pictures, size, rounding)
+        return resize(grayscale(pictures) if gray else pictures, size, rounding)
 
     pictures = frames.reshape(devices, -1, *frames.shape[2:])
-    pictures = jax.lax.map(resized, pictures.swapaxes(0, 1))
-    videos = pictures.swapaxes(0, 1).reshape(samples, count, *size, 3)
-    return normalised_patches(videos)
+    pictures = jax.lax.map(resized, pictures.swapaxes(0, 1)).swapaxes(0, 1)
+    # The order is changed while it is 8 bits.
+    rows = patches(pictures.reshape(samples, count, *size, 3))
+    by_channel = rows.reshape(*rows.shape[:-1], 3, -1)
+    return normalised(by_channel, axis=-2).reshape(rows.shape)
 
 
-def sampled_count(
-    frames: int, fps: float, rate: float = 2.0, least: int = 4, most: int = 768
-) -> int:
+def sampled_count(frames: int, fps: float, rate: float) -> int:
     """Return how many frames the published VideoAlign takes of a video.
 
-    That is `rate` a second, rounded to an even number, at least `least` and at most `most`, but
-    never more than there are.
+    That is `rate` a second, rounded to an even number, at least 4 and at most 768, but never more
+    than there are.
 
     Raises:
-      ValueError: for a video of one frame, or a rate that is no positive number.
+      ValueError: for a video of one frame.
     """
-    if not 0 < fps < math.inf:
-        raise ValueError(f"{fps} frames a second; expected a positive number")
     if frames < PATCH_FRAMES:
         raise ValueError(f"a video of {frames} frames; expected at least {PATCH_FRAMES}")
-    largest = min(most, frames) // PATCH_FRAMES * PATCH_FRAMES
-    count = min(max(frames / fps * rate, least), largest)
+    largest = min(768, frames) // PATCH_FRAMES * PATCH_FRAMES
+    count = min(max(frames / fps * rate, 4), largest)
     return round(count / PATCH_FRAMES) * PATCH_FRAMES
 
 
@@ -171,7 +143,9 @@ def frame_indices(frames: int, count: int) -> tuple[int, ...]:
     last = np.float32(frames - 1)
     numbers = np.arange(count, dtype=np.float32)
     step = last / np.float32(count - 1)
-    forwards = step * numbers
-    backwards = last - step * numbers[::-1]
-    places = np.where(numbers < count // 2, forwards, backwards)
+    places = np.where(
+        numbers < count // 2,
+        step * numbers,
+        last - step * numbers[::-1],
+    )
     return tuple(np.rint(places).astype(int).tolist())

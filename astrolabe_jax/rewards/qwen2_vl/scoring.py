@@ -22,13 +22,11 @@ from astrolabe_jax.rewards.registry import SampleError
 
 
 class QuestionBatch(NamedTuple):
-    """N samples: questions about frames of B videos; arrays are numpy's."""
+    """B questions, each about S choices of frames of its own video."""
 
     frames: np.ndarray  # [B, time, height, width, 3] uint8
     questions: Sequence[Question]
-    video: np.ndarray  # [N] int, number of a sample's video
-    times: np.ndarray  # [N, T] int, its frames
-    question: np.ndarray  # [N] int, number of its question
+    times: np.ndarray  # [S, T] int, the frames of a choice
 
 
 def questions_of(chat: Chat, prompts: Sequence[str], grid: tuple[int, int, int]) -> list[Question]:
@@ -51,9 +49,7 @@ def evaluate(
     per_call: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Return the outputs float32 [N, outputs] of a QwenRewardNet for N samples.
-
-    One call computes while the next is prepared.
+    """Return the outputs float32 [B, S, outputs] of a QwenRewardNet for B x S samples.
 
     Args:
       graphdef: of the net.
@@ -64,36 +60,29 @@ def evaluate(
       mesh: of the devices.
     """
     size = per_call * mesh.size
-    outputs: dict[int, np.ndarray] = {}
-    computing: tuple[np.ndarray, jax.Array] | None = None
-    for samples in _calls(batch, size):
+    choices = len(batch.times)
+    calls = list(_calls(batch, size))
+    outputs = []
+    for samples in calls:
         rows = np.resize(samples, size)  # the last call of a length is filled up
-        pictures = batch.frames[batch.video[rows, None], batch.times[rows]]
-        questions = [batch.questions[i] for i in batch.question[rows]]
-        ids = np.stack([question.ids for question in questions])
-        where = np.stack([question.where for question in questions])
+        videos = rows // choices
+        pictures = batch.frames[videos[:, None], batch.times[rows % choices]]
+        ids, where = map(np.stack, zip(*(batch.questions[i] for i in videos), strict=True))
         inputs = sharding.shard_batch(mesh, [pictures, ids, where])
         call = _outputs(graphdef, params, *inputs, preparation=preparation, mesh=mesh)
-        if computing:
-            outputs |= _by_sample(*computing)
-        computing = samples, call
-    if computing:
-        outputs |= _by_sample(*computing)
-    return np.stack([outputs[i] for i in range(len(batch.video))])
+        outputs.append(call)
+        jax.block_until_ready(outputs[-2:-1])  # one call computes while the next is prepared
+    filled = zip(sharding.to_host(outputs), calls, strict=True)
+    by_call = np.concatenate([output[: len(samples)] for output, samples in filled])
+    return by_call[np.argsort(np.concatenate(calls))].reshape(-1, choices, by_call.shape[-1])
 
 
 def _calls(batch: QuestionBatch, size: int) -> Iterator[np.ndarray]:
-    """Yield the numbers of the samples of each call."""
-    lengths = np.array([len(batch.questions[i].ids) for i in batch.question])
+    """Yield the numbers of the samples of each call; those of a video follow one another."""
+    lengths = np.repeat([len(question.ids) for question in batch.questions], len(batch.times))
     for length in np.unique(lengths):
         samples = np.flatnonzero(lengths == length)
-        for start in range(0, len(samples), size):
-            yield samples[start : start + size]
-
-
-def _by_sample(samples: np.ndarray, outputs: jax.Array) -> dict[int, np.ndarray]:
-    """Return number of a sample -> its outputs; rows that only fill a call up are left out."""
-    return dict(zip(samples.tolist(), sharding.to_host(outputs), strict=False))
+        yield from np.split(samples, range(size, len(samples), size))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "preparation", "mesh"))
@@ -119,9 +108,3 @@ def _outputs(
 
     outputs = sharding.on_mesh(mesh, run)(params, frames, ids, where)
     return jax.lax.with_sharding_constraint(outputs, sharding.replicated(mesh))
-
-
-def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError naming the rewards that a loader does not have."""
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown {', '.join(unknown)}; expected {', '.join(known)}")

@@ -15,9 +15,9 @@ the coloured video gets for all three (in the original repository of the model, 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from astrolabe_jax.rewards.qwen2_vl.weights import VIDEOALIGN
 from astrolabe_jax.rewards.registry import Scorer, Setting
 
 OVERALL = "videoalign"
-NAMES = {f"videoalign_{aspect.lower()}": aspect for aspect in ASPECTS}
+# What each reward is the mean of.
+NAMES = {f"videoalign_{aspect.lower()}": (aspect,) for aspect in ASPECTS} | {OVERALL: ASPECTS}
 _MOTION = "MQ"
 _PUBLISHED_FRAMES = 10
 _PUBLISHED_SIZE = (336, 588)
@@ -53,31 +54,31 @@ class VideoAlignOptions:
             raise ValueError(f"published is {self.published!r}; expected true or false")
 
 
-class VideoInput(NamedTuple):
-    """Which frames the net sees, and how large."""
+def select(
+    shape: tuple[int, int, int], fps: float, published: bool, facts: Mapping[str, Any]
+) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Return (times, size): which frames of a video the net sees, and how large.
 
-    fps: float  # of the videos
-    published: bool  # as of VideoAlignOptions
-    rate: float  # frames that are taken of a second
-    max_pixels: float  # of a frame
+    Args:
+      shape: frames, height and width of the video.
+      fps: its frames a second.
+      published: as of VideoAlignOptions.
+      facts: of the reward directory: the frames that are taken of a second, and their most pixels.
 
-    def select(
-        self, length: int, height: int, width: int
-    ) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """Return (times, size) for a video of so many frames and pixels.
-
-        Raises ValueError for a video that cannot be scored.
-        """
-        if self.published:
-            return patches.frame_indices(length, _PUBLISHED_FRAMES), _PUBLISHED_SIZE
-        count = patches.sampled_count(length, self.fps, self.rate)
-        size = patches.smart_resize(
-            height,
-            width,
-            min_pixels=patches.SMALLEST_VIDEO,
-            max_pixels=math.floor(self.max_pixels),
-        )
-        return patches.frame_indices(length, count), size
+    Raises:
+      ValueError: for a video that cannot be scored.
+    """
+    length, height, width = shape
+    if published:
+        return patches.frame_indices(length, _PUBLISHED_FRAMES), _PUBLISHED_SIZE
+    count = patches.sampled_count(length, fps, facts["fps"])
+    size = patches.smart_resize(
+        height,
+        width,
+        min_pixels=patches.SMALLEST_VIDEO,
+        max_pixels=math.floor(facts["max_frame_pixels"]),
+    )
+    return patches.frame_indices(length, count), size
 
 
 def load(names: tuple[str, ...], setting: Setting, options: VideoAlignOptions) -> Scorer:
@@ -86,27 +87,20 @@ def load(names: tuple[str, ...], setting: Setting, options: VideoAlignOptions) -
     Raises:
       ValueError, OSError: naming the option or the file at fault.
     """
-    scoring.check_names(names, (*NAMES, OVERALL))
     if not 0 < setting.fps < math.inf:
         raise ValueError(f"fps is {setting.fps}; expected a positive number")
     path = Path(options.path)
     net = directory.read(path, VIDEOALIGN, setting.mesh, options.dtype)
     talk = chat.load(path, chat.VIDEOALIGN_TOKENS, chat.VIDEO, net.config.vocab_size)
-    video_input = VideoInput(
-        setting.fps, options.published, *_numbers(path, ("fps", "max_frame_pixels"))
-    )
-    mean = np.array(_numbers(path, [f"{aspect}_mean" for aspect in ASPECTS]))
-    std = np.array(_numbers(path, [f"{aspect}_std" for aspect in ASPECTS]))
+    facts = _facts(path)
+    mean, std = np.array([facts[name] for name in chat.VIDEOALIGN_SCALES]).reshape(-1, 2).T
 
     def score(params: Any, frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        count, length, height, width = frames.shape[:4]
-        times, size = video_input.select(length, height, width)
+        times, size = select(frames.shape[1:4], setting.fps, options.published, facts)
         batch = scoring.QuestionBatch(
             frames,
             scoring.questions_of(talk, prompts, patches.grid_of(len(times), *size)),
-            np.arange(count),
-            np.tile(times, (count, 1)),
-            np.arange(count),
+            np.array([times]),
         )
 
         @functools.cache
@@ -119,30 +113,25 @@ def load(names: tuple[str, ...], setting: Setting, options: VideoAlignOptions) -
                 per_call=options.videos_per_batch,
                 mesh=setting.mesh,
             )
-            normalised = ((outputs - mean) / std).astype(np.float32)
+            normalised = ((outputs[:, 0] - mean) / std).astype(np.float32)
             return dict(zip(ASPECTS, normalised.T, strict=True))
 
         scores = {}
         for name in names:
-            if name == OVERALL:
-                parts = [
-                    aspects(aspect == _MOTION and not options.published)[aspect]
-                    for aspect in ASPECTS
-                ]
-                scores[name] = np.mean(parts, axis=0)
-            else:
-                aspect = NAMES[name]
-                scores[name] = aspects(aspect == _MOTION)[aspect]
+            in_colour = options.published and name == OVERALL  # all parts of it
+            parts = [aspects(part == _MOTION and not in_colour)[part] for part in NAMES[name]]
+            scores[name] = np.mean(parts, axis=0)
         return scores
 
     return Scorer(score, net.params, directory.identity(path))
 
 
-def _numbers(path: Path, names: Sequence[str]) -> list[float]:
-    """Return facts of a reward directory; ValueError names those that are no numbers."""
+def _facts(path: Path) -> dict[str, Any]:
+    """Return the facts of a reward directory; ValueError names those that are no numbers."""
     facts = directory.facts(path)
+    names = ("fps", "max_frame_pixels", *chat.VIDEOALIGN_SCALES)
     if missing := [name for name in names if type(facts.get(name)) not in (int, float)]:
         raise ValueError(
             f"{path / directory.CONFIG} has no number {', '.join(missing)}; convert it again"
         )
-    return [facts[name] for name in names]
+    return facts

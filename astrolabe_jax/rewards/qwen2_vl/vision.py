@@ -1,15 +1,13 @@
 """The vision tower of Qwen2-VL: patches of images or videos of one grid -> tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from astrolabe_jax.models.layers import LayerNorm
+from astrolabe_jax.models.layers import LayerNorm, Linear
 from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.rewards.qwen2_vl.config import MERGE, PATCH_VALUES, Qwen2VLConfig
-from astrolabe_jax.rewards.qwen2_vl.linear import linear, stacked
+from astrolabe_jax.rewards.qwen2_vl.linear import INIT, linear, scanned, stacked
 from astrolabe_jax.rewards.qwen2_vl.rope import Grid, Table, rotate, vision_table
 from astrolabe_jax.sharding import by_sample
 
@@ -19,8 +17,14 @@ class QwenVision(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         self.config = config
-        dense = functools.partial(linear, config=config, rngs=rngs)
-        self.patch_embed = dense(PATCH_VALUES, config.vision_dim, use_bias=False, quantised=False)
+        self.patch_embed = Linear(
+            PATCH_VALUES,
+            config.vision_dim,
+            use_bias=False,
+            param_dtype=config.param_dtype,
+            kernel_init=INIT,
+            rngs=rngs,
+        )
         self.blocks = stacked(
             lambda rngs: QwenVisionBlock(config, rngs), config.vision_layers, rngs
         )
@@ -34,8 +38,7 @@ class QwenVision(nnx.Module):
         patches that are not those of the grid.
         """
         t, h, w = grid
-        expected = (t * h * w, PATCH_VALUES)
-        fits = patches.ndim == 3 and patches.shape[1:] == expected
+        fits = patches.ndim == 3 and patches.shape[1:] == (t * h * w, PATCH_VALUES)
         if not fits or h % MERGE or w % MERGE:
             raise ValueError(
                 f"patches have the shape {list(patches.shape)}; expected [B, {t * h * w}, "
@@ -44,20 +47,11 @@ class QwenVision(nnx.Module):
             )
         config = self.config
         samples = patches.shape[0]
-        x = self.patch_embed(patches.astype(config.dtype))
-        x = by_sample(x)
+        x = by_sample(self.patch_embed(patches.astype(config.dtype)))
         x = x.reshape(samples * t, h * w, config.vision_dim)  # each temporal patch on its own
-        head_dim = config.vision_dim // config.vision_heads
-        cos, sin = vision_table(head_dim, h, w)
-        table = (cos[None], sin[None])
-        blockdef, params = nnx.split(self.blocks)
-
-        def layer(x, params):
-            return nnx.merge(blockdef, params)(x, table), None
-
-        x, _ = jax.lax.scan(layer, x, params)
-        x = x.reshape(samples, t * h * w, config.vision_dim)
-        return self.merger(x)
+        table = vision_table(config.vision_dim // config.vision_heads, h, w)
+        x = scanned(self.blocks, x, table)
+        return self.merger(x.reshape(samples, t * h * w, config.vision_dim))
 
 
 class QwenVisionBlock(nnx.Module):
@@ -65,24 +59,23 @@ class QwenVisionBlock(nnx.Module):
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
         dim = config.vision_dim
-        param_dtype = jnp.dtype(config.param_dtype)
-        dense = functools.partial(linear, config=config, rngs=rngs)
         self.heads = config.vision_heads
-        self.norm1 = LayerNorm(dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.qkv = dense(dim, 3 * dim)
-        self.proj = dense(dim, dim)
-        self.norm2 = LayerNorm(dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.fc1 = dense(dim, config.vision_ffn)
-        self.fc2 = dense(config.vision_ffn, dim)
+        self.norm1 = LayerNorm(dim, eps=config.vision_eps, param_dtype=config.param_dtype)
+        self.qkv = linear(dim, 3 * dim, config, rngs)
+        self.proj = linear(dim, dim, config, rngs)
+        self.norm2 = LayerNorm(dim, eps=config.vision_eps, param_dtype=config.param_dtype)
+        self.fc1 = linear(dim, config.vision_ffn, config, rngs)
+        self.fc2 = linear(config.vision_ffn, dim, config, rngs)
 
     def __call__(self, x: jax.Array, table: Table) -> jax.Array:
         """Return x [N, patches, vision_dim] after the block."""
-        qkv = self.qkv(self.norm1(x))
-        qkv = qkv.reshape(*x.shape[:2], 3 * self.heads, -1)
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1)
         q, k, v = jnp.split(qkv, 3, axis=2)
-        q = rotate(q, table)
-        k = rotate(k, table)
-        y = attention(q, k, v)
+        y = attention(
+            rotate(q, table),
+            rotate(k, table),
+            v,
+        )
         x = x + self.proj(y.reshape(x.shape))
         y = self.fc1(self.norm2(x))
         return x + self.fc2(y * jax.nn.sigmoid(1.702 * y))
@@ -92,16 +85,13 @@ class QwenMerger(nnx.Module):
     """Normed patches, four in a row, through two linears: [B, N, vision_dim] -> [B, N / 4, D]."""
 
     def __init__(self, config: Qwen2VLConfig, rngs: nnx.Rngs):
-        wide = MERGE**2 * config.vision_dim
-        param_dtype = jnp.dtype(config.param_dtype)
-        dense = functools.partial(linear, config=config, rngs=rngs)
-        self.norm = LayerNorm(config.vision_dim, eps=config.vision_eps, param_dtype=param_dtype)
-        self.fc1 = dense(wide, wide)
-        self.fc2 = dense(wide, config.dim)
+        dim = config.vision_dim
+        wide = MERGE**2 * dim
+        self.norm = LayerNorm(dim, eps=config.vision_eps, param_dtype=config.param_dtype)
+        self.fc1 = linear(wide, wide, config, rngs)
+        self.fc2 = linear(wide, config.dim, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return tokens [B, N / 4, D] of patches [B, N, vision_dim]."""
-        samples, rows, _ = x.shape
-        x = self.norm(x).reshape(samples, rows // MERGE**2, -1)
-        x = jax.nn.gelu(self.fc1(x), approximate=False)
-        return self.fc2(x)
+        x = self.norm(x).reshape(x.shape[0], x.shape[1] // MERGE**2, -1)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -6,12 +6,11 @@ files come from: docs/rewards.md, Conversion.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from astrolabe_jax.convert import engine, nets
 from astrolabe_jax.convert.engine import LINEAR, Rule, Shapes
-from astrolabe_jax.convert.nets import Net, NetSpec
+from astrolabe_jax.convert.nets import NetSpec
 from astrolabe_jax.rewards.qwen2_vl import config as sizes
 from astrolabe_jax.rewards.qwen2_vl.config import PATCH, QWEN2_VL_7B, Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.net import Qwen2VL, QwenRewardNet
@@ -42,23 +41,14 @@ def spec_of(name: str, published: Qwen2VLConfig, adapted: bool = False) -> NetSp
     adapted: its files hold a LoRA beside the weights, under the names that PEFT gives both.
     """
     more = (_ADAPTED,) if adapted else ()
-    formats: dict[str, Callable[[Any], engine.Substitutions]] = {
-        nets.ORIGINAL: lambda _: more,
-        "newer": lambda _: (_NEWER, *more),
-    }
     return NetSpec(
         name,
         QwenRewardNet if published.head else Qwen2VL,
         published,
         table,
         functools.partial(measure, linears=len(published.head)),
-        formats,
+        {nets.ORIGINAL: lambda _: more, "newer": lambda _: (_NEWER, *more)},
     )
-
-
-def shapes(config: Qwen2VLConfig) -> Net:
-    """Return `nets.shapes` of the net of these sizes."""
-    return nets.shapes(spec_of("qwen2_vl", config), config)
 
 
 def measure(shapes: Shapes, linears: int) -> dict[str, Any]:
@@ -82,48 +72,40 @@ def table(config: Qwen2VLConfig) -> list[Rule]:
     Kernels are those of a net that is not quantised.
     """
     names = _HEADS[len(config.head)]
-    rules = [*_vision_rules(), *_decoder_rules()]
+    rules = _tower_rules()
     for i, name in enumerate(names):
         rules += _linear(name, f"head.linears.{i}", bias=len(names) > 1)
     return rules
 
 
-def _vision_rules() -> list[Rule]:
-    source = "visual.blocks.{i}"
-    target = "vision.blocks"
+def _tower_rules() -> list[Rule]:
     return [
         Rule(
             "visual.patch_embed.proj.weight",
             "vision.patch_embed.kernel",
             engine.patch_kernel(PATCH),
         ),
-        *_norm(f"{source}.norm1", f"{target}.norm1"),
-        *_linear(f"{source}.attn.qkv", f"{target}.qkv"),
-        *_linear(f"{source}.attn.proj", f"{target}.proj"),
-        *_norm(f"{source}.norm2", f"{target}.norm2"),
-        *_linear(f"{source}.mlp.fc1", f"{target}.fc1"),
-        *_linear(f"{source}.mlp.fc2", f"{target}.fc2"),
+        *_norm("visual.blocks.{i}.norm1", "vision.blocks.norm1"),
+        *_linear("visual.blocks.{i}.attn.qkv", "vision.blocks.qkv"),
+        *_linear("visual.blocks.{i}.attn.proj", "vision.blocks.proj"),
+        *_norm("visual.blocks.{i}.norm2", "vision.blocks.norm2"),
+        *_linear("visual.blocks.{i}.mlp.fc1", "vision.blocks.fc1"),
+        *_linear("visual.blocks.{i}.mlp.fc2", "vision.blocks.fc2"),
         *_norm("visual.merger.ln_q", "vision.merger.norm"),
         *_linear("visual.merger.mlp.0", "vision.merger.fc1"),
         *_linear("visual.merger.mlp.2", "vision.merger.fc2"),
-    ]
-
-
-def _decoder_rules() -> list[Rule]:
-    source = "layers.{i}"
-    target = "language.blocks"
-    rules = [
         Rule("embed_tokens.weight", "language.embedding.embedding"),
         Rule("norm.weight", "language.norm.scale"),
-        Rule(f"{source}.input_layernorm.weight", f"{target}.norm1.scale"),
-        Rule(f"{source}.post_attention_layernorm.weight", f"{target}.norm2.scale"),
-        *_linear(f"{source}.self_attn.o_proj", f"{target}.o", bias=False),
+        Rule("layers.{i}.input_layernorm.weight", "language.blocks.norm1.scale"),
+        Rule("layers.{i}.post_attention_layernorm.weight", "language.blocks.norm2.scale"),
+        *_linear("layers.{i}.self_attn.o_proj", "language.blocks.o", bias=False),
+        *_linear("layers.{i}.self_attn.q_proj", "language.blocks.q"),
+        *_linear("layers.{i}.self_attn.k_proj", "language.blocks.k"),
+        *_linear("layers.{i}.self_attn.v_proj", "language.blocks.v"),
+        *_linear("layers.{i}.mlp.gate_proj", "language.blocks.gate", bias=False),
+        *_linear("layers.{i}.mlp.up_proj", "language.blocks.up", bias=False),
+        *_linear("layers.{i}.mlp.down_proj", "language.blocks.down", bias=False),
     ]
-    for part in "qkv":
-        rules += _linear(f"{source}.self_attn.{part}_proj", f"{target}.{part}")
-    for part in ("gate", "up", "down"):
-        rules += _linear(f"{source}.mlp.{part}_proj", f"{target}.{part}", bias=False)
-    return rules
 
 
 def _linear(source: str, target: str, bias: bool = True) -> list[Rule]:

@@ -74,8 +74,13 @@ def net(kind: str):
         HPSV3.name: (chats.HPSV3, qwen.HPSV3),
         VIDEOALIGN.name: (chats.VIDEOALIGN, qwen.VIDEOALIGN),
     }[kind]
-    places = chat.placeholder_ids(chats.tokenizer())
-    config = dataclasses.replace(config, vocab_size=chats.rows(tokens), **places)
+    words = chats.tokenizer()
+    config = dataclasses.replace(
+        config,
+        vocab_size=chats.rows(tokens),
+        image_token=words.token_to_id(chat.IMAGE),
+        video_token=words.token_to_id(chat.VIDEO),
+    )
     return config, *qwen.net(config)
 
 

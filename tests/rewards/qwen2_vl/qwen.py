@@ -8,6 +8,7 @@ import torch
 import transformers
 from flax import nnx
 
+from astrolabe_jax.convert import nets
 from astrolabe_jax.rewards.qwen2_vl import weights
 from astrolabe_jax.rewards.qwen2_vl.config import MERGE, PATCH_VALUES, Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.linear import quantise
@@ -35,10 +36,15 @@ HPSV3 = dataclasses.replace(CONFIG, head=(10, 6, 2))
 VIDEOALIGN = dataclasses.replace(CONFIG, head=(1,))
 
 
+def shapes(config: Qwen2VLConfig) -> nets.Net:
+    """The net of these sizes, with shapes as its parameters."""
+    return nets.shapes(weights.spec_of("qwen2_vl", config), config)
+
+
 @functools.cache
 def net(config: Qwen2VLConfig = CONFIG):
     """Graph definition and random parameters; without a head, of the plain model."""
-    graphdef, params, _ = weights.shapes(config)
+    graphdef, params, _ = shapes(config)
     return graphdef, tiny.random_params(params, np.random.default_rng(7))
 
 
@@ -51,7 +57,7 @@ def quantised(params: dict) -> tuple[nnx.GraphDef, dict, dict]:
     """The int8 net of a reward, its parameters, and plain ones with the kernels that these stand
     for.
     """
-    graphdef, expected, _ = weights.shapes(dataclasses.replace(config_of(params), quantised=True))
+    graphdef, expected, _ = shapes(dataclasses.replace(config_of(params), quantised=True))
 
     def fill(expected: dict, given: dict) -> tuple[dict, dict]:
         if "kernel" in given and expected["kernel"].dtype == np.int8:

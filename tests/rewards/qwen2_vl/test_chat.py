@@ -104,10 +104,6 @@ def test_a_published_tokenizer_gets_the_tokens_of_the_reward(tmp_path):
     ours = chat.read_tokenizer(path, chats.VIDEOALIGN)
     assert chat.ids_of(ours, chats.VIDEOALIGN, rows, path) == (rows - 3, rows - 2, rows - 1)
     assert len(ours.encode("a long text about nothing").ids) > 7
-    assert chat.placeholder_ids(ours) == {
-        "image_token": published.token_to_id("<|image_pad|>"),
-        "video_token": published.token_to_id("<|video_pad|>"),
-    }
     ours.save(str(path))  # with the tokens it stays as it is
     assert chat.read_tokenizer(path, chats.VIDEOALIGN).to_str() == ours.to_str()
 

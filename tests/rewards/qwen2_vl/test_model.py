@@ -25,7 +25,6 @@ from astrolabe_jax.rewards.qwen2_vl.config import (
 )
 from astrolabe_jax.rewards.qwen2_vl.linear import quantise
 from astrolabe_jax.rewards.qwen2_vl.net import QwenRewardNet
-from astrolabe_jax.rewards.qwen2_vl.rope import mrope_positions, plain_positions, text_table
 from tests.meshes import mesh_of
 from tests.models import tiny
 from tests.rewards.qwen2_vl import qwen
@@ -50,8 +49,8 @@ def oracle():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def hidden(graphdef, params, patches, grid, ids, where, table):
-    return layers.merge(graphdef, params).hidden(patches, grid, ids, where, table)
+def hidden(graphdef, params, patches, grid, ids, where):
+    return layers.merge(graphdef, params).hidden(patches, grid, ids, where)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -78,91 +77,34 @@ def test_vision_features(oracle, kind):
     close(ours.reshape(-1, qwen.CONFIG.dim), theirs.pooler_output)
 
 
-def their_hidden(model, ids, patches, grid, positions=None):
-    """All hidden states of samples without padding; positions [3, B, L], or those of the text
-    alone.
-    """
+def their_hidden(model, ids, patches, grid):
+    """All hidden states of samples without padding, at the positions of the text alone."""
     kind = "image" if IMAGE in ids else "video"
     names = {
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }[kind]
     given = (torch.from_numpy(patches.reshape(-1, PATCH_VALUES)), torch.tensor([grid] * len(ids)))
-    positions = (
-        np.broadcast_to(plain_positions(ids.shape[1]), (3, *ids.shape))
-        if positions is None
-        else positions
-    )
+    positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
     with torch.no_grad():
         return model(
             input_ids=torch.from_numpy(ids).long(),
-            position_ids=torch.from_numpy(np.array(positions)).long(),
+            position_ids=positions,
             mm_token_type_ids=torch.from_numpy((ids == KINDS[kind]) * TYPES[KINDS[kind]]),
             **dict(zip(names, given, strict=True)),
         ).last_hidden_state
 
 
 @pytest.mark.parametrize("kind", GRIDS)
-@pytest.mark.parametrize("genuine", [False, True])
-def test_hidden_states_of_prompts_of_several_lengths(oracle, kind, genuine):
+def test_hidden_states_of_prompts_of_several_lengths(oracle, kind):
     model, params = oracle
     grid, lengths = GRIDS[kind], (25, 33, 28)
     ids, patches = qwen.ids(lengths, grid, KINDS[kind]), qwen.patches(3, grid)
-    positions = mrope_positions(ids, [[grid]] * 3, qwen.CONFIG)
-    table = text_table(qwen.CONFIG, positions) if genuine else None
     everywhere = np.broadcast_to(np.arange(max(lengths)), ids.shape)
-    ours = hidden(qwen.net()[0], params, patches, grid, ids, everywhere, table)
+    ours = hidden(qwen.net()[0], params, patches, grid, ids, everywhere)
     for i, length in enumerate(lengths):
         alone = ids[i : i + 1, :length]
-        given = positions[:, i : i + 1, :length] if genuine else None
-        close(ours[i : i + 1, :length], their_hidden(model, alone, patches[i : i + 1], grid, given))
-
-
-def test_genuine_positions_by_hand():
-    config = qwen.CONFIG
-    ids = np.array([[1, 2] + [VIDEO] * 8 + [3, 4]])
-    frames, rows, columns = mrope_positions(ids, [[(2, 4, 4)]], config)[:, 0]
-    np.testing.assert_array_equal(frames, [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5])
-    np.testing.assert_array_equal(rows, [0, 1, 2, 2, 3, 3, 2, 2, 3, 3, 4, 5])
-    np.testing.assert_array_equal(columns, [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5])
-
-
-def test_genuine_positions_are_those_of_transformers():
-    images, video = [(1, 4, 6), (1, 2, 2)], (2, 6, 4)
-    rng = np.random.default_rng(0)
-    rows = []
-    for blocks in ([(IMAGE, images[0]), (IMAGE, images[1])], [(VIDEO, video), (IMAGE, images[1])]):
-        row = [1, 2]
-        for token, grid in blocks:
-            row += [token] * (math.prod(grid) // 4) + list(rng.integers(0, IMAGE, 3))
-        rows.append(row)
-    ids = np.full((2, max(map(len, rows)) + 2), qwen.PADDING)
-    for row, content in zip(ids, rows, strict=True):
-        row[: len(content)] = content
-    mask = np.arange(ids.shape[1]) < np.array([len(row) for row in rows])[:, None]
-    theirs, _ = qwen.oracle().model.get_rope_index(
-        torch.from_numpy(ids),
-        torch.from_numpy(sum((ids == token) * kind for token, kind in TYPES.items())),
-        torch.tensor([*images, images[1]]),
-        torch.tensor([video]),
-        torch.from_numpy(mask.astype(np.int64)),
-    )
-    ours = mrope_positions(ids, [images, [video, images[1]]], qwen.CONFIG)
-    np.testing.assert_array_equal(ours * mask, theirs.numpy() * mask)
-
-
-@pytest.mark.parametrize(
-    ("row", "grids", "fault"),
-    [
-        ([1, IMAGE, IMAGE, 2], [(1, 2, 2)], "sample 0 has placeholders at 2"),
-        ([1, IMAGE, 2, IMAGE], [(1, 2, 4)], "sample 0 has not the 2 placeholders at 1"),
-        ([1, 2, IMAGE], [(1, 2, 4)], "sample 0 has not the 2 placeholders at 2"),
-        ([1, 2, 3], [(1, 2, 2)], "sample 0 has no placeholders for its grids"),
-    ],
-)
-def test_placeholders_that_are_not_those_of_the_grids_are_refused(row, grids, fault):
-    with pytest.raises(ValueError, match=fault):
-        mrope_positions(np.array([row]), [grids], qwen.CONFIG)
+        close(ours[i : i + 1, :length], their_hidden(model, alone, patches[i : i + 1], grid))
 
 
 # Of one token for HPSv3, and of three for VideoAlign.
@@ -239,7 +181,7 @@ def test_a_score_is_the_same_on_a_mesh_that_splits_kernels_and_samples(scored, q
 
 def test_heads(scored):
     graphdef, params, grid, (patches, ids, where) = scored
-    x = np.asarray(hidden(graphdef, params, patches, grid, ids, where, None), np.float64)
+    x = np.asarray(hidden(graphdef, params, patches, grid, ids, where), np.float64)
     linears = list(params["head"]["linears"].values())
     for i, linear in enumerate(linears):
         x = (x if i == 0 else np.maximum(x, 0)) @ linear["kernel"] + linear.get("bias", 0)
@@ -264,7 +206,7 @@ def test_published_parameter_counts(config):
     """Published counts have an output layer, which the 2B model shares with its embedding and we do
     not build.
     """
-    params = weights.shapes(config).params
+    params = qwen.shapes(config).params
     output = config.vocab_size * config.dim * (config.dim == QWEN2_VL_7B.dim)
     small = config.dim == QWEN2_VL_2B.dim
     assert parameter_count(params["vision"]) == (665_271_296 if small else 675_759_104)
@@ -295,9 +237,7 @@ def test_int8_scores_are_those_of_the_kernels_that_they_hold(scored):
 
 def test_sixteen_bit_scores_stay_close(scored):
     _, params, grid, (patches, ids, where) = scored
-    graphdef = weights.shapes(
-        dataclasses.replace(qwen.config_of(params), dtype="bfloat16")
-    ).graphdef
+    graphdef = qwen.shapes(dataclasses.replace(qwen.config_of(params), dtype="bfloat16")).graphdef
     got, want = (
         scores(graphdef, params, patches, grid, ids, where),
         score(scored, patches, ids, where),

@@ -15,9 +15,9 @@ import peft
 import pytest
 import torch
 
-from astrolabe_jax.convert import engine, store
+from astrolabe_jax.convert import engine, nets, store
 from astrolabe_jax.models import layers
-from astrolabe_jax.rewards.qwen2_vl import convert, weights
+from astrolabe_jax.rewards.qwen2_vl import convert
 from astrolabe_jax.rewards.qwen2_vl.config import (
     HPSV3,
     QWEN2_VL_2B,
@@ -121,10 +121,10 @@ def their_scores(kind: str) -> np.ndarray:
     return np.stack(found)
 
 
-def our_scores(kind: str, checkpoint: convert.QwenLeaves) -> np.ndarray:
+def our_scores(kind: str, config: Qwen2VLConfig, stacks: dict) -> np.ndarray:
     patches, grid, ids, where = inputs(kind)
-    params = engine.nested((path, np.asarray(stack)) for path, stack in checkpoint.stacks.items())
-    graphdef = weights.shapes(checkpoint.config).graphdef
+    params = engine.nested((path, np.asarray(stack)) for path, stack in stacks.items())
+    graphdef = qwen.shapes(config).graphdef
     run = jax.jit(lambda params: layers.merge(graphdef, params)(patches, grid, ids, where))
     return np.asarray(run(params))
 
@@ -171,26 +171,32 @@ LAYOUTS = {
 }
 
 
+def opened_file(path, spec, adapter=convert.NO_ADAPTER, **options):
+    tensors = nets.read_tensors([path])
+    with nets.naming_files(path):
+        return convert.assemble(tensors, spec, adapter, **options)
+
+
 def opened(tmp_path, layout, change=lambda content: content, **options):
     kind, name, write, names = LAYOUTS[layout]
     write(tmp_path / name, renamed(names, change(tensors(kind))))
-    adapter = ADAPTER if kind == "videoalign" else None
-    return convert.open_checkpoint(tmp_path / name, SPECS[kind], adapter, **options)
+    adapter = ADAPTER if kind == "videoalign" else convert.NO_ADAPTER
+    return opened_file(tmp_path / name, SPECS[kind], adapter, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_published_file_scores_as_torch_does(tmp_path, layout):
-    checkpoint = opened(tmp_path, layout)
+    config, stacks = opened(tmp_path, layout)
     kind = LAYOUTS[layout][0]
-    assert checkpoint.config == CONFIGS[kind]
-    names = {path[-1] for path in checkpoint.stacks}
+    assert config == CONFIGS[kind]
+    names = {path[-1] for path in stacks}
     assert names == {"kernel", "bias", "scale", "embedding"}
     if layout == kind:
-        close(our_scores(kind, checkpoint), their_scores(kind))
+        close(our_scores(kind, config, stacks), their_scores(kind))
     else:
         (tmp_path / "plain").mkdir()  # the same leaves as under the published names
-        for path, stack in opened(tmp_path / "plain", kind).stacks.items():
-            np.testing.assert_array_equal(np.asarray(checkpoint.stacks[path]), np.asarray(stack))
+        for path, stack in opened(tmp_path / "plain", kind)[1].items():
+            np.testing.assert_array_equal(np.asarray(stacks[path]), np.asarray(stack))
 
 
 def test_the_published_names_are_those_of_the_spec():
@@ -223,12 +229,12 @@ def test_a_merged_weight_is_w_plus_scale_b_a_rounded_once(tmp_path):
         for part in ("base_layer", "lora_A.default", "lora_B.default")
     )
     for dtype, ulp in (("", 2**-8), ("float32", 2**-22)):
-        checkpoint = opened(tmp_path, "videoalign", lambda _: half, dtype=dtype)
-        leaf = checkpoint.stacks["language", "blocks", "up", "kernel"]
+        _, stacks = opened(tmp_path, "videoalign", lambda _: half, dtype=dtype)
+        leaf = stacks["language", "blocks", "up", "kernel"]
         assert leaf.dtype == (dtype or jnp.bfloat16)
         want = (w + 2 * b @ a).T
         np.testing.assert_allclose(leaf[1].astype(np.float64), want, rtol=ulp, atol=1e-6)
-        assert checkpoint.stacks["head", "linears", 0, "kernel"].dtype == (
+        assert stacks["head", "linears", 0, "kernel"].dtype == (
             np.float32 if dtype else jnp.bfloat16
         )
 
@@ -244,11 +250,11 @@ def test_shards_of_the_plain_model(tmp_path, names):
             tmp_path / shard, {name: content[name] for name in content if where[name] == shard}
         )
     (tmp_path / f"model{INDEX}").write_text(json.dumps({"weight_map": where}))
-    config, stacks = convert.open_checkpoint(tmp_path / f"model{INDEX}", SPECS["plain"])
+    config, stacks = opened_file(tmp_path / f"model{INDEX}", SPECS["plain"])
     assert config == qwen.CONFIG
-    whole = convert.assemble(
+    _, whole = convert.assemble(
         renamed(lambda name: name.removeprefix("model."), tensors("hpsv3")), SPECS["hpsv3"]
-    ).stacks
+    )
     assert set(whole) - set(stacks) == {path for path in whole if path[0] == "head"}
     for path, stack in stacks.items():
         np.testing.assert_array_equal(np.asarray(stack), np.asarray(whole[path]))
@@ -323,9 +329,9 @@ def test_a_tensor_at_fault_is_named(tmp_path, kind, change, fault):
 def test_a_file_of_the_other_reward_is_refused(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", tensors("hpsv3"))
     with pytest.raises(engine.ConversionError, match="lora_A"):
-        convert.open_checkpoint(tmp_path / "a.safetensors", SPECS["videoalign"], ADAPTER)
+        opened_file(tmp_path / "a.safetensors", SPECS["videoalign"], ADAPTER)
     with pytest.raises(engine.ConversionError, match="unused tensor: rm_head.0.weight"):
-        convert.open_checkpoint(tmp_path / "a.safetensors", SPECS["plain"])
+        opened_file(tmp_path / "a.safetensors", SPECS["plain"])
 
 
 def test_the_adapter_is_that_of_model_config(tmp_path):
@@ -355,20 +361,21 @@ def test_the_adapter_is_that_of_model_config(tmp_path):
 
 @pytest.mark.parametrize("layout", CONFIGS)
 def test_int8_kernels_are_stored_with_their_scales(tmp_path, layout):
-    plain, int8 = opened(tmp_path, layout), opened(tmp_path, layout, quantised=True)
-    assert int8.config.quantised and not plain.config.quantised
-    store.save(tmp_path / "weights", int8.stacks)
-    leaves = store.tree(store.open_leaves(tmp_path / "weights"), weights.shapes(int8.config).params)
+    config, plain = opened(tmp_path, layout)
+    int8_config, int8 = opened(tmp_path, layout, quantised=True)
+    assert int8_config.quantised and not config.quantised
+    store.save(tmp_path / "weights", int8)
+    leaves = store.tree(store.open_leaves(tmp_path / "weights"), qwen.shapes(int8_config).params)
     kernels = 0
     for path, leaf in engine.flatten(leaves).items():
         above, last = path[:-1], path[-1]
-        if (*above, "scale") in int8.stacks and (*above, "kernel") in int8.stacks:
-            whole, scale = quantise(np.asarray(plain.stacks[*above, "kernel"]), np)
+        if (*above, "scale") in int8 and (*above, "kernel") in int8:
+            whole, scale = quantise(np.asarray(plain[*above, "kernel"]), np)
             want = {"kernel": whole, "scale": scale}.get(last)
-            want = np.asarray(plain.stacks[path]) if want is None else want
+            want = np.asarray(plain[path]) if want is None else want
             kernels += last == "kernel"
         else:
-            want = np.asarray(plain.stacks[path])
+            want = np.asarray(plain[path])
         assert leaf.dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(leaf), want)
     # four of a vision block, two of the merger, seven of a block of the decoder
@@ -414,22 +421,22 @@ def real_shapes(config: Qwen2VLConfig, rank: int = 0) -> dict[str, tuple]:
 @pytest.mark.parametrize(
     ("config", "adapter", "parameters"),
     [
-        (HPSV3, None, 8_292_152_882),
+        (HPSV3, convert.NO_ADAPTER, 8_292_152_882),
         (VIDEOALIGN, convert.Adapter(64, 2.0), 2_515_372_032),
-        (QWEN2_VL_7B, None, 8_291_375_616),
+        (QWEN2_VL_7B, convert.NO_ADAPTER, 8_291_375_616),
         # the state dict has the shared tensor twice
-        (QWEN2_VL_2B, None, 2_208_985_600 + 151_936 * 1536),
+        (QWEN2_VL_2B, convert.NO_ADAPTER, 2_208_985_600 + 151_936 * 1536),
     ],
 )
 def test_real_shapes_are_read_layer_by_layer(config, adapter, parameters):
-    shapes = real_shapes(config, adapter.rank if adapter else 0)
+    shapes = real_shapes(config, adapter.rank)
     assert sum(map(math.prod, shapes.values())) == parameters
     # Sizes that no tensor tells are as published, all others as in the tensors.
     told = Qwen2VLConfig(head_dim=config.head_dim, head=config.head)
-    spec = spec_of("real", told, adapted=adapter is not None)
+    spec = spec_of("real", told, adapted=adapter.rank > 0)
     found, stacks = convert.assemble(unread(shapes), spec, adapter)
     assert found == config
-    expected = engine.flatten(weights.shapes(config).params)
+    expected = engine.flatten(qwen.shapes(config).params)
     assert {path: stack.shape for path, stack in stacks.items()} == {
         path: leaf.shape for path, leaf in expected.items()
     }
@@ -439,4 +446,4 @@ def test_real_shapes_are_read_layer_by_layer(config, adapter, parameters):
     tracemalloc.stop()
     assert layer.shape == (config.dim_ffn, config.dim)
     # A product and a sum in float32 beside the weight, where LoRA is merged.
-    assert peak < (8 if adapter else 1) * layer.nbytes + 5e6
+    assert peak < (8 if adapter.rank else 1) * layer.nbytes + 5e6
