@@ -4,14 +4,16 @@ NNX objects never cross a jit border. Outside, a net is a graph definition, whic
 static, and a nested dict of arrays.
 """
 
+import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from astrolabe_jax.sharding import gathered
+from astrolabe_jax.sharding import by_sample, gathered, on_mesh
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -21,8 +23,7 @@ def split(module: M) -> tuple[nnx.GraphDef[M], dict]:
     arrays).
     """
     graphdef, state = nnx.split(module)
-    params = nnx.to_pure_dict(state)
-    return graphdef, params
+    return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef[M], params: dict) -> M:
@@ -37,15 +38,36 @@ def graphdef_of(make: Callable[[], M]) -> tuple[nnx.GraphDef[M], dict]:
     """Return what `split(make())` would, with ShapeDtypeStructs as parameters: none is
     allocated.
     """
-    graphdefs = []
+    return split(nnx.eval_shape(make))
 
-    def init_params():
-        graphdef, params = split(make())
-        graphdefs.append(graphdef)
-        return params
 
-    shapes = jax.eval_shape(init_params)
-    return graphdefs[0], shapes
+@functools.partial(jax.jit, static_argnames=("function", "graphdef", "mesh"))
+def run(
+    function: Callable, graphdef: nnx.GraphDef, params: dict, *inputs: jax.Array, mesh: Mesh
+) -> Any:
+    """Return `function(net, *inputs)` of a frozen net, for inputs that are split over a mesh by
+    sample.
+    """
+
+    def on_net(params, *inputs):
+        return function(merge(graphdef, params), *map(by_sample, inputs))
+
+    return on_mesh(mesh, on_net)(params, *inputs)
+
+
+def stacked(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """Return `count` modules as one, with their parameters on a leading axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+def scanned(blocks: nnx.Module, x: jax.Array, *args: Any) -> jax.Array:
+    """Return x after `block(x, *args)` of every module of a stack."""
+    blockdef, params = nnx.split(blocks)
+
+    def layer(x, params):
+        return nnx.merge(blockdef, params)(x, *args), None
+
+    return jax.lax.scan(layer, x, params)[0]
 
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -67,8 +89,9 @@ class Linear(nnx.Module):
         kernel_init=XAVIER,
         rngs: nnx.Rngs,
     ):
-        kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
-        self.kernel = nnx.Param(kernel)
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), param_dtype)
+        )
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
 
     def __call__(self, x: jax.Array, lora: dict | None = None) -> jax.Array:
@@ -78,14 +101,11 @@ class Linear(nnx.Module):
           x: the input.
           lora: {'a': [in, R], 'b': [R, out]}, already scaled by alpha / R, or None.
         """
-        kernel = gathered(self.kernel[...].astype(x.dtype))
-        y = x @ kernel
+        y = x @ gathered(self.kernel[...].astype(x.dtype))
         if self.bias is not None:
-            y = y + _broadcast_last(self.bias, x)
+            y = y + row(self.bias, x)
         if lora is not None:
-            a = lora["a"].astype(x.dtype)
-            b = lora["b"].astype(x.dtype)
-            y = y + (x @ a) @ b
+            y = y + (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
         return y
 
 
@@ -126,7 +146,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        return normed.astype(x.dtype) * _broadcast_last(self.scale, x)
+        return normed.astype(x.dtype) * row(self.scale, x)
 
 
 class LayerNorm(nnx.Module):
@@ -140,9 +160,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return x [..., features], standardised, scaled and shifted, in its dtype."""
         x32 = x.astype(jnp.float32)
-        scale = _broadcast_last(self.scale, x32)
-        bias = _broadcast_last(self.bias, x32)
-        y = _standardise(x32, self.eps) * scale + bias
+        y = _standardise(x32, self.eps) * row(self.scale, x32) + row(self.bias, x32)
         return y.astype(x.dtype)
 
 
@@ -161,10 +179,9 @@ def _standardise(x32: jax.Array, eps: float) -> jax.Array:
     return centred * jax.lax.rsqrt(variance + eps)
 
 
-def _broadcast_last(param: nnx.Param, x: jax.Array) -> jax.Array:
+def row(vector: nnx.Param | jax.Array, x: jax.Array) -> jax.Array:
     """Return a vector with axes of size 1 before its own, as many as x has axes, in the dtype of x.
 
     Written out, as the tests allow no silent promotion of rank.
     """
-    vector = param[...].astype(x.dtype)
-    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.expand_dims(vector[...].astype(x.dtype), tuple(range(x.ndim - 1)))

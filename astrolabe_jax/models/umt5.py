@@ -6,13 +6,14 @@ no biases in the linears, and no 1/sqrt(d) in the scores.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astrolabe_jax.models.layers import Embedding, Linear, RMSNorm
+from astrolabe_jax.models.layers import Embedding, Linear, RMSNorm, scanned, stacked
 from astrolabe_jax.sharding import by_sample
 
 
@@ -59,15 +60,20 @@ class UMT5(nnx.Module):
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
         self.config = config
-        self.token_embedding = _embedding(config.vocab_size, config.dim, 1.0, config, rngs)
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def make_blocks(rngs):
-            return UMT5Block(config, rngs)
-
-        self.blocks = make_blocks(rngs)
-        self.norm = RMSNorm(config.dim, eps=config.eps, param_dtype=jnp.dtype(config.param_dtype))
+        self.token_embedding = Embedding(
+            config.vocab_size,
+            config.dim,
+            1.0,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.blocks = stacked(lambda rngs: UMT5Block(config, rngs), config.num_layers, rngs)
+        self.norm = RMSNorm(
+            config.dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """Return the hidden states [B, S, E] of every position.
@@ -80,33 +86,45 @@ class UMT5(nnx.Module):
         """
         x = by_sample(self.token_embedding(ids))
         buckets = jnp.asarray(relative_buckets(self.config, ids.shape[1]))
-        blockdef, stacked = nnx.split(self.blocks)
-
-        def layer(x, params):
-            block = nnx.merge(blockdef, params)
-            return block(x, mask, buckets), None
-
-        x, _ = jax.lax.scan(layer, x, stacked)
-        return self.norm(x)
+        return self.norm(
+            scanned(
+                self.blocks,
+                x,
+                mask,
+                buckets,
+            )
+        )
 
     def embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
         """Return the text embeddings [B, S, E] that the DiT takes: the hidden states, with rows of
         zeros beyond each prompt. `ids` and `mask` are those of `__call__`.
         """
-        hidden = self(ids, mask)
-        return jnp.where(mask[:, :, None] == 1, hidden, 0)
+        return jnp.where(mask[:, :, None] == 1, self(ids, mask), 0)
 
 
 class UMT5Block(nnx.Module):
     """One layer: x + attention(norm1(x)), then x + ffn(norm2(x))."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.norm1 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
+        self.norm1 = RMSNorm(
+            config.dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
         self.attn = UMT5Attention(config, rngs)
-        std = (2 * config.num_buckets * config.num_heads) ** -0.5
-        self.position_bias = _embedding(config.num_buckets, config.num_heads, std, config, rngs)
-        self.norm2 = RMSNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
+        self.position_bias = Embedding(
+            config.num_buckets,
+            config.num_heads,
+            (2 * config.num_buckets * config.num_heads) ** -0.5,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.norm2 = RMSNorm(
+            config.dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
         self.ffn = UMT5FeedForward(config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
@@ -126,41 +144,47 @@ class UMT5Attention(nnx.Module):
         inner = config.dim_attn
         self.heads = config.num_heads
         # Small queries take the place of the missing 1/sqrt(d).
-        self.q = _linear(dim, inner, (dim * inner / config.num_heads) ** -0.5, config, rngs)
-        self.k = _linear(dim, inner, dim**-0.5, config, rngs)
-        self.v = _linear(dim, inner, dim**-0.5, config, rngs)
-        self.o = _linear(inner, dim, inner**-0.5, config, rngs)
+        self.q = _linear(dim, inner, dim * inner / config.num_heads, config, rngs)
+        self.k = _linear(dim, inner, dim, config, rngs)
+        self.v = _linear(dim, inner, dim, config, rngs)
+        self.o = _linear(inner, dim, inner, config, rngs)
 
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
         """Return the attended x [B, S, E], for a bias [B, A, S, S]."""
-        q = self._split_heads(self.q(x))
-        k = self._split_heads(self.k(x))
-        v = self._split_heads(self.v(x))
+        by_head = (*x.shape[:2], self.heads, -1)
+        q = self.q(x).reshape(by_head)
+        k = self.k(x).reshape(by_head)
+        v = self.v(x).reshape(by_head)
         # The scores are rounded to the compute dtype before the softmax, as published.
-        scores = jnp.einsum("bqak,bsak->baqs", q, k) + bias
+        scores = (
+            jnp.einsum(
+                "bqak,bsak->baqs",
+                q,
+                k,
+            )
+            + bias
+        )
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
-        attended = jnp.einsum("baqs,bsak->bqak", weights, v)
+        attended = jnp.einsum(
+            "baqs,bsak->bqak",
+            weights,
+            v,
+        )
         return self.o(attended.reshape(*x.shape[:2], -1))
-
-    def _split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class UMT5FeedForward(nnx.Module):
     """The gated feed-forward fc2(fc1(x) * gelu(gate(x))), with the tanh form of gelu."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs):
-        dim = config.dim
-        inner = config.dim_ffn
-        self.gate = _linear(dim, inner, dim**-0.5, config, rngs)
-        self.fc1 = _linear(dim, inner, dim**-0.5, config, rngs)
-        self.fc2 = _linear(inner, dim, inner**-0.5, config, rngs)
+        self.gate = _linear(config.dim, config.dim_ffn, config.dim, config, rngs)
+        self.fc1 = _linear(config.dim, config.dim_ffn, config.dim, config, rngs)
+        self.fc2 = _linear(config.dim_ffn, config.dim, config.dim_ffn, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [B, S, E] for x [B, S, E]."""
-        up = self.fc1(x)
         gate = jax.nn.gelu(self.gate(x), approximate=True)
-        return self.fc2(up * gate)
+        return self.fc2(self.fc1(x) * gate)
 
 
 def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
@@ -168,42 +192,26 @@ def relative_buckets(config: UMT5Config, length: int) -> np.ndarray:
 
     Half of the buckets are for keys after the query. In each half, the first half of the buckets
     holds one distance each; the others grow geometrically up to `max_distance`. Bucket first + j
-    starts at the smallest n with n^span >= first^(span - j) max_distance^j. Whole numbers decide
+    starts at the smallest n with n^first >= first^(first - j) max_distance^j. Whole numbers decide
     this, so the boundaries are exact (docs/models.md, Relative position bias).
     """
-    half = config.num_buckets // 2
-    first = half // 2
-    span = half - first
+    first = config.num_buckets // 4
     starts = list(range(first))
-    for j in range(span):
-        bound = first ** (span - j) * config.max_distance**j
-        distances = range(first, config.max_distance + 1)
-        starts.append(next(n for n in distances if n**span >= bound))
+    for j in range(first):
+        bound = first ** (first - j) * config.max_distance**j
+        starts.append(next(n for n in itertools.count(first) if n**first >= bound))
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]  # key - query
     offset = np.searchsorted(starts, np.abs(relative), side="right") - 1
-    after_query = half * (relative > 0)
-    return (offset + after_query).astype(np.int32)
+    return (offset + 2 * first * (relative > 0)).astype(np.int32)
 
 
-def _linear(n_in: int, n_out: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Linear:
-    """Return a linear layer without bias, drawn with standard deviation `std`."""
+def _linear(n_in: int, n_out: int, scale: float, config: UMT5Config, rngs: nnx.Rngs) -> Linear:
+    """Return a linear layer without bias, drawn with standard deviation 1 / sqrt(scale)."""
     return Linear(
         n_in,
         n_out,
         use_bias=False,
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nnx.initializers.normal(std),
-        rngs=rngs,
-    )
-
-
-def _embedding(rows: int, width: int, std: float, config: UMT5Config, rngs: nnx.Rngs) -> Embedding:
-    """Return a table drawn with standard deviation `std`."""
-    return Embedding(
-        rows,
-        width,
-        std,
-        dtype=config.dtype,
-        param_dtype=jnp.dtype(config.param_dtype),
+        param_dtype=config.param_dtype,
+        kernel_init=nnx.initializers.normal(scale**-0.5),
         rngs=rngs,
     )

@@ -144,12 +144,13 @@ TABLE = {
         ),
     ),
     "hpsv2": Reward(
-        load=f"{_REWARDS}.clip.hpsv2:load",
+        load=f"{_REWARDS}.clip.scorers:load_hpsv2",
         check=f"{_REWARDS}.clip.tokenizer:check_prompt",
         net=f"{_REWARDS}.clip.weights:HPSV2",
     ),
     "aesthetic": Reward(
-        load=f"{_REWARDS}.clip.aesthetic:load", net=f"{_REWARDS}.clip.weights:AESTHETIC"
+        load=f"{_REWARDS}.clip.scorers:load_aesthetic",
+        net=f"{_REWARDS}.clip.weights:AESTHETIC",
     ),
     **dict.fromkeys(
         ("dynamic_degree", "motion_smoothness"),

@@ -149,8 +149,7 @@ CONVERSIONS = {f"{REWARDS}.convert", f"{REWARDS}.qwen2_vl.convert"}
     [
         "qwen2_vl.hpsv3",
         "qwen2_vl.videoalign",
-        "clip.hpsv2",
-        "clip.aesthetic",
+        "clip.scorers",
         "flow.scorers",
         "remote",
     ],

@@ -7,12 +7,13 @@ tower, which is causal, its first end token; each is normalised and projected to
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from astrolabe_jax.models.layers import Embedding, LayerNorm, Linear
+from astrolabe_jax.models.layers import Embedding, LayerNorm, Linear, row, scanned, stacked
 from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.sharding import by_sample
 
@@ -58,11 +59,6 @@ class CLIPConfig:
                 f"{self.patch_size}"
             )
 
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
 
 VIT_H_14 = CLIPConfig()
 VIT_L_14 = CLIPConfig(
@@ -92,39 +88,47 @@ class CLIPVision(nnx.Module):
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
         self.config = config
         dim = config.vision_dim
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.patch_embedding = Linear(
-            3 * config.patch_size**2, dim, use_bias=False, param_dtype=param_dtype, rngs=rngs
+        dense = functools.partial(
+            Linear,
+            use_bias=False,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
         )
-        self.class_embedding = _normal((dim,), dim**-0.5, param_dtype, rngs)
-        self.positions = _normal((config.patches + 1, dim), dim**-0.5, param_dtype, rngs)
-        self.norm_in = LayerNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.blocks = _blocks("vision", config, rngs)
-        self.norm_out = LayerNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.projection = Linear(
-            dim, config.embed_dim, use_bias=False, param_dtype=param_dtype, rngs=rngs
+        self.patch_embedding = dense(3 * config.patch_size**2, dim)
+        self.class_embedding = _normal((dim,), dim**-0.5, config, rngs)
+        patches = (config.image_size // config.patch_size) ** 2
+        self.positions = _normal((patches + 1, dim), dim**-0.5, config, rngs)
+        self.norm_in = LayerNorm(
+            dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
         )
+        self.blocks = stacked(
+            lambda rngs: CLIPBlock("vision", config, rngs), config.vision_layers, rngs
+        )
+        self.norm_out = LayerNorm(
+            dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
+        self.projection = dense(dim, config.embed_dim)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return features [B, embed_dim] float32, not normalised.
 
         images: standardised, [B, image_size, image_size, 3].
         """
-        dtype = self.config.dtype
         size = self.config.patch_size
         side = self.config.image_size // size
         batch = images.shape[0]
-        patches = images.astype(dtype).reshape(batch, side, size, side, size, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5)
-        patches = patches.reshape(batch, side * side, -1)
+        patches = images.astype(self.config.dtype).reshape(batch, side, size, side, size, 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * side, -1)
         x = self.patch_embedding(by_sample(patches))
-        first = self.class_embedding[...].astype(dtype)
-        first = jnp.broadcast_to(first, (batch, 1, x.shape[-1]))
+        first = jnp.broadcast_to(row(self.class_embedding, x), (batch, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1)
-        x = x + self.positions[...].astype(dtype)[None]
-        x = _scanned(self.blocks, self.norm_in(x), causal=False)
-        features = self.projection(self.norm_out(x[:, 0]))
-        return features.astype(jnp.float32)
+        x = self.norm_in(x + self.positions[...].astype(x.dtype)[None])
+        x = scanned(self.blocks, x, False)
+        return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)
 
 
 class CLIPText(nnx.Module):
@@ -133,15 +137,25 @@ class CLIPText(nnx.Module):
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
         self.config = config
         dim = config.text_dim
-        param_dtype = jnp.dtype(config.param_dtype)
         self.token_embedding = Embedding(
-            config.vocab_size, dim, 0.02, dtype=config.dtype, param_dtype=param_dtype, rngs=rngs
+            config.vocab_size,
+            dim,
+            0.02,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
         )
-        self.positions = _normal((config.text_len, dim), 0.01, param_dtype, rngs)
-        self.blocks = _blocks("text", config, rngs)
-        self.norm_out = LayerNorm(dim, eps=config.eps, param_dtype=param_dtype)
+        self.positions = _normal((config.text_len, dim), 0.01, config, rngs)
+        self.blocks = stacked(
+            lambda rngs: CLIPBlock("text", config, rngs), config.text_layers, rngs
+        )
+        self.norm_out = LayerNorm(
+            dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
         self.projection = Linear(
-            dim, config.embed_dim, use_bias=False, param_dtype=param_dtype, rngs=rngs
+            dim, config.embed_dim, use_bias=False, param_dtype=config.param_dtype, rngs=rngs
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -150,14 +164,12 @@ class CLIPText(nnx.Module):
         A text ends at its first token with the largest id, which is the end token: what stands
         behind it, zeros in OpenCLIP and more end tokens in OpenAI's, does not matter.
         """
-        positions = self.positions[...][: ids.shape[1]]
-        positions = positions.astype(self.config.dtype)
         x = by_sample(self.token_embedding(ids))
-        x = _scanned(self.blocks, x + positions[None], causal=True)
+        x = x + self.positions[: ids.shape[1]].astype(x.dtype)[None]
+        x = scanned(self.blocks, x, True)
         ends = jnp.argmax(ids, axis=1)
         x = jnp.take_along_axis(x, ends[:, None, None], axis=1)
-        features = self.projection(self.norm_out(x[:, 0]))
-        return features.astype(jnp.float32)
+        return self.projection(self.norm_out(x[:, 0])).astype(jnp.float32)
 
 
 class AestheticNet(nnx.Module):
@@ -165,11 +177,14 @@ class AestheticNet(nnx.Module):
 
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
         self.vision = CLIPVision(config, rngs)
-        widths = (config.embed_dim, *AESTHETIC_WIDTHS)
         self.head = nnx.List(
             [
-                Linear(n_in, n_out, param_dtype=jnp.float32, rngs=rngs)
-                for n_in, n_out in itertools.pairwise(widths)
+                Linear(
+                    n_in,
+                    n_out,
+                    rngs=rngs,
+                )
+                for n_in, n_out in itertools.pairwise((config.embed_dim, *AESTHETIC_WIDTHS))
             ]
         )
 
@@ -190,32 +205,37 @@ class CLIPBlock(nnx.Module):
     def __init__(self, tower: str, config: CLIPConfig, rngs: nnx.Rngs):
         dim = getattr(config, f"{tower}_dim")
         ffn = getattr(config, f"{tower}_ffn")
-        heads = getattr(config, f"{tower}_heads")
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.norm1 = LayerNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.attn = CLIPAttention(dim, heads, param_dtype, rngs)
-        self.norm2 = LayerNorm(dim, eps=config.eps, param_dtype=param_dtype)
-        self.fc1 = Linear(dim, ffn, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = Linear(ffn, dim, param_dtype=param_dtype, rngs=rngs)
+        dense = functools.partial(Linear, param_dtype=config.param_dtype, rngs=rngs)
+        self.norm1 = LayerNorm(
+            dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
+        self.attn = CLIPAttention(
+            functools.partial(dense, dim, dim), getattr(config, f"{tower}_heads")
+        )
+        self.norm2 = LayerNorm(
+            dim,
+            eps=config.eps,
+            param_dtype=config.param_dtype,
+        )
+        self.fc1 = dense(dim, ffn)
+        self.fc2 = dense(ffn, dim)
         self.quick_gelu = config.quick_gelu
 
     def __call__(self, x: jax.Array, causal: bool) -> jax.Array:
         """Return x [B, N, D] after the block."""
         x = x + self.attn(self.norm1(x), causal)
         y = self.fc1(self.norm2(x))
-        if self.quick_gelu:
-            y = y * jax.nn.sigmoid(1.702 * y)
-        else:
-            y = jax.nn.gelu(y, approximate=False)
+        y = y * jax.nn.sigmoid(1.702 * y) if self.quick_gelu else jax.nn.gelu(y, approximate=False)
         return x + self.fc2(y)
 
 
 class CLIPAttention(nnx.Module):
     """Self-attention with biases; the softmax is float32."""
 
-    def __init__(self, dim: int, heads: int, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, dense: Callable[[], Linear], heads: int):
         self.heads = heads
-        dense = functools.partial(Linear, dim, dim, param_dtype=param_dtype, rngs=rngs)
         self.q = dense()
         self.k = dense()
         self.v = dense()
@@ -227,8 +247,7 @@ class CLIPAttention(nnx.Module):
         q = self.q(x).reshape(shape)
         k = self.k(x).reshape(shape)
         v = self.v(x).reshape(shape)
-        y = attention(q, k, v, causal=causal)
-        return self.o(y.reshape(x.shape))
+        return self.o(attention(q, k, v, causal=causal).reshape(x.shape))
 
 
 def normalised(features: jax.Array) -> jax.Array:
@@ -237,27 +256,6 @@ def normalised(features: jax.Array) -> jax.Array:
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def _blocks(tower: str, config: CLIPConfig, rngs: nnx.Rngs) -> CLIPBlock:
-    """Return the blocks of a tower, stacked on a leading axis."""
-
-    @nnx.split_rngs(splits=getattr(config, f"{tower}_layers"))
-    @nnx.vmap
-    def make(rngs):
-        return CLIPBlock(tower, config, rngs)
-
-    return make(rngs)
-
-
-def _scanned(blocks: CLIPBlock, x: jax.Array, causal: bool) -> jax.Array:
-    blockdef, stacked = nnx.split(blocks)
-
-    def layer(x, params):
-        return nnx.merge(blockdef, params)(x, causal), None
-
-    x, _ = jax.lax.scan(layer, x, stacked)
-    return x
-
-
-def _normal(shape: tuple[int, ...], std: float, dtype, rngs: nnx.Rngs) -> nnx.Param:
+def _normal(shape: tuple[int, ...], std: float, config: CLIPConfig, rngs: nnx.Rngs) -> nnx.Param:
     values = std * jax.random.normal(rngs.params(), shape)
-    return nnx.Param(values.astype(dtype))
+    return nnx.Param(values.astype(config.param_dtype))

@@ -83,8 +83,7 @@ def _read(files: Sequence[Path]) -> tokenizers.Tokenizer:
         from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
         vocabulary, merges = map(str, files)
-        fast = CLIPTokenizerFast(vocab=vocabulary, merges=merges)
-        tokenizer = fast.backend_tokenizer
+        tokenizer = CLIPTokenizerFast(vocab=vocabulary, merges=merges).backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

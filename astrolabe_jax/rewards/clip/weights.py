@@ -39,7 +39,7 @@ HUGGING_FACE: Substitutions = (
 )
 # Not read: the scale of logits, which the scores do without, and the text tower, which has no part
 # in aesthetics.
-_UNUSED_BY_HPSV2 = re.compile(r"logit_scale")
+_UNUSED_BY_HPSV2 = "logit_scale"
 _UNUSED_BY_AESTHETIC = re.compile(r"logit_scale|text_projection\.weight|text_model\..+")
 _AESTHETIC_LAYERS = (0, 2, 4, 6, 7)  # those between are dropouts
 _FUSED = re.compile(r".+\.in_proj_(weight|bias)")
@@ -70,14 +70,12 @@ def prepare_hpsv2(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     prepared: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if _UNUSED_BY_HPSV2.fullmatch(name):
-            continue
         rows, rest = divmod(tensor.shape[0] if tensor.shape else 0, 3)
-        if not _FUSED.fullmatch(name) or rest or not rows:
+        if _FUSED.fullmatch(name) and rows and not rest:
+            for i, part in enumerate("qkv"):
+                prepared[f"{name}[{part}]"] = _rows(tensor, i * rows, rows)
+        elif name != _UNUSED_BY_HPSV2:
             prepared[name] = tensor
-            continue
-        for i, part in enumerate("qkv"):
-            prepared[f"{name}[{part}]"] = _rows(tensor, i * rows, rows)
     return prepared
 
 
@@ -112,7 +110,7 @@ def _tower_sizes(shapes: Shapes, tower: str, head_dim: int) -> dict[str, Any]:
     """Return the numbers of layers and heads; no tensor tells how wide a head is."""
     blocks = [rule for rule in table(VIT_H_14) if rule.target.startswith(f"{tower}.blocks.")]
     layers = shapes.layers(blocks)
-    width = shapes.sizes({"dim": (_VISION | _TEXT)[f"{tower}_dim"]}).get("dim")
+    width = shapes.vote(*(_VISION | _TEXT)[f"{tower}_dim"])
     if not layers or not width:
         return {}
     return {f"{tower}_layers": layers, f"{tower}_heads": max(1, width // head_dim)}
@@ -163,16 +161,16 @@ def _vision(config: CLIPConfig) -> list[Rule]:
 
 def _blocks(source: str, target: str) -> list[Rule]:
     source = f"{source}.{{i}}"
-    attention = f"{source}.attn"
-    rules = []
-    for part in "qkv":
-        rules += [
-            Rule(f"{attention}.in_proj_weight[{part}]", f"{target}.attn.{part}.kernel", LINEAR),
-            Rule(f"{attention}.in_proj_bias[{part}]", f"{target}.attn.{part}.bias"),
-        ]
     return [
-        *rules,
-        *_linear(f"{attention}.out_proj", f"{target}.attn.o"),
+        *(
+            Rule(f"{source}.attn.in_proj_weight[{part}]", f"{target}.attn.{part}.kernel", LINEAR)
+            for part in "qkv"
+        ),
+        *(
+            Rule(f"{source}.attn.in_proj_bias[{part}]", f"{target}.attn.{part}.bias")
+            for part in "qkv"
+        ),
+        *_linear(f"{source}.attn.out_proj", f"{target}.attn.o"),
         *_norm(f"{source}.ln_1", f"{target}.norm1"),
         *_norm(f"{source}.ln_2", f"{target}.norm2"),
         *_linear(f"{source}.mlp.c_fc", f"{target}.fc1"),

@@ -7,18 +7,20 @@ pictures are channels-last. See docs/rewards.md, Dynamic degree.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from astrolabe_jax.models.layers import LayerNorm, Linear
+from astrolabe_jax.models.layers import LayerNorm, Linear, row
 from astrolabe_jax.sharding import by_sample, gathered
 
 STRIDE = 8  # pixels per position of the encoders
 _SIDES = 3  # the upsampling mixes so many by so many neighbours
 _HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 _EXACT = jax.lax.Precision.HIGHEST
+MakeConv = Callable[..., "SeaRaftConv"]  # of sizes in and out, with dtype and rngs bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,28 +49,24 @@ class SeaRaftConfig:
                 "three stages each"
             )
 
-    @property
-    def lookups(self) -> int:
-        """Correlations that are looked up for a position."""
-        return self.levels * (2 * self.radius + 1) ** 2
-
 
 class SeaRaft(nnx.Module):
     """Flow between two frames."""
 
     def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
         self.config = config
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+        conv = functools.partial(SeaRaftConv, param_dtype=config.param_dtype, rngs=rngs)
         dim = config.dim
-        mix = _SIDES**2 * STRIDE**2
-        self.context = SeaRaftEncoder(6, config, rngs)
+        self.context = SeaRaftEncoder(conv, 6, config)
         self.init_conv = conv(2 * dim, 2 * dim, 3)
-        self.features = SeaRaftEncoder(3, config, rngs)
+        self.features = SeaRaftEncoder(conv, 3, config)
         # of the flow, and four of its uncertainty
-        self.flow_head = SeaRaftHead(dim, 6, 3, config, rngs)
-        self.upsample_weight = SeaRaftHead(dim, mix, 1, config, rngs)
-        self.motion = SeaRaftMotionEncoder(config, rngs)
-        self.refine = nnx.List([SeaRaftRefinement(config, rngs) for _ in range(config.num_blocks)])
+        self.flow_head = SeaRaftHead(conv, dim, 6, 3)
+        self.upsample_weight = SeaRaftHead(conv, dim, _SIDES**2 * STRIDE**2, 1)
+        self.motion = SeaRaftMotionEncoder(conv, config)
+        self.refine = nnx.List(
+            [SeaRaftRefinement(conv, config, rngs) for _ in range(config.num_blocks)]
+        )
 
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
         """Return flow [N, height, width, 2] float32, x and y in pixels, between frames in 0..255.
@@ -78,72 +76,57 @@ class SeaRaft(nnx.Module):
         correlations empty, which then are zero.
         """
         height, width = first.shape[1:3]
-        rows = -height % STRIDE
-        columns = -width % STRIDE
-        top = rows // 2
-        left = columns // 2
-        pads = [(0, 0), (top, rows - top), (left, columns - left), (0, 0)]
-        first = self._prepared(first, pads)
-        second = self._prepared(second, pads)
-        pair = jnp.concatenate([first, second], axis=-1)
-        both = self.init_conv(self.context(pair))
-        state, context = jnp.split(both, 2, axis=-1)
-        pyramid = correlations(
-            self.features(first),
-            self.features(second),
-            self.config.levels,
-        )
-        flow = self._change(state)
+        missing = (-height % STRIDE, -width % STRIDE)
+        rows, columns = ((count // 2, count - count // 2) for count in missing)
+        first = self._prepared(first, rows, columns)
+        second = self._prepared(second, rows, columns)
+        both = self.context(jnp.concatenate([first, second], axis=-1))
+        state, context = jnp.split(self.init_conv(both), 2, axis=-1)
+        pyramid = correlations(self.features(first), self.features(second), self.config.levels)
 
         # The flow is not upsampled before the end: what the published code makes of the others is
         # for its loss.
         def iterate(carry, _):
             state, flow = carry
             nearby = lookup(pyramid, flow, self.config.radius)
-            state = self._update(state, context, nearby, flow)
+            motion = self.motion(nearby.astype(state.dtype), flow.astype(state.dtype))
+            for block in self.refine:
+                state = block(jnp.concatenate([state, context, motion], axis=-1))
             return (state, flow + self._change(state)), None
 
-        carry = (state, flow)
-        carry, _ = jax.lax.scan(iterate, carry, length=self.config.iterations)
-        state, flow = carry
+        (state, flow), _ = jax.lax.scan(
+            iterate, (state, self._change(state)), length=self.config.iterations
+        )
         weights = 0.25 * self.upsample_weight(state).astype(jnp.float32)
         flow = upsampled(flow, weights)
-        return flow[:, top : top + height, left : left + width]
+        return flow[:, rows[0] : rows[0] + height, columns[0] : columns[0] + width]
 
-    def _prepared(self, frames: jax.Array, pads: list[tuple[int, int]]) -> jax.Array:
+    def _prepared(
+        self, frames: jax.Array, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> jax.Array:
         frames = 2 * (frames.astype(jnp.float32) / 255) - 1
-        frames = jnp.pad(frames, pads, mode="edge")
+        frames = jnp.pad(frames, ((0, 0), rows, columns, (0, 0)), mode="edge")
         return by_sample(frames.astype(self.config.dtype))
 
     def _change(self, state: jax.Array) -> jax.Array:
         return self.flow_head(state)[..., :2].astype(jnp.float32)
 
-    def _update(
-        self, state: jax.Array, context: jax.Array, nearby: jax.Array, flow: jax.Array
-    ) -> jax.Array:
-        dtype = state.dtype
-        motion = self.motion(nearby.astype(dtype), flow.astype(dtype))
-        for block in self.refine:
-            x = jnp.concatenate([state, context, motion], axis=-1)
-            state = block(x)
-        return state
-
 
 class SeaRaftEncoder(nnx.Module):
     """Pictures [N, h, w, C] -> [N, h/8, w/8, 2 dim]: a ResNet without pooling."""
 
-    def __init__(self, features_in: int, config: SeaRaftConfig, rngs: nnx.Rngs):
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
-        self.conv_in = conv(features_in, config.initial_dim, 7, stride=2)
-        self.norm_in = SeaRaftBatchNorm(config.initial_dim, config)
+    def __init__(self, conv: MakeConv, features_in: int, config: SeaRaftConfig):
         width = config.initial_dim
-        blocks = []
+        self.conv_in = conv(features_in, width, 7, stride=2)
+        self.norm_in = SeaRaftBatchNorm(width, config.param_dtype)
+        self.blocks = nnx.List()
         for stage, (dim, count) in enumerate(zip(config.block_dims, config.blocks, strict=True)):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(SeaRaftResidualBlock(width, dim, stride, config, rngs))
+                self.blocks.append(
+                    SeaRaftResidualBlock(conv, width, dim, stride, config.param_dtype)
+                )
                 width = dim
-        self.blocks = nnx.List(blocks)
         self.conv_out = conv(width, 2 * config.dim, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,17 +140,14 @@ class SeaRaftEncoder(nnx.Module):
 class SeaRaftResidualBlock(nnx.Module):
     """relu(x + relu(norm(conv(relu(norm(conv(x))))))): rectified before the sum, too."""
 
-    def __init__(
-        self, features_in: int, features: int, stride: int, config: SeaRaftConfig, rngs: nnx.Rngs
-    ):
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+    def __init__(self, conv: MakeConv, features_in: int, features: int, stride: int, param_dtype):
         self.conv1 = conv(features_in, features, 3, stride=stride)
-        self.norm1 = SeaRaftBatchNorm(features, config)
+        self.norm1 = SeaRaftBatchNorm(features, param_dtype)
         self.conv2 = conv(features, features, 3)
-        self.norm2 = SeaRaftBatchNorm(features, config)
+        self.norm2 = SeaRaftBatchNorm(features, param_dtype)
         if stride > 1 or features_in != features:
             self.shortcut = conv(features_in, features, 1, stride=stride)
-            self.norm3 = SeaRaftBatchNorm(features, config)
+            self.norm3 = SeaRaftBatchNorm(features, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return x [N, h, w, features], h and w divided by the stride, after the block."""
@@ -181,8 +161,7 @@ class SeaRaftResidualBlock(nnx.Module):
 class SeaRaftHead(nnx.Module):
     """conv3x3, rectified, and a convolution of size `size`."""
 
-    def __init__(self, dim: int, features: int, size: int, config: SeaRaftConfig, rngs: nnx.Rngs):
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+    def __init__(self, conv: MakeConv, dim: int, features: int, size: int):
         self.conv1 = conv(dim, 2 * dim, 3)
         self.conv2 = conv(2 * dim, features, size)
 
@@ -194,10 +173,9 @@ class SeaRaftHead(nnx.Module):
 class SeaRaftMotionEncoder(nnx.Module):
     """Correlations and flow to features of motion, of which the last two are the flow."""
 
-    def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+    def __init__(self, conv: MakeConv, config: SeaRaftConfig):
         dim = config.dim
-        self.correlation1 = conv(config.lookups, 2 * dim, 1)
+        self.correlation1 = conv(config.levels * (2 * config.radius + 1) ** 2, 2 * dim, 1)
         self.correlation2 = conv(2 * dim, dim + dim // 2, 3)
         self.flow1 = conv(2, dim, 7)
         self.flow2 = conv(dim, dim // 2, 3)
@@ -209,31 +187,42 @@ class SeaRaftMotionEncoder(nnx.Module):
         x = jax.nn.relu(self.correlation2(x))
         y = jax.nn.relu(self.flow1(flow))
         y = jax.nn.relu(self.flow2(y))
-        both = jnp.concatenate([x, y], axis=-1)
-        both = jax.nn.relu(self.conv(both))
-        return jnp.concatenate([both, flow], axis=-1)
+        both = self.conv(jnp.concatenate([x, y], axis=-1))
+        return jnp.concatenate([jax.nn.relu(both), flow], axis=-1)
 
 
 class SeaRaftRefinement(nnx.Module):
     """A ConvNeXt block [N, h, w, 3 dim] -> [N, h, w, dim]."""
 
-    def __init__(self, config: SeaRaftConfig, rngs: nnx.Rngs):
-        conv = functools.partial(SeaRaftConv, config=config, rngs=rngs)
+    def __init__(self, conv: MakeConv, config: SeaRaftConfig, rngs: nnx.Rngs):
         dim = config.dim
         wide = 3 * dim
-        param_dtype = jnp.dtype(config.param_dtype)
         self.depthwise = conv(wide, wide, 7, groups=wide)
-        self.norm = LayerNorm(wide, eps=1e-6, param_dtype=param_dtype)
-        self.fc1 = Linear(wide, 4 * dim, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = Linear(4 * dim, wide, param_dtype=param_dtype, rngs=rngs)
-        self.gamma = nnx.Param(jnp.full((wide,), 1e-6, param_dtype))
+        self.norm = LayerNorm(
+            wide,
+            eps=1e-6,
+            param_dtype=config.param_dtype,
+        )
+        self.fc1 = Linear(
+            wide,
+            4 * dim,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.fc2 = Linear(
+            4 * dim,
+            wide,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.gamma = nnx.Param(jnp.full((wide,), 1e-6, config.param_dtype))
         self.conv_out = conv(wide, dim, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [N, h, w, dim] of x [N, h, w, 3 dim]."""
         y = self.fc1(self.norm(self.depthwise(x)))
         y = self.fc2(jax.nn.gelu(y, approximate=False))
-        return self.conv_out(x + _row(self.gamma[...], x.dtype) * y)
+        return self.conv_out(x + row(self.gamma, x) * y)
 
 
 class SeaRaftConv(nnx.Module):
@@ -247,10 +236,9 @@ class SeaRaftConv(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         *,
-        config: SeaRaftConfig,
+        param_dtype,
         rngs: nnx.Rngs,
     ):
-        param_dtype = jnp.dtype(config.param_dtype)
         shape = (size, size, features_in // groups, features)
         self.kernel = nnx.Param(_HE(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
@@ -268,7 +256,7 @@ class SeaRaftConv(nnx.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
-        return y + _row(self.bias[...], x.dtype)
+        return y + row(self.bias, x)
 
 
 class SeaRaftBatchNorm(nnx.Module):
@@ -276,8 +264,7 @@ class SeaRaftBatchNorm(nnx.Module):
 
     eps = 1e-5
 
-    def __init__(self, features: int, config: SeaRaftConfig):
-        param_dtype = jnp.dtype(config.param_dtype)
+    def __init__(self, features: int, param_dtype):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
         self.mean = nnx.Param(jnp.zeros((features,), param_dtype))
@@ -285,11 +272,10 @@ class SeaRaftBatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return x [N, h, w, features], normalised."""
-        mean = self.mean[...].astype(jnp.float32)
         var = self.var[...].astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(var + self.eps)
-        bias = self.bias[...].astype(jnp.float32) - mean * scale
-        return x * _row(scale, x.dtype) + _row(bias, x.dtype)
+        bias = self.bias[...].astype(jnp.float32) - self.mean[...].astype(jnp.float32) * scale
+        return x * row(scale, x) + row(bias, x)
 
 
 def correlations(first: jax.Array, second: jax.Array, levels: int) -> list[jax.Array]:
@@ -300,14 +286,19 @@ def correlations(first: jax.Array, second: jax.Array, levels: int) -> list[jax.A
     are 207 MB together.
     """
     batch, height, width, channels = first.shape
-    first = first.astype(jnp.float32)
-    first = first.reshape(batch, height * width, channels) / channels**0.5
+    first = first.astype(jnp.float32).reshape(batch, height * width, channels) / channels**0.5
     second = second.astype(jnp.float32)
     pyramid = []
     for _ in range(levels):
-        products = jnp.einsum("npc,nhwc->nphw", first, second, precision=_EXACT)
-        pyramid.append(products)
-        second = _halved(second)
+        pyramid.append(
+            jnp.einsum(
+                "npc,nhwc->nphw",
+                first,
+                second,
+                precision=_EXACT,
+            )
+        )
+        second = block_means(second, 2)  # bilinear interpolation with half-pixel centres
     return pyramid
 
 
@@ -326,17 +317,14 @@ def lookup(pyramid: list[jax.Array], flow: jax.Array, radius: int) -> jax.Array:
       [N, h, w, levels (2 radius + 1)**2] float32; of a level's offsets that of x is the slow one.
     """
     batch, height, width, _ = flow.shape
-    columns, rows = jnp.meshgrid(jnp.arange(width), jnp.arange(height))
-    grid = jnp.stack([columns, rows], axis=-1)
-    places = flow + grid.astype(jnp.float32)[None]
-    places = places.reshape(batch, height * width, 2)
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(width), jnp.arange(height)), axis=-1)
+    places = (flow + grid.astype(jnp.float32)[None]).reshape(batch, height * width, 2)
     offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
 
     def hats(centres: jax.Array, size: int) -> jax.Array:
         """Return weights [N, P, offsets, size] around centres [N, P]."""
-        points = centres[:, :, None] + offsets[None, None]
-        positions = jnp.arange(size, dtype=jnp.float32)
-        distance = jnp.abs(points[..., None] - positions[None, None, None])
+        points = centres[:, :, None, None] + offsets[None, None, :, None]
+        distance = jnp.abs(points - row(jnp.arange(size), points))
         return jnp.maximum(0.0, 1.0 - distance)
 
     parts = []
@@ -344,7 +332,13 @@ def lookup(pyramid: list[jax.Array], flow: jax.Array, radius: int) -> jax.Array:
         scaled = places / 2**level
         x = hats(scaled[..., 0], volume.shape[3])
         y = hats(scaled[..., 1], volume.shape[2])
-        part = jnp.einsum("nphw,npiw,npjh->npij", volume, x, y, precision=_EXACT)
+        part = jnp.einsum(
+            "nphw,npiw,npjh->npij",
+            volume,
+            x,
+            y,
+            precision=_EXACT,
+        )
         parts.append(part.reshape(batch, height, width, -1))
     return jnp.concatenate(parts, axis=-1)
 
@@ -357,30 +351,23 @@ def upsampled(flow: jax.Array, weights: jax.Array) -> jax.Array:
     """
     batch, height, width, _ = flow.shape
     mix = weights.reshape(batch, height, width, _SIDES**2, STRIDE, STRIDE)
-    mix = jax.nn.softmax(mix, axis=3)
-    border = (1, 1)
-    padded = jnp.pad(STRIDE * flow, ((0, 0), border, border, (0, 0)))
+    padded = jnp.pad(STRIDE * flow, ((0, 0), (1, 1), (1, 1), (0, 0)))
     neighbours = [
         padded[:, i : i + height, j : j + width] for i in range(_SIDES) for j in range(_SIDES)
     ]
-    near = jnp.stack(neighbours, axis=3)
-    pixels = jnp.einsum("nhwkab,nhwkc->nhawbc", mix, near, precision=_EXACT)
+    pixels = jnp.einsum(
+        "nhwkab,nhwkc->nhawbc",
+        jax.nn.softmax(mix, axis=3),
+        jnp.stack(neighbours, axis=3),
+        precision=_EXACT,
+    )
     return pixels.reshape(batch, height * STRIDE, width * STRIDE, 2)
 
 
-def _halved(x: jax.Array) -> jax.Array:
-    """Return [N, h // 2, w // 2, C] of x [N, h, w, C]; odd ends drop.
-
-    Bilinear interpolation with half-pixel centres is the mean of 2 x 2.
-    """
+def block_means(x: jax.Array, side: int) -> jax.Array:
+    """Return the means [N, h // side, w // side, C] of squares of x [N, h, w, C]; odd ends drop."""
     batch, height, width, channels = x.shape
-    rows = height // 2
-    columns = width // 2
-    x = x[:, : 2 * rows, : 2 * columns]
-    x = x.reshape(batch, rows, 2, columns, 2, channels)
-    return x.mean(axis=(2, 4))
-
-
-def _row(vector: jax.Array, dtype) -> jax.Array:
-    """Return a vector over the last axis of [N, h, w, C]."""
-    return vector.astype(dtype)[None, None, None]
+    rows = height // side
+    columns = width // side
+    x = x[:, : rows * side, : columns * side]
+    return x.reshape(batch, rows, side, columns, side, channels).mean(axis=(2, 4))

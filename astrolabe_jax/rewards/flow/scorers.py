@@ -17,18 +17,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from astrolabe_jax import sharding
 from astrolabe_jax.models import layers
 from astrolabe_jax.rewards import directory
-from astrolabe_jax.rewards.flow.net import STRIDE
+from astrolabe_jax.rewards.flow.net import STRIDE, SeaRaft, block_means
 from astrolabe_jax.rewards.flow.weights import SEA_RAFT
 from astrolabe_jax.rewards.frames import check_counts, map_frames
 from astrolabe_jax.rewards.registry import Scorer, Setting
 
 DYNAMIC = "dynamic_degree"
 SMOOTH = "motion_smoothness"
+_OF_ONE_FRAME = {DYNAMIC: 0.0, SMOOTH: 1.0}
 _LARGE = 0.15  # of the diagonal: motion that counts as 1
 _STILL = 0.001  # of the diagonal: motion that is small beside what flow errs by
 
@@ -67,18 +66,24 @@ def load(names: Sequence[str], setting: Setting, options: FlowOptions) -> Scorer
       ValueError, OSError: naming the file or the option at fault.
     """
     path = Path(options.path)
-    graphdef, params, _ = directory.read(path, SEA_RAFT, setting.mesh, "float32")
-    motion_between = functools.partial(_motion, graphdef, mesh=setting.mesh)
+    graphdef, params, _ = directory.read(
+        path,
+        SEA_RAFT,
+        setting.mesh,
+        "float32",
+    )
+    motion_between = functools.partial(
+        layers.run,
+        _motion,
+        graphdef,
+        mesh=setting.mesh,
+    )
 
     def score(params: Any, frames: Any, prompts: Sequence[str]) -> dict[str, Any]:
         del prompts
         batch, count = frames.shape[:2]
         if count < 2:
-            still = {
-                DYNAMIC: np.zeros(batch, np.float32),
-                SMOOTH: np.ones(batch, np.float32),
-            }
-            return {name: still[name] for name in names}
+            return {name: np.full(batch, _OF_ONE_FRAME[name], np.float32) for name in names}
         motion = map_frames(
             motion_between,
             params,
@@ -100,22 +105,15 @@ def load(names: Sequence[str], setting: Setting, options: FlowOptions) -> Scorer
 def motion_of(flow: jax.Array) -> Motion:
     """Return what the rewards need of flow [N, height, width, 2] in pixels."""
     batch, height, width, _ = flow.shape
-    diagonal = math.hypot(height, width)
-    lengths = jnp.linalg.norm(flow, axis=-1) / (_LARGE * diagonal)
+    lengths = jnp.linalg.norm(flow, axis=-1) / (_LARGE * math.hypot(height, width))
     lengths = lengths.reshape(batch, height * width)
-    largest = max(1, math.floor(0.05 * height * width))
-    top, _ = jax.lax.top_k(lengths, largest)
+    top, _ = jax.lax.top_k(lengths, max(1, math.floor(0.05 * height * width)))
     side = min(STRIDE, height, width)
-    rows = height // side
-    columns = width // side
-    whole = flow[:, : rows * side, : columns * side]
-    field = whole.reshape(batch, rows, side, columns, side, 2)
-    field = field.mean(axis=(2, 4))
     return Motion(
         jnp.mean(top, axis=1),
         jnp.mean(jnp.minimum(top, 1.0), axis=1),
         jnp.mean(jnp.minimum(lengths, 1.0), axis=1),
-        field / side,
+        block_means(flow, side) / side,
     )
 
 
@@ -136,13 +134,9 @@ def dynamic_degree(motion: Motion, *, published: bool = False) -> jax.Array:
     excess = a if published else jnp.mean(motion.top, axis=1)
     magnitude = jnp.exp(-jnp.square(a - 0.6) / (2 * 0.2**2))
     punishment = jnp.clip((excess - 1.2) / 1.2, 0, 1)
-    magnitude = magnitude * (1 - punishment)
-    magnitude = magnitude * (1 - 0.5 * jnp.exp(-3 * a))
+    magnitude = magnitude * (1 - punishment) * (1 - 0.5 * jnp.exp(-3 * a))
     changes = jnp.abs(jnp.diff(motion.mean_clipped, axis=1))
-    if changes.shape[1]:
-        steady = jnp.exp(-jnp.mean(changes, axis=1) / 0.1)
-    else:
-        steady = jnp.ones_like(a)
+    steady = jnp.exp(-jnp.mean(changes, axis=1) / 0.1) if changes.shape[1] else jnp.ones_like(a)
     return 1.5 * magnitude + steady
 
 
@@ -176,8 +170,7 @@ def smoothness(field: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(inside, lengths, 0.0), axis=(1, 2))
 
     whole = total(later) + total(here) + still
-    jitter = total(later - here) / whole
-    jitter = jitter.reshape(batch, count - 1)
+    jitter = (total(later - here) / whole).reshape(batch, count - 1)
     return jnp.mean(1 - jitter, axis=1)
 
 
@@ -187,30 +180,20 @@ def _advected(here: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     here, after: flow [h, w, 2] of consecutive pairs.
     """
     rows, columns = here.shape[:2]
-    x = jnp.arange(columns, dtype=jnp.float32)[None, :]
-    y = jnp.arange(rows, dtype=jnp.float32)[:, None]
-    x = x + here[..., 0]
-    y = y + here[..., 1]
-    inside = (x >= 0) & (x <= columns - 1)
-    inside = inside & (y >= 0) & (y <= rows - 1)
-    interpolated = functools.partial(
-        jax.scipy.ndimage.map_coordinates,
-        coordinates=[y, x],
-        order=1,
-        mode="nearest",
-    )
-    later = [interpolated(after[..., i]) for i in range(2)]
+    x = here[..., 0] + jnp.arange(columns, dtype=jnp.float32)[None, :]
+    y = here[..., 1] + jnp.arange(rows, dtype=jnp.float32)[:, None]
+    inside = (x >= 0) & (x <= columns - 1) & (y >= 0) & (y <= rows - 1)
+    later = [
+        jax.scipy.ndimage.map_coordinates(
+            after[..., i],
+            [y, x],
+            order=1,
+            mode="nearest",
+        )
+        for i in range(2)
+    ]
     return jnp.stack(later, axis=-1), inside
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _motion(
-    graphdef: Any, params: Any, first: jax.Array, second: jax.Array, *, mesh: Mesh
-) -> Motion:
-    def motion(params, first, second):
-        net = layers.merge(graphdef, params)
-        first = sharding.by_sample(first)
-        second = sharding.by_sample(second)
-        return motion_of(net(first, second))
-
-    return sharding.on_mesh(mesh, motion)(params, first, second)
+def _motion(net: SeaRaft, first: jax.Array, second: jax.Array) -> Motion:
+    return motion_of(net(first, second))

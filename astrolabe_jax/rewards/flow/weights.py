@@ -8,19 +8,24 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from astrolabe_jax.convert.engine import CONV2D, LINEAR, Rule, Shapes
+from astrolabe_jax.convert.engine import CONV2D, LINEAR, Rule, Shapes, Transform
 from astrolabe_jax.convert.nets import NetSpec, without_aliases
 from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents, contents_of
 from astrolabe_jax.rewards.flow.net import SeaRaft, SeaRaftConfig
 
 _ALIAS = re.compile(r"(.+)\.downsample\.1\.(.+)")  # the module bn3 once more
-_ENCODERS = {"cnet": "context", "fnet": "features"}
-_MOTION = {
-    "convc1": "correlation1",
-    "convc2": "correlation2",
-    "convf1": "flow1",
-    "convf2": "flow2",
-    "conv": "conv",
+# Convolutions outside the encoders and the refinement.
+_CONVS = {
+    "init_conv": "init_conv",
+    "flow_head.0": "flow_head.conv1",
+    "flow_head.2": "flow_head.conv2",
+    "upsample_weight.0": "upsample_weight.conv1",
+    "upsample_weight.2": "upsample_weight.conv2",
+    "update_block.encoder.convc1": "motion.correlation1",
+    "update_block.encoder.convc2": "motion.correlation2",
+    "update_block.encoder.convf1": "motion.flow1",
+    "update_block.encoder.convf2": "motion.flow2",
+    "update_block.encoder.conv": "motion.conv",
 }
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
@@ -38,11 +43,9 @@ def prepare(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(shapes: Shapes) -> dict[str, Any]:
     """Return fields of SeaRaftConfig; there are always 4 levels, and 4 iterations."""
-    sizes = {}
+    sizes: dict[str, Any] = dict(shapes.sizes({"initial_dim": [("cnet.conv1.bias", 0)]}))
     if width := shapes.vote(("init_conv.bias", 0)):
         sizes["dim"] = width // 2
-    if width := shapes.vote(("cnet.conv1.bias", 0)):
-        sizes["initial_dim"] = width
     if lookups := shapes.vote(("update_block.encoder.convc1.weight", 1)):
         sizes["radius"] = (math.isqrt(lookups // SeaRaftConfig.levels) - 1) // 2
     stages = [shapes.of(f"fnet.layer{stage}.{{i}}.conv2.bias") for stage in (1, 2, 3)]
@@ -56,61 +59,47 @@ def measure(shapes: Shapes) -> dict[str, Any]:
 
 def table(config: SeaRaftConfig) -> list[Rule]:
     """Return the rules of one net."""
-    rules = []
-    for source, target in _ENCODERS.items():
-        rules += _encoder(source, target, config)
-    rules += _conv("init_conv", "init_conv")
-    for head in ("flow_head", "upsample_weight"):
-        rules += [*_conv(f"{head}.0", f"{head}.conv1"), *_conv(f"{head}.2", f"{head}.conv2")]
-    for source, target in _MOTION.items():
-        rules += _conv(f"update_block.encoder.{source}", f"motion.{target}")
+    rules = [*_encoder("cnet", "context", config), *_encoder("fnet", "features", config)]
+    for source, target in _CONVS.items():
+        rules += _layer(source, target)
     for i in range(config.num_blocks):
         source = f"update_block.refine.{i}"
         target = f"refine.{i}"
         rules += [
-            *_conv(f"{source}.dwconv", f"{target}.depthwise"),
+            *_layer(f"{source}.dwconv", f"{target}.depthwise"),
             Rule(f"{source}.norm.weight", f"{target}.norm.scale"),
             Rule(f"{source}.norm.bias", f"{target}.norm.bias"),
-            *_linear(f"{source}.pwconv1", f"{target}.fc1"),
-            *_linear(f"{source}.pwconv2", f"{target}.fc2"),
+            *_layer(f"{source}.pwconv1", f"{target}.fc1", LINEAR),
+            *_layer(f"{source}.pwconv2", f"{target}.fc2", LINEAR),
             Rule(f"{source}.gamma", f"{target}.gamma"),
-            *_conv(f"{source}.final", f"{target}.conv_out"),
+            *_layer(f"{source}.final", f"{target}.conv_out"),
         ]
     return rules
 
 
 def _encoder(source: str, target: str, config: SeaRaftConfig) -> list[Rule]:
     rules = [
-        *_conv(f"{source}.conv1", f"{target}.conv_in"),
+        *_layer(f"{source}.conv1", f"{target}.conv_in"),
         *_norm(f"{source}.bn1", f"{target}.norm_in"),
-        *_conv(f"{source}.final_conv", f"{target}.conv_out"),
+        *_layer(f"{source}.final_conv", f"{target}.conv_out"),
     ]
-    index = 0
-    for stage, count in enumerate(config.blocks):
-        for i in range(count):
-            theirs = f"{source}.layer{stage + 1}.{i}"
-            ours = f"{target}.blocks.{index}"
-            for part in (1, 2):
-                rules += _conv(f"{theirs}.conv{part}", f"{ours}.conv{part}")
-                rules += _norm(f"{theirs}.bn{part}", f"{ours}.norm{part}")
-            widens = stage > 0 or config.initial_dim != config.block_dims[0]
-            if i == 0 and widens:
-                rules += _conv(f"{theirs}.downsample.0", f"{ours}.shortcut")
-                rules += _norm(f"{theirs}.bn3", f"{ours}.norm3")
-            index += 1
+    places = [(stage, i) for stage, count in enumerate(config.blocks) for i in range(count)]
+    for index, (stage, i) in enumerate(places):
+        theirs = f"{source}.layer{stage + 1}.{i}"
+        ours = f"{target}.blocks.{index}"
+        for part in (1, 2):
+            rules += _layer(f"{theirs}.conv{part}", f"{ours}.conv{part}")
+            rules += _norm(f"{theirs}.bn{part}", f"{ours}.norm{part}")
+        widens = stage > 0 or config.initial_dim != config.block_dims[0]
+        if i == 0 and widens:
+            rules += _layer(f"{theirs}.downsample.0", f"{ours}.shortcut")
+            rules += _norm(f"{theirs}.bn3", f"{ours}.norm3")
     return rules
 
 
-def _conv(source: str, target: str) -> list[Rule]:
+def _layer(source: str, target: str, transform: Transform = CONV2D) -> list[Rule]:
     return [
-        Rule(f"{source}.weight", f"{target}.kernel", CONV2D),
-        Rule(f"{source}.bias", f"{target}.bias"),
-    ]
-
-
-def _linear(source: str, target: str) -> list[Rule]:
-    return [
-        Rule(f"{source}.weight", f"{target}.kernel", LINEAR),
+        Rule(f"{source}.weight", f"{target}.kernel", transform),
         Rule(f"{source}.bias", f"{target}.bias"),
     ]
 

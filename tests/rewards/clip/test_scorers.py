@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from astrolabe_jax.rewards import directory as directories
-from astrolabe_jax.rewards.clip import aesthetic, hpsv2
+from astrolabe_jax.rewards.clip import scorers
 from astrolabe_jax.rewards.clip.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.rewards.clip.weights import AESTHETIC, HPSV2
 from astrolabe_jax.rewards.directory import PublishedFiles
@@ -90,7 +90,7 @@ def letterbox(pictures, size):
 @pytest.mark.parametrize("shape", [(480, 832), (224, 100), (97, 224), (224, 224), (30, 31)])
 def test_hpsv2_sees_whole_frames_on_black(shape):
     pictures = np.random.default_rng(1).integers(0, 256, (1, *shape, 3), np.uint8)
-    got = np.asarray(hpsv2.prepared(pictures, 224)).transpose(0, 3, 1, 2)
+    got = np.asarray(scorers.on_black(pictures, 224)).transpose(0, 3, 1, 2)
     want = standardised(letterbox(pictures, 224))
     assert got.shape == (1, 3, 224, 224)
     # A level in 0..255 is at most 0.0151; only ties may fall the other way.
@@ -101,14 +101,14 @@ def test_hpsv2_sees_whole_frames_on_black(shape):
 def test_aesthetics_are_of_the_middle_as_the_processor_cuts_it(shape):
     pictures = np.random.default_rng(2).integers(0, 256, (1, *shape, 3), np.uint8)
     want = CLIPImageProcessorPil()(list(pictures), return_tensors="np")["pixel_values"]
-    got = np.asarray(aesthetic.prepared(pictures, 224)).transpose(0, 3, 1, 2)
+    got = np.asarray(scorers.middle(pictures, 224)).transpose(0, 3, 1, 2)
     assert np.abs(got - want).max() < 0.016 and np.mean(np.abs(got - want) > 1e-4) < 0.001
 
 
 def test_hpsv2_is_the_mean_of_the_best_cosines(hps, videos):
     directory, net = hps
-    options = hpsv2.HPSv2Options(str(directory), frames_per_batch=7)
-    scorer = hpsv2.load(("hpsv2",), Setting(ONE, 16.0), options)
+    options = scorers.CLIPOptions(str(directory), frames_per_batch=7)
+    scorer = scorers.load_hpsv2(("hpsv2",), Setting(ONE, 16.0), options)
     got = run(scorer, videos, PROMPTS)
     ids = token_ids(load_tokenizer(directory), PROMPTS, clips.OPEN.text_len)
     pictures = letterbox(videos.reshape(-1, HEIGHT, WIDTH, 3), clips.OPEN.image_size)
@@ -124,8 +124,8 @@ def test_hpsv2_is_the_mean_of_the_best_cosines(hps, videos):
 
 def test_aesthetics_are_means_over_every_eighth_frame(laion, videos):
     directory, net, head = laion
-    options = aesthetic.AestheticOptions(str(directory))
-    scorer = aesthetic.load(("aesthetic",), Setting(ONE, 16.0), options)
+    options = scorers.AestheticOptions(str(directory))
+    scorer = scorers.load_aesthetic(("aesthetic",), Setting(ONE, 16.0), options)
     got = run(scorer, videos, PROMPTS)["aesthetic"]
     size = clips.OPENAI.image_size
     processor = CLIPImageProcessorPil(
@@ -149,8 +149,8 @@ def test_aesthetics_are_means_over_every_eighth_frame(laion, videos):
 @pytest.mark.parametrize("kind", ["hpsv2", "aesthetic"])
 def test_scores_do_not_depend_on_the_batch_or_on_the_devices(hps, laion, videos, kind):
     load, options_of, path = {
-        "hpsv2": (hpsv2.load, hpsv2.HPSv2Options, hps[0]),
-        "aesthetic": (aesthetic.load, aesthetic.AestheticOptions, laion[0]),
+        "hpsv2": (scorers.load_hpsv2, scorers.CLIPOptions, hps[0]),
+        "aesthetic": (scorers.load_aesthetic, scorers.AestheticOptions, laion[0]),
     }[kind]
 
     def scores(mesh, frames, prompts, size):
@@ -169,7 +169,9 @@ def test_scores_do_not_depend_on_the_batch_or_on_the_devices(hps, laion, videos,
 
 
 def test_weights_are_arguments_and_split_over_fsdp(hps):
-    scorer = hpsv2.load(("r",), Setting(mesh_of(fsdp=2), 16.0), hpsv2.HPSv2Options(str(hps[0])))
+    scorer = scorers.load_hpsv2(
+        ("r",), Setting(mesh_of(fsdp=2), 16.0), scorers.CLIPOptions(str(hps[0]))
+    )
     kernel = scorer.params["vision"]["blocks"]["fc1"]["kernel"]
     assert kernel.shape == (3, 160, 24) and kernel.sharding.shard_shape(kernel.shape) == (3, 80, 24)
     zeros = jax.tree.map(np.zeros_like, scorer.params)
@@ -202,14 +204,14 @@ def test_a_directory_of_another_net_is_refused(hps, tmp_path, change, message):
     (tmp_path / "weights").symlink_to(hps[0] / "weights")
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        hpsv2.load(("r",), Setting(ONE, 16.0), hpsv2.HPSv2Options(str(tmp_path)))
+        scorers.load_hpsv2(("r",), Setting(ONE, 16.0), scorers.CLIPOptions(str(tmp_path)))
     assert str(tmp_path) in str(error.value)
 
 
 def test_what_is_missing_or_makes_no_sense_is_named(hps, tmp_path):
     def load(path, **options):
-        given = hpsv2.HPSv2Options(str(path), **options)
-        return hpsv2.load(("r",), Setting(ONE, 16.0), given)
+        given = scorers.CLIPOptions(str(path), **options)
+        return scorers.load_hpsv2(("r",), Setting(ONE, 16.0), given)
 
     with pytest.raises(
         FileNotFoundError,

@@ -73,7 +73,8 @@ def test_hpsv2_file(tmp_path):
 def test_aesthetic_files(tmp_path, suffix):
     config = clips.OPENAI
     given = clips.tensors(clips.model(config))
-    for tower, count in (("vision", config.patches + 1), ("text", config.text_len)):
+    patches = (config.image_size // config.patch_size) ** 2
+    for tower, count in (("vision", patches + 1), ("text", config.text_len)):
         given[f"{tower}_model.embeddings.position_ids"] = np.arange(count)[None]
     path = tmp_path / f"model.{suffix}"
     if suffix == "bin":
