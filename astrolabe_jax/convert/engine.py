@@ -311,6 +311,7 @@ def mismatches(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[
     ]
 
 
+@dataclasses.dataclass(frozen=True)
 class Shapes:
     """The shapes of a checkpoint's tensors, from which the sizes of its model are read.
 
@@ -318,18 +319,17 @@ class Shapes:
     own names.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], substitutions: Substitutions):
-        self._tensors = tensors
-        self._substitutions = substitutions
+    tensors: Mapping[str, Any]  # by the checkpoint's names
+    substitutions: Substitutions
 
     def of(self, source: str) -> list[Shape]:
         """Return the shapes of a source's tensors, of all layers if it has `{i}`.
 
         Tensors that are missing are left out.
         """
-        names = re.compile(_pattern(substituted(source, self._substitutions)))
+        names = re.compile(_pattern(substituted(source, self.substitutions)))
         return [
-            tuple(tensor.shape) for name, tensor in self._tensors.items() if names.fullmatch(name)
+            tuple(tensor.shape) for name, tensor in self.tensors.items() if names.fullmatch(name)
         ]
 
     def vote(self, *witnesses: tuple[str, int]) -> int | None:

@@ -105,10 +105,8 @@ def read_torch(path: Path | str) -> Any:
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the members of the archive by their names under its root folder."""
     members = {}
-    roots = set()
     for info in archive.infolist():
-        root, _, name = info.filename.partition("/")
-        roots.add(root)
+        _, _, name = info.filename.partition("/")
         if (
             info.compress_type != zipfile.ZIP_STORED
             or info.compress_size != info.file_size
@@ -120,6 +118,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if name in members:
             raise TorchFileError(f"member {info.filename!r} occurs twice")
         members[name] = info
+    roots = {info.filename.partition("/")[0] for info in members.values()}
     if len(roots) != 1 or "data.pkl" not in members:
         raise TorchFileError("expected one root folder with a data.pkl, as torch.save writes it")
     size = members["data.pkl"].file_size
@@ -344,9 +343,9 @@ def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
         for stride, size in zip(strides, shape, strict=True)
     ]
     byte_count = (stop - offset + 1) * dtype.itemsize
-    start = storage.start + offset * dtype.itemsize
 
     def read() -> np.ndarray:
+        start = storage.start + offset * dtype.itemsize
         content = np.fromfile(storage.path, np.uint8, byte_count, offset=start)
         if len(content) != byte_count:
             raise TorchFileError(f"{storage.path} was cut while it was in use")

@@ -49,9 +49,9 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
 
 
-def read_weights(path: Path | str, entry: str = "") -> dict[str, Lazy]:
+def read_weights(path: Path | str) -> dict[str, Lazy]:
     """Return the tensors of `open_weights`, by plain name."""
-    return open_weights(path, entry).tensors
+    return open_weights(path).tensors
 
 
 def open_weights(
