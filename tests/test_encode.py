@@ -13,6 +13,7 @@ from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.models import tokenizer as tokenizers
 from astrolabe_jax.models.umt5 import UMT5
+from experiments.moving_shapes_base.words import word_tokenizer
 from tests.meshes import ONE, mesh_of
 from tests.models import tiny
 
@@ -24,7 +25,7 @@ CONFIG = dataclasses.replace(tiny.TEXT, vocab_size=3 + len(WORDS), text_len=7)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
-    (directory / "tokenizer.json").write_text(tokenizers.word_tokenizer(WORDS))
+    (directory / "tokenizer.json").write_text(word_tokenizer(WORDS))
     return tokenizers.load_tokenizer(directory)
 
 
@@ -118,7 +119,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
-    text = tokenizers.word_tokenizer(WORDS).replace('"<pad>": 0', '"<pad>": 99')
+    text = word_tokenizer(WORDS).replace('"<pad>": 0', '"<pad>": 99')
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="expected pad id 0"):
         tokenizers.load_tokenizer(tmp_path)
@@ -128,7 +129,7 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
     ("name", "content", "made_by"),
     [
         ("tokenizer.json", "{}", "tokenizers"),
-        ("tokenizer.json", tokenizers.word_tokenizer(WORDS)[:-20], "tokenizers"),
+        ("tokenizer.json", word_tokenizer(WORDS)[:-20], "tokenizers"),
         ("spiece.model", "", "sentencepiece"),
         ("spiece.model", "corrupt", "sentencepiece"),
     ],
@@ -143,7 +144,7 @@ def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
 
 def test_a_word_that_occurs_twice_is_refused():
     with pytest.raises(ValueError, match="red"):
-        tokenizers.word_tokenizer(["red", "blue", "red"])
+        word_tokenizer(["red", "blue", "red"])
 
 
 def test_a_sentencepiece_model_is_read_alone(tmp_path):

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from astrolabe_jax.convert.base import shapes
-from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 from experiments.moving_shapes_base.bases import save_base
+from experiments.moving_shapes_base.words import word_tokenizer
 from tests.models import tiny
 
 WORDS = vocabulary.words()

@@ -15,10 +15,12 @@ import collections
 import dataclasses
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from astrolabe_jax.runtime.files import Lazy
 
@@ -44,25 +46,21 @@ class Transform:
 
     def forward(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
         """Return the target leaf of `shape` (without the layer axis) for a source tensor."""
-        if self.axes:
-            tensor = tensor.transpose(self.axes)
-        return tensor.reshape(shape)
+        permuted = tensor.transpose(self.axes) if self.axes else tensor
+        return permuted.reshape(shape)
 
     def inverse(self, leaf: np.ndarray) -> np.ndarray:
         """Return the source tensor, C-contiguous, for a target leaf (without the layer axis)."""
         permuted = leaf.reshape(self.unfold(leaf.shape))
-        if self.axes:
-            permuted = permuted.transpose(np.argsort(self.axes))
-        return np.ascontiguousarray(permuted)
+        source = permuted.transpose(np.argsort(self.axes)) if self.axes else permuted
+        return np.ascontiguousarray(source)
 
     def source_shape(self, shape: Shape) -> Shape:
         """Return the source tensor's shape for a target leaf of `shape` (without the layer
         axis).
         """
         permuted = self.unfold(shape)
-        if self.axes:
-            return tuple(permuted[axis] for axis in np.argsort(self.axes))
-        return permuted
+        return tuple(permuted[axis] for axis in np.argsort(self.axes)) if self.axes else permuted
 
 
 IDENTITY = Transform()
@@ -78,9 +76,9 @@ def patch_kernel(patch: Shape) -> Transform:
 
     It takes [D, C, t, h, w] to [C*t*h*w, D], the channel slowest; `patch` is (t, h, w).
     """
-    volume = int(np.prod(patch))
     return Transform(
-        axes=(1, 2, 3, 4, 0), unfold=lambda shape: (shape[0] // volume, *patch, shape[1])
+        axes=(1, 2, 3, 4, 0),
+        unfold=lambda shape: (shape[0] // math.prod(patch), *patch, shape[1]),
     )
 
 
@@ -158,31 +156,23 @@ def load(
     Raises:
       ConversionError: tensors are unused, missing or misshapen, or leaves are not filled.
     """
-    return nested((path, place(path, leaf)) for path, leaf in leaves(table, tensors, expected))
+    leaves = stacks(table, tensors, expected)
+    return nested((path, place(path, np.asarray(leaf))) for path, leaf in leaves.items())
 
 
 def nested(flat: Iterable[tuple[tuple, Any]]) -> dict:
     """Return the nested dict of pairs (key path, leaf), the inverse of `flatten`."""
-    tree: dict = {}
-    for path, leaf in flat:
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(flat))
 
 
-def leaves(
-    table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict
-) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Yield (path, leaf) as `load` does them, with one leaf in memory at a time."""
-    for path, stack in stacks(table, tensors, expected).items():
-        yield path, np.asarray(stack)
+def flatten(tree: dict) -> dict[tuple, Any]:
+    """Return {key path: leaf} of a nested dict, in its order."""
+    return traverse_util.flatten_dict(tree)
 
 
 def stacks(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dict) -> dict[tuple, Stack]:
     """Return the leaves of `load` by their paths; none is read yet."""
-    steps = _resolve(table, expected)
+    steps = list(_resolve(table, expected))
     check({name: step.shape for step in steps for name in step.names}, tensors)
     return {step.path: _stack(step, tensors) for step in steps}
 
@@ -192,32 +182,37 @@ def with_dtypes(table: Sequence[Rule], tensors: Mapping[str, Any], expected: dic
 
     Its leaves have shape and dtype alone. Raises ConversionError where layers differ in dtype.
     """
-    leaves = {}
-    faults = []
-    for step in _resolve(table, expected):
-        dtypes = {str(tensors[name].dtype) for name in step.names}
-        if len(dtypes) > 1:
-            faults.append(
-                f"dtypes of {step.names[0]} and its other layers: {', '.join(sorted(dtypes))}; "
-                "give one --dtype"
-            )
-        dtype = np.dtype(tensors[step.names[0]].dtype)
-        leaves[step.path] = Stack(tuple(step.leaf.shape), dtype, step.stacked, ())
-    _refuse(faults)
-    return nested(leaves.items())
+    steps = list(_resolve(table, expected))
+    dtypes = {
+        step.path: list(dict.fromkeys(np.dtype(tensors[name].dtype) for name in step.names))
+        for step in steps
+    }
+    _refuse(
+        [
+            f"dtypes of {step.names[0]} and its other layers: "
+            f"{', '.join(sorted(map(str, dtypes[step.path])))}; give one --dtype"
+            for step in steps
+            if len(dtypes[step.path]) > 1
+        ]
+    )
+    return nested(
+        (step.path, Stack(tuple(step.leaf.shape), dtypes[step.path][0], step.stacked, ()))
+        for step in steps
+    )
 
 
 def _stack(step: _Step, tensors: Mapping[str, Any]) -> Stack:
     shape = tuple(step.leaf.shape)
     dtype = np.dtype(step.leaf.dtype)
     piece_shape = shape[1:] if step.stacked else shape
+    forward = step.transform.forward
 
     def piece(name: str) -> Lazy:
-        def read() -> np.ndarray:
-            tensor = np.asarray(tensors[name])
-            return step.transform.forward(tensor, piece_shape).astype(dtype, copy=False)
-
-        return Lazy(piece_shape, dtype, read)
+        return Lazy(
+            piece_shape,
+            dtype,
+            lambda: forward(np.asarray(tensors[name]), piece_shape).astype(dtype, copy=False),
+        )
 
     return Stack(shape, dtype, step.stacked, tuple(map(piece, step.names)))
 
@@ -236,14 +231,19 @@ def tensors(table: Sequence[Rule], params: dict) -> dict[str, Lazy]:
     """
 
     def tensor(step: _Step, layer: int) -> Lazy:
-        def read() -> np.ndarray:
-            leaf = step.leaf[layer] if step.stacked else step.leaf
-            return step.transform.inverse(np.asarray(leaf))
+        return Lazy(
+            step.shape,
+            np.dtype(step.leaf.dtype),
+            lambda: step.transform.inverse(
+                np.asarray(step.leaf[layer] if step.stacked else step.leaf)
+            ),
+        )
 
-        return Lazy(step.shape, np.dtype(step.leaf.dtype), read)
-
-    steps = _resolve(table, params)
-    return {name: tensor(step, i) for step in steps for i, name in enumerate(step.names)}
+    return {
+        name: tensor(step, i)
+        for step in _resolve(table, params)
+        for i, name in enumerate(step.names)
+    }
 
 
 def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
@@ -253,49 +253,36 @@ def source_shapes(table: Sequence[Rule], expected: dict) -> dict[str, Shape]:
 
 def overlap(table: Sequence[Rule], names: Iterable[str]) -> int:
     """Return how many of the names are sources of the table, of any layer."""
-    stacked = [
-        re.escape(rule.source).replace(r"\{i\}", r"\d+") for rule in table if "{i}" in rule.source
-    ]
-    layer = re.compile("|".join(stacked) or r"(?!)")
-    plain = {rule.source for rule in table}
-    return sum(name in plain or layer.fullmatch(name) is not None for name in names)
+    known = re.compile("|".join(_pattern(rule.source) for rule in table))
+    return sum(known.fullmatch(name) is not None for name in names)
 
 
-def flatten(tree: dict, prefix: tuple = ()) -> dict[tuple, Any]:
-    """Return {key path: leaf} of a nested dict, in its order; paths begin with `prefix`."""
-    flat = {}
-    for key, node in tree.items():
-        path = (*prefix, key)
-        if isinstance(node, dict):
-            flat.update(flatten(node, path))
-        else:
-            flat[path] = node
-    return flat
+def _pattern(source: str) -> str:
+    """Return the regular expression of a source's names, of any layer."""
+    return re.escape(source).replace(r"\{i\}", r"\d+")
 
 
-def _resolve(table: Sequence[Rule], expected: dict) -> list[_Step]:
-    """Return every rule with its leaf; refuse a table and a tree that do not cover each other."""
+def _resolve(table: Sequence[Rule], expected: dict) -> Iterator[_Step]:
+    """Yield every rule with its leaf; refuse a table and a tree that do not cover each other."""
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
-    targets = [rule.target for rule in table]
-    faults = [
-        f"leaf no rule of the table fills: {name}" for name in flat if name not in set(targets)
-    ]
-    faults += [
-        f"rule for a leaf the model does not have: {name}" for name in targets if name not in flat
-    ]
-    faults += [
-        f"leaf filled twice: {name}"
-        for name in sorted({name for name in targets if targets.count(name) > 1})
-    ]
-    _refuse(faults)
-    steps = []
+    targets = collections.Counter(rule.target for rule in table)
+    _refuse(
+        [
+            *(f"leaf no rule of the table fills: {name}" for name in flat if name not in targets),
+            *(
+                f"rule for a leaf the model does not have: {name}"
+                for name in targets.elements()
+                if name not in flat
+            ),
+            *(f"leaf filled twice: {name}" for name in sorted(targets) if targets[name] > 1),
+        ]
+    )
     for source, target, transform in table:
         path, leaf = flat[target]
         stacked = "{i}" in source
         names = [source.format(i=i) for i in range(leaf.shape[0])] if stacked else [source]
         shape = transform.source_shape(tuple(leaf.shape[1:] if stacked else leaf.shape))
-        steps.append(_Step(names, shape, path, leaf, stacked, transform))
-    return steps
+        yield _Step(names, shape, path, leaf, stacked, transform)
 
 
 def check(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
@@ -305,24 +292,26 @@ def check(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> None:
 
 def mismatches(shapes: Mapping[str, Shape], tensors: Mapping[str, Any]) -> list[str]:
     """Return what `check` refuses, a line for each tensor."""
-    faults = [
-        f"missing tensor: {name} {list(shape)}"
-        for name, shape in shapes.items()
-        if name not in tensors
+    return [
+        *(
+            f"missing tensor: {name} {list(shape)}"
+            for name, shape in shapes.items()
+            if name not in tensors
+        ),
+        *(
+            f"unused tensor: {name} {list(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if name not in shapes
+        ),
+        *(
+            f"changed shape: {name} is {list(tensors[name].shape)}, the model expects {list(shape)}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ),
     ]
-    faults += [
-        f"unused tensor: {name} {list(tensors[name].shape)}"
-        for name in tensors
-        if name not in shapes
-    ]
-    faults += [
-        f"changed shape: {name} is {list(tensors[name].shape)}, the model expects {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    return faults
 
 
+@dataclasses.dataclass(frozen=True)
 class Shapes:
     """The shapes of a checkpoint's tensors, from which the sizes of its model are read.
 
@@ -330,21 +319,17 @@ class Shapes:
     own names.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], substitutions: Substitutions):
-        self._tensors = tensors
-        self._substitutions = substitutions
+    tensors: Mapping[str, Any]  # by the checkpoint's names
+    substitutions: Substitutions
 
     def of(self, source: str) -> list[Shape]:
         """Return the shapes of a source's tensors, of all layers if it has `{i}`.
 
         Tensors that are missing are left out.
         """
-        name = substituted(source, self._substitutions)
-        if "{i}" not in name:
-            return [tuple(self._tensors[name].shape)] if name in self._tensors else []
-        layer = re.compile(r"\d+".join(map(re.escape, name.split("{i}"))))
+        names = re.compile(_pattern(substituted(source, self.substitutions)))
         return [
-            tuple(tensor.shape) for other, tensor in self._tensors.items() if layer.fullmatch(other)
+            tuple(tensor.shape) for name, tensor in self.tensors.items() if names.fullmatch(name)
         ]
 
     def vote(self, *witnesses: tuple[str, int]) -> int | None:
@@ -352,13 +337,14 @@ class Shapes:
 
         A witness is an axis of a source. None comes back if all are missing.
         """
-        sizes = [
-            shape[axis]
-            for source, axis in witnesses
-            for shape in self.of(source)
-            if axis < len(shape)
-        ]
-        return _most(sizes)
+        return _most(
+            [
+                shape[axis]
+                for source, axis in witnesses
+                for shape in self.of(source)
+                if axis < len(shape)
+            ]
+        )
 
     def layers(self, table: Sequence[Rule]) -> int | None:
         """Return the number of layers that most stacked sources have; None if there is no such
@@ -374,14 +360,10 @@ class Shapes:
 
 def _most(numbers: Sequence[int]) -> int | None:
     """Return the most frequent number, or None of no numbers."""
-    for number, _ in collections.Counter(numbers).most_common(1):
-        return number
-    return None
+    return statistics.mode(numbers) if numbers else None
 
 
 def _refuse(faults: Sequence[str]) -> None:
     if faults:
-        head = (
-            f"{len(faults)} mismatches; check that the checkpoint belongs to this model and config:"
-        )
-        raise ConversionError("\n  ".join([head, *faults]))
+        head = "mismatches; check that the checkpoint belongs to this model and config:"
+        raise ConversionError("\n  ".join([f"{len(faults)} {head}", *faults]))

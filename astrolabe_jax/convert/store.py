@@ -21,7 +21,7 @@ from astrolabe_jax.runtime.files import read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once
-_ARRAYS = ("np.ndarray", "jax.Array")
+_ARRAYS = ("np.ndarray", "jax.Array")  # types of entries; the others are empty containers
 
 
 class StoreError(ValueError):
@@ -109,26 +109,25 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
       StoreError: if the store is damaged.
     """
     described = read_json(directory / METADATA)
-    leaves = {}
+    folder = {"driver": "file", "path": f"{directory.absolute()}/"}
     try:
-        for entry in described["tree_metadata"].values():
-            if entry["value_metadata"]["value_type"] not in _ARRAYS:
-                continue  # an empty container
-            name = ".".join(str(key["key"]) for key in entry["key_metadata"])
-            store: Any = {"driver": "file", "path": f"{directory.absolute()}/"}
-            if described["use_ocdbt"]:
-                store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
-            else:
-                store["path"] += f"{name}/"
-            kind = "zarr3" if described.get("use_zarr3") else "zarr"
-            leaves[name] = Leaf(
-                tensorstore.open({"driver": kind, "kvstore": store}, read=True).result()
-            )
+        names = [
+            ".".join(str(key["key"]) for key in entry["key_metadata"])
+            for entry in described["tree_metadata"].values()
+            if entry["value_metadata"]["value_type"] in _ARRAYS
+        ]
+        spec = {
+            "driver": "zarr3" if described.get("use_zarr3") else "zarr",
+            "kvstore": {"driver": "ocdbt", "base": folder} if described["use_ocdbt"] else folder,
+        }
+        return {
+            name: Leaf(tensorstore.open(spec | {"path": f"{name}/"}, read=True).result())
+            for name in names
+        }
     # of tensorstore: ValueError, with many lines
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise StoreError(f"it cannot be read: {reason}; copy or import it again") from None
-    return leaves
 
 
 def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
@@ -138,12 +137,15 @@ def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
       StoreError: listing every leaf that is missing, unknown or of another shape.
     """
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in flatten(expected).items()}
-    faults = [f"missing leaf: {name}" for name in flat if name not in leaves]
-    faults += [f"unknown leaf: {name}" for name in leaves if name not in flat]
-    faults += [
-        f"changed shape: {name} is {list(leaves[name].shape)}, the model expects {list(leaf.shape)}"
-        for name, (_, leaf) in flat.items()
-        if name in leaves and tuple(leaves[name].shape) != tuple(leaf.shape)
+    faults = [
+        *(f"missing leaf: {name}" for name in flat if name not in leaves),
+        *(f"unknown leaf: {name}" for name in leaves if name not in flat),
+        *(
+            f"changed shape: {name} is {list(leaves[name].shape)}, the model expects "
+            f"{list(leaf.shape)}"
+            for name, (_, leaf) in flat.items()
+            if name in leaves and tuple(leaves[name].shape) != tuple(leaf.shape)
+        ),
     ]
     if faults:
         raise StoreError("\n  ".join(["the stored net is not that of this config:", *faults]))

@@ -10,12 +10,13 @@ when it is asked for.
 
 import itertools
 import math
+import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,14 +85,14 @@ def read_torch(path: Path | str) -> Any:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = _members(archive, path.stat().st_size)
-            pickled = archive.read(members.pop("data.pkl").info)
-            if (order := members.pop("byteorder", None)) and archive.read(order.info) != b"little":
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            members = _members(archive)
+            places = _places(file, members)
+            pickled = archive.read(members["data.pkl"])
+            if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise TorchFileError("its numbers are not little-endian")
-        storages = {name.removeprefix("data/"): member for name, member in members.items()}
-        tree = _Machine(path, storages).run(pickled)
-        _check_tree(tree)
+        tree = _Machine(path, places).run(pickled)
+        _check_tree(tree, set())
         return tree
     except TorchFileError as error:
         raise TorchFileError(f"{path}: {error}") from None
@@ -101,19 +102,11 @@ def read_torch(path: Path | str) -> Any:
         ) from None
 
 
-class _Member(NamedTuple):
-    info: zipfile.ZipInfo
-    start: int  # bytes in the file
-    stop: int
-
-
-def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the members of the archive by their names under its root folder."""
     members = {}
-    roots = set()
     for info in archive.infolist():
-        root, _, name = info.filename.partition("/")
-        roots.add(root)
+        _, _, name = info.filename.partition("/")
         if (
             info.compress_type != zipfile.ZIP_STORED
             or info.compress_size != info.file_size
@@ -124,52 +117,50 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, _Member]:
             )
         if name in members:
             raise TorchFileError(f"member {info.filename!r} occurs twice")
-        start = _content_start(archive, info)
-        if start + info.file_size > size:
-            raise TorchFileError(f"member {info.filename!r} reaches beyond the end of the file")
-        members[name] = _Member(info, start, start + info.file_size)
+        members[name] = info
+    roots = {info.filename.partition("/")[0] for info in members.values()}
     if len(roots) != 1 or "data.pkl" not in members:
         raise TorchFileError("expected one root folder with a data.pkl, as torch.save writes it")
-    if members["data.pkl"].info.file_size > MOST_PICKLE:
-        raise TorchFileError(
-            f"data.pkl has {members['data.pkl'].info.file_size} bytes; expected at most "
-            f"{MOST_PICKLE}"
-        )
-    places = sorted((member.start, member.stop) for member in members.values())
-    for (_, stop), (next_start, _) in itertools.pairwise(places):
-        if stop > next_start:
-            raise TorchFileError("its members overlap")
+    size = members["data.pkl"].file_size
+    if size > MOST_PICKLE:
+        raise TorchFileError(f"data.pkl has {size} bytes; expected at most {MOST_PICKLE}")
     return members
 
 
-def _content_start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Return the offset of a member's content in bytes, behind its local header.
+def _places(file: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> dict[str, range]:
+    """Return the places in the file, in bytes, of the members' contents."""
+    places = {name: _place(file, info) for name, info in members.items()}
+    ordered = sorted(places.values(), key=lambda place: (place.start, place.stop))
+    if any(place.stop > following.start for place, following in itertools.pairwise(ordered)):
+        raise TorchFileError("its members overlap")
+    return places
+
+
+def _place(file: IO[bytes], info: zipfile.ZipInfo) -> range:
+    """Return the place of a member's content, behind its local header.
 
     The header is read, as its extra field may differ from that of the archive's directory.
     """
     if info.header_offset < 0:
         raise TorchFileError(f"member {info.filename!r} lies before the file")
-    file = archive.fp
-    assert file is not None  # the archive is open
     file.seek(info.header_offset)
     signature, name_size, extra_size = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if signature != b"PK\x03\x04":
         raise TorchFileError(f"member {info.filename!r} has no header")
-    return info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
-
-
-_MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+    start = info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
+    if start + info.file_size > file.seek(0, os.SEEK_END):
+        raise TorchFileError(f"member {info.filename!r} reaches beyond the end of the file")
+    return range(start, start + info.file_size)
 
 
 class _Machine:
-    """The pickle machine: a stack, marks in it, and a memo."""
+    """The pickle machine: a stack, those below its marks, and a memo."""
 
-    def __init__(self, path: Path, storages: dict[str, _Member]):
+    def __init__(self, path: Path, places: Mapping[str, range]):
         self._path = path
-        self._storages = storages
-        self._stack: list[Any] = []
+        self._places = places
+        self._stack: list[Any] = []  # above the last mark
+        self._below: list[list[Any]] = []  # a stack for each mark
         self._memo: dict[int, Any] = {}
 
     def run(self, pickled: bytes) -> Any:
@@ -177,80 +168,95 @@ class _Machine:
         for name, argument in _opcodes(pickled):
             if name == "STOP":
                 result = self._pop()
-                if self._stack:
+                if self._stack or self._below:
                     raise TorchFileError("data.pkl leaves objects behind")
                 return result
             self._step(name, argument)
         raise TorchFileError("data.pkl has no end")
 
     def _step(self, name: str, argument: Any) -> None:
-        push = self._stack.append
-        if name in _LITERALS:
-            push(argument)
-        elif name in _CONSTANTS:
-            push(_CONSTANTS[name])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
-        elif name == "MARK":
-            push(_MARK)
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self._top()
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self._top()
-        elif name in ("BINGET", "LONG_BINGET"):
-            if argument not in self._memo:
+        match name:
+            case (
+                "BININT"
+                | "BININT1"
+                | "BININT2"
+                | "LONG1"
+                | "BINFLOAT"
+                | "BINUNICODE"
+                | "SHORT_BINUNICODE"
+            ):
+                self._push(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self._push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                self._push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            case "MARK":
+                self._below.append(self._stack)
+                self._stack = []
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = self._top()
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = self._top()
+            case "BINGET" | "LONG_BINGET" if argument in self._memo:
+                self._push(self._memo[argument])
+            case "BINGET" | "LONG_BINGET":
                 raise TorchFileError(f"data.pkl uses object {argument} before it is there")
-            push(self._memo[argument])
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            push(tuple(reversed([self._pop() for _ in range(int(name[-1]))])))
-        elif name == "TUPLE":
-            push(tuple(self._marked()))
-        elif name in ("APPEND", "APPENDS"):
-            items = [self._pop()] if name == "APPEND" else self._marked()
-            self._top(list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self._pop_pair() if name == "SETITEM" else self._marked()
-            self._set_items(items)
-        elif name == "GLOBAL":
-            push(_known(argument))
-        elif name == "BINPERSID":
-            push(self._storage(self._pop()))
-        elif name == "REDUCE":
-            arguments = self._pop()
-            function = self._pop()
-            push(_call(function, arguments))
-        elif name == "BUILD":  # attributes, such as a state dict's _metadata
-            self._pop()
-            self._top(dict)
-        elif name not in ("PROTO", "FRAME"):
-            raise TorchFileError(
-                f"data.pkl uses opcode {name}, which tensors and containers do not need; not read"
-            )
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self._push(tuple(self._last(int(name[-1]))))
+            case "TUPLE":
+                self._push(tuple(self._marked()))
+            case "APPEND" | "APPENDS":
+                items = self._last(1) if name == "APPEND" else self._marked()
+                self._top(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                self._set_items(self._last(2) if name == "SETITEM" else self._marked())
+            case "GLOBAL" if argument in GLOBALS:
+                self._push(_Global(argument))
+            case "GLOBAL":
+                raise TorchFileError(
+                    f"data.pkl asks for {argument.replace(' ', '.')!r}, which could run code; "
+                    "only tensors, containers and scalars are read. Save the state dict alone: "
+                    "torch.save(model.state_dict(), ...)"
+                )
+            case "BINPERSID":
+                self._push(self._storage(self._pop()))
+            case "REDUCE":
+                self._push(_call(*self._last(2)))
+            case "BUILD":  # attributes, such as a state dict's _metadata
+                self._pop()
+                self._top(dict)
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                raise TorchFileError(
+                    f"data.pkl uses opcode {name}, which tensors and containers do not need; "
+                    "not read"
+                )
+
+    def _push(self, item: Any) -> None:
+        self._stack.append(item)
 
     def _pop(self) -> Any:
-        if not self._stack or self._stack[-1] is _MARK:
+        if not self._stack:
             raise TorchFileError("data.pkl takes an object that is not there")
         return self._stack.pop()
 
-    def _pop_pair(self) -> list:
-        value = self._pop()
-        key = self._pop()
-        return [key, value]
+    def _last(self, count: int) -> list:
+        """Pop the last `count` objects; return them in order."""
+        return [self._pop() for _ in range(count)][::-1]
 
     def _top(self, kind: type = object) -> Any:
-        if not self._stack or self._stack[-1] is _MARK or not isinstance(self._stack[-1], kind):
+        if not self._stack or not isinstance(self._stack[-1], kind):
             raise TorchFileError(f"data.pkl expects a {kind.__name__} that is not there")
         return self._stack[-1]
 
     def _marked(self) -> list:
         """Pop everything above the last mark, and the mark; return it in order."""
-        items = []
-        while self._stack and self._stack[-1] is not _MARK:
-            items.append(self._stack.pop())
-        if not self._stack:
+        if not self._below:
             raise TorchFileError("data.pkl takes objects from a mark that is not there")
-        self._stack.pop()
-        return items[::-1]
+        items = self._stack
+        self._stack = self._below.pop()
+        return items
 
     def _set_items(self, items: list) -> None:
         target = self._top(dict)
@@ -270,16 +276,16 @@ class _Machine:
         _, kind, key, _, count = reference
         if not isinstance(kind, _Global) or kind.name not in STORAGES:
             raise TorchFileError(f"storage {key!r} is no {', '.join(STORAGES)}")
-        if not isinstance(key, str) or key not in self._storages:
+        place = self._places.get(f"data/{key}") if isinstance(key, str) else None
+        if place is None:
             raise TorchFileError(f"storage {key!r} has no content in the file")
-        _, start, stop = self._storages[key]
         dtype = np.dtype(STORAGES[kind.name])
-        if type(count) is not int or count * dtype.itemsize != stop - start:
+        if type(count) is not int or count * dtype.itemsize != len(place):
             raise TorchFileError(
-                f"storage {key!r} has {stop - start} bytes; expected {count} elements of "
+                f"storage {key!r} has {len(place)} bytes; expected {count} elements of "
                 f"{dtype.itemsize} bytes"
             )
-        return _Storage(self._path, start, count, dtype)
+        return _Storage(self._path, place.start, count, dtype)
 
 
 def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
@@ -290,17 +296,6 @@ def _opcodes(pickled: bytes) -> Iterator[tuple[str, Any]]:
     # These are the parser's; TorchFileError is raised by who takes the opcodes.
     except (ValueError, IndexError) as error:
         raise TorchFileError(f"data.pkl is no pickle: {str(error)[:200]}") from None
-
-
-def _known(name: str) -> _Global:
-    """Return the global of this name, if it is one of GLOBALS."""
-    if name not in GLOBALS:
-        raise TorchFileError(
-            f"data.pkl asks for {name.replace(' ', '.')!r}, which could run code; only tensors, "
-            "containers and scalars are read. Save the state dict alone: "
-            "torch.save(model.state_dict(), ...)"
-        )
-    return _Global(name)
 
 
 def _call(function: Any, arguments: Any) -> Any:
@@ -347,15 +342,16 @@ def _view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> Lazy:
         stride * dtype.itemsize if size > 1 else 0
         for stride, size in zip(strides, shape, strict=True)
     ]
-    start = storage.start + offset * dtype.itemsize
     byte_count = (stop - offset + 1) * dtype.itemsize
 
     def read() -> np.ndarray:
+        start = storage.start + offset * dtype.itemsize
         content = np.fromfile(storage.path, np.uint8, byte_count, offset=start)
         if len(content) != byte_count:
             raise TorchFileError(f"{storage.path} was cut while it was in use")
-        elements = content.view(dtype)
-        return np.lib.stride_tricks.as_strided(elements, shape, byte_strides, writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            content.view(dtype), shape, byte_strides, writeable=False
+        )
 
     return Lazy(shape, dtype, read)
 
@@ -364,31 +360,28 @@ def _are_indices(offset: Any, shape: Any, strides: Any) -> bool:
     """Return whether these are whole numbers >= 0, with a stride for each of at most MOST_AXES
     axes.
     """
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple):
-        return False
-    if len(shape) != len(strides) or len(shape) > MOST_AXES:
-        return False
-    return all(type(number) is int and number >= 0 for number in (offset, *shape, *strides))
+    return (
+        isinstance(shape, tuple)
+        and isinstance(strides, tuple)
+        and len(shape) == len(strides) <= MOST_AXES
+        and all(type(number) is int and number >= 0 for number in (offset, *shape, *strides))
+    )
 
 
-def _check_tree(tree: Any) -> None:
+def _check_tree(node: Any, seen: set[int], depth: int = 0) -> None:
     """Raise unless every container stands in one place and none is deeper than MOST_DEPTH.
 
-    Whoever walks such a tree comes to an end.
+    Whoever walks such a tree comes to an end. `seen` are the ids of the containers so far.
     """
-    seen = set()
-    pending = [(tree, 0)]
-    while pending:
-        node, depth = pending.pop()
-        if isinstance(node, _Global | _Storage):
-            raise TorchFileError(
-                "it holds a class or a bare storage; expected tensors, containers and scalars"
-            )
-        if isinstance(node, dict | list | tuple) and node:
-            if id(node) in seen:
-                raise TorchFileError("a container stands in two places")
-            if depth == MOST_DEPTH:
-                raise TorchFileError(f"its containers are more than {MOST_DEPTH} deep")
-            seen.add(id(node))
-            children = node.values() if isinstance(node, dict) else node
-            pending += [(child, depth + 1) for child in children]
+    if isinstance(node, _Global | _Storage):
+        raise TorchFileError(
+            "it holds a class or a bare storage; expected tensors, containers and scalars"
+        )
+    if isinstance(node, dict | list | tuple) and node:
+        if id(node) in seen:
+            raise TorchFileError("a container stands in two places")
+        if depth == MOST_DEPTH:
+            raise TorchFileError(f"its containers are more than {MOST_DEPTH} deep")
+        seen.add(id(node))
+        for child in node.values() if isinstance(node, dict) else node:
+            _check_tree(child, seen, depth + 1)

@@ -4,7 +4,7 @@ The tensors: docs/checkpoints.md, VAE tensors.
 """
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 from astrolabe_jax.convert.engine import (
     CONV2D,
@@ -16,7 +16,7 @@ from astrolabe_jax.convert.engine import (
     Substitutions,
     Transform,
 )
-from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.models.wan.vae import StageLayer, VaeConfig
 
 # Original names -> those of diffusers, except for the numbers in decoder.upsamples.
 _DIFFUSERS = (
@@ -42,23 +42,13 @@ def diffusers(config: VaeConfig) -> Substitutions:
 
     Its decoder numbers the blocks of each stage anew.
     """
-    blocks = config.num_res_blocks + 1
-    numbered = []
-    index = 0
-    for stage in range(len(config.dim_mult)):
-        names = [f"resnets.{block}" for block in range(blocks)]
-        for name in (*names, "upsamplers.0"):
-            numbered.append((rf"\.upsamples\.{index}\.", f".up_blocks.{stage}.{name}."))
-            index += 1
+    names = [f"resnets.{block}" for block in range(config.num_res_blocks + 1)]
+    layers = itertools.product(range(len(config.dim_mult)), [*names, "upsamplers.0"])
+    numbered = [
+        (rf"\.upsamples\.{i}\.", f".up_blocks.{stage}.{name}.")
+        for i, (stage, name) in enumerate(layers)
+    ]
     return (*_DIFFUSERS, *numbered)
-
-
-class _Stage(NamedTuple):
-    """One stage of the encoder, as its tensors show it."""
-
-    blocks: int
-    width: int | None  # channels; None if no tensor tells
-    temporal: bool | None  # whether its downsampling halves the frames; None: it has none
 
 
 def measure(shapes: Shapes) -> dict[str, Any]:
@@ -72,21 +62,20 @@ def measure(shapes: Shapes) -> dict[str, Any]:
             "z_dim": [("conv2.weight", 0), ("conv2.bias", 0), ("decoder.conv1.weight", 1)],
         }
     )
-    stages = _stages_of(shapes)
-    widths = [stage.width for stage in stages if stage.width]
-    if "dim" in sizes and len(widths) == len(stages):
-        sizes["dim_mult"] = tuple(width // sizes["dim"] for width in widths)
-        sizes["num_res_blocks"] = max(stage.blocks for stage in stages)
-        sizes["temporal_downsample"] = tuple(
-            stage.temporal for stage in stages if stage.temporal is not None
-        )
+    stages, temporal = _stages_of(shapes)
+    if "dim" in sizes and all(stages):
+        sizes["dim_mult"] = tuple(widths[-1] // sizes["dim"] for widths in stages)
+        sizes["num_res_blocks"] = max(map(len, stages))
+        sizes["temporal_downsample"] = tuple(temporal)
     return sizes
 
 
-def _stages_of(shapes: Shapes) -> list[_Stage]:
-    """Return the stages of the encoder; the last has no downsampling."""
-    stages = []
-    stage = _Stage(0, None, None)
+def _stages_of(shapes: Shapes) -> tuple[list[list[int]], list[bool]]:
+    """Return the widths of the blocks of each stage of the encoder, and whether each downsampling
+    halves the frames.
+    """
+    stages: list[list[int]] = [[]]
+    temporal = []
     for index in itertools.count():
         prefix = f"encoder.downsamples.{index}"
         width = shapes.vote(
@@ -97,14 +86,13 @@ def _stages_of(shapes: Shapes) -> list[_Stage]:
             (f"{prefix}.residual.3.gamma", 0),
         )
         if width is not None:
-            stage = stage._replace(blocks=stage.blocks + 1, width=width)
+            stages[-1].append(width)
         elif _has_conv(shapes, f"{prefix}.resample.1"):
-            temporal = _has_conv(shapes, f"{prefix}.time_conv")
-            stages.append(stage._replace(temporal=temporal))
-            stage = _Stage(0, None, None)
+            temporal.append(_has_conv(shapes, f"{prefix}.time_conv"))
+            stages.append([])
         else:
             break
-    return [*stages, stage]
+    return stages, temporal
 
 
 def _has_conv(shapes: Shapes, name: str) -> bool:
@@ -118,62 +106,40 @@ def table(config: VaeConfig) -> list[Rule]:
     """
     rules = [*_conv("conv1", "conv1", CONV3D), *_conv("conv2", "conv2", CONV3D)]
     for net in ("encoder", "decoder"):
-        rules += _conv(f"{net}.conv1", f"{net}.conv_in", CONV3D)
-        rules += _residual(f"{net}.middle.0", f"{net}.middle.layers.0", shortcut=False)
-        rules += _attention(f"{net}.middle.1", f"{net}.middle.layers.1")
-        rules += _residual(f"{net}.middle.2", f"{net}.middle.layers.2", shortcut=False)
-        rules.append(Rule(f"{net}.head.0.gamma", f"{net}.norm_out.gamma", GAMMA3D))
-        rules += _conv(f"{net}.head.2", f"{net}.conv_out", CONV3D)
-    blocks = config.num_res_blocks
-    temporal = config.temporal_downsample
-    widths = [config.dim * multiple for multiple in config.dim_mult]
-    pairs = list(zip([config.dim, *widths[:-1]], widths, strict=True))
-    rules += _stages("encoder.downsamples", "encoder.stages", pairs, blocks, temporal)
-    # The decoder mirrors the encoder; every upsampling halves the width before the next stage.
-    widths.reverse()
-    halved = [width // 2 for width in widths[:-1]]
-    pairs = list(zip([widths[0], *halved], widths, strict=True))
-    rules += _stages("decoder.upsamples", "decoder.stages", pairs, blocks + 1, temporal[::-1])
+        rules += [
+            *_conv(f"{net}.conv1", f"{net}.conv_in", CONV3D),
+            *_residual(f"{net}.middle.0", f"{net}.middle.layers.0", shortcut=False),
+            *_attention(f"{net}.middle.1", f"{net}.middle.layers.1"),
+            *_residual(f"{net}.middle.2", f"{net}.middle.layers.2", shortcut=False),
+            Rule(f"{net}.head.0.gamma", f"{net}.norm_out.gamma", GAMMA3D),
+            *_conv(f"{net}.head.2", f"{net}.conv_out", CONV3D),
+        ]
+    for source, target, layers in (
+        ("encoder.downsamples", "encoder.stages", config.encoder_stages()),
+        ("decoder.upsamples", "decoder.stages", config.decoder_stages()),
+    ):
+        for i, layer in enumerate(layers):
+            rules += _stage_layer(f"{source}.{i}", f"{target}.{i}", layer)
     return rules
 
 
-def _stages(
-    source: str, target: str, widths: list[tuple[int, int]], blocks: int, temporal: tuple[bool, ...]
-) -> list[Rule]:
-    """Return the rules of all stages: residual blocks, and a resampling between two stages.
-
-    Args:
-      source: of the stages, in names of tensors.
-      target: of the stages, in paths of leaves.
-      widths: channels (in, out) of each stage.
-      blocks: residual blocks of each stage.
-      temporal: whether each resampling has a convolution in time.
-    """
-    rules: list[Rule] = []
-    index = 0
-    for stage, (features_in, features_out) in enumerate(widths):
-        for block in range(blocks):
-            shortcut = block == 0 and features_in != features_out
-            rules += _residual(f"{source}.{index}", f"{target}.{index}", shortcut)
-            index += 1
-        if stage < len(temporal):
-            rules += _conv(f"{source}.{index}.resample.1", f"{target}.{index}.conv", CONV2D)
-            if temporal[stage]:
-                rules += _conv(f"{source}.{index}.time_conv", f"{target}.{index}.time_conv", CONV3D)
-            index += 1
-    return rules
+def _stage_layer(source: str, target: str, layer: StageLayer) -> list[Rule]:
+    if layer.temporal is None:
+        return _residual(source, target, layer.features_in != layer.features_out)
+    return [
+        *_conv(f"{source}.resample.1", f"{target}.conv", CONV2D),
+        *(_conv(f"{source}.time_conv", f"{target}.time_conv", CONV3D) if layer.temporal else ()),
+    ]
 
 
 def _residual(source: str, target: str, shortcut: bool) -> list[Rule]:
-    rules = [
+    return [
         Rule(f"{source}.residual.0.gamma", f"{target}.norm1.gamma", GAMMA3D),
         *_conv(f"{source}.residual.2", f"{target}.conv1", CONV3D),
         Rule(f"{source}.residual.3.gamma", f"{target}.norm2.gamma", GAMMA3D),
         *_conv(f"{source}.residual.6", f"{target}.conv2", CONV3D),
+        *(_conv(f"{source}.shortcut", f"{target}.shortcut", CONV3D) if shortcut else ()),
     ]
-    if shortcut:
-        rules += _conv(f"{source}.shortcut", f"{target}.shortcut", CONV3D)
-    return rules
 
 
 def _attention(source: str, target: str) -> list[Rule]:

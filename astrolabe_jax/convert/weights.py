@@ -49,9 +49,9 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
 
 
-def read_weights(path: Path | str, entry: str = "") -> dict[str, Lazy]:
+def read_weights(path: Path | str) -> dict[str, Lazy]:
     """Return the tensors of `open_weights`, by plain name."""
-    return open_weights(path, entry).tensors
+    return open_weights(path).tensors
 
 
 def open_weights(
@@ -86,8 +86,7 @@ def open_weights(
             raise ValueError(
                 f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights"
             )
-    entries = tuple(map(str, tree)) if entry else ()
-    return Weights(tensors, entries, entry, prefixes)
+    return Weights(tensors, tuple(map(str, tree)) if entry else (), entry, prefixes)
 
 
 def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -105,8 +104,8 @@ def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str],
     repeated = [" and ".join(stored) for stored in names.values() if len(stored) > 1]
     if repeated:
         raise ValueError(f"{path} holds the same weight twice: {'; '.join(repeated[:3])}")
-    unique = dict.fromkeys(prefix for prefix in prefixes if prefix)
-    return {plain: stored for plain, (stored,) in names.items()}, tuple(unique)
+    unique = tuple(dict.fromkeys(filter(None, prefixes)))
+    return {plain: stored for plain, (stored,) in names.items()}, unique
 
 
 def _state_dict(
@@ -127,8 +126,7 @@ def _state_dict(
         return "", tree
     first, _, rest = entry.partition(".")
     nested = [str(name) for name, value in tree.items() if isinstance(value, dict)]
-    candidates = [first] if entry else containers
-    present = [name for name in candidates if name in nested]
+    present = [name for name in ([first] if entry else containers) if name in nested]
     if not present and entry:
         raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(nested) or 'none'}")
     if not present:

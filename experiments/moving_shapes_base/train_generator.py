@@ -21,13 +21,14 @@ from flax import nnx
 from astrolabe_jax import schedule as time
 from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize, word_tokenizer
+from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.vae import Vae
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 from experiments.moving_shapes_base import common, train_vae
 from experiments.moving_shapes_base.bases import random_base, save_base
+from experiments.moving_shapes_base.words import word_tokenizer
 
 OUTPUT = flags.DEFINE_string(
     "output", "astrolabe_jax/worlds/moving_shapes/base", "where the finished base goes"

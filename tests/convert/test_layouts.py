@@ -13,9 +13,9 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands, describe, nets, parts
 from astrolabe_jax.convert.engine import ConversionError
 from astrolabe_jax.convert.open import open_part
-from astrolabe_jax.models.tokenizer import word_tokenizer
 from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
 from experiments.moving_shapes_base.bases import save_net
+from experiments.moving_shapes_base.words import word_tokenizer
 from tests import tiny_base
 from tests.convert import torch_files
 from tests.models import tiny

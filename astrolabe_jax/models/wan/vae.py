@@ -10,10 +10,14 @@ Inside this file videos are channels-last, `[B, T, height, width, channels]`.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 # The encoder's or the decoder's memory between two chunks of a video; see the module docstring.
@@ -56,6 +60,14 @@ WAN_LATENT_STD = (
     2.8251,
     1.9160,
 )
+
+
+class StageLayer(NamedTuple):
+    """A residual block of the encoder or the decoder, or the resampling between two stages."""
+
+    features_in: int
+    features_out: int  # before an upsampling halves them
+    temporal: bool | None = None  # whether a resampling is of the frames, too; None: a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +128,38 @@ class VaeConfig:
             )
         return 1 + (pixel_frames - 1) // self.temporal_stride
 
+    def encoder_stages(self) -> list[StageLayer]:
+        """Return the layers of all stages of the encoder."""
+        widths = itertools.pairwise(self.dim * multiple for multiple in (1, *self.dim_mult))
+        return _stage_layers(widths, self.num_res_blocks, self.temporal_downsample)
+
+    def decoder_stages(self) -> list[StageLayer]:
+        """Return the layers of all stages of the decoder, which mirrors the encoder.
+
+        Every upsampling halves the width before the next stage.
+        """
+        widths = [self.dim * multiple for multiple in self.dim_mult[::-1]]
+        inputs = [widths[0], *(width // 2 for width in widths[:-1])]
+        return _stage_layers(
+            zip(inputs, widths, strict=True),
+            self.num_res_blocks + 1,
+            self.temporal_downsample[::-1],
+        )
+
+
+def _stage_layers(
+    widths: Iterable[tuple[int, int]], blocks: int, temporal: tuple[bool, ...]
+) -> list[StageLayer]:
+    """Return the layers of all stages, given the channels (in, out) of each; the last one has no
+    resampling.
+    """
+    layers = []
+    for (width_in, width), is_temporal in zip(widths, (*temporal, None), strict=True):
+        layers += [StageLayer(width if i else width_in, width) for i in range(blocks)]
+        if is_temporal is not None:
+            layers.append(StageLayer(width, width, is_temporal))
+    return layers
+
 
 class _Memory:
     """Hands out the arrays of a VaeState, in execution order, while one chunk is traced, and
@@ -125,27 +169,20 @@ class _Memory:
     def __init__(self, state: VaeState | None):
         self.is_first_chunk = state is None
         self._arrays = iter(state or ())
-        self._next_arrays: list[jax.Array] = []
+        self.next_arrays: list[jax.Array] = []  # what the next chunk sees
 
     def extend(self, x: jax.Array, frames: int) -> jax.Array:
         """Return x [B, T, ...] with the `frames` input frames before it in front, which are zeros
         at the start of a video: [B, frames + T, ...].
         """
-        if self.is_first_chunk:
-            past = jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
-        else:
-            past = next(self._arrays)
+        past = (
+            jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
+            if self.is_first_chunk
+            else next(self._arrays)
+        )
         extended = jnp.concatenate([past, x], axis=1)
-        self.keep(extended[:, extended.shape[1] - frames :])
+        self.next_arrays.append(extended[:, extended.shape[1] - frames :])
         return extended
-
-    def keep(self, frames: jax.Array) -> None:
-        """Append what the next chunk sees of this input to the next state."""
-        self._next_arrays.append(frames)
-
-    def next_state(self) -> VaeState:
-        """Return the state after this chunk."""
-        return tuple(self._next_arrays)
 
 
 _LECUN = nnx.initializers.lecun_normal()
@@ -167,12 +204,11 @@ class VideoConv(nnx.Module):
         kernel: tuple[int, ...],
         config: VaeConfig,
         rngs: nnx.Rngs,
-        init=_LECUN,
+        init: nnx.Initializer = _LECUN,
     ):
-        param_dtype = jnp.dtype(config.param_dtype)
         shape = (*kernel, features_in, features_out)
-        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features_out,), param_dtype))
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+        self.bias = nnx.Param(jnp.zeros((features_out,), config.param_dtype))
         self.dtype = config.dtype
 
     def spatial(self, x: jax.Array, stride: int = 1, padding: Padding = "SAME") -> jax.Array:
@@ -188,21 +224,20 @@ class VideoConv(nnx.Module):
         if jax.default_backend() == "cpu":
             return self._add_bias(_conv3d_of_shifts(x, self._kernel(), stride))
         kernel = self._kernel()
-        pads = [(0, 0)]
-        pads += [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[1:3]]
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, 1, 1),
-            pads,
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        pads = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[1:3]]
+        return self._add_bias(
+            jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (stride, 1, 1),
+                [(0, 0), *pads],
+                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            )
         )
-        return self._add_bias(y)
 
     def pointwise(self, x: jax.Array) -> jax.Array:
         """Map the channels of x [..., in]; the kernel must have one position."""
-        kernel = self._kernel()
-        return self._add_bias(x @ kernel.reshape(kernel.shape[-2:]))
+        return self._add_bias(x @ self._kernel().reshape(self.kernel.shape[-2:]))
 
     def _kernel(self) -> jax.Array:
         return self.kernel[...].astype(self.dtype)
@@ -216,24 +251,22 @@ def _conv3d_of_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
     channels.
     """
     size = kernel.shape[0]
-    frames = (x.shape[1] - size) // stride + 1
-    last = stride * (frames - 1) + 1
-    shifted = jnp.concatenate([x[:, i : i + last : stride] for i in range(size)], axis=-1)
+    span = x.shape[1] - size + 1
+    shifted = jnp.concatenate([x[:, i : i + span : stride] for i in range(size)], axis=-1)
     stacked = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
     return _conv2d(shifted, stacked, 1, "SAME")
 
 
 def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """Return the 2D convolution of every frame of x [B, T, height, width, in]."""
-    batch, frames = x.shape[:2]
     flat = jax.lax.conv_general_dilated(
-        x.reshape(batch * frames, *x.shape[2:]),
+        jax.lax.collapse(x, 0, 2),
         kernel,
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return flat.reshape(batch, frames, *flat.shape[1:])
+    return flat.reshape(*x.shape[:2], *flat.shape[1:])
 
 
 class ChannelNorm(nnx.Module):
@@ -249,8 +282,7 @@ class ChannelNorm(nnx.Module):
         square = jnp.sum(wide * wide, axis=-1, keepdims=True)
         scale = jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         gamma = self.gamma[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        gamma = math.sqrt(x.shape[-1]) * gamma
-        return (wide * scale * gamma).astype(x.dtype)
+        return (wide * scale * (math.sqrt(x.shape[-1]) * gamma)).astype(x.dtype)
 
 
 class VideoResidualBlock(nnx.Module):
@@ -264,17 +296,16 @@ class VideoResidualBlock(nnx.Module):
         self.norm1 = ChannelNorm(features_in, config)
         self.conv1 = VideoConv(features_in, features_out, (3, 3, 3), config, rngs)
         self.norm2 = ChannelNorm(features_out, config)
-        zeros = nnx.initializers.zeros_init()
-        self.conv2 = VideoConv(features_out, features_out, (3, 3, 3), config, rngs, zeros)
+        self.conv2 = VideoConv(
+            features_out, features_out, (3, 3, 3), config, rngs, nnx.initializers.zeros_init()
+        )
         if features_in != features_out:
             self.shortcut = VideoConv(features_in, features_out, (1, 1, 1), config, rngs)
 
     def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
         y = self.conv1.temporal(memory.extend(jax.nn.silu(self.norm1(x)), 2))
         y = self.conv2.temporal(memory.extend(jax.nn.silu(self.norm2(y)), 2))
-        if hasattr(self, "shortcut"):
-            x = self.shortcut.pointwise(x)
-        return y + x
+        return y + (self.shortcut.pointwise(x) if hasattr(self, "shortcut") else x)
 
 
 class FrameAttention(nnx.Module):
@@ -287,8 +318,7 @@ class FrameAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
         del memory  # no frame sees another
-        batch, frames, height, width, channels = x.shape
-        tokens = self.norm(x).reshape(batch * frames, height * width, channels)
+        tokens = jax.lax.collapse(jax.lax.collapse(self.norm(x), 2, 4), 0, 2)  # [B T, N, C]
         q, k, v = jnp.split(self.to_qkv.pointwise(tokens), 3, axis=-1)
         y = jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
         return x + self.proj.pointwise(y).reshape(x.shape)
@@ -310,11 +340,10 @@ class Downsample(nnx.Module):
             return x
         if not memory.is_first_chunk:
             return self.time_conv.temporal(memory.extend(x, 1), stride=2)
-        memory.keep(x[:, -1:])
+        memory.next_arrays.append(x[:, -1:])
         if x.shape[1] == 1:
             return x
-        rest = self.time_conv.temporal(x, stride=2)
-        return jnp.concatenate([x[:, :1], rest], axis=1)
+        return jnp.concatenate([x[:, :1], self.time_conv.temporal(x, stride=2)], axis=1)
 
 
 class Upsample(nnx.Module):
@@ -340,11 +369,8 @@ class Upsample(nnx.Module):
         extended = memory.extend(x, 2)
         if x.shape[1] == 0:
             return x
-        pairs = self.time_conv.temporal(extended)
-        batch, frames, height, width, channels = pairs.shape
-        pairs = pairs.reshape(batch, frames, height, width, 2, channels // 2)
-        pairs = jnp.moveaxis(pairs, 4, 2)
-        return pairs.reshape(batch, 2 * frames, height, width, channels // 2)
+        pairs = self.time_conv.temporal(extended).reshape(*x.shape[:4], 2, x.shape[4])
+        return jax.lax.collapse(jnp.moveaxis(pairs, 4, 2), 1, 3)
 
 
 class _Middle(nnx.Module):
@@ -359,67 +385,63 @@ class _Middle(nnx.Module):
             ]
         )
 
-    def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
-        for layer in self.layers:
-            x = layer(x, memory)
-        return x
+
+def _stages(
+    layers: list[StageLayer],
+    resampling: type[Downsample] | type[Upsample],
+    config: VaeConfig,
+    rngs: nnx.Rngs,
+) -> nnx.List:
+    return nnx.List(
+        [
+            VideoResidualBlock(layer.features_in, layer.features_out, config, rngs)
+            if layer.temporal is None
+            else resampling(layer.features_in, layer.temporal, config, rngs)
+            for layer in layers
+        ]
+    )
 
 
 class VideoEncoder(nnx.Module):
     """Pixels [B, T, height, width, 3] to moments of the latents [B, F, H, W, 2 C]."""
 
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
-        widths = [config.dim * m for m in (1, *config.dim_mult)]
-        self.conv_in = VideoConv(3, widths[0], (3, 3, 3), config, rngs)
-        stages = []
-        for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            for block in range(config.num_res_blocks):
-                first = width_in if block == 0 else width
-                stages.append(VideoResidualBlock(first, width, config, rngs))
-            if i < len(config.temporal_downsample):
-                stages.append(Downsample(width, config.temporal_downsample[i], config, rngs))
-        self.stages = nnx.List(stages)
-        self.middle = _Middle(widths[-1], config, rngs)
-        self.norm_out = ChannelNorm(widths[-1], config)
-        self.conv_out = VideoConv(widths[-1], 2 * config.z_dim, (3, 3, 3), config, rngs)
+        width = config.dim * config.dim_mult[-1]  # of the last stage
+        self.conv_in = VideoConv(3, config.dim, (3, 3, 3), config, rngs)
+        self.stages = _stages(config.encoder_stages(), Downsample, config, rngs)
+        self.middle = _Middle(width, config, rngs)
+        self.norm_out = ChannelNorm(width, config)
+        self.conv_out = VideoConv(width, 2 * config.z_dim, (3, 3, 3), config, rngs)
 
     def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
-        x = self.conv_in.temporal(memory.extend(x, 2))
-        for stage in self.stages:
-            x = stage(x, memory)
-        x = self.middle(x, memory)
-        x = jax.nn.silu(self.norm_out(x))
-        return self.conv_out.temporal(memory.extend(x, 2))
+        return _run(self, [*self.stages, *self.middle.layers], x, memory)
 
 
 class VideoDecoder(nnx.Module):
     """Latents [B, F, H, W, C] to pixels [B, T, height, width, 3]."""
 
     def __init__(self, config: VaeConfig, rngs: nnx.Rngs):
-        widths = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
-        temporal_upsample = config.temporal_downsample[::-1]
-        self.conv_in = VideoConv(config.z_dim, widths[0], (3, 3, 3), config, rngs)
-        self.middle = _Middle(widths[0], config, rngs)
-        stages = []
-        for i, (width_in, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            # the upsampling before this stage halved it
-            width_in = width_in if i == 0 else width_in // 2
-            for block in range(config.num_res_blocks + 1):
-                first = width_in if block == 0 else width
-                stages.append(VideoResidualBlock(first, width, config, rngs))
-            if i < len(temporal_upsample):
-                stages.append(Upsample(width, temporal_upsample[i], config, rngs))
-        self.stages = nnx.List(stages)
-        self.norm_out = ChannelNorm(widths[-1], config)
-        self.conv_out = VideoConv(widths[-1], 3, (3, 3, 3), config, rngs)
+        width = config.dim * config.dim_mult[-1]  # of the first stage
+        width_out = config.dim * config.dim_mult[0]
+        self.conv_in = VideoConv(config.z_dim, width, (3, 3, 3), config, rngs)
+        self.middle = _Middle(width, config, rngs)
+        self.stages = _stages(config.decoder_stages(), Upsample, config, rngs)
+        self.norm_out = ChannelNorm(width_out, config)
+        self.conv_out = VideoConv(width_out, 3, (3, 3, 3), config, rngs)
 
     def __call__(self, x: jax.Array, memory: _Memory) -> jax.Array:
-        x = self.conv_in.temporal(memory.extend(x, 2))
-        x = self.middle(x, memory)
-        for stage in self.stages:
-            x = stage(x, memory)
-        x = jax.nn.silu(self.norm_out(x))
-        return self.conv_out.temporal(memory.extend(x, 2))
+        return _run(self, [*self.middle.layers, *self.stages], x, memory)
+
+
+def _run(
+    net: VideoEncoder | VideoDecoder, layers: list[nnx.Module], x: jax.Array, memory: _Memory
+) -> jax.Array:
+    """Return x after the convolution into a net, its layers, and the convolution out of it."""
+    x = net.conv_in.temporal(memory.extend(x, 2))
+    for layer in layers:
+        x = layer(x, memory)
+    x = jax.nn.silu(net.norm_out(x))
+    return net.conv_out.temporal(memory.extend(x, 2))
 
 
 class Vae(nnx.Module):
@@ -475,10 +497,9 @@ class Vae(nnx.Module):
         The encoder's variance is not used.
         """
         memory = _Memory(state)
-        moments = self.encoder(pixels.astype(self.config.dtype), memory)
-        moments = self.conv1.pointwise(moments)
+        moments = self.conv1.pointwise(self.encoder(pixels.astype(self.config.dtype), memory))
         mean = moments[..., : self.config.z_dim].astype(jnp.float32)
-        return mean, memory.next_state()
+        return mean, tuple(memory.next_arrays)
 
     def decode(
         self, latents: jax.Array, state: VaeState | None = None
@@ -496,13 +517,10 @@ class Vae(nnx.Module):
         memory = _Memory(state)
         mean, std = self._statistics()
         z = jnp.moveaxis(latents, 2, -1).astype(jnp.float32) * std + mean
-        z = self.conv2.pointwise(z.astype(self.config.dtype))
-        pixels = self.decoder(z, memory)
-        return pixels.astype(jnp.float32), memory.next_state()
+        pixels = self.decoder(self.conv2.pointwise(z.astype(self.config.dtype)), memory)
+        return pixels.astype(jnp.float32), tuple(memory.next_arrays)
 
-    def _statistics(self) -> tuple[jax.Array, jax.Array]:
-        """Return mean and std of the latent channels, each [1, 1, 1, 1, C], float32."""
-        shape = (1, 1, 1, 1, self.config.z_dim)
-        mean = jnp.asarray(self.config.latent_mean, jnp.float32).reshape(shape)
-        std = jnp.asarray(self.config.latent_std, jnp.float32).reshape(shape)
-        return mean, std
+    def _statistics(self) -> np.ndarray:
+        """Return mean and std of the latent channels, [2, 1, 1, 1, 1, C], float32."""
+        statistics = (self.config.latent_mean, self.config.latent_std)
+        return np.array(statistics, np.float32).reshape(2, 1, 1, 1, 1, -1)
