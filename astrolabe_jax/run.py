@@ -266,7 +266,6 @@ def sampler_of(config: ConfigDict) -> Sampler:
     steps = tuple(map(float, settings.steps))
     return Sampler(
         warp(steps, schedule) if settings.warp else steps,
-        None,
         settings.context_noise,
         schedule,
         settings.sigma_source,

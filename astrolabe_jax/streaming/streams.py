@@ -228,7 +228,7 @@ def place_at(
     """
     full = slots == layout.capacity and start + count > slots and start > 0
     return Place(
-        np.int32(start) if full else None, positions, None if full else start, aligned=aligned
+        np.int32(start) if full else None, positions, 0 if full else start, aligned=aligned
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm
+from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm, stacked
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import (
     KeyValues,
@@ -154,12 +154,6 @@ class WanTransformer(nnx.Module):
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(rngs):
-            return TransformerBlock(config, rngs=rngs)
-
         self.patch_embedding = Linear(
             config.patch_dim, config.dim, param_dtype=config.param_dtype, rngs=rngs
         )
@@ -168,7 +162,9 @@ class WanTransformer(nnx.Module):
         self.time_projection = Linear(
             config.dim, 6 * config.dim, param_dtype=config.param_dtype, rngs=rngs
         )
-        self.blocks = stacked(rngs)
+        self.blocks = stacked(
+            lambda rngs: TransformerBlock(config, rngs=rngs), config.num_layers, rngs
+        )
         self.head = Head(config, rngs=rngs)
         self.config = config
 

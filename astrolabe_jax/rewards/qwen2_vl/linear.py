@@ -1,6 +1,5 @@
-"""Linears of Qwen2-VL, in the dtype of its config or as int8, and stacks of blocks."""
+"""Linears of Qwen2-VL, in the dtype of its config or as int8."""
 
-from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -9,7 +8,6 @@ from flax import nnx
 
 from astrolabe_jax.models.layers import Linear
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
-from astrolabe_jax.rewards.qwen2_vl.rope import Table
 from astrolabe_jax.sharding import gathered
 
 INT8_MAX = 127  # of a kernel, whose range is symmetric
@@ -81,18 +79,3 @@ def linear(
         kernel_init=INIT,
         rngs=rngs,
     )
-
-
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Return `count` modules as one, with their parameters on a leading axis."""
-    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
-
-
-def scanned(blocks: nnx.Module, x: jax.Array, table: Table) -> jax.Array:
-    """Return x after the blocks that `stacked` made, one after the other, with a rotary table."""
-    blockdef, params = nnx.split(blocks)
-
-    def block(x, params):
-        return nnx.merge(blockdef, params)(x, table), None
-
-    return jax.lax.scan(block, x, params)[0]

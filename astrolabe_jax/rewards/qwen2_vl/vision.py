@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from astrolabe_jax.models.layers import LayerNorm, Linear
+from astrolabe_jax.models.layers import LayerNorm, Linear, scanned, stacked
 from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.rewards.qwen2_vl.config import MERGE, PATCH_VALUES, Qwen2VLConfig
-from astrolabe_jax.rewards.qwen2_vl.linear import INIT, linear, scanned, stacked
+from astrolabe_jax.rewards.qwen2_vl.linear import INIT, linear
 from astrolabe_jax.rewards.qwen2_vl.rope import Grid, Table, rotate, vision_table
 from astrolabe_jax.sharding import by_sample
 
