@@ -69,9 +69,6 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    reward_runner = RewardRunner(
-        rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
-    )
     return Run(
         config,
         Path(),
@@ -85,7 +82,9 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         (),
         adapter,
         starts,
-        reward_runner,
+        RewardRunner(
+            rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
+        ),
     )
 
 
@@ -131,8 +130,9 @@ def _trace(run: Run) -> dict[str, Traced]:
     config = run.config
     text = run.base.text
     tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
-    embed = functools.partial(encode.embed, text.graphdef)
-    embeddings = jax.eval_shape(embed, text.params, tokens, tokens)
+    embeddings = jax.eval_shape(
+        functools.partial(encode.embed, text.graphdef), text.params, tokens, tokens
+    )
     width = run.base.transformer.config.text_dim
     traced = {"text encoder": Traced(embeddings, (tokens.shape[0], text.config.text_len, width))}
     prompt = embeddings.shape[1:]
@@ -143,8 +143,7 @@ def _trace(run: Run) -> dict[str, Traced]:
     if config.streaming.window:
         count = _streams_at_once(run)
         made = _trace_blocks(run, adapter, prompt, count, None)
-        expected = (count, config.model.block, *run.latent_shape[1:])
-        traced["past"] = Traced(made.latents, expected)
+        traced["past"] = Traced(made.latents, (count, config.model.block, *run.latent_shape[1:]))
         prefix = _prefix_shapes(run, made.state)
         if shares_prefix(config):
             each = videos // count
@@ -154,8 +153,9 @@ def _trace(run: Run) -> dict[str, Traced]:
     made = _trace_blocks(run, adapter, prompt, videos, state)
     traced["rollout"] = Traced(made.latents, (videos, made.frames, *run.latent_shape[1:]))
     video = config.video
-    shape = (videos, made.pixel_frames, video.height, video.width, 3)
-    traced["decoder"] = Traced(made.pixels, shape)
+    traced["decoder"] = Traced(
+        made.pixels, (videos, made.pixel_frames, video.height, video.width, 3)
+    )
     traced["train step"] = _trace_step(run, adapter, prompt, prefix)
     return traced
 
@@ -228,8 +228,10 @@ def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
         return context._replace(whole=_shape(state.first.shape[0], start, *run.latent_shape[1:]))
     if streaming.prefix == "rollout_old":
         return context._replace(cache=state.cache)
-    first = _shape(state.first.shape[0], run.layout.kept, *run.latent_shape[1:])
-    return context._replace(first=first, recent=state.recent)
+    return context._replace(
+        first=_shape(state.first.shape[0], run.layout.kept, *run.latent_shape[1:]),
+        recent=state.recent,
+    )
 
 
 def _trace_step(
@@ -256,8 +258,7 @@ def _trace_step(
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    expected = (samples(config) // config.optimizer.steps_per_pass,)
-    return Traced(metrics["sample_loss"], expected)
+    return Traced(metrics["sample_loss"], (samples(config) // config.optimizer.steps_per_pass,))
 
 
 def _step_batch(run: Run) -> update.StepBatch:

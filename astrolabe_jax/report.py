@@ -328,8 +328,7 @@ def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> 
     directory = workdir / "scores"
     with writing(directory):
         directory.mkdir(exist_ok=True)
-    text = "".join(f"{line}\n" for line in lines)
-    write_atomic(directory / f"{epoch:06}.csv", text.encode())
+    write_atomic(directory / f"{epoch:06}.csv", "".join(f"{line}\n" for line in lines).encode())
 
 
 def write_samples(directory: Path, frames: np.ndarray, fps: int) -> None:
@@ -386,8 +385,10 @@ def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     # One that was lost is measured again, and comes later than its epoch.
     evaluations.sort(key=lambda record: record["epoch"])
     if evaluations:
-        means = [record["eval"]["total"]["mean"] for record in evaluations]
-        rewards["held-out total"] = ([record["epoch"] for record in evaluations], means)
+        rewards["held-out total"] = (
+            [record["epoch"] for record in evaluations],
+            [record["eval"]["total"]["mean"] for record in evaluations],
+        )
     panels = {
         "rewards": rewards,
         "losses": lines("total_loss", "policy_loss", "kl_loss"),
@@ -472,8 +473,9 @@ def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that the results were made with."""
-    own = {"astrolabe_jax": astrolabe_jax.__version__, "python": platform.python_version()}
-    return own | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"astrolabe_jax": astrolabe_jax.__version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
 
 
 # Numbers for people.

@@ -36,9 +36,12 @@ def define() -> flags.FlagHolder:
     A recipe's config has its fields locked (config.get_config), all but `rewards`, which takes new
     names.
     """
-    text = "recipe, for example configs/moving_shapes.py"
     return config_flags.DEFINE_config_file(
-        "config", None, text, lock_config=False, accept_new_attributes=True
+        "config",
+        None,
+        "recipe, for example configs/moving_shapes.py",
+        lock_config=False,
+        accept_new_attributes=True,
     )
 
 
@@ -92,8 +95,9 @@ def set_up() -> None:
     cache = os.path.join(home, "astrolabe_jax", "xla")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
     jax.config.update("jax_compilation_cache_dir", cache)
-    precision = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
-    jax.config.update("jax_default_matmul_precision", precision)
+    jax.config.update(
+        "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    )
 
 
 def fail(message: str | Exception, status: int) -> NoReturn:

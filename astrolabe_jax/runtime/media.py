@@ -98,8 +98,9 @@ class Mp4Writer:
         if self._container is None:
             self._container = av.open(self._partial, "w", format="mp4", options=FRAGMENTS)
             options = X264_OPTIONS | {"g": str(2 * self._fps)}  # frames of a fragment
-            rate = Fraction(self._fps)
-            self._stream = self._container.add_stream("libx264", rate=rate, options=options)
+            self._stream = self._container.add_stream(
+                "libx264", rate=Fraction(self._fps), options=options
+            )
             self._stream.width = width
             self._stream.height = height
             self._stream.pix_fmt = "yuv420p"
@@ -146,8 +147,7 @@ def read_video(
 
 def resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a picture [height, width, 3] uint8 at (width, height)."""
-    image = Image.fromarray(picture)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
@@ -159,8 +159,9 @@ def strip(frames: np.ndarray) -> np.ndarray:
     times = np.linspace(0, len(frames) - 1, count)
     times = np.rint(times).astype(int)
     border = ((0, 0), (0, 1), (0, 0))
-    pieces = [np.pad(frames[time], border, constant_values=255) for time in times]
-    return np.concatenate(pieces, axis=1)
+    return np.concatenate(
+        [np.pad(frames[time], border, constant_values=255) for time in times], axis=1
+    )
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
@@ -231,8 +232,7 @@ def curves(panels: Mapping[str, Mapping[str, Line]], xlabel: str, log: Sequence[
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
         for label, (x, y) in lines.items():
-            marker = "o" if len(x) < 4 else None
-            axes.plot(x, y, marker=marker, label=label)
+            axes.plot(x, y, marker=("o" if len(x) < 4 else None), label=label)
         positive = any(value > 0 for _, y in lines.values() for value in y)
         if title in log and positive:
             axes.set_yscale("log")

@@ -65,8 +65,9 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
     except (ValueError, RuntimeError) as error:
         reason = f"the others were not found: {error}"
         if missing:
-            advice = f"start every process with {', '.join(flags)}"
-            reason = f"no cluster was found ({error}); {advice}"
+            reason = (
+                f"no cluster was found ({error}); start every process with {', '.join(flags)}"
+            )
         raise ValueError(f"--distributed: {reason}") from None
 
 

@@ -72,8 +72,7 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
             f"{videos_per_prompt} videos"
         )
     prompt = prompts[index // videos_per_prompt]
-    number = SPLITS.index(split) + (len(SPLITS) if long else 0)
-    rng = np.random.default_rng([number, index])
+    rng = np.random.default_rng([SPLITS.index(split) + (len(SPLITS) if long else 0), index])
     if not long:
         return {
             "prompt": prompt,

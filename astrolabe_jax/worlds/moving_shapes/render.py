@@ -31,8 +31,7 @@ def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the smallest and the largest (x, y) in pixels that the centre of a shape may take."""
     side, up, down = EXTENTS[shape]
     low = np.array([side, up]) + MARGIN
-    high = SIZE - np.array([side, down]) - MARGIN
-    return low, high
+    return low, SIZE - np.array([side, down]) - MARGIN
 
 
 def sample_start(
@@ -99,13 +98,11 @@ def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
     pixel = np.arange(SIZE) + 0.5
     x, y = centres.T[:, :, None, None]
     column = pixel[None, None, :] - x
-    row = pixel[None, :, None] - y
-    distance = edge_distance(attributes.shape, column, row)
+    distance = edge_distance(attributes.shape, column, pixel[None, :, None] - y)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)
-    frames = coverage * colour + (1 - coverage) * background
-    return np.rint(frames).astype(np.uint8)
+    return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
 
 
 def sample(

@@ -182,8 +182,7 @@ def _score_video(video: Array, target: Target) -> dict[str, Array]:
     unfolded = frames._replace(centre=_unfold(frames))
     # the asked axis, in whichever way the shape goes along it
     along = target.direction @ _velocity(unfolded.centre, _visible(frames))
-    way = jnp.where(along < 0, -1, 1)
-    either_way = target._replace(direction=way * target.direction)
+    either_way = target._replace(direction=jnp.where(along < 0, -1, 1) * target.direction)
     parts = {
         "shapes_vq": _quality_parts(frames),
         "shapes_mq": _motion_parts(frames, planes),
@@ -215,16 +214,14 @@ def _quality_parts(video: Frame) -> dict[str, Array]:
     """Return the parts of shapes_vq, each `[]`: means over the frames, by visibility."""
 
     def nearest(colour: Array, palette: np.ndarray) -> Array:
-        distances = _norm(colour[:, None] - palette[None])
-        return jnp.min(distances, axis=1)
+        return jnp.min(_norm(colour[:, None] - palette[None]), axis=1)
 
     colour = _falloff(nearest(video.background + video.contrast, _COLOURS), 50)
     background = _falloff(nearest(video.background, _BACKGROUNDS), 50)
     inside = _falloff(video.inside_error, 40)
     outside = _falloff(video.outside_error, 20)
     strong = jnp.minimum(_norm(video.contrast) / 110, 1)
-    large = jnp.minimum(video.area / 160, 1)
-    visibility = strong * large
+    visibility = strong * jnp.minimum(video.area / 160, 1)
     total = jnp.sum(visibility)
 
     def mean(part: Array) -> Array:
@@ -255,8 +252,7 @@ def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
     squares = jnp.sum(error**2, -1)
     jitter = jnp.sqrt(_ratio(pair @ squares, jnp.sum(pair)))
     outside = video.outside[1:] & video.outside[:-1]
-    changes = jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)
-    change = _ratio(jnp.sum(outside * changes), jnp.sum(outside))
+    change = _ratio(jnp.sum(outside * jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)), jnp.sum(outside))
     size = jnp.log(jnp.maximum(video.area, 1.0))[:, None]
     steady_size = _falloff(spread(size), 0.1)
     steady_fit = _falloff(spread(video.fit), 0.05)
@@ -283,8 +279,7 @@ def _alignment_parts(video: Frame, target: Target) -> dict[str, Array]:
     speed_error = jnp.log((speed + 0.05) / (target.speed + 0.05))
     fit = video.fit @ target.shape
     other_fits = jnp.where(target.shape[None], 0, video.fit)
-    best_other = jnp.max(other_fits, axis=1)
-    margin = fit - best_other
+    margin = fit - jnp.max(other_fits, axis=1)
     margin = (margin - 0.04) / 0.05  # a circle and a square of one size overlap by 0.83
     told_apart = (1 + margin / jnp.sqrt(1 + margin**2)) / 2
     colour_error = _norm(video.background + video.contrast - target.colour[None])
@@ -319,8 +314,7 @@ def _observe(planes: Array) -> Frame:
         """Return signed distances `[h, w]` to the edge of a shape of this area at the centre."""
         scale = jnp.sqrt(jnp.maximum(area, 1.0) / _AREAS[shape])
         column = (x - centre[0])[None, :] / scale
-        row = (y - centre[1])[:, None] / scale
-        return scale * render.edge_distance(shape, column, row, jnp)
+        return scale * render.edge_distance(shape, column, (y - centre[1])[:, None] / scale, jnp)
 
     def overlap(distance: Array) -> Array:
         """Return the intersection over union of the mask and a shape."""
@@ -403,8 +397,7 @@ def _median(values: Array) -> Array:
     high = jnp.full(values.shape[:-1], 255.0)
     for _ in range(8):
         middle = jnp.floor((low + high) / 2)
-        below = jnp.sum(values <= middle[..., None], axis=-1)
-        enough = 2 * below >= values.shape[-1]
+        enough = 2 * jnp.sum(values <= middle[..., None], axis=-1) >= values.shape[-1]
         low = jnp.where(enough, low, middle + 1)
         high = jnp.where(enough, middle, high)
     return low
@@ -418,8 +411,7 @@ def _visible(video: Frame) -> Array:
 
     It is less demanding than VQ's visibility, which takes a strong one.
     """
-    strong = jnp.minimum(_norm(video.contrast) / 50, 1)
-    return strong * jnp.minimum(video.area / 80, 1)
+    return jnp.minimum(_norm(video.contrast) / 50, 1) * jnp.minimum(video.area / 80, 1)
 
 
 def _velocity(centres: Array, weight: Array) -> Array:
@@ -460,16 +452,14 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
 
     def mirrored(border: Array) -> Array:
         """Return what steps over a turn are if they go on behind the border, `[none + 1]`."""
-        over = 2 * border - place[1:] - place[:-1]
-        return jnp.pad(over, (0, 1))
+        return jnp.pad(2 * border - place[1:] - place[:-1], (0, 1))
 
     over_low = mirrored(low)
     over_high = mirrored(high)
 
     def first_sums(values: Array) -> Array:
         """Return the sums of the first k = 0, 1, ... none + 1 values, by the weight of pairs."""
-        sums = jnp.cumsum(pair * values)
-        return jnp.pad(sums, (1, 1), mode="edge").at[0].set(0)
+        return jnp.pad(jnp.cumsum(pair * values), (1, 1), mode="edge").at[0].set(0)
 
     sums = [first_sums(values) for values in (jnp.ones_like(step), step, step**2)]
 

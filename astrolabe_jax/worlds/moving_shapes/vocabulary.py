@@ -198,8 +198,7 @@ def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
     *first, (last, _) = video
     scenes = []
     for attributes, units in first:
-        seconds = units * SCENE_FRAMES / FPS
-        scenes.append(f"{to_prompt(attributes)}[{seconds:g}s]")
+        scenes.append(f"{to_prompt(attributes)}[{(units * SCENE_FRAMES / FPS):g}s]")
     return " | ".join([*scenes, to_prompt(last)])
 
 
