@@ -293,10 +293,8 @@ def planned_devices(config: ConfigDict) -> int:
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
-def main(argv: list[str], recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
+def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
     """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     config = recipe.value
     try:
@@ -327,4 +325,4 @@ if __name__ == "__main__":
         flags.DEFINE_integer("devices", None, "of the run; by default the recipe's", lower_bound=1),
     )
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, *given), flags_parser=cli.parse)
+    app.run(lambda _: main(*given), flags_parser=cli.parse)

@@ -76,14 +76,12 @@ def prepare(options: Mapping[str, Any]) -> tuple[Run, np.ndarray | None, list[Re
     return run, latents, requests
 
 
-def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
+def main(given: Mapping[str, flags.FlagHolder]) -> None:
     """Make the videos.
 
     Exits with status 2 for what cannot be done, before anything is compiled, and with 1 for what
     goes wrong later; one message each.
     """
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     options = {name: flag.value for name, flag in given.items()}
     try:
@@ -150,4 +148,4 @@ def define() -> dict[str, flags.FlagHolder]:
 
 if __name__ == "__main__":
     flag_holders = define()
-    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)
+    app.run(lambda _: main(flag_holders), flags_parser=cli.parse)
