@@ -9,9 +9,9 @@ are checked. The memory is that of the opening summary: without activations.
 """
 
 import functools
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from astrolabe_jax.config import (
 )
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.convert.parts import PARTS, SIZES
 from astrolabe_jax.decode import decode_video
@@ -67,7 +66,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         place = sharding.replicate if name == "vae" else sharding.shard_params
         nets[name] = net._replace(params=place(mesh, net.params))
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
-    base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
+    base = bases.Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
     return Run(
         config,
@@ -102,11 +101,8 @@ def _sizes(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-class Traced(NamedTuple):
-    """What came out of a program, and the shape that the next stage expects."""
-
-    output: Array
-    expected: tuple[int, ...]
+# What came out of a program, and the shape that the next stage expects.
+Traced = tuple[Array, tuple[int, ...]]
 
 
 def trace(run: Run) -> dict[str, Array]:
@@ -116,7 +112,7 @@ def trace(run: Run) -> dict[str, Array]:
       ValueError: if its shape is not the one that the next stage expects.
     """
     with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
-        traced = _trace(run)
+        traced = dict(_trace(run))
     for name, (output, expected) in traced.items():
         if output.shape != expected:
             raise ValueError(
@@ -126,61 +122,41 @@ def trace(run: Run) -> dict[str, Array]:
     return {name: output for name, (output, _) in traced.items()}
 
 
-def _trace(run: Run) -> dict[str, Traced]:
+def _trace(run: Run) -> Iterator[tuple[str, Traced]]:
+    """Yield the name of each program, and what came out of it."""
     config = run.config
     text = run.base.text
     tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
     embeddings = jax.eval_shape(
         functools.partial(encode.embed, text.graphdef), text.params, tokens, tokens
     )
-    width = run.base.transformer.config.text_dim
-    traced = {"text encoder": Traced(embeddings, (tokens.shape[0], text.config.text_len, width))}
-    prompt = embeddings.shape[1:]
+    prompt = (text.config.text_len, run.base.transformer.config.text_dim)
+    yield "text encoder", (embeddings, (tokens.shape[0], *prompt))
     adapter = sharding.replicate(run.mesh, run.adapter)
     videos = piece(config, config.sampler.batch, run.mesh.size)
     prefix = None
     state = None
     if config.streaming.window:
-        count = _streams_at_once(run)
-        made = _trace_blocks(run, adapter, prompt, count, None)
-        traced["past"] = Traced(made.latents, (count, config.model.block, *run.latent_shape[1:]))
-        prefix = _prefix_shapes(run, made.state)
+        # The streams that advance together: of a round, or those that an update goes along.
+        count = piece(config, config.optimizer.microbatch, run.mesh.size)
         if shares_prefix(config):
-            each = videos // count
-            decoder = made.state.decoder if windows.decodes(run) else None
-            past = made.state._replace(decoder=decoder)
-            state = jax.eval_shape(lambda past: streams.fork(past, each), past)
-    made = _trace_blocks(run, adapter, prompt, videos, state)
-    traced["rollout"] = Traced(made.latents, (videos, made.frames, *run.latent_shape[1:]))
-    video = config.video
-    traced["decoder"] = Traced(
-        made.pixels, (videos, made.pixel_frames, video.height, video.width, 3)
-    )
-    traced["train step"] = _trace_step(run, adapter, prompt, prefix)
-    return traced
-
-
-def _streams_at_once(run: Run) -> int:
-    """Return the streams that advance together: of a round, or those that an update goes along."""
-    if shares_prefix(run.config):
-        return rounds(run.config, run.mesh.size)[1]
-    return piece(run.config, run.config.optimizer.microbatch, run.mesh.size)
-
-
-class _Blocks(NamedTuple):
-    """Traced blocks of some videos."""
-
-    latents: Array  # [B, F, C, H, W]
-    pixels: Array  # [B, T, height, width, 3]
-    state: StreamState
-    frames: int  # F
-    pixel_frames: int  # T
+            _, count = rounds(config, run.mesh.size)
+        past, _, after = _trace_blocks(run, adapter, prompt, count, None)
+        yield "past", past
+        prefix = _prefix_shapes(run, after)
+        if shares_prefix(config):
+            after = after._replace(decoder=after.decoder if windows.decodes(run) else None)
+            state = jax.eval_shape(lambda past: streams.fork(past, videos // count), after)
+    latents, pixels, _ = _trace_blocks(run, adapter, prompt, videos, state)
+    yield "rollout", latents
+    yield "decoder", pixels
+    yield "train step", _trace_step(run, adapter, prompt, prefix)
 
 
 def _trace_blocks(
     run: Run, adapter: dict, prompt: tuple[int, ...], count: int, state: StreamState | None
-) -> _Blocks:
-    """Trace the sampling and decoding of `count` videos.
+) -> tuple[Traced, Traced, StreamState]:
+    """Trace the sampling and decoding of `count` videos: latents, pixels, and the state after.
 
     One block stands for all where windows are trained; else every block of the video is traced.
 
@@ -192,7 +168,9 @@ def _trace_blocks(
     frames = run.config.model.block if traced else run.latent_shape[0]
     timeline = timeline_of(run.config, run.layout, "a", frames)
     batch = PromptBatch(("a",) * count, np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
-    chunk = min(run.config.video.decode_chunk, frames)
+    video = run.config.video
+    chunk = min(video.decode_chunk, frames)
+    decoded = chunk if traced else frames
 
     def run_blocks(params, vae_params, adapter, embeddings, keys, state):
         net = run.base.transformer._replace(params=params)
@@ -203,8 +181,7 @@ def _trace_blocks(
         blocks = range(len(timeline.blocks))
         latents, after = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
         vae = run.base.vae._replace(params=vae_params)
-        part = latents[:, :chunk] if traced else latents
-        pixels, decoder = decode_video(vae, part, state.decoder, chunk)
+        pixels, decoder = decode_video(vae, latents[:, :decoded], state.decoder, chunk)
         return latents, jnp.concatenate(pixels, axis=1), after._replace(decoder=decoder)
 
     params = run.base.transformer.params
@@ -212,9 +189,12 @@ def _trace_blocks(
     latents, pixels, after = jax.eval_shape(run_blocks, *shapes)
     vae = run.base.vae.config
     begins = state is None or state.decoder is None
-    decoded = chunk if traced else frames
     pixel_frames = vae.pixel_frames(decoded) if begins else vae.temporal_stride * decoded
-    return _Blocks(latents, pixels, after, frames, pixel_frames)
+    return (
+        (latents, (count, frames, *run.latent_shape[1:])),
+        (pixels, (count, pixel_frames, video.height, video.width, 3)),
+        after,
+    )
 
 
 def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
@@ -247,8 +227,7 @@ def _trace_step(
     frames = (0, window) if cut else None
 
     def take(state, params, texts, batch, prefix):
-        parts = [LossPart(frames, 0, prefix)]
-        return step(state, params, texts, batch, lambda *_: parts)
+        return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
     params = run.base.transformer.params
     after, metrics = jax.eval_shape(take, state, params, texts, _step_batch(run), prefix)
@@ -258,7 +237,7 @@ def _trace_step(
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    return Traced(metrics["sample_loss"], (samples(config) // config.optimizer.steps_per_pass,))
+    return metrics["sample_loss"], (samples(config) // config.optimizer.steps_per_pass,)
 
 
 def _step_batch(run: Run) -> update.StepBatch:
@@ -307,10 +286,8 @@ def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
         for name, out in trace(run).items():
             print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
         if config.streaming.window and config.streaming.mode == "progressive":
-            held = jax.tree.leaves(
-                windows.stream_shapes(run, config.streaming.window, progressive=True)
-            )
-            size = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in held)
+            held = windows.stream_shapes(run, config.streaming.window, progressive=True)
+            size = report.bytes_of(held)
             print(
                 f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more",
                 flush=True,

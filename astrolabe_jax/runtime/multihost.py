@@ -65,9 +65,7 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
     except (ValueError, RuntimeError) as error:
         reason = f"the others were not found: {error}"
         if missing:
-            reason = (
-                f"no cluster was found ({error}); start every process with {', '.join(flags)}"
-            )
+            reason = f"no cluster was found ({error}); start every process with {', '.join(flags)}"
         raise ValueError(f"--distributed: {reason}") from None
 
 
