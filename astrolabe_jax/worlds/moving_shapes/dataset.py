@@ -80,8 +80,11 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
             **vocabulary.parse(prompt)._asdict(),
         }
     scenes = vocabulary.long_scenes(name)[index // videos_per_prompt]
-    listed = [{"prompt": plain, "frames": frames} for plain, frames in scenes]
-    return {"prompt": prompt, "video": render.sample_scenes(scenes, rng), "scenes": listed}
+    return {
+        "prompt": prompt,
+        "video": render.sample_scenes(scenes, rng),
+        "scenes": [{"prompt": plain, "frames": frames} for plain, frames in scenes],
+    }
 
 
 class MovingShapes(tfds.core.GeneratorBasedBuilder):

@@ -64,8 +64,7 @@ def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray
     # there and back again
     turn = (straight - low) % (2 * (high - low))
     reflected = low + np.minimum(turn, 2 * (high - low) - turn)
-    outside = (straight < low) | (straight > high)
-    return np.where(outside, reflected, straight)
+    return np.where((straight < low) | (straight > high), reflected, straight)
 
 
 def _step(attributes: Attributes) -> np.ndarray:
@@ -85,9 +84,7 @@ def edge_distance(shape: str, x: Any, y: Any, xp: Any = np) -> Any:
     if shape == "square":
         return xp.maximum(xp.abs(x), xp.abs(y)) - (RADIUS - 1)
     # equilateral, one corner up: three half planes at the inscribed circle's radius
-    inner = 0.65 * RADIUS
-    slope = xp.abs(x) * 3**0.5 / 2 - y / 2
-    return xp.maximum(y, slope) - inner
+    return xp.maximum(y, xp.abs(x) * 3**0.5 / 2 - y / 2) - 0.65 * RADIUS
 
 
 def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
@@ -129,8 +126,7 @@ def sample_scenes(
             start = sample_start(attributes, rng, frames, jitter)
             centres = bounce(attributes, start, frames)
         else:
-            low, high = bounds(attributes.shape)
-            start = np.clip(centres[-1], low, high)  # a larger shape has less room
+            start = np.clip(centres[-1], *bounds(attributes.shape))  # a larger one has less room
             centres = bounce(attributes, start, frames + 1)[1:]
         videos.append(render(attributes, centres))
     return np.concatenate(videos)

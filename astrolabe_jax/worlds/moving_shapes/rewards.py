@@ -133,14 +133,10 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         rows = np.arange(start, start + CHUNK) % len(frames)
         planes = np.ascontiguousarray(np.moveaxis(frames[rows], -1, 2))
         chunks.append(_score_chunk(planes, Target(*(values[rows] for values in targets))))
-    names = []
-    for reward, parts in EXPONENTS.items():
-        names.append(reward)
-        names += [f"{reward}/{part}" for part in parts]
     scores = {}
-    for name in names:
-        values = np.concatenate([np.asarray(chunk[name]) for chunk in chunks])
-        scores[name] = values[: len(frames)]
+    for reward, parts in EXPONENTS.items():
+        for name in (reward, *(f"{reward}/{part}" for part in parts)):
+            scores[name] = np.concatenate([chunk[name] for chunk in chunks])[: len(frames)]
     return scores
 
 
@@ -222,46 +218,34 @@ def _quality_parts(video: Frame) -> dict[str, Array]:
     outside = _falloff(video.outside_error, 20)
     strong = jnp.minimum(_norm(video.contrast) / 110, 1)
     visibility = strong * jnp.minimum(video.area / 160, 1)
-    total = jnp.sum(visibility)
-
-    def mean(part: Array) -> Array:
-        return _ratio(visibility @ part, total)
-
     return {
         "visibility": jnp.mean(visibility),
-        "crispness": mean(_falloff(video.blur, 1.0)),
-        "palette": mean(jnp.sqrt(colour * background)),
-        "cleanness": mean(jnp.sqrt(inside * outside)),
+        "crispness": _mean(_falloff(video.blur, 1.0), visibility),
+        "palette": _mean(jnp.sqrt(colour * background), visibility),
+        "cleanness": _mean(jnp.sqrt(inside * outside), visibility),
     }
 
 
 def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
     """Return the parts of shapes_mq, each `[]`; `planes` is `[T, 3, h, w]`."""
     weight = _visible(video)
-    total = jnp.sum(weight)
 
     def spread(value: Array) -> Array:
         """Return the RMS deviation from the mean over time, of frames where a shape is seen."""
-        mean = _ratio(weight @ value, total)
-        squares = jnp.sum((value - mean[None]) ** 2, -1)
-        return jnp.sqrt(_ratio(weight @ squares, total))
+        return _rms(value - _mean(value, weight), weight)
 
-    pair = jnp.sqrt(weight[1:] * weight[:-1])
     velocity = _velocity(video.centre, weight)
-    error = jnp.diff(video.centre, axis=0) - velocity[None]
-    squares = jnp.sum(error**2, -1)
-    jitter = jnp.sqrt(_ratio(pair @ squares, jnp.sum(pair)))
+    jitter = _rms(jnp.diff(video.centre, axis=0) - velocity, jnp.sqrt(weight[1:] * weight[:-1]))
     outside = video.outside[1:] & video.outside[:-1]
     change = _ratio(jnp.sum(outside * jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)), jnp.sum(outside))
     size = jnp.log(jnp.maximum(video.area, 1.0))[:, None]
     steady_size = _falloff(spread(size), 0.1)
-    steady_fit = _falloff(spread(video.fit), 0.05)
     return {
         "visibility": jnp.mean(weight),
         "steadiness": _falloff(jitter, 0.25),
         "motion": 1 - jnp.exp(-((_norm(velocity) / 0.1) ** 2)),
         "colour": _falloff(spread(video.background + video.contrast), 15),
-        "form": jnp.sqrt(steady_size * steady_fit),
+        "form": jnp.sqrt(steady_size * _falloff(spread(video.fit), 0.05)),
         "stillness": _falloff(jnp.sqrt(change), 15),
     }
 
@@ -269,25 +253,20 @@ def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
 def _alignment_parts(video: Frame, target: Target) -> dict[str, Array]:
     """Return the parts of shapes_ta, each `[]`."""
     weight = _visible(video)
-
-    def mean(value: Array) -> Array:
-        return _ratio(weight @ value, jnp.sum(weight))
-
     velocity = _velocity(video.centre, weight)
     speed = _norm(velocity)
     cosine = jnp.matmul(target.direction, velocity) / jnp.sqrt(speed**2 + 0.03**2)
     speed_error = jnp.log((speed + 0.05) / (target.speed + 0.05))
     fit = video.fit @ target.shape
-    other_fits = jnp.where(target.shape[None], 0, video.fit)
-    margin = fit - jnp.max(other_fits, axis=1)
+    margin = fit - jnp.max(jnp.where(target.shape[None], 0, video.fit), axis=1)
     margin = (margin - 0.04) / 0.05  # a circle and a square of one size overlap by 0.83
     told_apart = (1 + margin / jnp.sqrt(1 + margin**2)) / 2
     colour_error = _norm(video.background + video.contrast - target.colour[None])
     background_error = _norm(video.background - target.background[None])
     return {
         "visibility": jnp.mean(weight),
-        "colour": mean(_falloff(colour_error, 50)),
-        "shape": mean(told_apart * jnp.minimum(fit / 0.9, 1)),
+        "colour": _mean(_falloff(colour_error, 50), weight),
+        "shape": _mean(told_apart * jnp.minimum(fit / 0.9, 1), weight),
         "direction": ((1 + cosine) / 2) ** 2,
         "speed": _falloff(speed_error, 0.4),
         "background": jnp.mean(_falloff(background_error, 50)),
@@ -307,8 +286,7 @@ def _observe(planes: Array) -> Frame:
     area = jnp.sum(mask)
     x = jnp.arange(width) + 0.5
     y = jnp.arange(height) + 0.5
-    moments = [jnp.sum(mask, 0) @ x, jnp.sum(mask, 1) @ y]
-    centre = jnp.stack([_ratio(moment, area) for moment in moments])
+    centre = _ratio(jnp.stack([jnp.sum(mask, 0) @ x, jnp.sum(mask, 1) @ y]), area)
 
     def distance(shape: str) -> Array:
         """Return signed distances `[h, w]` to the edge of a shape of this area at the centre."""
@@ -319,9 +297,7 @@ def _observe(planes: Array) -> Frame:
     def overlap(distance: Array) -> Array:
         """Return the intersection over union of the mask and a shape."""
         drawn = jnp.clip(0.5 - distance, 0, 1)
-        intersection = jnp.sum(jnp.minimum(mask, drawn))
-        union = jnp.sum(jnp.maximum(mask, drawn))
-        return _ratio(intersection, union)
+        return _ratio(jnp.sum(jnp.minimum(mask, drawn)), jnp.sum(jnp.maximum(mask, drawn)))
 
     distances = [distance(shape) for shape in vocabulary.SHAPES]
     fit = jnp.stack([overlap(distance) for distance in distances])
@@ -349,9 +325,8 @@ def _segment(planes: Array) -> tuple[Array, Array, Array]:
     """Return background `[3]`, contrast `[3]` and coverage `[h, w]` in [0, 1] of colour planes `[3,
     h, w]`.
     """
-    rows = [planes[:, 0], planes[:, -1]]
-    columns = [planes[:, :, 0], planes[:, :, -1]]
-    background = _median(jnp.concatenate(rows + columns, axis=1))
+    border = [planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]]
+    background = _median(jnp.concatenate(border, axis=1))
     offset = planes - background[:, None, None]
 
     def project(contrast: Array) -> Array:
@@ -417,7 +392,7 @@ def _visible(video: Frame) -> Array:
 def _velocity(centres: Array, weight: Array) -> Array:
     """Return the weighted least-squares slope (x, y) of centres `[T, 2]`, in pixels per frame."""
     time = jnp.arange(len(weight), dtype=jnp.float32)
-    time = time - _ratio(weight @ time, jnp.sum(weight))
+    time = time - _mean(time, weight)
     return _ratio((weight * time) @ centres, jnp.sum(weight * time**2))
 
 
@@ -427,11 +402,10 @@ def _unfold(video: Frame) -> Array:
     A proper bounce becomes a straight line.
     """
     weight = _visible(video)
-    total = jnp.sum(weight)
     height, width = video.outside.shape[1:]
-    share = jax.nn.softmax(_ratio(weight @ video.fit, total) / 0.02)
-    area = _ratio(weight @ video.area, total)
-    scale = jnp.sqrt(jnp.maximum(area, 1.0) / jnp.array(_SHAPE_AREAS))
+    share = jax.nn.softmax(_mean(video.fit, weight) / 0.02)
+    area = jnp.maximum(_mean(video.area, weight), 1.0)
+    scale = jnp.sqrt(area / jnp.array(_SHAPE_AREAS))
     side, up, down = (share * scale) @ jnp.array(_EXTENTS)
     low = jnp.array([side, up]) + render.MARGIN
     high = jnp.array([width - side, height - down]) - render.MARGIN
@@ -487,9 +461,7 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
         second = turn_error(-jnp.where(forwards, over_low, over_high), index, velocity)
         unsteady = elsewhere[2] + between[2] - velocity * moved
         # even if it is not seen
-        first_square = jnp.where(i < none, first**2, 0)
-        second_square = jnp.where(index < none, second**2, 0)
-        unsteady += first_square + second_square
+        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)
         possible = (index > i) | (index == none)
         j = jnp.argmin(jnp.where(possible, unsteady, jnp.inf))
         return unsteady[j], j, velocity[j], first[j], second[j]
@@ -511,6 +483,16 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
     return numerator / jnp.maximum(denominator, 1e-6)
+
+
+def _mean(values: Array, weight: Array) -> Array:
+    """Return the weighted mean `[...]` over time of `[T, ...]`."""
+    return _ratio(weight @ values, jnp.sum(weight))
+
+
+def _rms(vectors: Array, weight: Array) -> Array:
+    """Return the weighted root mean square `[]` of the lengths of vectors `[T, n]`."""
+    return jnp.sqrt(_mean(jnp.sum(vectors**2, -1), weight))
 
 
 def _norm(x: Array) -> Array:

@@ -17,8 +17,10 @@ From scene to scene the direction, the speed or both change, in `long_train` als
 colour.) Durations are multiples of SCENE_FRAMES, which is a window of 9 latent frames.
 """
 
+import collections
 import functools
 import itertools
+import operator
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,13 +52,8 @@ LONG_UNITS = 7  # that many shortest scenes make a long video
 LONG_FRAMES = LONG_UNITS * SCENE_FRAMES - 3
 FPS = 16  # pixel frames a second
 LONG_SPLITS = {"long_train": 240, "long_test": 96}  # videos
-# What a new scene of a long video changes: one line of these, each with its table.
-CHANGES = (
-    {"direction": DIRECTIONS},
-    {"speed": SPEEDS},
-    {"direction": DIRECTIONS, "speed": SPEEDS},
-    {"colour": COLOURS},
-)
+# What a new scene of a long video changes: one of these.
+CHANGES = (("direction",), ("speed",), ("direction", "speed"), ("colour",))
 
 
 class Attributes(NamedTuple):
@@ -106,7 +103,7 @@ def held_out(attributes: Attributes) -> bool:
     of each background.
     """
     colour = list(COLOURS).index(attributes.colour)
-    shape = list(SHAPES).index(attributes.shape)
+    shape = SHAPES.index(attributes.shape)
     background = list(BACKGROUNDS).index(attributes.background)
     return (colour + 2 * shape + background) % len(COLOURS) == 0
 
@@ -132,12 +129,9 @@ def long_scenes(split: str) -> list[list[tuple[str, int]]]:
     """
     videos = []
     for video in _long_videos(split):
-        scenes = []
-        for attributes, units in video:
-            frames = units * SCENE_FRAMES
-            if not scenes:
-                frames -= 3  # the first latent frame is one pixel frame, not four
-            scenes.append((to_prompt(attributes), frames))
+        scenes = [(to_prompt(attributes), units * SCENE_FRAMES) for attributes, units in video]
+        prompt, frames = scenes[0]
+        scenes[0] = (prompt, frames - 3)  # the first latent frame is one pixel frame, not four
         videos.append(scenes)
     return videos
 
@@ -161,12 +155,10 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
         return options[int(draw() * len(options))]
 
     def next_scene(last: Attributes) -> Attributes:
-        options = []
-        for tables in CHANGES:
-            changed = [attributes for attributes in _changed(last, tables) if attributes in pool]
-            if changed:
-                options.append(changed)
-        return pick(pick(options))
+        by_change = collections.defaultdict(list)
+        for attributes in pool:
+            by_change[_differing(last, attributes)].append(attributes)
+        return pick(pick([by_change[change] for change in CHANGES if change in by_change]))
 
     shuffled = sorted(pool, key=lambda _: draw())
     videos = []
@@ -182,23 +174,17 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
     return tuple(videos)
 
 
-def _changed(attributes: Attributes, tables: dict[str, dict]) -> list[Attributes]:
-    """Return these attributes with every other value of all that `tables` names."""
-    choices = []
-    for name, table in tables.items():
-        choices.append([value for value in table if value != getattr(attributes, name)])
-    changed = []
-    for values in itertools.product(*choices):
-        changed.append(attributes._replace(**dict(zip(tables, values, strict=True))))
-    return changed
+def _differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
+    """Return the names of the fields in which they differ."""
+    return tuple(itertools.compress(Attributes._fields, map(operator.ne, a, b)))
 
 
 def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
     """Return the scene string of a long video."""
     *first, (last, _) = video
-    scenes = []
-    for attributes, units in first:
-        scenes.append(f"{to_prompt(attributes)}[{(units * SCENE_FRAMES / FPS):g}s]")
+    scenes = [
+        f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first
+    ]
     return " | ".join([*scenes, to_prompt(last)])
 
 
