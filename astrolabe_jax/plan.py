@@ -52,13 +52,21 @@ from astrolabe_jax.types import (
 def abstract_run(config: ConfigDict, devices: int) -> Run:
     """Return the run of `config` on so many devices, with shapes in place of its arrays.
 
-    It has no prompts and no directory; weights of rewards need not be there.
+    It has no prompts and no directory; weights of rewards need not be there, nor the base of a
+    published model, config.model.size.
 
     Raises:
       ValueError, OSError: as run.prepare does.
     """
     validate(config, rewards.TABLE, devices, jax.default_backend())
-    parts = _sizes(config)
+    chosen = numerics(config)
+    if config.model.size:
+        parts = {
+            part: make_config(PARTS[part], sizes_of(net), **chosen)
+            for part, net in SIZES[config.model.size].items()
+        }
+    else:
+        parts = bases.configs(config.base, **chosen)
     layout, sampler, latent_shape = geometry(config, parts)
     mesh = sharding.abstract_mesh(config.mesh, devices)
     nets = {name: bases.shapes(name, sizes) for name, sizes in parts.items()}
@@ -85,20 +93,6 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
             rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
         ),
     )
-
-
-def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """Return the config of each part.
-
-    It is that of a published model, whose base need not be there, or as the base says.
-    """
-    chosen = numerics(config)
-    if not config.model.size:
-        return bases.configs(config.base, **chosen)
-    return {
-        part: make_config(PARTS[part], sizes_of(net), **chosen)
-        for part, net in SIZES[config.model.size].items()
-    }
 
 
 # What came out of a program, and the shape that the next stage expects.
@@ -175,18 +169,25 @@ def _trace_blocks(
     def run_blocks(params, vae_params, adapter, embeddings, keys, state):
         net = run.base.transformer._replace(params=params)
         own = run._replace(base=run.base._replace(transformer=net))
-        policy = own.policy(adapter)
         videos = VideoBatch(batch, (timeline,) * count, {"a": 0}, embeddings, keys, traced)
         state = windows.begin(own, count, frames) if state is None else state
         blocks = range(len(timeline.blocks))
-        latents, after = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
+        latents, after = windows.sampled(
+            streams.sample_blocks(own.policy(adapter), videos, state, blocks)
+        )
         vae = run.base.vae._replace(params=vae_params)
         pixels, decoder = decode_video(vae, latents[:, :decoded], state.decoder, chunk)
         return latents, jnp.concatenate(pixels, axis=1), after._replace(decoder=decoder)
 
-    params = run.base.transformer.params
-    shapes = (params, run.base.vae.params, adapter, _shape(1, *prompt), _keys(count), state)
-    latents, pixels, after = jax.eval_shape(run_blocks, *shapes)
+    latents, pixels, after = jax.eval_shape(
+        run_blocks,
+        run.base.transformer.params,
+        run.base.vae.params,
+        adapter,
+        _shape(1, *prompt),
+        _keys(count),
+        state,
+    )
     vae = run.base.vae.config
     begins = state is None or state.decoder is None
     pixel_frames = vae.pixel_frames(decoded) if begins else vae.temporal_stride * decoded
@@ -229,8 +230,9 @@ def _trace_step(
     def take(state, params, texts, batch, prefix):
         return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
-    params = run.base.transformer.params
-    after, metrics = jax.eval_shape(take, state, params, texts, _step_batch(run), prefix)
+    after, metrics = jax.eval_shape(
+        take, state, run.base.transformer.params, texts, _step_batch(run), prefix
+    )
     after = jax.eval_shape(update.blend_old, after, _shape())
     before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     if [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] != before:
@@ -286,8 +288,9 @@ def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
         for name, out in trace(run).items():
             print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
         if config.streaming.window and config.streaming.mode == "progressive":
-            held = windows.stream_shapes(run, config.streaming.window, progressive=True)
-            size = report.bytes_of(held)
+            size = report.bytes_of(
+                windows.stream_shapes(run, config.streaming.window, progressive=True)
+            )
             print(
                 f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more",
                 flush=True,

@@ -91,6 +91,11 @@ def describe(run: Run, devices: str) -> dict[str, str]:
     """
     config = run.config
     video = config.video
+    place = f", weights on the {config.scoring.weights}" if run.reward_runner.weights else ""
+    weighted = " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
+    distinct = config.prompts.prompts_per_epoch // repeats(config)
+    each = config.prompts.samples_per_prompt * repeats(config)
+    steps = config.optimizer.inner_epochs * config.optimizer.steps_per_pass
     sizes = memory(run)
     settings = {
         "model": _model(run),
@@ -98,11 +103,12 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         "videos": f"{video.frames} frames of {video.height}x{video.width}, latents "
         + "x".join(map(str, run.latent_shape)),
         "windows": _windows(run),
-        "rewards": _rewards(run),
+        "rewards": f"{weighted}; overlap {config.scoring.overlap}{place}",
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} "
         "timesteps",
-        "epoch": _epoch(run),
+        "epoch": f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, "
+        f"{each} each), {steps} optimizer steps at {config.optimizer.learning_rate:g}",
         "pieces": _pieces(run),
         "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on "
         f"{config.eval.videos} videos of held-out prompts{_of_how_many(run.test_prompts)}; a "
@@ -153,27 +159,6 @@ def _windows(run: Run) -> str:
         f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling "
         f"{streaming.sampling}, backprop {streaming.backprop}, prefix {streaming.prefix}, reward "
         f"{streaming.reward}{clips}"
-    )
-
-
-def _rewards(run: Run) -> str:
-    scoring = run.config.scoring
-    weighted = " + ".join(
-        f"{weight:g} {name}" for name, weight in reward_weights(run.config).items()
-    )
-    place = f", weights on the {scoring.weights}" if run.reward_runner.weights else ""
-    return f"{weighted}; overlap {scoring.overlap}{place}"
-
-
-def _epoch(run: Run) -> str:
-    config = run.config
-    optimizer = config.optimizer
-    distinct = config.prompts.prompts_per_epoch // repeats(config)
-    each = config.prompts.samples_per_prompt * repeats(config)
-    return (
-        f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, {each} "
-        f"each), {optimizer.inner_epochs * optimizer.steps_per_pass} optimizer steps at "
-        f"{optimizer.learning_rate:g}"
     )
 
 

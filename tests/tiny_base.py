@@ -13,7 +13,13 @@ from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 from tests.models import tiny
 
-WORDS = vocabulary.words()
+WORDS = sorted(
+    {
+        word
+        for attributes in vocabulary.all_attributes()
+        for word in vocabulary.to_prompt(attributes).split()
+    }
+)
 TRANSFORMER = dataclasses.replace(tiny.CONFIG, text_dim=16, text_len=16)
 VAE = VaeConfig(
     dim=4,

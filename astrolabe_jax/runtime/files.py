@@ -184,7 +184,7 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
       ValueError: naming the index if it is broken, and every tensor that is not in the shard that
         the index gives, or in two.
     """
-    index = read_json(path).get("weight_map")
+    index: Any = read_json(path).get("weight_map")
     whole = isinstance(index, dict) and index
     if not whole or any(type(shard) is not str for shard in index.values()):
         raise ValueError(
@@ -242,7 +242,7 @@ def write_safetensors(
     stop = 0
     for name, tensor in tensors.items():
         start = stop
-        stop += math.prod(tensor.shape) * tensor.dtype.itemsize
+        stop += tensor.nbytes
         header[name] = {
             "dtype": kinds[tensor.dtype],
             "shape": list(tensor.shape),

@@ -21,7 +21,6 @@ STRIP_HEIGHT = 80  # and smaller strips to this on a sheet
 # RGB
 INK = (20, 20, 20)
 PALE = (110, 110, 110)
-PAPER = (255, 255, 255)
 
 # With mbtree, x264 varies from call to call; its default preset is several times slower than a GPU
 # samples.
@@ -69,10 +68,19 @@ class Mp4Writer:
         height = frames.shape[1] // 2 * 2
         width = frames.shape[2] // 2 * 2
         with writing(self._path):
-            container, stream = self._opened(height, width)
+            if self._container is None:
+                self._container = av.open(self._partial, "w", format="mp4", options=FRAGMENTS)
+                self._stream = self._container.add_stream(
+                    "libx264",
+                    rate=Fraction(self._fps),
+                    width=width,
+                    height=height,
+                    pix_fmt="yuv420p",
+                    options=X264_OPTIONS | {"g": str(2 * self._fps)},  # frames of a fragment
+                )
             for frame in frames[:, :height, :width]:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(picture))
+                self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
         """End the video and put it in place whole."""
@@ -90,20 +98,6 @@ class Mp4Writer:
                     packet.stream = stream
                     target.mux(packet)
         self._partial.unlink()
-
-    def _opened(self, height: int, width: int) -> tuple[Any, Any]:
-        """Return the container and its stream, which are opened for frames of this size."""
-        if self._container is None:
-            self._container = av.open(self._partial, "w", format="mp4", options=FRAGMENTS)
-            self._stream = self._container.add_stream(
-                "libx264",
-                rate=Fraction(self._fps),
-                width=width,
-                height=height,
-                pix_fmt="yuv420p",
-                options=X264_OPTIONS | {"g": str(2 * self._fps)},  # frames of a fragment
-            )
-        return self._container, self._stream
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -132,9 +126,8 @@ def read_video(
             for frame in container.decode(video=0):
                 time: Any = frame.time
                 first = time if first is None else first
-                due = 1
-                if fps is not None:
-                    due = int((time - first) * fps + 1e-6) + 1 - len(frames)
+                shown = len(frames) if fps is None else int((time - first) * fps + 1e-6)
+                due = shown + 1 - len(frames)
                 if due > 0:
                     picture = frame.to_ndarray(format="rgb24")
                     frames += [picture if size is None else resized(picture, size)] * due
@@ -193,12 +186,11 @@ def contact_sheet(
     head = 64  # pixels of the title and the headings
     pitch = height + 56  # from row to row
     size = (margin + (width + margin) * len(columns), head + pitch * len(rows))
-    sheet = Image.new("RGB", size, PAPER)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    large = ImageFont.load_default(size=20)
     text = ImageFont.load_default(size=16)
     small = ImageFont.load_default(size=13)
-    draw.text((margin, 10), title, INK, large)
+    draw.text((margin, 10), title, INK, ImageFont.load_default(size=20))
     for i, row in enumerate(rows):
         draw.text((margin, head + pitch * i), row, INK, text)
     for j, (heading, column) in enumerate(columns.items()):

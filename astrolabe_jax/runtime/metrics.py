@@ -53,8 +53,9 @@ class Metrics:
             self._events = EventsWriter(str(self._events_path / "events"))
             # Events of an earlier piece are void from here on.
             start = _SessionLog(status=_SessionLog.START)
-            event = _Event(wall_time=time.time(), step=epoch + 1, session_log=start)
-            self._events.write_event(event)
+            self._events.write_event(
+                _Event(wall_time=time.time(), step=epoch + 1, session_log=start)
+            )
             self._events.flush()
         return records
 
@@ -77,8 +78,9 @@ class Metrics:
         with writing(self._events_path):
             for name, value in _numbers(record):
                 summary = scalar(f"{record['kind']}/{name}", value)
-                event = _Event(wall_time=time.time(), step=record["epoch"], summary=summary)
-                self._events.write_event(event)
+                self._events.write_event(
+                    _Event(wall_time=time.time(), step=record["epoch"], summary=summary)
+                )
             self._events.flush()
 
     def close(self) -> None:

@@ -49,14 +49,13 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
     missing = [flag for flag, value in flags.items() if value is None]
     if not distributed and len(missing) == len(flags):
         return
-    if count is not None and index is not None and coordinator is not None:
-        if not 0 <= index < count:
-            raise ValueError(
-                f"--process is {index}; expected a number from 0 to --processes - 1, {count - 1}"
-            )
-    elif len(missing) < len(flags):
+    if 0 < len(missing) < len(flags):
         raise ValueError(
             f"{', '.join(missing)} missing; several processes take {', '.join(flags)}, all of them"
+        )
+    if count is not None and index is not None and not 0 <= index < count:
+        raise ValueError(
+            f"--process is {index}; expected a number from 0 to --processes - 1, {count - 1}"
         )
     # It would take SIGTERM, which preemption.py listens to.
     jax.config.update("jax_enable_preemption_service", False)

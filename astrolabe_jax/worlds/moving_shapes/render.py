@@ -94,8 +94,7 @@ def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
     """
     pixel = np.arange(SIZE) + 0.5
     x, y = centres.T[:, :, None, None]
-    column = pixel[None, None, :] - x
-    distance = edge_distance(attributes.shape, column, pixel[None, :, None] - y)
+    distance = edge_distance(attributes.shape, pixel[None, None, :] - x, pixel[None, :, None] - y)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)

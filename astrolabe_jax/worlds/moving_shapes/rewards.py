@@ -125,7 +125,17 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
       ValueError: for frames of another shape or dtype, or for a prompt that is not of this world.
     """
     frames = np.asarray(frames)
-    _check(frames, prompts)
+    shape = frames.shape
+    pixels = frames.dtype == np.uint8 and len(shape) == 5 and shape[-1] == 3
+    if not pixels or shape[0] < 1 or min(shape[1:4]) < 2:
+        raise ValueError(
+            "moving-shapes rewards need at least one uint8 video [B, T, height, width, 3] of at "
+            f"least 2 frames and 2x2 pixels, got {frames.dtype} {list(shape)}"
+        )
+    if len(prompts) != len(frames):
+        raise ValueError(
+            f"moving-shapes rewards got {len(frames)} videos but {len(prompts)} prompts"
+        )
     targets = _targets(prompts)
     chunks = []
     for start in range(0, len(frames), CHUNK):
@@ -138,21 +148,6 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         for name in (reward, *(f"{reward}/{part}" for part in parts)):
             scores[name] = np.concatenate([chunk[name] for chunk in chunks])[: len(frames)]
     return scores
-
-
-def _check(frames: np.ndarray, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless there are videos, as many as prompts."""
-    shape = frames.shape
-    pixels = frames.dtype == np.uint8 and len(shape) == 5 and shape[-1] == 3
-    if not pixels or shape[0] < 1 or min(shape[1:4]) < 2:
-        raise ValueError(
-            "moving-shapes rewards need at least one uint8 video [B, T, height, width, 3] of at "
-            f"least 2 frames and 2x2 pixels, got {frames.dtype} {list(shape)}"
-        )
-    if len(prompts) != len(frames):
-        raise ValueError(
-            f"moving-shapes rewards got {len(frames)} videos but {len(prompts)} prompts"
-        )
 
 
 def _targets(prompts: Sequence[str]) -> Target:
@@ -216,8 +211,7 @@ def _quality_parts(video: Frame) -> dict[str, Array]:
     background = _falloff(nearest(video.background, _BACKGROUNDS), 50)
     inside = _falloff(video.inside_error, 40)
     outside = _falloff(video.outside_error, 20)
-    strong = jnp.minimum(_norm(video.contrast) / 110, 1)
-    visibility = strong * jnp.minimum(video.area / 160, 1)
+    visibility = _visible(video, 110, 160)
     return {
         "visibility": jnp.mean(visibility),
         "crispness": _mean(_falloff(video.blur, 1.0), visibility),
@@ -256,7 +250,6 @@ def _alignment_parts(video: Frame, target: Target) -> dict[str, Array]:
     velocity = _velocity(video.centre, weight)
     speed = _norm(velocity)
     cosine = jnp.matmul(target.direction, velocity) / jnp.sqrt(speed**2 + 0.03**2)
-    speed_error = jnp.log((speed + 0.05) / (target.speed + 0.05))
     fit = video.fit @ target.shape
     margin = fit - jnp.max(jnp.where(target.shape[None], 0, video.fit), axis=1)
     margin = (margin - 0.04) / 0.05  # a circle and a square of one size overlap by 0.83
@@ -268,7 +261,7 @@ def _alignment_parts(video: Frame, target: Target) -> dict[str, Array]:
         "colour": _mean(_falloff(colour_error, 50), weight),
         "shape": _mean(told_apart * jnp.minimum(fit / 0.9, 1), weight),
         "direction": ((1 + cosine) / 2) ** 2,
-        "speed": _falloff(speed_error, 0.4),
+        "speed": _falloff(jnp.log((speed + 0.05) / (target.speed + 0.05)), 0.4),
         "background": jnp.mean(_falloff(background_error, 50)),
     }
 
@@ -286,7 +279,8 @@ def _observe(planes: Array) -> Frame:
     area = jnp.sum(mask)
     x = jnp.arange(width) + 0.5
     y = jnp.arange(height) + 0.5
-    centre = _ratio(jnp.stack([jnp.sum(mask, 0) @ x, jnp.sum(mask, 1) @ y]), area)
+    moments = [jnp.sum(mask, 0) @ x, jnp.sum(mask, 1) @ y]
+    centre = jnp.stack([_ratio(moment, area) for moment in moments])
 
     def distance(shape: str) -> Array:
         """Return signed distances `[h, w]` to the edge of a shape of this area at the centre."""
@@ -381,12 +375,12 @@ def _median(values: Array) -> Array:
 # The path over a video.
 
 
-def _visible(video: Frame) -> Array:
+def _visible(video: Frame, contrast: float = 50, area: float = 80) -> Array:
     """Return how surely there is a shape at all, `[T]`.
 
-    It is less demanding than VQ's visibility, which takes a strong one.
+    By default it is less demanding than VQ, which takes a strong one.
     """
-    return jnp.minimum(_norm(video.contrast) / 50, 1) * jnp.minimum(video.area / 80, 1)
+    return jnp.minimum(_norm(video.contrast) / contrast, 1) * jnp.minimum(video.area / area, 1)
 
 
 def _velocity(centres: Array, weight: Array) -> Array:

@@ -75,8 +75,11 @@ def to_prompt(attributes: Attributes) -> str:
 
 def all_attributes() -> list[Attributes]:
     """Return every combination but a shape of its background's colour, in a fixed order."""
-    combinations = itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
-    return [Attributes(*values) for values in combinations if values[0] != values[-1]]
+    return [
+        Attributes(*values)
+        for values in itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
+        if values[0] != values[-1]
+    ]
 
 
 _BY_PROMPT = {to_prompt(attributes): attributes for attributes in all_attributes()}
@@ -163,11 +166,10 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
     shuffled = sorted(pool, key=lambda _: draw())
     videos = []
     for number, first in enumerate(shuffled[: LONG_SPLITS[split]]):
-        changes = number % 3
         scenes = [first]
-        for _ in range(changes):
+        for _ in range(number % 3):
             scenes.append(next_scene(scenes[-1]))
-        cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), changes)))
+        cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), len(scenes) - 1)))
         ends = itertools.pairwise((0, *cuts, LONG_UNITS))
         lengths = [stop - start for start, stop in ends]
         videos.append(tuple(zip(scenes, lengths, strict=True)))
@@ -186,8 +188,3 @@ def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
         f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first
     ]
     return " | ".join([*scenes, to_prompt(last)])
-
-
-def words() -> list[str]:
-    """Return every word that occurs in a prompt, sorted."""
-    return sorted({word for prompt in _BY_PROMPT for word in prompt.split()})
