@@ -75,7 +75,6 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         nets[name] = net._replace(params=place(mesh, net.params))
     adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
     base = bases.Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
-    starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
     return Run(
         config,
         Path(),
@@ -88,7 +87,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         (),
         (),
         adapter,
-        starts,
+        window_starts(config, parts["vae"].latent_frames(config.video.frames)),
         RewardRunner(
             rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
         ),

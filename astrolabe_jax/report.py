@@ -150,10 +150,9 @@ def _windows(run: Run) -> str:
     streaming = run.config.streaming
     if not streaming.window:
         return ""
-    places = f"{run.starts[0]}"
     distinct = len(set(run.starts))
-    if distinct > 1:
-        places = f"one of {distinct} frames {run.starts[0]} to {run.starts[-1]}"
+    several = f"one of {distinct} frames {run.starts[0]} to {run.starts[-1]}"
+    places = several if distinct > 1 else f"{run.starts[0]}"
     clips = f", clips of {streaming.score_frames}" if streaming.score_frames else ""
     return (
         f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling "
@@ -190,13 +189,14 @@ def memory(run: Run) -> dict[str, int]:
     """
     config = run.config
     streaming = config.streaming
+    base = run.base
     batch = piece(config, config.sampler.batch, run.mesh.size)
     frames = run.latent_shape[0]
     pixel_frames = config.video.frames
     if streaming.window:
         if streaming.sampling == "clip":
             frames = streaming.window
-        pixel_frames = run.base.vae.config.temporal_stride * frames
+        pixel_frames = base.vae.config.temporal_stride * frames
     pixels = pixel_frames * config.video.height * config.video.width
     split_over_devices = {
         "cache": _cache_bytes(run, batch, min(run.layout.capacity, frames)),
@@ -209,7 +209,13 @@ def memory(run: Run) -> dict[str, int]:
         split_over_devices["decoder"] = _decoder_bytes(run, decoders)
     rewards = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
     on_each_device = rewards | {
-        "base": _base_bytes(run),
+        # its weights on one device
+        "base": sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(
+                [base.transformer.params, base.vae.params, base.text.params]
+            )
+        ),
         "four policies": 4 * bytes_of(run.adapter),
         "optimizer": 2 * bytes_of(run.adapter),
     }
@@ -255,15 +261,6 @@ def _decoder_bytes(run: Run, streams: int) -> int:
 
     _, state = jax.eval_shape(decode, vae.params, latents)
     return bytes_of(state)
-
-
-def _base_bytes(run: Run) -> int:
-    """Return the bytes of the base's weights on one device."""
-    nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(nets)
-    )
 
 
 def bytes_of(tree: Any) -> int:
@@ -416,7 +413,11 @@ def write_summary(
         "gain": gain,
         "share_of_ceiling": gain["total"]["mean"] / distance if distance > 0 else None,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "versions": versions(),
+        "versions": {
+            "astrolabe_jax": astrolabe_jax.__version__,
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
         "config": flatten(config),
     }
@@ -448,13 +449,6 @@ def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
     }
     rows = {str(workdir / name): text for name, text in places.items()}
     return "\n".join([result, *_aligned(rows)])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the results were made with."""
-    return {"astrolabe_jax": astrolabe_jax.__version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
 
 
 # Numbers for people.

@@ -185,8 +185,9 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
         the index gives, or in two.
     """
     index: Any = read_json(path).get("weight_map")
-    whole = isinstance(index, dict) and index
-    if not whole or any(type(shard) is not str for shard in index.values()):
+    if not (
+        isinstance(index, dict) and index and all(type(shard) is str for shard in index.values())
+    ):
         raise ValueError(
             f"{path}: expected an object weight_map, from names of tensors to names of files "
             "beside it"
@@ -215,8 +216,11 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
             else:
                 tensors[name] = tensor
     if faults:
-        complaint = f"{path} and its shards do not agree; download all of them again:"
-        raise ValueError("\n  ".join([complaint, *faults]))
+        raise ValueError(
+            "\n  ".join(
+                [f"{path} and its shards do not agree; download all of them again:", *faults]
+            )
+        )
     return tensors
 
 

@@ -69,8 +69,9 @@ def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray
 
 def _step(attributes: Attributes) -> np.ndarray:
     """Return the velocity (x, y) in pixels per frame."""
-    direction = np.array(vocabulary.DIRECTIONS[attributes.direction])
-    return direction * vocabulary.SPEEDS[attributes.speed]
+    return (
+        np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
+    )
 
 
 def edge_distance(shape: str, x: Any, y: Any, xp: Any = np) -> Any:

@@ -190,8 +190,7 @@ def _score_video(video: Array, target: Target) -> dict[str, Array]:
             for part, exponent in exponents.items()
         ]
         scores[name] = jnp.exp(jnp.asarray(sum(logs)))
-        for part, value in parts[name].items():
-            scores[f"{name}/{part}"] = value
+        scores |= {f"{name}/{part}": value for part, value in parts[name].items()}
     return scores
 
 
@@ -226,10 +225,11 @@ def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
 
     def spread(value: Array) -> Array:
         """Return the RMS deviation from the mean over time, of frames where a shape is seen."""
-        return _rms(value - _mean(value, weight), weight)
+        return _rms(value - _mean(value, weight)[None], weight)
 
     velocity = _velocity(video.centre, weight)
-    jitter = _rms(jnp.diff(video.centre, axis=0) - velocity, jnp.sqrt(weight[1:] * weight[:-1]))
+    error = jnp.diff(video.centre, axis=0) - velocity[None]
+    jitter = _rms(error, jnp.sqrt(weight[1:] * weight[:-1]))
     outside = video.outside[1:] & video.outside[:-1]
     change = _ratio(jnp.sum(outside * jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)), jnp.sum(outside))
     size = jnp.log(jnp.maximum(video.area, 1.0))[:, None]
