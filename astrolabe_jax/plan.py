@@ -73,20 +73,18 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     for name, net in nets.items():
         place = sharding.replicate if name == "vae" else sharding.shard_params
         nets[name] = net._replace(params=place(mesh, net.params))
-    adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
-    base = bases.Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
     return Run(
         config,
         Path(),
         {},
-        base,
+        bases.Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, ""),
         layout,
         sampler,
         mesh,
         latent_shape,
         (),
         (),
-        adapter,
+        adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype)),
         window_starts(config, parts["vae"].latent_frames(config.video.frames)),
         RewardRunner(
             rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
@@ -221,7 +219,6 @@ def _trace_step(
     config = run.config
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
     step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
-    texts = _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt)
     window = config.streaming.window
     cut = window and not shares_prefix(config) and config.streaming.backprop == "detach"
     frames = (0, window) if cut else None
@@ -230,7 +227,12 @@ def _trace_step(
         return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
     after, metrics = jax.eval_shape(
-        take, state, run.base.transformer.params, texts, _step_batch(run), prefix
+        take,
+        state,
+        run.base.transformer.params,
+        _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt),
+        _step_batch(run),
+        prefix,
     )
     after = jax.eval_shape(update.blend_old, after, _shape())
     before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -243,8 +245,9 @@ def _trace_step(
 
 def _step_batch(run: Run) -> update.StepBatch:
     """Return the shapes of the samples of the first optimizer step."""
-    mask = np.ones(samples(run.config), bool)
-    plan = minibatches.plan_pass(run.config, 0, 0, mask, run.mesh.size)
+    plan = minibatches.plan_pass(
+        run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size
+    )
     shape = minibatches.cut(run.config, plan, run.mesh.size).order.shape[1:]
     frames = run.window if shares_prefix(run.config) else run.latent_shape[0]
     return update.StepBatch(

@@ -95,6 +95,9 @@ def describe(run: Run, devices: str) -> dict[str, str]:
     weighted = " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
     distinct = config.prompts.prompts_per_epoch // repeats(config)
     each = config.prompts.samples_per_prompt * repeats(config)
+    sampled = piece(config, config.sampler.batch, run.mesh.size)
+    trained = piece(config, config.optimizer.microbatch, run.mesh.size)
+    accumulated = samples(config) // (config.optimizer.steps_per_pass * trained)
     steps = config.optimizer.inner_epochs * config.optimizer.steps_per_pass
     sizes = memory(run)
     settings = {
@@ -109,7 +112,9 @@ def describe(run: Run, devices: str) -> dict[str, str]:
         "timesteps",
         "epoch": f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, "
         f"{each} each), {steps} optimizer steps at {config.optimizer.learning_rate:g}",
-        "pieces": _pieces(run),
+        "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, "
+        f"{sampled // run.mesh.size} per device; {accumulated} of {trained} for the gradient of a "
+        f"step, {trained // run.mesh.size} per device",
         "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on "
         f"{config.eval.videos} videos of held-out prompts{_of_how_many(run.test_prompts)}; a "
         f"checkpoint every {config.train.checkpoint_every} epochs",
@@ -161,19 +166,6 @@ def _windows(run: Run) -> str:
     )
 
 
-def _pieces(run: Run) -> str:
-    config = run.config
-    devices = run.mesh.size
-    sampled = piece(config, config.sampler.batch, devices)
-    trained = piece(config, config.optimizer.microbatch, devices)
-    accumulated = samples(config) // (config.optimizer.steps_per_pass * trained)
-    return (
-        f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // devices} per "
-        f"device; {accumulated} of {trained} for the gradient of a step, {trained // devices} per "
-        "device"
-    )
-
-
 def _of_how_many(prompts: Sequence[str]) -> str:
     """Return how long a list of prompts is; nothing for a run that is only planned."""
     return f" of {len(prompts)}" if prompts else ""
@@ -197,11 +189,10 @@ def memory(run: Run) -> dict[str, int]:
         if streaming.sampling == "clip":
             frames = streaming.window
         pixel_frames = base.vae.config.temporal_stride * frames
-    pixels = pixel_frames * config.video.height * config.video.width
     split_over_devices = {
         "cache": _cache_bytes(run, batch, min(run.layout.capacity, frames)),
         "latents": 4 * samples(config) * frames * math.prod(run.latent_shape[1:]),
-        "frames": batch * pixels * 3,
+        "frames": batch * pixel_frames * config.video.height * config.video.width * 3,
     }
     if streaming.window:
         caches, decoders = _streams(run)
@@ -337,10 +328,10 @@ def write_contact_sheet(
         f"{heading} {np.mean(evaluation['total']):.3f}"
         for heading, evaluation in evaluations.items()
     )
-    title = f"{name}: mean total reward on held-out prompts {means}"
     path = workdir / "samples" / "contact_sheet.png"
     if columns:
         shown = len(next(iter(columns.values())))
+        title = f"{name}: mean total reward on held-out prompts {means}"
         media.write_png(path, media.contact_sheet(title, batch.texts[:shown], columns))
     return path
 

@@ -148,9 +148,12 @@ def strip(frames: np.ndarray) -> np.ndarray:
     The strip is [height, width', 3] uint8, with a white column between neighbours.
     """
     times = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames)))
-    border = ((0, 0), (0, 1), (0, 0))
     return np.concatenate(
-        [np.pad(frames[round(time)], border, constant_values=255) for time in times], axis=1
+        [
+            np.pad(frames[round(time)], ((0, 0), (0, 1), (0, 0)), constant_values=255)
+            for time in times
+        ],
+        axis=1,
     )
 
 

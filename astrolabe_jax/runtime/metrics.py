@@ -69,9 +69,8 @@ class Metrics:
         multihost.on_primary(lambda: self._write(record))
 
     def _write(self, record: dict[str, Any]) -> None:
-        line = _line(record).encode()
         with writing(self._path), open(self._path, "ab") as file:
-            file.write(line)
+            file.write(_line(record).encode())
             file.flush()
             os.fsync(file.fileno())
         assert self._events is not None  # process 0 has opened it

@@ -62,9 +62,11 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
     try:
         jax.distributed.initialize(coordinator, count, index)
     except (ValueError, RuntimeError) as error:
-        reason = f"the others were not found: {error}"
-        if missing:
-            reason = f"no cluster was found ({error}); start every process with {', '.join(flags)}"
+        reason = (
+            f"no cluster was found ({error}); start every process with {', '.join(flags)}"
+            if missing
+            else f"the others were not found: {error}"
+        )
         raise ValueError(f"--distributed: {reason}") from None
 
 

@@ -110,8 +110,11 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
         long = self.builder_config.long
-        shape = (vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3)
-        video = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
+        video = tfds.features.Tensor(
+            shape=(vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3),
+            dtype=np.uint8,
+            encoding="zlib",
+        )
         described = dict.fromkeys(vocabulary.Attributes._fields, text)
         if long:
             described = {"scenes": tfds.features.Sequence({"prompt": text, "frames": np.int32})}

@@ -52,8 +52,11 @@ def sample_start(
 
     if not (room(frames) >= 0).all():
         frames = FRAMES
-    spread = rng.uniform(-1, 1, 2) * np.minimum(room(frames), jitter)
-    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + spread
+    middle = (
+        SIZE / 2
+        + np.array([0, (up - down) / 2])
+        + rng.uniform(-1, 1, 2) * np.minimum(room(frames), jitter)
+    )
     return middle - step * (frames - 1) / 2
 
 

@@ -75,7 +75,6 @@ _AREAS = {
     "square": 4 * (render.RADIUS - 1) ** 2,
     "triangle": 3 * 3**0.5 * (0.65 * render.RADIUS) ** 2,
 }
-_SHAPE_AREAS = np.array([_AREAS[shape] for shape in vocabulary.SHAPES], np.float32)
 _EXTENTS = np.array([render.EXTENTS[shape] for shape in vocabulary.SHAPES], np.float32)
 # standard deviation of an antialiased edge after _smooth, in pixels
 _SHARP_EDGE = (1 / 12 + 1 / 2) ** 0.5
@@ -285,8 +284,9 @@ def _observe(planes: Array) -> Frame:
     def distance(shape: str) -> Array:
         """Return signed distances `[h, w]` to the edge of a shape of this area at the centre."""
         scale = jnp.sqrt(jnp.maximum(area, 1.0) / _AREAS[shape])
-        column = (x - centre[0])[None, :] / scale
-        return scale * render.edge_distance(shape, column, (y - centre[1])[:, None] / scale, jnp)
+        return scale * render.edge_distance(
+            shape, (x - centre[0])[None, :] / scale, (y - centre[1])[:, None] / scale, jnp
+        )
 
     def overlap(distance: Array) -> Array:
         """Return the intersection over union of the mask and a shape."""
@@ -399,7 +399,7 @@ def _unfold(video: Frame) -> Array:
     height, width = video.outside.shape[1:]
     share = jax.nn.softmax(_mean(video.fit, weight) / 0.02)
     area = jnp.maximum(_mean(video.area, weight), 1.0)
-    scale = jnp.sqrt(area / jnp.array(_SHAPE_AREAS))
+    scale = jnp.sqrt(area / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES]))
     side, up, down = (share * scale) @ jnp.array(_EXTENTS)
     low = jnp.array([side, up]) + render.MARGIN
     high = jnp.array([width - side, height - down]) - render.MARGIN

@@ -170,8 +170,7 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
         for _ in range(number % 3):
             scenes.append(next_scene(scenes[-1]))
         cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), len(scenes) - 1)))
-        ends = itertools.pairwise((0, *cuts, LONG_UNITS))
-        lengths = [stop - start for start, stop in ends]
+        lengths = [stop - start for start, stop in itertools.pairwise((0, *cuts, LONG_UNITS))]
         videos.append(tuple(zip(scenes, lengths, strict=True)))
     return tuple(videos)
 
