@@ -75,7 +75,6 @@ _AREAS = {
     "square": 4 * (render.RADIUS - 1) ** 2,
     "triangle": 3 * 3**0.5 * (0.65 * render.RADIUS) ** 2,
 }
-_EXTENTS = np.array([render.EXTENTS[shape] for shape in vocabulary.SHAPES], np.float32)
 # standard deviation of an antialiased edge after _smooth, in pixels
 _SHARP_EDGE = (1 / 12 + 1 / 2) ** 0.5
 _COLOURS = np.array(list(vocabulary.COLOURS.values()), np.float32)
@@ -330,8 +329,8 @@ def _segment(planes: Array) -> tuple[Array, Array, Array]:
     def mean_offset(weight: Array) -> Array:
         return _ratio(jnp.einsum("hw,chw->c", weight, offset), jnp.sum(weight))
 
-    squared = jnp.sum(offset**2, axis=0) / 255**2
-    rough = mean_offset(squared**2)  # the most distinct pixels, but biased by the antialiased edge
+    # the most distinct pixels, but biased by the antialiased edge
+    rough = mean_offset((jnp.sum(offset**2, axis=0) / 255**2) ** 2)
     contrast = mean_offset(jnp.clip((project(rough) - 0.6) / 0.3, 0, 1))
     return background, contrast, project(contrast)
 
@@ -400,7 +399,7 @@ def _unfold(video: Frame) -> Array:
     share = jax.nn.softmax(_mean(video.fit, weight) / 0.02)
     area = jnp.maximum(_mean(video.area, weight), 1.0)
     scale = jnp.sqrt(area / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES]))
-    side, up, down = (share * scale) @ jnp.array(_EXTENTS)
+    side, up, down = (share * scale) @ jnp.array([render.EXTENTS[s] for s in vocabulary.SHAPES])
     low = jnp.array([side, up]) + render.MARGIN
     high = jnp.array([width - side, height - down]) - render.MARGIN
     return jax.vmap(_unfold_axis, (1, None, 0, 0), 1)(video.centre, weight, low, high)
