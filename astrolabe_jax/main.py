@@ -21,14 +21,12 @@ PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Prepare the run and train.
 
     Ends with status 2 for what cannot be done, before anything is compiled, and with status 1 for a
     run that could not go on.
     """
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     try:
         multihost.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)

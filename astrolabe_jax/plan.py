@@ -9,9 +9,9 @@ are checked. The memory is that of the opening summary: without activations.
 """
 
 import functools
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from astrolabe_jax.config import (
 )
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert.base import Base
 from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.convert.parts import PARTS, SIZES
 from astrolabe_jax.decode import decode_video
@@ -53,61 +52,48 @@ from astrolabe_jax.types import (
 def abstract_run(config: ConfigDict, devices: int) -> Run:
     """Return the run of `config` on so many devices, with shapes in place of its arrays.
 
-    It has no prompts and no directory; weights of rewards need not be there.
+    It has no prompts and no directory; weights of rewards need not be there, nor the base of a
+    published model, config.model.size.
 
     Raises:
       ValueError, OSError: as run.prepare does.
     """
     validate(config, rewards.TABLE, devices, jax.default_backend())
-    parts = _sizes(config)
+    chosen = numerics(config)
+    if config.model.size:
+        parts = {
+            part: make_config(PARTS[part], sizes_of(net), **chosen)
+            for part, net in SIZES[config.model.size].items()
+        }
+    else:
+        parts = bases.configs(config.base, **chosen)
     layout, sampler, latent_shape = geometry(config, parts)
     mesh = sharding.abstract_mesh(config.mesh, devices)
     nets = {name: bases.shapes(name, sizes) for name, sizes in parts.items()}
     for name, net in nets.items():
         place = sharding.replicate if name == "vae" else sharding.shard_params
         nets[name] = net._replace(params=place(mesh, net.params))
-    adapter = adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype))
-    base = Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, "")
-    starts = window_starts(config, parts["vae"].latent_frames(config.video.frames))
-    reward_runner = RewardRunner(
-        rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
-    )
     return Run(
         config,
         Path(),
         {},
-        base,
+        bases.Base(nets["transformer"], nets["vae"], nets["text_encoder"], None, ""),
         layout,
         sampler,
         mesh,
         latent_shape,
         (),
         (),
-        adapter,
-        starts,
-        reward_runner,
+        adapter_shapes(parts["transformer"], config.lora.rank, jnp.dtype(config.lora.dtype)),
+        window_starts(config, parts["vae"].latent_frames(config.video.frames)),
+        RewardRunner(
+            rewards.planned(config.rewards, mesh), config.scoring.overlap, config.scoring.weights
+        ),
     )
 
 
-def _sizes(config: ConfigDict) -> dict[str, Any]:
-    """Return the config of each part.
-
-    It is that of a published model, whose base need not be there, or as the base says.
-    """
-    chosen = numerics(config)
-    if not config.model.size:
-        return bases.configs(config.base, **chosen)
-    return {
-        part: make_config(PARTS[part], sizes_of(net), **chosen)
-        for part, net in SIZES[config.model.size].items()
-    }
-
-
-class Traced(NamedTuple):
-    """What came out of a program, and the shape that the next stage expects."""
-
-    output: Array
-    expected: tuple[int, ...]
+# What came out of a program, and the shape that the next stage expects.
+Traced = tuple[Array, tuple[int, ...]]
 
 
 def trace(run: Run) -> dict[str, Array]:
@@ -117,7 +103,7 @@ def trace(run: Run) -> dict[str, Array]:
       ValueError: if its shape is not the one that the next stage expects.
     """
     with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
-        traced = _trace(run)
+        traced = dict(_trace(run))
     for name, (output, expected) in traced.items():
         if output.shape != expected:
             raise ValueError(
@@ -127,60 +113,41 @@ def trace(run: Run) -> dict[str, Array]:
     return {name: output for name, (output, _) in traced.items()}
 
 
-def _trace(run: Run) -> dict[str, Traced]:
+def _trace(run: Run) -> Iterator[tuple[str, Traced]]:
+    """Yield the name of each program, and what came out of it."""
     config = run.config
     text = run.base.text
     tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
-    embed = functools.partial(encode.embed, text.graphdef)
-    embeddings = jax.eval_shape(embed, text.params, tokens, tokens)
-    width = run.base.transformer.config.text_dim
-    traced = {"text encoder": Traced(embeddings, (tokens.shape[0], text.config.text_len, width))}
-    prompt = embeddings.shape[1:]
+    embeddings = jax.eval_shape(
+        functools.partial(encode.embed, text.graphdef), text.params, tokens, tokens
+    )
+    prompt = (text.config.text_len, run.base.transformer.config.text_dim)
+    yield "text encoder", (embeddings, (tokens.shape[0], *prompt))
     adapter = sharding.replicate(run.mesh, run.adapter)
     videos = piece(config, config.sampler.batch, run.mesh.size)
     prefix = None
     state = None
     if config.streaming.window:
-        count = _streams_at_once(run)
-        made = _trace_blocks(run, adapter, prompt, count, None)
-        expected = (count, config.model.block, *run.latent_shape[1:])
-        traced["past"] = Traced(made.latents, expected)
-        prefix = _prefix_shapes(run, made.state)
+        # The streams that advance together: of a round, or those that an update goes along.
+        count = piece(config, config.optimizer.microbatch, run.mesh.size)
         if shares_prefix(config):
-            each = videos // count
-            decoder = made.state.decoder if windows.decodes(run) else None
-            past = made.state._replace(decoder=decoder)
-            state = jax.eval_shape(lambda past: streams.fork(past, each), past)
-    made = _trace_blocks(run, adapter, prompt, videos, state)
-    traced["rollout"] = Traced(made.latents, (videos, made.frames, *run.latent_shape[1:]))
-    video = config.video
-    shape = (videos, made.pixel_frames, video.height, video.width, 3)
-    traced["decoder"] = Traced(made.pixels, shape)
-    traced["train step"] = _trace_step(run, adapter, prompt, prefix)
-    return traced
-
-
-def _streams_at_once(run: Run) -> int:
-    """Return the streams that advance together: of a round, or those that an update goes along."""
-    if shares_prefix(run.config):
-        return rounds(run.config, run.mesh.size)[1]
-    return piece(run.config, run.config.optimizer.microbatch, run.mesh.size)
-
-
-class _Blocks(NamedTuple):
-    """Traced blocks of some videos."""
-
-    latents: Array  # [B, F, C, H, W]
-    pixels: Array  # [B, T, height, width, 3]
-    state: StreamState
-    frames: int  # F
-    pixel_frames: int  # T
+            _, count = rounds(config, run.mesh.size)
+        past, _, after = _trace_blocks(run, adapter, prompt, count, None)
+        yield "past", past
+        prefix = _prefix_shapes(run, after)
+        if shares_prefix(config):
+            after = after._replace(decoder=after.decoder if windows.decodes(run) else None)
+            state = jax.eval_shape(lambda past: streams.fork(past, videos // count), after)
+    latents, pixels, _ = _trace_blocks(run, adapter, prompt, videos, state)
+    yield "rollout", latents
+    yield "decoder", pixels
+    yield "train step", _trace_step(run, adapter, prompt, prefix)
 
 
 def _trace_blocks(
     run: Run, adapter: dict, prompt: tuple[int, ...], count: int, state: StreamState | None
-) -> _Blocks:
-    """Trace the sampling and decoding of `count` videos.
+) -> tuple[Traced, Traced, StreamState]:
+    """Trace the sampling and decoding of `count` videos: latents, pixels, and the state after.
 
     One block stands for all where windows are trained; else every block of the video is traced.
 
@@ -192,29 +159,40 @@ def _trace_blocks(
     frames = run.config.model.block if traced else run.latent_shape[0]
     timeline = timeline_of(run.config, run.layout, "a", frames)
     batch = PromptBatch(("a",) * count, np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
-    chunk = min(run.config.video.decode_chunk, frames)
+    video = run.config.video
+    chunk = min(video.decode_chunk, frames)
+    decoded = chunk if traced else frames
 
     def run_blocks(params, vae_params, adapter, embeddings, keys, state):
         net = run.base.transformer._replace(params=params)
         own = run._replace(base=run.base._replace(transformer=net))
-        policy = own.policy(adapter)
         videos = VideoBatch(batch, (timeline,) * count, {"a": 0}, embeddings, keys, traced)
         state = windows.begin(own, count, frames) if state is None else state
         blocks = range(len(timeline.blocks))
-        latents, after = windows.sampled(streams.sample_blocks(policy, videos, state, blocks))
+        latents, after = windows.sampled(
+            streams.sample_blocks(own.policy(adapter), videos, state, blocks)
+        )
         vae = run.base.vae._replace(params=vae_params)
-        part = latents[:, :chunk] if traced else latents
-        pixels, decoder = decode_video(vae, part, state.decoder, chunk)
+        pixels, decoder = decode_video(vae, latents[:, :decoded], state.decoder, chunk)
         return latents, jnp.concatenate(pixels, axis=1), after._replace(decoder=decoder)
 
-    params = run.base.transformer.params
-    shapes = (params, run.base.vae.params, adapter, _shape(1, *prompt), _keys(count), state)
-    latents, pixels, after = jax.eval_shape(run_blocks, *shapes)
+    latents, pixels, after = jax.eval_shape(
+        run_blocks,
+        run.base.transformer.params,
+        run.base.vae.params,
+        adapter,
+        _shape(1, *prompt),
+        _keys(count),
+        state,
+    )
     vae = run.base.vae.config
     begins = state is None or state.decoder is None
-    decoded = chunk if traced else frames
     pixel_frames = vae.pixel_frames(decoded) if begins else vae.temporal_stride * decoded
-    return _Blocks(latents, pixels, after, frames, pixel_frames)
+    return (
+        (latents, (count, frames, *run.latent_shape[1:])),
+        (pixels, (count, pixel_frames, video.height, video.width, 3)),
+        after,
+    )
 
 
 def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
@@ -228,8 +206,10 @@ def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
         return context._replace(whole=_shape(state.first.shape[0], start, *run.latent_shape[1:]))
     if streaming.prefix == "rollout_old":
         return context._replace(cache=state.cache)
-    first = _shape(state.first.shape[0], run.layout.kept, *run.latent_shape[1:])
-    return context._replace(first=first, recent=state.recent)
+    return context._replace(
+        first=_shape(state.first.shape[0], run.layout.kept, *run.latent_shape[1:]),
+        recent=state.recent,
+    )
 
 
 def _trace_step(
@@ -239,31 +219,35 @@ def _trace_step(
     config = run.config
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
     step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
-    texts = _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt)
     window = config.streaming.window
     cut = window and not shares_prefix(config) and config.streaming.backprop == "detach"
     frames = (0, window) if cut else None
 
     def take(state, params, texts, batch, prefix):
-        parts = [LossPart(frames, 0, prefix)]
-        return step(state, params, texts, batch, lambda *_: parts)
+        return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
-    params = run.base.transformer.params
-    after, metrics = jax.eval_shape(take, state, params, texts, _step_batch(run), prefix)
+    after, metrics = jax.eval_shape(
+        take,
+        state,
+        run.base.transformer.params,
+        _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt),
+        _step_batch(run),
+        prefix,
+    )
     after = jax.eval_shape(update.blend_old, after, _shape())
     before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     if [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] != before:
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    expected = (samples(config) // config.optimizer.steps_per_pass,)
-    return Traced(metrics["sample_loss"], expected)
+    return metrics["sample_loss"], (samples(config) // config.optimizer.steps_per_pass,)
 
 
 def _step_batch(run: Run) -> update.StepBatch:
     """Return the shapes of the samples of the first optimizer step."""
-    mask = np.ones(samples(run.config), bool)
-    plan = minibatches.plan_pass(run.config, 0, 0, mask, run.mesh.size)
+    plan = minibatches.plan_pass(
+        run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size
+    )
     shape = minibatches.cut(run.config, plan, run.mesh.size).order.shape[1:]
     frames = run.window if shares_prefix(run.config) else run.latent_shape[0]
     return update.StepBatch(
@@ -292,10 +276,8 @@ def planned_devices(config: ConfigDict) -> int:
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
-def main(argv: list[str], recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
+def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
     """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     config = recipe.value
     try:
@@ -308,10 +290,9 @@ def main(argv: list[str], recipe: flags.FlagHolder, devices: flags.FlagHolder) -
         for name, out in trace(run).items():
             print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
         if config.streaming.window and config.streaming.mode == "progressive":
-            held = jax.tree.leaves(
+            size = report.bytes_of(
                 windows.stream_shapes(run, config.streaming.window, progressive=True)
             )
-            size = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in held)
             print(
                 f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more",
                 flush=True,
@@ -326,4 +307,4 @@ if __name__ == "__main__":
         flags.DEFINE_integer("devices", None, "of the run; by default the recipe's", lower_bound=1),
     )
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, *given), flags_parser=cli.parse)
+    app.run(lambda _: main(*given), flags_parser=cli.parse)

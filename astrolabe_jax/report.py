@@ -60,10 +60,13 @@ def opening(run: Run) -> str:
 
 def titled(title: str, rows: Mapping[str, str]) -> str:
     """Return the program's version and a title, then the rows, aligned."""
-    width = max(len(name) for name in rows)
-    lines = [f"astrolabe_jax {astrolabe_jax.__version__}: {title}"]
-    lines += [f"  {name:{width}}  {text}" for name, text in rows.items()]
-    return "\n".join(lines)
+    return "\n".join([f"astrolabe_jax {astrolabe_jax.__version__}: {title}", *_aligned(rows)])
+
+
+def _aligned(rows: Mapping[str, str]) -> list[str]:
+    """Return a line for each row, with the texts below one another."""
+    width = max(map(len, rows))
+    return [f"  {name:{width}}  {text}" for name, text in rows.items()]
 
 
 def warnings(run: Run) -> list[str]:
@@ -87,32 +90,46 @@ def describe(run: Run, devices: str) -> dict[str, str]:
     about them.
     """
     config = run.config
+    video = config.video
+    place = f", weights on the {config.scoring.weights}" if run.reward_runner.weights else ""
+    weighted = " + ".join(f"{weight:g} {name}" for name, weight in reward_weights(config).items())
+    distinct = config.prompts.prompts_per_epoch // repeats(config)
+    each = config.prompts.samples_per_prompt * repeats(config)
+    sampled = piece(config, config.sampler.batch, run.mesh.size)
+    trained = piece(config, config.optimizer.microbatch, run.mesh.size)
+    accumulated = samples(config) // (config.optimizer.steps_per_pass * trained)
+    steps = config.optimizer.inner_epochs * config.optimizer.steps_per_pass
+    sizes = memory(run)
     settings = {
         "model": _model(run),
         "policy": _policy(run),
-        "videos": _videos(run),
+        "videos": f"{video.frames} frames of {video.height}x{video.width}, latents "
+        + "x".join(map(str, run.latent_shape)),
         "windows": _windows(run),
-        "rewards": _rewards(run),
+        "rewards": f"{weighted}; overlap {config.scoring.overlap}{place}",
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} "
         "timesteps",
-        "epoch": _epoch(run),
-        "pieces": _pieces(run),
+        "epoch": f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, "
+        f"{each} each), {steps} optimizer steps at {config.optimizer.learning_rate:g}",
+        "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, "
+        f"{sampled // run.mesh.size} per device; {accumulated} of {trained} for the gradient of a "
+        f"step, {trained // run.mesh.size} per device",
         "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on "
         f"{config.eval.videos} videos of held-out prompts{_of_how_many(run.test_prompts)}; a "
         f"checkpoint every {config.train.checkpoint_every} epochs",
         "devices": f"{devices}; data {run.mesh.shape['data']} x fsdp {run.mesh.shape['fsdp']}",
-        "memory": _memory(run),
+        "memory": f"{sum(sizes.values()) / 2**20:,.0f} MiB per device and activations: "
+        + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes.items()),
     }
     return {name: text for name, text in settings.items() if text}
 
 
 def _model(run: Run) -> str:
     config = run.config
-    base = run.base
-    net = base.transformer.config
+    net = run.base.transformer.config
     counts = {
-        name: count(parameter_count(getattr(base, name).params))
+        name: count(parameter_count(getattr(run.base, name).params))
         for name in ("transformer", "text", "vae")
     }
     return (
@@ -125,19 +142,12 @@ def _model(run: Run) -> str:
 def _policy(run: Run) -> str:
     model = run.config.model
     steps = " ".join(f"{t:.4g}" for t in run.sampler.steps)
-    seen = f"{model.window} frames, sink {model.sink}"
-    if model.window == -1:
-        seen = "all before it"
+    bounded = f"{model.window} frames, sink {model.sink}"
+    seen = "all before it" if model.window == -1 else bounded
     return (
         f"LoRA of rank {run.config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
         f"steps at {steps}; blocks of {model.block} latent frames, each sees {seen}"
     )
-
-
-def _videos(run: Run) -> str:
-    video = run.config.video
-    latents = "x".join(str(size) for size in run.latent_shape)
-    return f"{video.frames} frames of {video.height}x{video.width}, latents {latents}"
 
 
 def _windows(run: Run) -> str:
@@ -145,56 +155,15 @@ def _windows(run: Run) -> str:
     streaming = run.config.streaming
     if not streaming.window:
         return ""
-    places = f"{run.starts[0]}"
     distinct = len(set(run.starts))
-    if distinct > 1:
-        places = f"one of {distinct} frames {run.starts[0]} to {run.starts[-1]}"
+    several = f"one of {distinct} frames {run.starts[0]} to {run.starts[-1]}"
+    places = several if distinct > 1 else f"{run.starts[0]}"
     clips = f", clips of {streaming.score_frames}" if streaming.score_frames else ""
     return (
         f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling "
         f"{streaming.sampling}, backprop {streaming.backprop}, prefix {streaming.prefix}, reward "
         f"{streaming.reward}{clips}"
     )
-
-
-def _rewards(run: Run) -> str:
-    scoring = run.config.scoring
-    weighted = " + ".join(
-        f"{weight:g} {name}" for name, weight in reward_weights(run.config).items()
-    )
-    place = f", weights on the {scoring.weights}" if run.reward_runner.weights else ""
-    return f"{weighted}; overlap {scoring.overlap}{place}"
-
-
-def _epoch(run: Run) -> str:
-    config = run.config
-    optimizer = config.optimizer
-    distinct = config.prompts.prompts_per_epoch // repeats(config)
-    each = config.prompts.samples_per_prompt * repeats(config)
-    return (
-        f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, {each} "
-        f"each), {optimizer.inner_epochs * optimizer.steps_per_pass} optimizer steps at "
-        f"{optimizer.learning_rate:g}"
-    )
-
-
-def _pieces(run: Run) -> str:
-    config = run.config
-    devices = run.mesh.size
-    sampled = piece(config, config.sampler.batch, devices)
-    trained = piece(config, config.optimizer.microbatch, devices)
-    accumulated = samples(config) // (config.optimizer.steps_per_pass * trained)
-    return (
-        f"{samples(config) // sampled} of {sampled} videos to sample, {sampled // devices} per "
-        f"device; {accumulated} of {trained} for the gradient of a step, {trained // devices} per "
-        "device"
-    )
-
-
-def _memory(run: Run) -> str:
-    sizes = memory(run)
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes.items())
-    return f"{sum(sizes.values()) / 2**20:,.0f} MiB per device and activations: {parts}"
 
 
 def _of_how_many(prompts: Sequence[str]) -> str:
@@ -212,29 +181,38 @@ def memory(run: Run) -> dict[str, int]:
     """
     config = run.config
     streaming = config.streaming
+    base = run.base
     batch = piece(config, config.sampler.batch, run.mesh.size)
     frames = run.latent_shape[0]
     pixel_frames = config.video.frames
     if streaming.window:
         if streaming.sampling == "clip":
             frames = streaming.window
-        pixel_frames = run.base.vae.config.temporal_stride * frames
-    pixels = pixel_frames * config.video.height * config.video.width
+        pixel_frames = base.vae.config.temporal_stride * frames
     split_over_devices = {
         "cache": _cache_bytes(run, batch, min(run.layout.capacity, frames)),
         "latents": 4 * samples(config) * frames * math.prod(run.latent_shape[1:]),
-        "frames": batch * pixels * 3,
+        "frames": batch * pixel_frames * config.video.height * config.video.width * 3,
     }
     if streaming.window:
         caches, decoders = _streams(run)
         split_over_devices["cache"] = _cache_bytes(run, caches, run.layout.capacity)
         split_over_devices["decoder"] = _decoder_bytes(run, decoders)
-    on_each_device = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
-    on_each_device["base"] = _base_bytes(run)
-    on_each_device["four policies"] = 4 * _bytes(run.adapter)
-    on_each_device["optimizer"] = 2 * _bytes(run.adapter)
-    shares = {name: size // run.mesh.size for name, size in split_over_devices.items()}
-    return on_each_device | shares
+    rewards = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
+    on_each_device = rewards | {
+        # its weights on one device
+        "base": sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(
+                [base.transformer.params, base.vae.params, base.text.params]
+            )
+        ),
+        "four policies": 4 * bytes_of(run.adapter),
+        "optimizer": 2 * bytes_of(run.adapter),
+    }
+    return on_each_device | {
+        name: size // run.mesh.size for name, size in split_over_devices.items()
+    }
 
 
 def _streams(run: Run) -> tuple[int, int]:
@@ -251,12 +229,9 @@ def _streams(run: Run) -> tuple[int, int]:
     rounds_per_epoch, width = rounds(config, run.mesh.size)
     progressive = streaming.mode == "progressive"
     prefixes_are_kept = streaming.prefix == "rollout_old" and streaming.backprop == "detach"
-    caches = width
-    decoders = width
-    if progressive or prefixes_are_kept:
-        caches *= rounds_per_epoch
-    if progressive:
-        decoders *= rounds_per_epoch
+    everything = width * rounds_per_epoch
+    caches = everything if progressive or prefixes_are_kept else width
+    decoders = everything if progressive else width
     if streaming.reward == "window_alone":
         decoders = 0
     return sampled + caches, sampled + decoders
@@ -264,7 +239,7 @@ def _streams(run: Run) -> tuple[int, int]:
 
 def _cache_bytes(run: Run, streams: int, slots: int) -> int:
     net = run.base.transformer.config
-    return _bytes(jax.eval_shape(lambda: empty_cache(net, streams, slots, run.latent_shape[2:])))
+    return bytes_of(jax.eval_shape(lambda: empty_cache(net, streams, slots, run.latent_shape[2:])))
 
 
 def _decoder_bytes(run: Run, streams: int) -> int:
@@ -272,24 +247,15 @@ def _decoder_bytes(run: Run, streams: int) -> int:
     vae = run.base.vae
     latents = jax.ShapeDtypeStruct((streams, 1, *run.latent_shape[1:]), np.float32)
 
-    def decoder_state(params: Any, latents: jax.Array) -> Any:
-        decoder: Any = merge(vae.graphdef, params)
-        _, state = decoder.decode(latents)
-        return state
+    def decode(params: Any, latents: jax.Array) -> Any:
+        return merge(vae.graphdef, params).decode(latents)
 
-    return _bytes(jax.eval_shape(decoder_state, vae.params, latents))
-
-
-def _base_bytes(run: Run) -> int:
-    """Return the bytes of the base's weights on one device."""
-    nets = [net.params for net in (run.base.transformer, run.base.vae, run.base.text)]
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(nets)
-    )
+    _, state = jax.eval_shape(decode, vae.params, latents)
+    return bytes_of(state)
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
+    """Return the bytes of all arrays of a tree, or of their shapes."""
     return sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -315,20 +281,21 @@ def table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 def evaluation_line(what: str, evaluation: Evaluation) -> str:
     """Return one line with every reward and its interval; parts of rewards are left out."""
-    rows = {name: row for name, row in table(evaluation).items() if "/" not in name}
-    parts = [f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}" for name, row in rows.items()]
+    parts = [
+        f"{name} {row['mean']:.3f} +- {row['ci95']:.3f}"
+        for name, row in table(evaluation).items()
+        if "/" not in name
+    ]
     return f"{what}: {', '.join(parts)} ({len(evaluation['total'])} held-out videos)"
 
 
 def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> None:
     """Write the columns [N] of an epoch to scores/EPOCH.csv, one line for each sample."""
-    lines = [",".join(table)]
-    for row in zip(*table.values(), strict=True):
-        lines.append(",".join(str(value) for value in row))
+    rows = [table, *zip(*table.values(), strict=True)]
+    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
     directory = workdir / "scores"
     with writing(directory):
         directory.mkdir(exist_ok=True)
-    text = "".join(f"{line}\n" for line in lines)
     write_atomic(directory / f"{epoch:06}.csv", text.encode())
 
 
@@ -353,48 +320,52 @@ def write_contact_sheet(
     for heading, evaluation in evaluations.items():
         strips = sorted((workdir / "samples" / heading).glob("*.png"))
         if strips:
-            captions = [_caption(evaluation, video) for video in range(len(strips))]
-            columns[heading] = ([media.read_png(path) for path in strips], captions)
+            columns[heading] = [
+                (media.read_png(path), _caption(evaluation, video))
+                for video, path in enumerate(strips)
+            ]
     means = ", ".join(
         f"{heading} {np.mean(evaluation['total']):.3f}"
         for heading, evaluation in evaluations.items()
     )
-    title = f"{name}: mean total reward on held-out prompts {means}"
     path = workdir / "samples" / "contact_sheet.png"
     if columns:
-        shown = len(next(iter(columns.values()))[0])
+        shown = len(next(iter(columns.values())))
+        title = f"{name}: mean total reward on held-out prompts {means}"
         media.write_png(path, media.contact_sheet(title, batch.texts[:shown], columns))
     return path
 
 
 def _caption(evaluation: Evaluation, video: int) -> str:
     """Return the rewards of one video."""
-    rewards = [name for name in evaluation if "/" not in name]
-    return "   ".join(f"{name} {evaluation[name][video]:.2f}" for name in rewards)
+    return "   ".join(
+        f"{name} {values[video]:.2f}" for name, values in evaluation.items() if "/" not in name
+    )
 
 
 def write_curves(workdir: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     """Draw the records of metrics.jsonl in curves.png, and return its path."""
     epochs = [record for record in records if record["kind"] == "epoch"]
-    times = [record["epoch"] for record in epochs]
 
-    def lines(*names: str) -> dict[str, tuple[list, list]]:
-        return {name: (times, [record[name] for record in epochs]) for name in names}
+    def lines(*names: str) -> dict[str, media.Line]:
+        return {name: [(record["epoch"], record[name]) for record in epochs] for name in names}
 
     rewards = lines("total_reward", *rewards_of(epochs[0])) if epochs else {}
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
-    # One that was lost is measured again, and comes later than its epoch.
-    evaluations.sort(key=lambda record: record["epoch"])
+    evaluations = [
+        (record["epoch"], record["eval"]["total"]["mean"])
+        for record in records
+        if record["kind"] == "evaluation"
+    ]
     if evaluations:
-        means = [record["eval"]["total"]["mean"] for record in evaluations]
-        rewards["held-out total"] = ([record["epoch"] for record in evaluations], means)
+        # One that was lost is measured again, and comes later than its epoch.
+        rewards["held-out total"] = sorted(evaluations, key=lambda point: point[0])
     panels = {
         "rewards": rewards,
         "losses": lines("total_loss", "policy_loss", "kl_loss"),
         "deviations": lines("kl_div", "old_deviate", "old_kl_div"),
     }
     path = workdir / "curves.png"
-    write_atomic(path, media.curves(panels, "epoch", log=("deviations",)))
+    media.write_curves(path, panels, "epoch", log=("deviations",))
     return path
 
 
@@ -422,20 +393,22 @@ def write_summary(
     before = evaluations["before"]
     after = evaluations["after"]
     gain = {name: mean_and_interval(after[name] - before[name]) for name in after}
-    share = None
+    distance = 0.0
     if "ceiling" in evaluations:
-        distance = np.mean(evaluations["ceiling"]["total"]) - np.mean(before["total"])
-        if distance > 0:
-            share = gain["total"]["mean"] / float(distance)
+        distance = float(np.mean(evaluations["ceiling"]["total"]) - np.mean(before["total"]))
     summary = {
         "name": config.name,
         "seed": config.seed,
         "epochs": config.train.epochs,
         "eval": {name: table(evaluation) for name, evaluation in evaluations.items()},
         "gain": gain,
-        "share_of_ceiling": share,
+        "share_of_ceiling": gain["total"]["mean"] / distance if distance > 0 else None,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "versions": versions(),
+        "versions": {
+            "astrolabe_jax": astrolabe_jax.__version__,
+            "python": platform.python_version(),
+        }
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
         "config": flatten(config),
     }
@@ -465,15 +438,8 @@ def closing(workdir: Path, summary: Mapping[str, Any]) -> str:
         "lora/": "the adapter, adapter_model.safetensors, in PEFT's format",
         "checkpoints/": "to go further, raise --config.train.epochs and run the same command",
     }
-    width = max(len(str(workdir / name)) for name in places)
-    rows = [f"  {str(workdir / name):{width}}  {text}" for name, text in places.items()]
-    return "\n".join([result, *rows])
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the results were made with."""
-    own = {"astrolabe_jax": astrolabe_jax.__version__, "python": platform.python_version()}
-    return own | {name: importlib.metadata.version(name) for name in PACKAGES}
+    rows = {str(workdir / name): text for name, text in places.items()}
+    return "\n".join([result, *_aligned(rows)])
 
 
 # Numbers for people.

@@ -165,7 +165,7 @@ def test_the_program_plans_without_files():
 
 def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
     config = runs.small_config(base, **runs.PROGRESSIVE)
-    plan.main(["plan"], *(types.SimpleNamespace(value=value) for value in (config, 2)))
+    plan.main(*(types.SimpleNamespace(value=value) for value in (config, 2)))
     assert re.search(
         "a checkpoint with streams in the middle takes \\d+ MiB more", capsys.readouterr().out
     )
@@ -173,7 +173,7 @@ def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
 
 def refusal(config, devices, capsys):
     with pytest.raises(SystemExit) as end:
-        plan.main(["plan"], *(types.SimpleNamespace(value=value) for value in (config, devices)))
+        plan.main(*(types.SimpleNamespace(value=value) for value in (config, devices)))
     assert end.value.code == 2
     return capsys.readouterr().err
 

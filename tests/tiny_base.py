@@ -14,7 +14,13 @@ from experiments.moving_shapes_base.bases import save_base
 from experiments.moving_shapes_base.words import word_tokenizer
 from tests.models import tiny
 
-WORDS = vocabulary.words()
+WORDS = sorted(
+    {
+        word
+        for attributes in vocabulary.all_attributes()
+        for word in vocabulary.to_prompt(attributes).split()
+    }
+)
 TRANSFORMER = dataclasses.replace(tiny.CONFIG, text_dim=16, text_len=16)
 VAE = VaeConfig(
     dim=4,

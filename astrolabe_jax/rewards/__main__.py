@@ -78,14 +78,12 @@ def agrees(
     return same
 
 
-def main(argv: list[str], holders: Mapping[str, flags.FlagHolder]) -> None:
+def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     """Score a video and print the scores.
 
     The status is 2 for what cannot be scored, 1 for a reward that fails or differs from its
     recorded score.
     """
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     config = holders["config"].value
     prompt = holders["prompt"].value
@@ -149,4 +147,4 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)
+    app.run(lambda _: main(flag_holders), flags_parser=cli.parse)

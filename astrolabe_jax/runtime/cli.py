@@ -36,27 +36,38 @@ def define() -> flags.FlagHolder:
     A recipe's config has its fields locked (config.get_config), all but `rewards`, which takes new
     names.
     """
-    text = "recipe, for example configs/moving_shapes.py"
     return config_flags.DEFINE_config_file(
-        "config", None, text, lock_config=False, accept_new_attributes=True
+        "config",
+        None,
+        "recipe, for example configs/moving_shapes.py",
+        lock_config=False,
+        accept_new_attributes=True,
     )
 
 
-def parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], positional: bool = False) -> list[str]:
     """Return what the flags leave of `argv`, as absl's flags_parser.
 
-    Whatever is wrong with a recipe or its fields ends the program with one message and status 2.
+    Whatever is wrong with a recipe or its fields ends the program with one message and status 2, as
+    does what is no flag, unless it may be `positional`.
     """
     for flag, value in _given(argv):
         field = flag.removeprefix("config.")
         if flag == "config":
-            _make_importable(value)
+            # A recipe in a folder named configs imports its neighbours as configs.NAME, wherever
+            # the program was started.
+            directory = Path(value.partition(":")[0]).resolve().parent
+            if directory.name == "configs":
+                sys.path.insert(0, str(directory.parent))
         elif flag != field and (new := config.renamed(field)):
             fail(f"config.{field} is now config.{new}", 2)
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
     except ERRORS as error:
         fail(message(error), 2)
+    if len(left) > 1 and not positional:
+        fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
+    return left
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -67,15 +78,6 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             yield name, value if equals else following
-
-
-def _make_importable(recipe: str) -> None:
-    """Let the recipe DIRECTORY/configs/FILE.py[:ARGUMENT] import its neighbours as configs.NAME,
-    wherever the program was started.
-    """
-    directory = Path(recipe.partition(":")[0]).resolve().parent
-    if directory.name == "configs":
-        sys.path.insert(0, str(directory.parent))
 
 
 def set_up() -> None:
@@ -89,11 +91,13 @@ def set_up() -> None:
     # it would warn that torch is missing; nothing needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    cache = os.path.join(home, "astrolabe_jax", "xla")
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", cache)
-    jax.config.update("jax_compilation_cache_dir", cache)
-    precision = os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
-    jax.config.update("jax_default_matmul_precision", precision)
+    jax.config.update(
+        "jax_compilation_cache_dir",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "astrolabe_jax", "xla")),
+    )
+    jax.config.update(
+        "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    )
 
 
 def fail(message: str | Exception, status: int) -> NoReturn:

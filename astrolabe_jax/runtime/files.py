@@ -71,11 +71,10 @@ class Lazy:
 
         `shape` and `dtype` are those of the result; by default they stay.
         """
-        read = self.read
         return Lazy(
             self.shape if shape is None else shape,
             np.dtype(dtype or self.dtype),
-            lambda: change(read()),
+            lambda: change(self.read()),
         )
 
 
@@ -118,14 +117,12 @@ def read_jsonl(path: Path) -> list[dict]:
 
     Lines that are half written or spoilt are left out.
     """
-    records = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def read_json(path: Path) -> dict:
@@ -158,8 +155,11 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
                     raise ValueError(
                         f"{path} holds a tensor of dtype {kind}, {name}; {expected}: store it so"
                     )
-                read = functools.partial(_read_tensor, path, name)
-                tensors[name] = Lazy(tuple(header.get_shape()), DTYPES[kind], read)
+                tensors[name] = Lazy(
+                    tuple(header.get_shape()),
+                    DTYPES[kind],
+                    functools.partial(_read_tensor, path, name),
+                )
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}; {expected}") from None
     return tensors
@@ -181,9 +181,17 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
 
     Raises:
       FileNotFoundError: naming a shard that is not there.
-      ValueError: naming every tensor that is not in the shard that the index gives, or in two.
+      ValueError: naming the index if it is broken, and every tensor that is not in the shard that
+        the index gives, or in two.
     """
-    index = _read_index(path)
+    index: Any = read_json(path).get("weight_map")
+    if not (
+        isinstance(index, dict) and index and all(type(shard) is str for shard in index.values())
+    ):
+        raise ValueError(
+            f"{path}: expected an object weight_map, from names of tensors to names of files "
+            "beside it"
+        )
     shards = {}
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -196,10 +204,9 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
             )
         shards[shard] = read_safetensors(path.parent / shard)
     tensors = {}
-    faults = []
-    for name, shard in index.items():
-        if name not in shards[shard]:
-            faults.append(f"{name} is not in {shard}")
+    faults = [
+        f"{name} is not in {shard}" for name, shard in index.items() if name not in shards[shard]
+    ]
     for shard, content in shards.items():
         for name, tensor in content.items():
             if name not in index:
@@ -209,20 +216,12 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
             else:
                 tensors[name] = tensor
     if faults:
-        complaint = f"{path} and its shards do not agree; download all of them again:"
-        raise ValueError("\n  ".join([complaint, *faults]))
+        raise ValueError(
+            "\n  ".join(
+                [f"{path} and its shards do not agree; download all of them again:", *faults]
+            )
+        )
     return tensors
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Return names of tensors -> names of files; raise ValueError, naming the index, if broken."""
-    index = read_json(path).get("weight_map")
-    if isinstance(index, dict) and index:
-        if all(type(shard) is str for shard in index.values()):
-            return index
-    raise ValueError(
-        f"{path}: expected an object weight_map, from names of tensors to names of files beside it"
-    )
 
 
 def write_safetensors(
@@ -247,7 +246,7 @@ def write_safetensors(
     stop = 0
     for name, tensor in tensors.items():
         start = stop
-        stop += math.prod(tensor.shape) * tensor.dtype.itemsize
+        stop += tensor.nbytes
         header[name] = {
             "dtype": kinds[tensor.dtype],
             "shape": list(tensor.shape),

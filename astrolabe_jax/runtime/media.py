@@ -1,7 +1,6 @@
 """What a person looks at: videos, film strips, sheets of them, and curves. Files appear whole."""
 
 import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,7 @@ from av.error import FFmpegError
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from astrolabe_jax.runtime.files import atomic, write_atomic, writing
+from astrolabe_jax.runtime.files import atomic, writing
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
@@ -22,7 +21,6 @@ STRIP_HEIGHT = 80  # and smaller strips to this on a sheet
 # RGB
 INK = (20, 20, 20)
 PALE = (110, 110, 110)
-PAPER = (255, 255, 255)
 
 # With mbtree, x264 varies from call to call; its default preset is several times slower than a GPU
 # samples.
@@ -31,7 +29,7 @@ X264_OPTIONS = {"preset": "veryfast", "crf": "16", "x264-params": "threads=1:mbt
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
 
-Line = tuple[Sequence[float], Sequence[float]]  # x and y
+Line = Sequence[tuple[float, float]]  # points (x, y)
 
 
 class Mp4Writer:
@@ -70,11 +68,19 @@ class Mp4Writer:
         height = frames.shape[1] // 2 * 2
         width = frames.shape[2] // 2 * 2
         with writing(self._path):
-            container, stream = self._opened(height, width)
-            for frame in frames:
-                pixels = np.ascontiguousarray(frame[:height, :width])
-                picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-                container.mux(stream.encode(picture))
+            if self._container is None:
+                self._container = av.open(self._partial, "w", format="mp4", options=FRAGMENTS)
+                self._stream = self._container.add_stream(
+                    "libx264",
+                    rate=Fraction(self._fps),
+                    width=width,
+                    height=height,
+                    pix_fmt="yuv420p",
+                    options=X264_OPTIONS | {"g": str(2 * self._fps)},  # frames of a fragment
+                )
+            for frame in frames[:, :height, :width]:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
         """End the video and put it in place whole."""
@@ -92,18 +98,6 @@ class Mp4Writer:
                     packet.stream = stream
                     target.mux(packet)
         self._partial.unlink()
-
-    def _opened(self, height: int, width: int) -> tuple[Any, Any]:
-        """Return the container and its stream, which are opened for frames of this size."""
-        if self._container is None:
-            self._container = av.open(self._partial, "w", format="mp4", options=FRAGMENTS)
-            options = X264_OPTIONS | {"g": str(2 * self._fps)}  # frames of a fragment
-            rate = Fraction(self._fps)
-            self._stream = self._container.add_stream("libx264", rate=rate, options=options)
-            self._stream.width = width
-            self._stream.height = height
-            self._stream.pix_fmt = "yuv420p"
-        return self._container, self._stream
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -132,9 +126,8 @@ def read_video(
             for frame in container.decode(video=0):
                 time: Any = frame.time
                 first = time if first is None else first
-                due = 1
-                if fps is not None:
-                    due = int((time - first) * fps + 1e-6) + 1 - len(frames)
+                shown = len(frames) if fps is None else int((time - first) * fps + 1e-6)
+                due = shown + 1 - len(frames)
                 if due > 0:
                     picture = frame.to_ndarray(format="rgb24")
                     frames += [picture if size is None else resized(picture, size)] * due
@@ -146,8 +139,7 @@ def read_video(
 
 def resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return a picture [height, width, 3] uint8 at (width, height)."""
-    image = Image.fromarray(picture)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
@@ -155,20 +147,21 @@ def strip(frames: np.ndarray) -> np.ndarray:
 
     The strip is [height, width', 3] uint8, with a white column between neighbours.
     """
-    count = min(STRIP_FRAMES, len(frames))
-    times = np.linspace(0, len(frames) - 1, count)
-    times = np.rint(times).astype(int)
-    border = ((0, 0), (0, 1), (0, 0))
-    pieces = [np.pad(frames[time], border, constant_values=255) for time in times]
-    return np.concatenate(pieces, axis=1)
+    times = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames)))
+    return np.concatenate(
+        [
+            np.pad(frames[round(time)], ((0, 0), (0, 1), (0, 0)), constant_values=255)
+            for time in times
+        ],
+        axis=1,
+    )
 
 
 def write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
     """Write a picture [height, width, 3] uint8 as a lossless file."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    write_atomic(path, buffer.getvalue())
+    with atomic(path) as file:
+        image.save(file, "png")
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -180,70 +173,69 @@ def read_png(path: Path) -> np.ndarray:
 def contact_sheet(
     title: str,
     rows: Sequence[str],
-    columns: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]],
+    columns: Mapping[str, Sequence[tuple[np.ndarray, str]]],
 ) -> Image.Image:
     """Return a sheet of film strips, each with a caption below it.
 
     Args:
       title: of the sheet.
       rows: what is written above each row.
-      columns: heading -> one strip [height, width, 3] uint8 and one caption for each row; all
-        strips are of one size.
+      columns: heading -> (a strip [height, width, 3] uint8, its caption) for each row; all strips
+        are of one size.
     """
-    strips = {
-        heading: [_enlarge(strip, STRIP_HEIGHT) for strip in column]
-        for heading, (column, _) in columns.items()
-    }
-    first = next(iter(strips.values()))[0]
-    height, width = first.shape[:2]
+    first, _ = next(iter(columns.values()))[0]
+    height, width = _enlarge(first, STRIP_HEIGHT).shape[:2]
     margin = 16
     head = 64  # pixels of the title and the headings
     pitch = height + 56  # from row to row
-    sheet_width = margin + (width + margin) * len(columns)
-    sheet_height = head + pitch * len(rows)
-    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
+    size = (margin + (width + margin) * len(columns), head + pitch * len(rows))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    large = ImageFont.load_default(size=20)
     text = ImageFont.load_default(size=16)
     small = ImageFont.load_default(size=13)
-    draw.text((margin, 10), title, INK, large)
+    draw.text((margin, 10), title, INK, ImageFont.load_default(size=20))
     for i, row in enumerate(rows):
         draw.text((margin, head + pitch * i), row, INK, text)
-    for j, (heading, (_, captions)) in enumerate(columns.items()):
+    for j, (heading, column) in enumerate(columns.items()):
         x = margin + (width + margin) * j
         draw.text((x, 40), heading, PALE, text)
-        for i, caption in enumerate(captions):
+        for i, (strip, caption) in enumerate(column):
             y = head + pitch * i
-            sheet.paste(Image.fromarray(strips[heading][i]), (x, y + 22))
+            sheet.paste(Image.fromarray(_enlarge(strip, STRIP_HEIGHT)), (x, y + 22))
             draw.text((x, y + 24 + height), caption, PALE, small)
     return sheet
 
 
-def curves(panels: Mapping[str, Mapping[str, Line]], xlabel: str, log: Sequence[str] = ()) -> bytes:
-    """Return a PNG with a panel for each title.
+def write_curves(
+    path: Path, panels: Mapping[str, Mapping[str, Line]], xlabel: str, log: Sequence[str]
+) -> None:
+    """Write a PNG with a panel for each title.
 
     Args:
-      panels: {title: {label: (x, y)}}; every x is a whole number.
+      path: of the file.
+      panels: {title: {label: points}}; every x is a whole number.
       xlabel: what x is.
       log: titles of panels whose y axis is logarithmic, if they have a positive value.
     """
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
-        for label, (x, y) in lines.items():
-            marker = "o" if len(x) < 4 else None
-            axes.plot(x, y, marker=marker, label=label)
-        positive = any(value > 0 for _, y in lines.values() for value in y)
-        if title in log and positive:
+        for label, points in lines.items():
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                marker=("o" if len(points) < 4 else None),
+                label=label,
+            )
+        if title in log and any(y > 0 for points in lines.values() for _, y in points):
             axes.set_yscale("log")
         axes.set(title=title, xlabel=xlabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if lines:
             axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _enlarge(frames: np.ndarray, height: int) -> np.ndarray:

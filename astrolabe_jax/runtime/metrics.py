@@ -53,8 +53,9 @@ class Metrics:
             self._events = EventsWriter(str(self._events_path / "events"))
             # Events of an earlier piece are void from here on.
             start = _SessionLog(status=_SessionLog.START)
-            event = _Event(wall_time=time.time(), step=epoch + 1, session_log=start)
-            self._events.write_event(event)
+            self._events.write_event(
+                _Event(wall_time=time.time(), step=epoch + 1, session_log=start)
+            )
             self._events.flush()
         return records
 
@@ -68,17 +69,17 @@ class Metrics:
         multihost.on_primary(lambda: self._write(record))
 
     def _write(self, record: dict[str, Any]) -> None:
-        line = _line(record).encode()
         with writing(self._path), open(self._path, "ab") as file:
-            file.write(line)
+            file.write(_line(record).encode())
             file.flush()
             os.fsync(file.fileno())
         assert self._events is not None  # process 0 has opened it
         with writing(self._events_path):
             for name, value in _numbers(record):
                 summary = scalar(f"{record['kind']}/{name}", value)
-                event = _Event(wall_time=time.time(), step=record["epoch"], summary=summary)
-                self._events.write_event(event)
+                self._events.write_event(
+                    _Event(wall_time=time.time(), step=record["epoch"], summary=summary)
+                )
             self._events.flush()
 
     def close(self) -> None:

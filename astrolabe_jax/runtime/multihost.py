@@ -49,24 +49,24 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
     missing = [flag for flag, value in flags.items() if value is None]
     if not distributed and len(missing) == len(flags):
         return
-    if count is not None and index is not None and coordinator is not None:
-        if not 0 <= index < count:
-            raise ValueError(
-                f"--process is {index}; expected a number from 0 to --processes - 1, {count - 1}"
-            )
-    elif len(missing) < len(flags):
+    if 0 < len(missing) < len(flags):
         raise ValueError(
             f"{', '.join(missing)} missing; several processes take {', '.join(flags)}, all of them"
+        )
+    if count is not None and index is not None and not 0 <= index < count:
+        raise ValueError(
+            f"--process is {index}; expected a number from 0 to --processes - 1, {count - 1}"
         )
     # It would take SIGTERM, which preemption.py listens to.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, count, index)
     except (ValueError, RuntimeError) as error:
-        reason = f"the others were not found: {error}"
-        if missing:
-            advice = f"start every process with {', '.join(flags)}"
-            reason = f"no cluster was found ({error}); {advice}"
+        reason = (
+            f"no cluster was found ({error}); start every process with {', '.join(flags)}"
+            if missing
+            else f"the others were not found: {error}"
+        )
         raise ValueError(f"--distributed: {reason}") from None
 
 
@@ -85,10 +85,9 @@ def exit_together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).splitlines()[0]
             print(
                 f"error: process {jax.process_index()} cannot go on; has another process ended? "
-                f"{reason}",
+                f"{str(error).splitlines()[0]}",
                 file=sys.stderr,
             )
         elif not isinstance(error, SystemExit):
@@ -110,7 +109,10 @@ def first_nonempty(text: str) -> str:
     sizes = multihost_utils.process_allgather(np.int32(len(content)))
     if not sizes.any():
         return ""
-    rows = multihost_utils.process_allgather(_padded(content, sizes.max()))
+    # Filled up to a power of two: few lengths mean few compiled programs.
+    padded = np.zeros(1 << max(int(sizes.max()) - 1, 1).bit_length(), np.uint8)
+    padded[: len(content)] = content
+    rows = multihost_utils.process_allgather(padded)
     first = int(np.argmax(sizes > 0))
     return rows[first, : sizes[first]].tobytes().decode()
 
@@ -121,17 +123,12 @@ def on_all(action: Callable[[], Any]) -> Any:
     `action` must not compute with the other processes. Raises what it raised here, and PeerError on
     the other processes.
     """
-    result = None
-    raised = None
-    fault = ""
     try:
         result = action()
     except Exception as error:
-        raised = error
-        fault = f"process {jax.process_index()}: {error or type(error).__name__}"
-    fault = first_nonempty(fault)
-    if raised is not None:
-        raise raised
+        first_nonempty(f"process {jax.process_index()}: {error}")
+        raise
+    fault = first_nonempty("")
     if fault:
         raise PeerError(fault)
     return result
@@ -144,32 +141,7 @@ def on_primary(action: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return action()
-    message = {}
-    raised = None
-    if jax.process_index() == 0:
-        try:
-            message = {"result": action()}
-        except Exception as error:
-            raised = error
-            message = {"error": f"process 0: {raised}"}
-    content = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    received = multihost_utils.broadcast_one_to_all(_padded(content[:size], size))
-    if raised is not None:
-        raise raised
-    if jax.process_index() == 0:
-        return message["result"]
-    message = json.loads(received[:size].tobytes())
-    if "error" in message:
-        raise PeerError(message["error"])
-    return message["result"]
-
-
-def _padded(content: np.ndarray, size: int) -> np.ndarray:
-    """Return bytes filled up to the power of two that holds `size`.
-
-    Few lengths mean few compiled programs.
-    """
-    padded = np.zeros(1 << max(int(size) - 1, 1).bit_length(), np.uint8)
-    padded[: len(content)] = content
-    return padded
+    primary = jax.process_index() == 0
+    result = on_all(lambda: action() if primary else None)
+    text = first_nonempty(json.dumps(result) if primary else "")
+    return result if primary else json.loads(text)

@@ -121,9 +121,10 @@ class Progress:
         if rate is None or done >= total or now - self._logged < TICK_SECONDS:
             return
         self._logged = now
-        left = clock((total - done) / rate)
-        amount = _amount((done, total), unit)
-        self._log(f"  {stopwatch.what} {amount}, {_speed(rate, unit)}, {left} left")
+        self._log(
+            f"  {stopwatch.what} {_amount((done, total), unit)}, {_speed(rate, unit)}, "
+            f"{clock((total - done) / rate)} left"
+        )
 
     def takes(self, what: str, size: int, place: Path) -> None:
         """Log, once in a run, how many bytes `what` takes on the disk."""

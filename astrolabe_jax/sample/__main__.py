@@ -74,14 +74,12 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     return run, latents, requests
 
 
-def main(argv: list[str], given: Mapping[str, flags.FlagHolder]) -> None:
+def main(given: Mapping[str, flags.FlagHolder]) -> None:
     """Make the videos.
 
     Exits with status 2 for what cannot be done, before anything is compiled, and with 1 for what
     goes wrong later; one message each.
     """
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}; flags start with --", 2)
     cli.set_up()
     options = {name: flag.value for name, flag in given.items()}
     try:
@@ -142,4 +140,4 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv, flag_holders), flags_parser=cli.parse)
+    app.run(lambda _: main(flag_holders), flags_parser=cli.parse)

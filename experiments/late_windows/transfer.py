@@ -48,4 +48,7 @@ def main(paths: list[str], config: flags.FlagHolder) -> None:
 if __name__ == "__main__":
     given = cli.define()
     flags.mark_flag_as_required("config")
-    app.run(lambda argv: main(argv[1:], given), flags_parser=cli.parse)
+    app.run(
+        lambda argv: main(argv[1:], given),
+        flags_parser=lambda argv: cli.parse(argv, positional=True),
+    )

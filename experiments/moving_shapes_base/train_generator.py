@@ -54,7 +54,13 @@ SCHEDULE = time.Schedule(shift=5.0)
 # Noise levels of the sampler, as sigma.
 LEVELS = np.array(time.warp((1000, 750, 500, 250), SCHEDULE), np.float32) / 1000
 FLOAT32: Any = {"dtype": "float32", "param_dtype": "float32"}
-WORDS = vocabulary.words()
+WORDS = sorted(
+    {
+        word
+        for attributes in vocabulary.all_attributes()
+        for word in vocabulary.to_prompt(attributes).split()
+    }
+)
 TRANSFORMER = WanConfig(
     dim=128,
     ffn_dim=384,

@@ -72,8 +72,7 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
             f"{videos_per_prompt} videos"
         )
     prompt = prompts[index // videos_per_prompt]
-    number = SPLITS.index(split) + (len(SPLITS) if long else 0)
-    rng = np.random.default_rng([number, index])
+    rng = np.random.default_rng([SPLITS.index(split) + (len(SPLITS) if long else 0), index])
     if not long:
         return {
             "prompt": prompt,
@@ -81,8 +80,11 @@ def example(split: str, index: int, videos_per_prompt: int = 1, long: bool = Fal
             **vocabulary.parse(prompt)._asdict(),
         }
     scenes = vocabulary.long_scenes(name)[index // videos_per_prompt]
-    listed = [{"prompt": plain, "frames": frames} for plain, frames in scenes]
-    return {"prompt": prompt, "video": render.sample_scenes(scenes, rng), "scenes": listed}
+    return {
+        "prompt": prompt,
+        "video": render.sample_scenes(scenes, rng),
+        "scenes": [{"prompt": plain, "frames": frames} for plain, frames in scenes],
+    }
 
 
 class MovingShapes(tfds.core.GeneratorBasedBuilder):
@@ -91,6 +93,7 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First version."}
     BUILDER_CONFIGS = [MovingShapesConfig(), MovingShapesConfig(long=True)]
+    builder_config: MovingShapesConfig
     # Where to find checksums of downloads: there are none, and the default looks for them with
     # importlib_resources, which tensorflow-datasets 4.9.10 uses without requiring it.
     code_path = None
@@ -104,16 +107,14 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
         if file_format is None and not self.info.initialized:
             self.info.set_file_format("array_record", override=True)
 
-    @property
-    def _config(self) -> MovingShapesConfig:
-        assert isinstance(self.builder_config, MovingShapesConfig)
-        return self.builder_config
-
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
-        long = self._config.long
-        shape = (vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3)
-        video = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")
+        long = self.builder_config.long
+        video = tfds.features.Tensor(
+            shape=(vocabulary.LONG_FRAMES if long else render.FRAMES, render.SIZE, render.SIZE, 3),
+            dtype=np.uint8,
+            encoding="zlib",
+        )
         described = dict.fromkeys(vocabulary.Attributes._fields, text)
         if long:
             described = {"scenes": tfds.features.Sequence({"prompt": text, "frames": np.int32})}
@@ -125,11 +126,10 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        config = self._config
+        config = self.builder_config
         prompts = vocabulary.prompts(f"long_{split}" if config.long else split)
         for index in range(len(prompts) * config.videos_per_prompt):
             yield index, example(split, index, config.videos_per_prompt, config.long)

@@ -31,8 +31,7 @@ def bounds(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the smallest and the largest (x, y) in pixels that the centre of a shape may take."""
     side, up, down = EXTENTS[shape]
     low = np.array([side, up]) + MARGIN
-    high = SIZE - np.array([side, down]) - MARGIN
-    return low, high
+    return low, SIZE - np.array([side, down]) - MARGIN
 
 
 def sample_start(
@@ -53,8 +52,11 @@ def sample_start(
 
     if not (room(frames) >= 0).all():
         frames = FRAMES
-    spread = rng.uniform(-1, 1, 2) * np.minimum(room(frames), jitter)
-    middle = SIZE / 2 + np.array([0, (up - down) / 2]) + spread
+    middle = (
+        SIZE / 2
+        + np.array([0, (up - down) / 2])
+        + rng.uniform(-1, 1, 2) * np.minimum(room(frames), jitter)
+    )
     return middle - step * (frames - 1) / 2
 
 
@@ -65,14 +67,14 @@ def bounce(attributes: Attributes, start: np.ndarray, frames: int) -> np.ndarray
     # there and back again
     turn = (straight - low) % (2 * (high - low))
     reflected = low + np.minimum(turn, 2 * (high - low) - turn)
-    outside = (straight < low) | (straight > high)
-    return np.where(outside, reflected, straight)
+    return np.where((straight < low) | (straight > high), reflected, straight)
 
 
 def _step(attributes: Attributes) -> np.ndarray:
     """Return the velocity (x, y) in pixels per frame."""
-    direction = np.array(vocabulary.DIRECTIONS[attributes.direction])
-    return direction * vocabulary.SPEEDS[attributes.speed]
+    return (
+        np.array(vocabulary.DIRECTIONS[attributes.direction]) * vocabulary.SPEEDS[attributes.speed]
+    )
 
 
 def edge_distance(shape: str, x: Any, y: Any, xp: Any = np) -> Any:
@@ -86,9 +88,7 @@ def edge_distance(shape: str, x: Any, y: Any, xp: Any = np) -> Any:
     if shape == "square":
         return xp.maximum(xp.abs(x), xp.abs(y)) - (RADIUS - 1)
     # equilateral, one corner up: three half planes at the inscribed circle's radius
-    inner = 0.65 * RADIUS
-    slope = xp.abs(x) * 3**0.5 / 2 - y / 2
-    return xp.maximum(y, slope) - inner
+    return xp.maximum(y, xp.abs(x) * 3**0.5 / 2 - y / 2) - 0.65 * RADIUS
 
 
 def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
@@ -98,14 +98,11 @@ def render(attributes: Attributes, centres: np.ndarray) -> np.ndarray:
     """
     pixel = np.arange(SIZE) + 0.5
     x, y = centres.T[:, :, None, None]
-    column = pixel[None, None, :] - x
-    row = pixel[None, :, None] - y
-    distance = edge_distance(attributes.shape, column, row)
+    distance = edge_distance(attributes.shape, pixel[None, None, :] - x, pixel[None, :, None] - y)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]
     colour = np.array(vocabulary.COLOURS[attributes.colour], float)
     background = np.array(vocabulary.BACKGROUNDS[attributes.background], float)
-    frames = coverage * colour + (1 - coverage) * background
-    return np.rint(frames).astype(np.uint8)
+    return np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
 
 
 def sample(
@@ -132,8 +129,7 @@ def sample_scenes(
             start = sample_start(attributes, rng, frames, jitter)
             centres = bounce(attributes, start, frames)
         else:
-            low, high = bounds(attributes.shape)
-            start = np.clip(centres[-1], low, high)  # a larger shape has less room
+            start = np.clip(centres[-1], *bounds(attributes.shape))  # a larger one has less room
             centres = bounce(attributes, start, frames + 1)[1:]
         videos.append(render(attributes, centres))
     return np.concatenate(videos)

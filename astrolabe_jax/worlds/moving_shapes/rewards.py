@@ -75,8 +75,6 @@ _AREAS = {
     "square": 4 * (render.RADIUS - 1) ** 2,
     "triangle": 3 * 3**0.5 * (0.65 * render.RADIUS) ** 2,
 }
-_SHAPE_AREAS = np.array([_AREAS[shape] for shape in vocabulary.SHAPES], np.float32)
-_EXTENTS = np.array([render.EXTENTS[shape] for shape in vocabulary.SHAPES], np.float32)
 # standard deviation of an antialiased edge after _smooth, in pixels
 _SHARP_EDGE = (1 / 12 + 1 / 2) ** 0.5
 _COLOURS = np.array(list(vocabulary.COLOURS.values()), np.float32)
@@ -125,27 +123,6 @@ def score(frames: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
       ValueError: for frames of another shape or dtype, or for a prompt that is not of this world.
     """
     frames = np.asarray(frames)
-    _check(frames, prompts)
-    targets = _targets(prompts)
-    chunks = []
-    for start in range(0, len(frames), CHUNK):
-        # The last chunk is filled up with the first videos.
-        rows = np.arange(start, start + CHUNK) % len(frames)
-        planes = np.ascontiguousarray(np.moveaxis(frames[rows], -1, 2))
-        chunks.append(_score_chunk(planes, Target(*(values[rows] for values in targets))))
-    names = []
-    for reward, parts in EXPONENTS.items():
-        names.append(reward)
-        names += [f"{reward}/{part}" for part in parts]
-    scores = {}
-    for name in names:
-        values = np.concatenate([np.asarray(chunk[name]) for chunk in chunks])
-        scores[name] = values[: len(frames)]
-    return scores
-
-
-def _check(frames: np.ndarray, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless there are videos, as many as prompts."""
     shape = frames.shape
     pixels = frames.dtype == np.uint8 and len(shape) == 5 and shape[-1] == 3
     if not pixels or shape[0] < 1 or min(shape[1:4]) < 2:
@@ -157,6 +134,18 @@ def _check(frames: np.ndarray, prompts: Sequence[str]) -> None:
         raise ValueError(
             f"moving-shapes rewards got {len(frames)} videos but {len(prompts)} prompts"
         )
+    targets = _targets(prompts)
+    chunks = []
+    for start in range(0, len(frames), CHUNK):
+        # The last chunk is filled up with the first videos.
+        rows = np.arange(start, start + CHUNK) % len(frames)
+        planes = np.ascontiguousarray(np.moveaxis(frames[rows], -1, 2))
+        chunks.append(_score_chunk(planes, Target(*(values[rows] for values in targets))))
+    scores = {}
+    for reward, parts in EXPONENTS.items():
+        for name in (reward, *(f"{reward}/{part}" for part in parts)):
+            scores[name] = np.concatenate([chunk[name] for chunk in chunks])[: len(frames)]
+    return scores
 
 
 def _targets(prompts: Sequence[str]) -> Target:
@@ -182,8 +171,7 @@ def _score_video(video: Array, target: Target) -> dict[str, Array]:
     unfolded = frames._replace(centre=_unfold(frames))
     # the asked axis, in whichever way the shape goes along it
     along = target.direction @ _velocity(unfolded.centre, _visible(frames))
-    way = jnp.where(along < 0, -1, 1)
-    either_way = target._replace(direction=way * target.direction)
+    either_way = target._replace(direction=jnp.where(along < 0, -1, 1) * target.direction)
     parts = {
         "shapes_vq": _quality_parts(frames),
         "shapes_mq": _motion_parts(frames, planes),
@@ -200,8 +188,7 @@ def _score_video(video: Array, target: Target) -> dict[str, Array]:
             for part, exponent in exponents.items()
         ]
         scores[name] = jnp.exp(jnp.asarray(sum(logs)))
-        for part, value in parts[name].items():
-            scores[f"{name}/{part}"] = value
+        scores |= {f"{name}/{part}": value for part, value in parts[name].items()}
     return scores
 
 
@@ -215,57 +202,42 @@ def _quality_parts(video: Frame) -> dict[str, Array]:
     """Return the parts of shapes_vq, each `[]`: means over the frames, by visibility."""
 
     def nearest(colour: Array, palette: np.ndarray) -> Array:
-        distances = _norm(colour[:, None] - palette[None])
-        return jnp.min(distances, axis=1)
+        return jnp.min(_norm(colour[:, None] - palette[None]), axis=1)
 
     colour = _falloff(nearest(video.background + video.contrast, _COLOURS), 50)
     background = _falloff(nearest(video.background, _BACKGROUNDS), 50)
     inside = _falloff(video.inside_error, 40)
     outside = _falloff(video.outside_error, 20)
-    strong = jnp.minimum(_norm(video.contrast) / 110, 1)
-    large = jnp.minimum(video.area / 160, 1)
-    visibility = strong * large
-    total = jnp.sum(visibility)
-
-    def mean(part: Array) -> Array:
-        return _ratio(visibility @ part, total)
-
+    visibility = _visible(video, 110, 160)
     return {
         "visibility": jnp.mean(visibility),
-        "crispness": mean(_falloff(video.blur, 1.0)),
-        "palette": mean(jnp.sqrt(colour * background)),
-        "cleanness": mean(jnp.sqrt(inside * outside)),
+        "crispness": _mean(_falloff(video.blur, 1.0), visibility),
+        "palette": _mean(jnp.sqrt(colour * background), visibility),
+        "cleanness": _mean(jnp.sqrt(inside * outside), visibility),
     }
 
 
 def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
     """Return the parts of shapes_mq, each `[]`; `planes` is `[T, 3, h, w]`."""
     weight = _visible(video)
-    total = jnp.sum(weight)
 
     def spread(value: Array) -> Array:
         """Return the RMS deviation from the mean over time, of frames where a shape is seen."""
-        mean = _ratio(weight @ value, total)
-        squares = jnp.sum((value - mean[None]) ** 2, -1)
-        return jnp.sqrt(_ratio(weight @ squares, total))
+        return _rms(value - _mean(value, weight)[None], weight)
 
-    pair = jnp.sqrt(weight[1:] * weight[:-1])
     velocity = _velocity(video.centre, weight)
     error = jnp.diff(video.centre, axis=0) - velocity[None]
-    squares = jnp.sum(error**2, -1)
-    jitter = jnp.sqrt(_ratio(pair @ squares, jnp.sum(pair)))
+    jitter = _rms(error, jnp.sqrt(weight[1:] * weight[:-1]))
     outside = video.outside[1:] & video.outside[:-1]
-    changes = jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)
-    change = _ratio(jnp.sum(outside * changes), jnp.sum(outside))
+    change = _ratio(jnp.sum(outside * jnp.sum(jnp.diff(planes, axis=0) ** 2, 1)), jnp.sum(outside))
     size = jnp.log(jnp.maximum(video.area, 1.0))[:, None]
     steady_size = _falloff(spread(size), 0.1)
-    steady_fit = _falloff(spread(video.fit), 0.05)
     return {
         "visibility": jnp.mean(weight),
         "steadiness": _falloff(jitter, 0.25),
         "motion": 1 - jnp.exp(-((_norm(velocity) / 0.1) ** 2)),
         "colour": _falloff(spread(video.background + video.contrast), 15),
-        "form": jnp.sqrt(steady_size * steady_fit),
+        "form": jnp.sqrt(steady_size * _falloff(spread(video.fit), 0.05)),
         "stillness": _falloff(jnp.sqrt(change), 15),
     }
 
@@ -273,28 +245,21 @@ def _motion_parts(video: Frame, planes: Array) -> dict[str, Array]:
 def _alignment_parts(video: Frame, target: Target) -> dict[str, Array]:
     """Return the parts of shapes_ta, each `[]`."""
     weight = _visible(video)
-
-    def mean(value: Array) -> Array:
-        return _ratio(weight @ value, jnp.sum(weight))
-
     velocity = _velocity(video.centre, weight)
     speed = _norm(velocity)
     cosine = jnp.matmul(target.direction, velocity) / jnp.sqrt(speed**2 + 0.03**2)
-    speed_error = jnp.log((speed + 0.05) / (target.speed + 0.05))
     fit = video.fit @ target.shape
-    other_fits = jnp.where(target.shape[None], 0, video.fit)
-    best_other = jnp.max(other_fits, axis=1)
-    margin = fit - best_other
+    margin = fit - jnp.max(jnp.where(target.shape[None], 0, video.fit), axis=1)
     margin = (margin - 0.04) / 0.05  # a circle and a square of one size overlap by 0.83
     told_apart = (1 + margin / jnp.sqrt(1 + margin**2)) / 2
     colour_error = _norm(video.background + video.contrast - target.colour[None])
     background_error = _norm(video.background - target.background[None])
     return {
         "visibility": jnp.mean(weight),
-        "colour": mean(_falloff(colour_error, 50)),
-        "shape": mean(told_apart * jnp.minimum(fit / 0.9, 1)),
+        "colour": _mean(_falloff(colour_error, 50), weight),
+        "shape": _mean(told_apart * jnp.minimum(fit / 0.9, 1), weight),
         "direction": ((1 + cosine) / 2) ** 2,
-        "speed": _falloff(speed_error, 0.4),
+        "speed": _falloff(jnp.log((speed + 0.05) / (target.speed + 0.05)), 0.4),
         "background": jnp.mean(_falloff(background_error, 50)),
     }
 
@@ -318,16 +283,14 @@ def _observe(planes: Array) -> Frame:
     def distance(shape: str) -> Array:
         """Return signed distances `[h, w]` to the edge of a shape of this area at the centre."""
         scale = jnp.sqrt(jnp.maximum(area, 1.0) / _AREAS[shape])
-        column = (x - centre[0])[None, :] / scale
-        row = (y - centre[1])[:, None] / scale
-        return scale * render.edge_distance(shape, column, row, jnp)
+        return scale * render.edge_distance(
+            shape, (x - centre[0])[None, :] / scale, (y - centre[1])[:, None] / scale, jnp
+        )
 
     def overlap(distance: Array) -> Array:
         """Return the intersection over union of the mask and a shape."""
         drawn = jnp.clip(0.5 - distance, 0, 1)
-        intersection = jnp.sum(jnp.minimum(mask, drawn))
-        union = jnp.sum(jnp.maximum(mask, drawn))
-        return _ratio(intersection, union)
+        return _ratio(jnp.sum(jnp.minimum(mask, drawn)), jnp.sum(jnp.maximum(mask, drawn)))
 
     distances = [distance(shape) for shape in vocabulary.SHAPES]
     fit = jnp.stack([overlap(distance) for distance in distances])
@@ -355,9 +318,8 @@ def _segment(planes: Array) -> tuple[Array, Array, Array]:
     """Return background `[3]`, contrast `[3]` and coverage `[h, w]` in [0, 1] of colour planes `[3,
     h, w]`.
     """
-    rows = [planes[:, 0], planes[:, -1]]
-    columns = [planes[:, :, 0], planes[:, :, -1]]
-    background = _median(jnp.concatenate(rows + columns, axis=1))
+    border = [planes[:, 0], planes[:, -1], planes[:, :, 0], planes[:, :, -1]]
+    background = _median(jnp.concatenate(border, axis=1))
     offset = planes - background[:, None, None]
 
     def project(contrast: Array) -> Array:
@@ -367,8 +329,8 @@ def _segment(planes: Array) -> tuple[Array, Array, Array]:
     def mean_offset(weight: Array) -> Array:
         return _ratio(jnp.einsum("hw,chw->c", weight, offset), jnp.sum(weight))
 
-    squared = jnp.sum(offset**2, axis=0) / 255**2
-    rough = mean_offset(squared**2)  # the most distinct pixels, but biased by the antialiased edge
+    # the most distinct pixels, but biased by the antialiased edge
+    rough = mean_offset((jnp.sum(offset**2, axis=0) / 255**2) ** 2)
     contrast = mean_offset(jnp.clip((project(rough) - 0.6) / 0.3, 0, 1))
     return background, contrast, project(contrast)
 
@@ -403,8 +365,7 @@ def _median(values: Array) -> Array:
     high = jnp.full(values.shape[:-1], 255.0)
     for _ in range(8):
         middle = jnp.floor((low + high) / 2)
-        below = jnp.sum(values <= middle[..., None], axis=-1)
-        enough = 2 * below >= values.shape[-1]
+        enough = 2 * jnp.sum(values <= middle[..., None], axis=-1) >= values.shape[-1]
         low = jnp.where(enough, low, middle + 1)
         high = jnp.where(enough, middle, high)
     return low
@@ -413,19 +374,18 @@ def _median(values: Array) -> Array:
 # The path over a video.
 
 
-def _visible(video: Frame) -> Array:
+def _visible(video: Frame, contrast: float = 50, area: float = 80) -> Array:
     """Return how surely there is a shape at all, `[T]`.
 
-    It is less demanding than VQ's visibility, which takes a strong one.
+    By default it is less demanding than VQ, which takes a strong one.
     """
-    strong = jnp.minimum(_norm(video.contrast) / 50, 1)
-    return strong * jnp.minimum(video.area / 80, 1)
+    return jnp.minimum(_norm(video.contrast) / contrast, 1) * jnp.minimum(video.area / area, 1)
 
 
 def _velocity(centres: Array, weight: Array) -> Array:
     """Return the weighted least-squares slope (x, y) of centres `[T, 2]`, in pixels per frame."""
     time = jnp.arange(len(weight), dtype=jnp.float32)
-    time = time - _ratio(weight @ time, jnp.sum(weight))
+    time = time - _mean(time, weight)
     return _ratio((weight * time) @ centres, jnp.sum(weight * time**2))
 
 
@@ -435,12 +395,11 @@ def _unfold(video: Frame) -> Array:
     A proper bounce becomes a straight line.
     """
     weight = _visible(video)
-    total = jnp.sum(weight)
     height, width = video.outside.shape[1:]
-    share = jax.nn.softmax(_ratio(weight @ video.fit, total) / 0.02)
-    area = _ratio(weight @ video.area, total)
-    scale = jnp.sqrt(jnp.maximum(area, 1.0) / jnp.array(_SHAPE_AREAS))
-    side, up, down = (share * scale) @ jnp.array(_EXTENTS)
+    share = jax.nn.softmax(_mean(video.fit, weight) / 0.02)
+    area = jnp.maximum(_mean(video.area, weight), 1.0)
+    scale = jnp.sqrt(area / jnp.array([_AREAS[shape] for shape in vocabulary.SHAPES]))
+    side, up, down = (share * scale) @ jnp.array([render.EXTENTS[s] for s in vocabulary.SHAPES])
     low = jnp.array([side, up]) + render.MARGIN
     high = jnp.array([width - side, height - down]) - render.MARGIN
     return jax.vmap(_unfold_axis, (1, None, 0, 0), 1)(video.centre, weight, low, high)
@@ -460,16 +419,14 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
 
     def mirrored(border: Array) -> Array:
         """Return what steps over a turn are if they go on behind the border, `[none + 1]`."""
-        over = 2 * border - place[1:] - place[:-1]
-        return jnp.pad(over, (0, 1))
+        return jnp.pad(2 * border - place[1:] - place[:-1], (0, 1))
 
     over_low = mirrored(low)
     over_high = mirrored(high)
 
     def first_sums(values: Array) -> Array:
         """Return the sums of the first k = 0, 1, ... none + 1 values, by the weight of pairs."""
-        sums = jnp.cumsum(pair * values)
-        return jnp.pad(sums, (1, 1), mode="edge").at[0].set(0)
+        return jnp.pad(jnp.cumsum(pair * values), (1, 1), mode="edge").at[0].set(0)
 
     sums = [first_sums(values) for values in (jnp.ones_like(step), step, step**2)]
 
@@ -497,9 +454,7 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
         second = turn_error(-jnp.where(forwards, over_low, over_high), index, velocity)
         unsteady = elsewhere[2] + between[2] - velocity * moved
         # even if it is not seen
-        first_square = jnp.where(i < none, first**2, 0)
-        second_square = jnp.where(index < none, second**2, 0)
-        unsteady += first_square + second_square
+        unsteady += jnp.where(i < none, first**2, 0) + jnp.where(index < none, second**2, 0)
         possible = (index > i) | (index == none)
         j = jnp.argmin(jnp.where(possible, unsteady, jnp.inf))
         return unsteady[j], j, velocity[j], first[j], second[j]
@@ -521,6 +476,16 @@ def _unfold_axis(place: Array, weight: Array, low: Array, high: Array) -> Array:
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
     return numerator / jnp.maximum(denominator, 1e-6)
+
+
+def _mean(values: Array, weight: Array) -> Array:
+    """Return the weighted mean `[...]` over time of `[T, ...]`."""
+    return _ratio(weight @ values, jnp.sum(weight))
+
+
+def _rms(vectors: Array, weight: Array) -> Array:
+    """Return the weighted root mean square `[]` of the lengths of vectors `[T, n]`."""
+    return jnp.sqrt(_mean(jnp.sum(vectors**2, -1), weight))
 
 
 def _norm(x: Array) -> Array:

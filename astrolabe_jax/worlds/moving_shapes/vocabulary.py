@@ -17,8 +17,10 @@ From scene to scene the direction, the speed or both change, in `long_train` als
 colour.) Durations are multiples of SCENE_FRAMES, which is a window of 9 latent frames.
 """
 
+import collections
 import functools
 import itertools
+import operator
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,13 +52,8 @@ LONG_UNITS = 7  # that many shortest scenes make a long video
 LONG_FRAMES = LONG_UNITS * SCENE_FRAMES - 3
 FPS = 16  # pixel frames a second
 LONG_SPLITS = {"long_train": 240, "long_test": 96}  # videos
-# What a new scene of a long video changes: one line of these, each with its table.
-CHANGES = (
-    {"direction": DIRECTIONS},
-    {"speed": SPEEDS},
-    {"direction": DIRECTIONS, "speed": SPEEDS},
-    {"colour": COLOURS},
-)
+# What a new scene of a long video changes: one of these.
+CHANGES = (("direction",), ("speed",), ("direction", "speed"), ("colour",))
 
 
 class Attributes(NamedTuple):
@@ -78,8 +75,11 @@ def to_prompt(attributes: Attributes) -> str:
 
 def all_attributes() -> list[Attributes]:
     """Return every combination but a shape of its background's colour, in a fixed order."""
-    combinations = itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
-    return [Attributes(*values) for values in combinations if values[0] != values[-1]]
+    return [
+        Attributes(*values)
+        for values in itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS)
+        if values[0] != values[-1]
+    ]
 
 
 _BY_PROMPT = {to_prompt(attributes): attributes for attributes in all_attributes()}
@@ -106,7 +106,7 @@ def held_out(attributes: Attributes) -> bool:
     of each background.
     """
     colour = list(COLOURS).index(attributes.colour)
-    shape = list(SHAPES).index(attributes.shape)
+    shape = SHAPES.index(attributes.shape)
     background = list(BACKGROUNDS).index(attributes.background)
     return (colour + 2 * shape + background) % len(COLOURS) == 0
 
@@ -132,12 +132,9 @@ def long_scenes(split: str) -> list[list[tuple[str, int]]]:
     """
     videos = []
     for video in _long_videos(split):
-        scenes = []
-        for attributes, units in video:
-            frames = units * SCENE_FRAMES
-            if not scenes:
-                frames -= 3  # the first latent frame is one pixel frame, not four
-            scenes.append((to_prompt(attributes), frames))
+        scenes = [(to_prompt(attributes), units * SCENE_FRAMES) for attributes, units in video]
+        prompt, frames = scenes[0]
+        scenes[0] = (prompt, frames - 3)  # the first latent frame is one pixel frame, not four
         videos.append(scenes)
     return videos
 
@@ -161,48 +158,32 @@ def _long_videos(split: str) -> tuple[tuple[tuple[Attributes, int], ...], ...]:
         return options[int(draw() * len(options))]
 
     def next_scene(last: Attributes) -> Attributes:
-        options = []
-        for tables in CHANGES:
-            changed = [attributes for attributes in _changed(last, tables) if attributes in pool]
-            if changed:
-                options.append(changed)
-        return pick(pick(options))
+        by_change = collections.defaultdict(list)
+        for attributes in pool:
+            by_change[_differing(last, attributes)].append(attributes)
+        return pick(pick([by_change[change] for change in CHANGES if change in by_change]))
 
     shuffled = sorted(pool, key=lambda _: draw())
     videos = []
     for number, first in enumerate(shuffled[: LONG_SPLITS[split]]):
-        changes = number % 3
         scenes = [first]
-        for _ in range(changes):
+        for _ in range(number % 3):
             scenes.append(next_scene(scenes[-1]))
-        cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), changes)))
-        ends = itertools.pairwise((0, *cuts, LONG_UNITS))
-        lengths = [stop - start for start, stop in ends]
+        cuts = pick(list(itertools.combinations(range(1, LONG_UNITS), len(scenes) - 1)))
+        lengths = [stop - start for start, stop in itertools.pairwise((0, *cuts, LONG_UNITS))]
         videos.append(tuple(zip(scenes, lengths, strict=True)))
     return tuple(videos)
 
 
-def _changed(attributes: Attributes, tables: dict[str, dict]) -> list[Attributes]:
-    """Return these attributes with every other value of all that `tables` names."""
-    choices = []
-    for name, table in tables.items():
-        choices.append([value for value in table if value != getattr(attributes, name)])
-    changed = []
-    for values in itertools.product(*choices):
-        changed.append(attributes._replace(**dict(zip(tables, values, strict=True))))
-    return changed
+def _differing(a: Attributes, b: Attributes) -> tuple[str, ...]:
+    """Return the names of the fields in which they differ."""
+    return tuple(itertools.compress(Attributes._fields, map(operator.ne, a, b)))
 
 
 def _to_scenes(video: tuple[tuple[Attributes, int], ...]) -> str:
     """Return the scene string of a long video."""
     *first, (last, _) = video
-    scenes = []
-    for attributes, units in first:
-        seconds = units * SCENE_FRAMES / FPS
-        scenes.append(f"{to_prompt(attributes)}[{seconds:g}s]")
+    scenes = [
+        f"{to_prompt(attributes)}[{units * SCENE_FRAMES / FPS:g}s]" for attributes, units in first
+    ]
     return " | ".join([*scenes, to_prompt(last)])
-
-
-def words() -> list[str]:
-    """Return every word that occurs in a prompt, sorted."""
-    return sorted({word for prompt in _BY_PROMPT for word in prompt.split()})
