@@ -2,7 +2,7 @@
 
 Each `_..._faults` gives one message for each fault: the field, its value, what was expected. What
 a field takes by itself is declared in config.py; here is what fields ask of each other and of the
-devices. What depends on the base model or the prompts is checked in prepare.py.
+devices. What depends on the base model or the prompts is checked in run.py.
 """
 
 import math
