@@ -67,7 +67,7 @@ def test_microbatches_do_not_change_the_step(microbatch):
     )
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("data, fsdp", [pytest.param(8, 1, marks=pytest.mark.slow), (2, 4)])
 def test_eight_devices_take_the_same_step(data, fsdp):
     config = make_config(mesh__data=data, mesh__fsdp=fsdp)
     mesh = sharding.make_mesh(config.mesh)
@@ -183,7 +183,7 @@ def cut_config(reduction, draw, limit):
 @pytest.mark.parametrize(
     ("devices", "limit", "reduction", "draw"),
     [
-        (1, 3, "epoch", "stratified"),
+        pytest.param(1, 3, "epoch", "stratified", marks=pytest.mark.slow),
         pytest.param(8, 1, "microbatch", "batch", marks=pytest.mark.slow),
         pytest.param(2, 5, "epoch", "stratified", marks=pytest.mark.slow),
         pytest.param(1, 3, "microbatch", "batch", marks=pytest.mark.slow),

@@ -185,6 +185,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+@pytest.mark.slow
 def test_one_program_serves_every_start(made):
     """At frame 0 the decoder has other programs, since it remembers nothing; those of the network
     are the same.

@@ -158,6 +158,7 @@ def test_keys_made_anew_are_those_of_the_stream_while_all_is_in_sight(start, fra
         assert (apart[1].max() < 2e-5) == (start == 2)
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_same_on_eight_devices():
     videos = videos_of(shot_of(RELATIVE, 3, 1).timeline, 8)
     stored = noise(8, 8)
@@ -245,7 +246,7 @@ def test_given_frames_are_the_past():
     ("rules", "layout"),
     [
         (Rules(), RELATIVE),
-        (Rules("recache"), Layout(block=2, window=6, sink=2)),
+        pytest.param(Rules("recache"), Layout(block=2, window=6, sink=2), marks=pytest.mark.slow),
         (Rules("cut"), RELATIVE),
     ],
 )
@@ -267,9 +268,8 @@ def test_a_recache_for_the_same_prompt_differs_only_by_the_missing_mask():
     np.testing.assert_allclose(again, latents_of(layout, shot_of(layout, 3)), atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "positions", ["relative", pytest.param("absolute", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
 def test_a_flush_of_a_window_not_full_is_that_of_a_full_one(positions):
     """The correction: the last two frames, where the published code takes the last two places of
     the buffer.
@@ -311,6 +311,7 @@ def test_change_prompts_leaves_its_argument_alone_and_is_the_change_of_a_stream(
     np.testing.assert_array_equal(rest.latents, whole.latents[:, 8:])
 
 
+@pytest.mark.slow
 def test_a_change_is_about_the_videos_whose_prompt_changes():
     """Of two videos in one batch each goes on as it does alone."""
     policy = policy_of(RELATIVE)
