@@ -25,8 +25,14 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
-    # counters and tables of positions, which some writers store beside the weights
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    # counters, tables of positions and files as bytes, which some writers store beside the weights
     "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 INDEX = ".safetensors.index.json"
 _JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
@@ -226,9 +232,6 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     Only the header is read now. The file is opened anew for each tensor, so that nothing stays
     mapped in memory. Raises ValueError, naming the file, if it is not whole.
     """
-    expected = (
-        f"expected a whole safetensors file of {', '.join(map(str, DTYPES.values()))} tensors"
-    )
     tensors = {}
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -237,21 +240,53 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
                 kind = header.get_dtype()
                 if kind not in DTYPES:
                     raise ValueError(
-                        f"{path} holds a tensor of dtype {kind}, {name}; {expected}: store it so"
+                        f"{path} holds a tensor of dtype {kind}, {name[:100]!r}; expected "
+                        f"{', '.join(map(str, DTYPES.values()))}: store it so"
                     )
+                shape = tuple(header.get_shape())
                 tensors[name] = Lazy(
-                    tuple(header.get_shape()),
+                    shape,
                     DTYPES[kind],
-                    functools.partial(_read_tensor, path, name),
+                    functools.partial(_read_tensor, path, name, shape, DTYPES[kind]),
                 )
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}; {expected}") from None
+        fault = stand_in(path) or _shortfall(path)
+        if fault:
+            raise ValueError(f"{path} is {fault}") from None
+        raise ValueError(
+            f"{path} cannot be read: {str(error)[:200]}; expected a whole safetensors file"
+        ) from None
     return tensors
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(path, "np") as file:
-        return file.get_tensor(name)
+def _read_tensor(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if dtype.itemsize > 1:
+        with safetensors.safe_open(path, "np") as file:
+            return file.get_tensor(name)
+    start, entries = _header(path)  # the library does not read float8
+    begin, end = entries[name]["data_offsets"]
+    return np.fromfile(path, dtype, end - begin, offset=start + begin).reshape(shape)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the content of a safetensors file begins, and its header."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(min(size, _JSON_LIMIT + 1)))
+    return 8 + size, header
+
+
+def _shortfall(path: Path) -> str:
+    """Return how much a safetensors file lacks of what its header tells; "" if that is not it."""
+    try:
+        start, entries = _header(path)
+        ends = [entry["data_offsets"][1] for entry in entries.values() if "data_offsets" in entry]
+        lacking = start + max(ends, default=0) - path.stat().st_size
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    if lacking <= 0:
+        return ""
+    return f"cut short, {lacking:,} bytes of its content are missing; {_AGAIN}"
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

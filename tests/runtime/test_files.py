@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from astrolabe_jax.runtime.files import (
     INDEX,
@@ -22,6 +24,8 @@ from astrolabe_jax.runtime.files import (
     write_safetensors,
 )
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11361920418\n"
+
 
 def arrays():
     rng = np.random.default_rng(0)
@@ -30,6 +34,7 @@ def arrays():
     }
     return made | {
         "bfloat16": rng.normal(size=(2, 1, 2)).astype(ml_dtypes.bfloat16),
+        "bytes": np.arange(6, dtype=np.uint8).reshape(2, 3),
         "scalar": np.array(2.5, np.float32),
         "none": np.zeros((0, 3), np.float32),
     }
@@ -79,14 +84,38 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [0, 7, 20, 200, -1])
-def test_a_cut_file_is_refused(tmp_path, size):
+@pytest.mark.parametrize(
+    "size, fault",
+    [
+        (0, "is an empty file; download"),
+        (7, "cannot be read: .*; expected a whole safetensors file"),
+        (20, "cannot be read: .*; expected a whole safetensors file"),
+        (-1, "is cut short, 1 bytes of its content are missing; download the file again"),
+    ],
+)
+def test_a_cut_file_is_refused(tmp_path, size, fault):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, arrays())
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        ValueError, match="a.safetensors cannot be read: .*; expected a whole safetensors file"
-    ):
+    with pytest.raises(ValueError, match=f"a.safetensors {fault}"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read(tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    stored = torch.linspace(-40, 40, 35).reshape(5, 7).to(getattr(torch, kind))
+    safetensors.torch.save_file({"b": torch.ones(3), "a": stored}, path)
+    got = read_safetensors(path)["a"]
+    assert (got.shape, str(got.dtype)) == ((5, 7), kind)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), stored.float().numpy())
+
+
+@pytest.mark.parametrize("content, what", [(POINTER, "a git-lfs pointer"), (b"<html>", "a web")])
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path, content, what):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.safetensors is {what}"):
         read_safetensors(path)
 
 
@@ -128,9 +157,6 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded, tmp_path):
     index.write_text("{")
     with pytest.raises(ValueError, match="index.json is not valid JSON"):
         read_sharded(index)
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11361920418\n"
 
 
 @pytest.mark.parametrize(
