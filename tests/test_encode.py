@@ -1,6 +1,7 @@
 """Prompts to embeddings: cleaning, tokenizers on disk, padding."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -125,20 +126,43 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
+def changed_tokenizer(**fields):
+    return json.dumps(json.loads(word_tokenizer(WORDS)) | fields)
+
+
+# What makes the library end its process, and raise what is no Exception.
+_VAST = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+_VAST |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+_TORN = {"type": "Precompiled", "precompiled_charsmap": ""}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "made_by"),
     [
         ("tokenizer.json", "{}", "tokenizers"),
         ("tokenizer.json", word_tokenizer(WORDS)[:-20], "tokenizers"),
-        ("spiece.model", "", "sentencepiece"),
+        ("tokenizer.json", changed_tokenizer(padding=_VAST), "tokenizers"),  # aborts
+        ("tokenizer.json", changed_tokenizer(normalizer=_TORN), "tokenizers"),  # panics
         ("spiece.model", "corrupt", "sentencepiece"),
     ],
 )
-def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
+def test_a_broken_tokenizer_is_named(tmp_path, capfd, name, content, made_by):
     (tmp_path / name).write_text(content)
     with pytest.raises(
         ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"
-    ):
+    ) as caught:
+        tokenizers.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
+def test_what_stands_in_the_place_of_a_tokenizer_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer, not the file itself"):
+        tokenizers.load_tokenizer(tmp_path)
+    path.write_text("")
+    with pytest.raises(ValueError, match=f"{name} is an empty file"):
         tokenizers.load_tokenizer(tmp_path)
 
 
