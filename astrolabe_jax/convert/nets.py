@@ -38,7 +38,10 @@ NUMERICS = ("dtype", "param_dtype", "remat", "attention")
 # By the annotation of a size: what to expect of its value in JSON, and whether a value is that. A
 # whole number is a float there, too.
 _FIELD_TYPES = {
-    int: ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    int: (
+        "a whole number, at least 1 and below 2 to the 31",
+        lambda value: type(value) is int and 1 <= value < 1 << 31,
+    ),
     float: (
         "a finite number",
         lambda value: type(value) in (int, float) and -math.inf < value < math.inf,
@@ -69,7 +72,7 @@ class NetSpec:
         default_factory=lambda: {ORIGINAL: lambda _: ()}
     )
     # Tensors as they are stored -> as the table counts them: without second names of a tensor, and
-    # without what the net does not use.
+    # without what the net does not use. Refuses those of a relative.
     prepare: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
 

@@ -1,0 +1,183 @@
+"""Files of models that are almost ours, and files that are not whole, through the command line:
+named in one sentence, never complete and never loaded.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import nets, parts
+from astrolabe_jax.convert.__main__ import main
+from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
+from tests import tiny_base
+from tests.convert.test_layouts import NUMERICS, drawn, write_package
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return tiny_base.write_tiny_base(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def directory(own, tmp_path):
+    return shutil.copytree(own, tmp_path / "base")
+
+
+def inspect(capsys, path):
+    """What `inspect --json` prints; its text must not say "complete: yes" of what is not."""
+    main(["inspect", str(path)])
+    text = capsys.readouterr().out
+    main(["inspect", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["complete"] or "complete: no" in text
+    return found
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+DIM, CHANNELS = tiny_base.TRANSFORMER.dim, tiny_base.TRANSFORMER.in_channels
+WIDE = {"patch_embedding.weight": zeros(DIM, 36, 1, 2, 2)}
+# name -> (format, tensors beside or in place of ours, what they are for)
+RELATIVES = {
+    "Wan 2.2 I2V": ("original", WIDE, "image-to-video (36 input channels)"),
+    "Wan 2.2 I2V of diffusers": ("diffusers", WIDE, "image-to-video (36 input channels)"),
+    "Wan 2.1 I2V": (
+        "original",
+        WIDE
+        | {"img_emb.proj.0.weight": zeros(8)}
+        | {f"blocks.{i}.cross_attn.k_img.bias": zeros(DIM) for i in range(2)},
+        "image-to-video (36 input channels)",
+    ),
+    "Wan 2.1 I2V of diffusers": (
+        "diffusers",
+        WIDE | {f"blocks.{i}.attn2.add_k_proj.bias": zeros(DIM) for i in range(2)},
+        "image-to-video (36 input channels)",
+    ),
+    "VACE": (
+        "original",
+        {"vace_blocks.0.norm3.bias": zeros(DIM), "vace_patch_embedding.bias": zeros(DIM)},
+        f"VACE ({CHANNELS} input channels)",
+    ),
+    "Animate": (
+        "original",
+        WIDE | {"face_adapter.fuser_blocks.0.k_norm.weight": zeros(8)},
+        "Wan-Animate (36 input channels)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_transformer_of_another_task_is_one_sentence(capsys, directory, tmp_path, name):
+    form, more, what = RELATIVES[name]
+    path = directory / "other.safetensors"
+    write_safetensors(path, drawn("transformer", form) | more)
+    sentence = (
+        f"a transformer for {what}; this program runs text-to-video ({CHANNELS}): take the weights "
+        "of a text-to-video model"
+    )
+    found = inspect(capsys, path)
+    assert (found["faults"], found["families"]) == ([sentence], [])
+    assert refusal(capsys, "import", path, "--to", tmp_path / "x") == f"error: {path}: {sentence}\n"
+    with pytest.raises(ValueError) as caught:
+        bases.load_base(str(directory), transformer=str(path), **NUMERICS)
+    assert str(caught.value) == f"{path}: {sentence}"
+
+
+@pytest.mark.parametrize("second", [["diffusers", "WanTransformer3DModel"], None])
+def test_a_package_of_two_transformers_lends_its_other_parts_alone(capsys, own, tmp_path, second):
+    package = write_package(tmp_path / "Wan2.2", "diffusers", own)
+    index = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
+    (package / "model_index.json").write_text(json.dumps(index))
+    assert inspect(capsys, package)["complete"]
+    if second:
+        (package / "model_index.json").write_text(json.dumps(index | {"transformer_2": second}))
+        names = ("transformer for high noise, transformer_2 for low",)
+    else:
+        (package / "model_index.json").unlink()
+        (package / "low_noise_model").mkdir()
+        (package / "Wan2.1_VAE.pth").touch()
+        names = ("high_noise_model for high noise, low_noise_model for low",)
+    sentence = f"is a Wan 2.2 package with two transformers ({names[0]}), which this program cannot"
+    found = inspect(capsys, package)
+    assert not found["complete"] and sentence in found["parts"]["transformer"]["faults"][0]
+    with pytest.raises(FileNotFoundError) as caught:
+        bases.load_base(str(package), **NUMERICS)
+    assert sentence in str(caught.value) and "set config.transformer to one of" in str(caught.value)
+    if second:
+        transformer = str(own / "transformer.safetensors")
+        assert bases.load_base(str(package), transformer=transformer, **NUMERICS).vae
+
+
+def without_last_block(tensors, prefix, last):
+    return {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}{last}.")}
+
+
+def test_a_file_that_lost_its_last_block_is_not_complete(capsys, directory, tmp_path):
+    """Where a config.json beside it tells how many there should be, and by the published sizes."""
+    for part, count in (("transformer", 27), ("text_encoder", 10)):
+        path = directory / f"{part}.safetensors"
+        tensors = {name: np.asarray(tensor) for name, tensor in read_safetensors(path).items()}
+        last = nets.sizes_of(tiny_base.PARTS[part])["num_layers"] - 1
+        write_safetensors(path, without_last_block(tensors, "blocks.", last))
+        found = inspect(capsys, path)
+        assert not found["complete"] and len(found["faults"]) == count
+        assert all(fault.startswith(f"missing tensor: blocks.{last}.") for fault in found["faults"])
+        assert not inspect(capsys, directory)["complete"]
+        error = refusal(capsys, "import", path, "--to", tmp_path / "x")
+        assert f"{path}: {count} mismatches" in error and f"missing tensor: blocks.{last}." in error
+
+
+@pytest.mark.parametrize("size, last", [("wan_1.3b", 29), ("wan_14b", 39)])
+def test_a_published_file_that_lost_its_last_block_is_not_complete(capsys, tmp_path, size, last):
+    spec = parts.PARTS["transformer"]
+    shapes = nets.source_shapes(spec, parts.SIZES[size]["transformer"])
+    kept = {
+        name: np.broadcast_to(np.float16(0), shape)
+        for name, shape in shapes.items()
+        if not name.startswith(f"blocks.{last}.")
+    }
+    header, stop = {}, 0
+    for name, tensor in kept.items():
+        start, stop = stop, stop + tensor.nbytes
+        header[name] = {"dtype": "F16", "shape": tensor.shape, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "a.safetensors", "wb") as file:  # its content is a hole
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + stop)
+    found = inspect(capsys, tmp_path / "a.safetensors")
+    assert not found["complete"] and len(found["faults"]) == 27
+    assert found["faults"][0].startswith(f"missing tensor: blocks.{last}.")
+
+
+SPOILT = {
+    "tokenizer.json": (POINTER, "tokenizer.json is a git-lfs pointer, not the file itself; run"),
+    "config.json": ('{"dim": 24}', "config.json: expected objects under the keys transformer, vae"),
+    "vae.safetensors": ("<!DOCTYPE html>", "vae.safetensors is a web page, not the file itself"),
+    "text_encoder.safetensors": (POINTER, "text_encoder.safetensors is a git-lfs pointer, not"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_base_with_a_file_that_is_none_is_not_complete(capsys, directory, name):
+    assert inspect(capsys, directory)["complete"]
+    content, expected = SPOILT[name]
+    (directory / name).write_text(content)
+    found = inspect(capsys, directory)
+    faults = [*found["faults"], *(f for part in found["parts"].values() for f in part["faults"])]
+    assert not found["complete"] and len(faults) == 1 and expected in faults[0]
+    with pytest.raises(ValueError, match=expected):
+        bases.load_base(str(directory), **NUMERICS)
