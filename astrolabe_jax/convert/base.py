@@ -167,7 +167,9 @@ def _own_sizes(path: Path) -> dict[str, dict]:
     content = read_json(path)
     if set(content) != set(PARTS) or {type(part) for part in content.values()} != {dict}:
         raise ValueError(
-            f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else"
+            f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else; a Wan "
+            f"repository is known by {LAYOUTS['original'].mark} beside it, a diffusers package by "
+            f"{LAYOUTS['diffusers'].mark}"
         )
     return content
 

@@ -30,7 +30,7 @@ from flax import nnx
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
-from astrolabe_jax.runtime.files import INDEX, read_json
+from astrolabe_jax.runtime.files import INDEX, read_index
 
 ORIGINAL = "original"
 # A run chooses these fields of a config; all others are sizes.
@@ -137,8 +137,7 @@ def with_shards(path: Path) -> list[Path]:
     """Return the files that weights are in: `path` itself, and the shards that an index names."""
     if not path.name.endswith(INDEX):
         return [path]
-    shards = read_json(path).get("weight_map") or {}
-    return [path, *sorted({path.parent / str(shard) for shard in shards.values()})]
+    return [path, *sorted({path.parent / shard for shard in read_index(path).values()})]
 
 
 def without_aliases(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:

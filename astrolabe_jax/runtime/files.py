@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -35,6 +35,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 INDEX = ".safetensors.index.json"
+MOST_FAULTS = 10  # of one kind in a message
 _JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
 _DIGITS = 308  # a number of so many digits is a float64
 # What stands in the place of a file that was not had: how its first bytes begin, and what it is.
@@ -145,6 +146,13 @@ def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file such that no reader sees half of it, as `atomic` does."""
     with atomic(path) as file:
         file.write(payload)
+
+
+def listed(opening: str, faults: Sequence[str]) -> str:
+    """Return a message that lists the faults of a file, a line each, and cuts a long list short."""
+    more = len(faults) - MOST_FAULTS
+    rest = [f"and {more} more"] if more > 0 else []
+    return "\n  ".join([opening, *faults[:MOST_FAULTS], *rest])
 
 
 def stand_in(path: Path) -> str:
@@ -295,13 +303,10 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_sharded(path: Path) -> dict[str, Lazy]:
-    """Return the tensors of X.safetensors.index.json from the files beside it that it names.
+def read_index(path: Path) -> dict[str, str]:
+    """Return what X.safetensors.index.json tells: names of tensors -> names of files beside it.
 
-    Raises:
-      FileNotFoundError: naming a shard that is not there.
-      ValueError: naming the index if it is broken, and every tensor that is not in the shard that
-        the index gives, or in two.
+    Raises ValueError, naming the index, for one that is broken.
     """
     index: Any = read_json(path).get("weight_map")
     if not (
@@ -311,12 +316,25 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
             f"{path}: expected an object weight_map, from names of tensors to names of files "
             "beside it"
         )
-    shards = {}
-    for shard in sorted(set(index.values())):
+    for shard in index.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
-                f"{path} names the shard {shard!r}; expected a .safetensors file beside it"
+                f"{path} names the shard {shard[:100]!r}; expected a .safetensors file beside it"
             )
+    return index
+
+
+def read_sharded(path: Path) -> dict[str, Lazy]:
+    """Return the tensors of X.safetensors.index.json from the files beside it that it names.
+
+    Raises:
+      FileNotFoundError: naming a shard that is not there.
+      ValueError: naming the index if it is broken, and tensors that are not in the shard that the
+        index gives, or in two.
+    """
+    index = read_index(path)
+    shards = {}
+    for shard in sorted(set(index.values())):
         if not (path.parent / shard).is_file():
             raise FileNotFoundError(
                 f"{path.parent / shard} is missing, which {path.name} names; download it again"
@@ -336,9 +354,7 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
                 tensors[name] = tensor
     if faults:
         raise ValueError(
-            "\n  ".join(
-                [f"{path} and its shards do not agree; download all of them again:", *faults]
-            )
+            listed(f"{path} and its shards do not agree; download all of them again:", faults)
         )
     return tensors
 

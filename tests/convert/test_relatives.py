@@ -11,7 +11,7 @@ import pytest
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import nets, parts
 from astrolabe_jax.convert.__main__ import main
-from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
+from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
 from tests import tiny_base
 from tests.convert.test_layouts import NUMERICS, drawn, write_package
 
@@ -181,3 +181,34 @@ def test_a_base_with_a_file_that_is_none_is_not_complete(capsys, directory, name
     assert not found["complete"] and len(faults) == 1 and expected in faults[0]
     with pytest.raises(ValueError, match=expected):
         bases.load_base(str(directory), **NUMERICS)
+
+
+def test_a_long_list_of_tensors_is_cut_short(capsys, directory, tmp_path):
+    path = directory / "transformer.safetensors"
+    more = {f"extra.{i}": zeros(1) for i in range(40)}
+    write_safetensors(path, drawn("transformer") | more)
+    error = refusal(capsys, "import", path, "--to", tmp_path / "x")
+    assert error.startswith(f"error: {path}: 40 mismatches") and len(error.splitlines()) == 12
+    assert error.endswith("and 30 more\n")
+    assert len(inspect(capsys, path)["faults"]) == 40
+
+
+@pytest.mark.parametrize("content", [POINTER, "[1]", '{"weight_map": [1]}', '{"weight_map": {}}'])
+def test_an_index_that_is_none_is_one_line(capsys, directory, content):
+    (directory / "vae.safetensors").unlink()
+    path = directory / f"vae{INDEX}"
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        bases.load_base(str(directory), **NUMERICS)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert not inspect(capsys, directory)["complete"]
+
+
+def test_a_store_that_lost_content_is_one_line(capsys, own, tmp_path):
+    main(["import", str(own / "vae.safetensors"), "--to", str(tmp_path / "x")])
+    for path in (tmp_path / "x" / "vae").rglob("d/*"):
+        if path.parts[-3].startswith("ocdbt.process"):
+            path.unlink()
+    target = tmp_path / "a.safetensors"
+    error = refusal(capsys, "export", tmp_path / "x" / "vae", "--part", "vae", "--to", target)
+    assert error.splitlines()[-1].startswith("error: it cannot be read: ") and not target.exists()
