@@ -133,7 +133,7 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
 
 def _unreadable(error: Exception) -> StoreError:
     """Return the error of a damaged store; tensorstore's own has many lines."""
-    reason = str(error).splitlines()[0][:200]
+    reason = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0][:300]
     return StoreError(f"it cannot be read: {reason}; copy or import it again")
 
 
