@@ -17,6 +17,7 @@ from astrolabe_jax.models.umt5 import UMT5
 from experiments.moving_shapes_base.words import word_tokenizer
 from tests.meshes import ONE, mesh_of
 from tests.models import tiny
+from tests.stand_ins import POINTER
 
 WORDS = ["a", "red", "blue", "circle", "moving", "left"]
 PROMPTS = ["a red circle", "a blue circle moving left", "", "red"]
@@ -158,7 +159,7 @@ def test_a_broken_tokenizer_is_named(tmp_path, capfd, name, content, made_by):
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 def test_what_stands_in_the_place_of_a_tokenizer_is_named(tmp_path, name):
     path = tmp_path / name
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    path.write_text(POINTER)
     with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer, not the file itself"):
         tokenizers.load_tokenizer(tmp_path)
     path.write_text("")

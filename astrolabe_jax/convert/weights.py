@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax.convert.torch_file import read_torch
-from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded, stand_in
+from astrolabe_jax.runtime.files import (
+    INDEX,
+    Lazy,
+    check_names,
+    read_safetensors,
+    read_sharded,
+    stand_in,
+)
 
 # End of a file's name -> what reads it.
 READERS = {
@@ -84,6 +91,7 @@ def open_weights(
         raise ValueError(f"{path} is {what}")
     tree = READERS[suffix](path)
     entry, state = _state_dict(tree, path, entry, containers)
+    check_names(path, state)
     stored_names, prefixes = _plain_names(state, path)
     tensors = {
         plain: state[stored]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -36,13 +36,14 @@ DTYPES = {
 }
 INDEX = ".safetensors.index.json"
 MOST_FAULTS = 10  # of one kind in a message
+_LONGEST_NAME = 300  # of a tensor
 _JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
 _DIGITS = 308  # a number of so many digits is a float64
 # What stands in the place of a file that was not had: how its first bytes begin, and what it is.
 _AGAIN = "download the file again"
 _STAND_INS = (
     (
-        rb"version https://git-lfs\.github\.com/spec/",
+        rb"version https://git-lfs\.github\.com/",
         "a git-lfs pointer, not the file itself; run git lfs pull, or download it",
     ),
     (
@@ -234,6 +235,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise ValueError, naming the file, for a name of a tensor that no message could show."""
+    for name in names:
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ValueError(
+                f"{path} names a tensor {ascii(name[:60])}; expected at most {_LONGEST_NAME} "
+                "characters that can be printed"
+            )
+
+
 def read_safetensors(path: Path) -> dict[str, Lazy]:
     """Return the tensors of a file of weights, in their own dtypes.
 
@@ -243,12 +254,13 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     tensors = {}
     try:
         with safetensors.safe_open(path, "np") as file:
+            check_names(path, file.keys())
             for name in file.keys():
                 header = file.get_slice(name)
                 kind = header.get_dtype()
                 if kind not in DTYPES:
                     raise ValueError(
-                        f"{path} holds a tensor of dtype {kind}, {name[:100]!r}; expected "
+                        f"{path} holds a tensor of dtype {kind}, {name}; expected "
                         f"{', '.join(map(str, DTYPES.values()))}: store it so"
                     )
                 shape = tuple(header.get_shape())
@@ -316,6 +328,7 @@ def read_index(path: Path) -> dict[str, str]:
             f"{path}: expected an object weight_map, from names of tensors to names of files "
             "beside it"
         )
+    check_names(path, index)
     for shard in index.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(

@@ -13,9 +13,8 @@ from astrolabe_jax.convert import nets, parts
 from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.runtime.files import INDEX, read_safetensors, write_safetensors
 from tests import tiny_base
-from tests.convert.test_layouts import NUMERICS, drawn, write_package
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+from tests.convert.test_layouts import NUMERICS, drawn, flat_torch, write_package
+from tests.stand_ins import POINTER
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +211,51 @@ def test_a_store_that_lost_content_is_one_line(capsys, own, tmp_path):
     target = tmp_path / "a.safetensors"
     error = refusal(capsys, "export", tmp_path / "x" / "vae", "--part", "vae", "--to", target)
     assert error.splitlines()[-1].startswith("error: it cannot be read: ") and not target.exists()
+
+
+NASTY = "blocks.\x1b[2J\x1b]0;owned\x07\n\rerror: all is well"
+
+
+@pytest.mark.parametrize("name", [NASTY, "\u202e", "x" * 100_000], ids=["escapes", "turn", "long"])
+@pytest.mark.parametrize("file", ["a.safetensors", "a.pt", f"a{INDEX}"])
+def test_names_of_tensors_cannot_speak_to_the_terminal(capsys, directory, tmp_path, name, file):
+    path = directory / file
+    tensors = drawn("transformer") | {name: zeros(1)}
+    if file.endswith(".pt"):
+        flat_torch(path, tensors)
+    elif file.endswith(INDEX):
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "b.safetensors")}))
+    else:
+        write_safetensors(path, tensors)
+    for command in (["import", path, "--to", tmp_path / "x"], ["inspect", path]):
+        error = refusal(capsys, *command)
+        assert error.startswith(f"error: {path} names a tensor '") and error[:-1].isprintable()
+        assert len(error) < 400
+
+
+@pytest.mark.parametrize("file", ["config.json", "vae.safetensors"])
+def test_a_message_of_a_file_cannot_speak_to_the_terminal(capsys, directory, tmp_path, file):
+    """A value, and the header that the library repeats."""
+    header = b'{"a": {"dtype": "\x1b[2J' + b"y" * 5000 + b'", "shape": [], "data_offsets": [0, 0]}}'
+    text = (directory / "config.json").read_text().replace('"dim": 24', '"dim\\u001b[2J": 24')
+    whole = len(header).to_bytes(8, "little") + header
+    (directory / file).write_bytes(text.encode() if file == "config.json" else whole)
+    main(["inspect", str(directory)])
+    out = capsys.readouterr().out
+    assert "complete: no" in out
+    if file == "vae.safetensors":
+        out += refusal(capsys, "import", directory, "--to", tmp_path / "x")
+    assert all(line.isprintable() and len(line) < 1100 for line in out.splitlines())
+
+
+def test_a_config_of_endless_digits_or_brackets_is_one_line(capsys, directory):
+    sizes = (directory / "config.json").read_text()
+    for content in (
+        sizes.replace('"dim": 24', f'"dim": {"9" * 400}', 1),
+        sizes.replace('"dim": 24', f'"dim": {"[" * 100_000}', 1),
+    ):
+        assert content != sizes
+        (directory / "config.json").write_text(content)
+        error = refusal(capsys, "import", directory, "--to", directory / "x")
+        assert "config.json is not valid JSON: " in error and len(error.splitlines()) == 1
+        assert not inspect(capsys, directory)["complete"]

@@ -14,6 +14,7 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.runtime import files
 from tests.convert import torch_files
+from tests.stand_ins import POINTER
 from tests.tiny_base import write_tiny_base
 
 NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
@@ -214,6 +215,6 @@ def test_weights_that_would_be_wrong_without_a_scale_are_refused(tmp_path, more,
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", f"a{files.INDEX}"])
 def test_a_pointer_in_place_of_weights_is_named(tmp_path, name):
     path = tmp_path / name
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    path.write_text(POINTER)
     with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer, not the file itself"):
         read_weights(path)

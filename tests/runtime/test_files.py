@@ -23,8 +23,7 @@ from astrolabe_jax.runtime.files import (
     stand_in,
     write_safetensors,
 )
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11361920418\n"
+from tests.stand_ins import POINTER
 
 
 def arrays():
@@ -111,7 +110,9 @@ def test_float8_is_read(tmp_path, kind):
     np.testing.assert_array_equal(np.asarray(got, np.float32), stored.float().numpy())
 
 
-@pytest.mark.parametrize("content, what", [(POINTER, "a git-lfs pointer"), (b"<html>", "a web")])
+@pytest.mark.parametrize(
+    "content, what", [(POINTER.encode(), "a git-lfs pointer"), (b"<html>", "a web")]
+)
 def test_what_stands_in_the_place_of_weights_is_named(tmp_path, content, what):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
@@ -162,7 +163,7 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded, tmp_path):
 @pytest.mark.parametrize(
     "content, what",
     [
-        (POINTER, "a git-lfs pointer"),
+        (POINTER.encode(), "a git-lfs pointer"),
         (b"/annex/objects/SHA256E-s1--aa\n", "a git-annex pointer"),
         (b"../.git/annex/objects/x/y/SHA256E-s1--aa", "a git-annex pointer"),
         (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
@@ -229,6 +230,6 @@ def test_json_of_any_utf_is_read(tmp_path, encoding):
 
 def test_a_pointer_in_place_of_json_is_named(tmp_path):
     path = tmp_path / "config.json"
-    path.write_bytes(POINTER)
+    path.write_text(POINTER)
     with pytest.raises(ValueError, match="config.json is a git-lfs pointer, not the file itself"):
         read_json(path)
