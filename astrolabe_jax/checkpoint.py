@@ -310,7 +310,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
+        reason = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0][:300]
         raise _Damaged(f"{type(error).__name__}: {reason}") from error
 
 
@@ -375,7 +375,7 @@ def _load(
 
 def _read_part(path: Path, part: str, how: Any) -> Any:
     """Read EPOCH/PART, on each process alone. Raises _Damaged or OSError."""
-    with _reading(path), _manager(path.parent, keep=None, alone=True) as manager:
+    with _reading(path), _quiet(), _manager(path.parent, keep=None, alone=True) as manager:
         return manager.restore(int(path.name), args=ocp.args.Composite(**{part: how}))[part]
 
 

@@ -119,10 +119,37 @@ def contents(directory):
     }
 
 
+@pytest.fixture
+def loud_again():
+    """What a failing save or restore silences for the rest of a process."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    yield
+    gc.collect()  # what was never awaited
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_a_checkpoint_that_lost_content_is_set_aside_in_one_line(
+    two_checkpoints, tmp_path, capfd, caplog, loud_again
+):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "run")
+    (lost,) = (workdir / "checkpoints" / "2" / "state" / "d").iterdir()
+    lost.unlink()
+    sys.unraisablehook = sys.__unraisablehook__  # in place of pytest's
+    assert checkpoint.restore(workdir, lambda epoch: make_state(0), FINGERPRINT).epoch == 1
+    gc.collect()
+    assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
+    lines = [record.getMessage() for record in caplog.records]
+    assert all("\n" not in line and len(line) < 600 for line in lines)
+    assert "checkpoints/2 is damaged" in caplog.text
+
+
 # the reader's unawaited futures
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(
-    two_checkpoints, tmp_path, caplog
+    two_checkpoints, tmp_path, caplog, loud_again
 ):
     fallbacks, before = 0, contents(two_checkpoints / "checkpoints" / "2")
     for i, (name, content) in enumerate(damages(two_checkpoints)):
@@ -457,7 +484,7 @@ def test_samples_that_were_learnt_from_are_silently_left(tmp_path, caplog):
 
 # the reader's unawaited futures
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog):
+def test_damaged_samples_are_told_and_never_give_wrong_values(tmp_path, caplog, loud_again):
     save_samples(tmp_path / "whole")
     unused = 0
     for path in sorted((tmp_path / "whole").rglob("*")):
@@ -497,18 +524,6 @@ def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path
     else:
         with pytest.raises(ValueError, match=f"belongs to another run.*\n  {name}: 1 there, 2 now"):
             checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
-
-
-@pytest.fixture
-def loud_again():
-    """What a failing save silences for the rest of a process."""
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-    levels = [logger.level for logger in loggers]
-    yield
-    gc.collect()  # what was never awaited
-    sys.unraisablehook = hook
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path, loud_again):

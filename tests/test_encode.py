@@ -1,6 +1,7 @@
 """Prompts to embeddings: cleaning, tokenizers on disk, padding."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from astrolabe_jax.models.umt5 import UMT5
 from experiments.moving_shapes_base.words import word_tokenizer
 from tests.meshes import ONE, mesh_of
 from tests.models import tiny
+from tests.stand_ins import POINTER
 
 WORDS = ["a", "red", "blue", "circle", "moving", "left"]
 PROMPTS = ["a red circle", "a blue circle moving left", "", "red"]
@@ -125,20 +127,43 @@ def test_a_tokenizer_with_other_special_ids_is_refused(tmp_path):
         tokenizers.load_tokenizer(tmp_path)
 
 
+def changed_tokenizer(**fields):
+    return json.dumps(json.loads(word_tokenizer(WORDS)) | fields)
+
+
+# What makes the library end its process, and raise what is no Exception.
+_VAST = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+_VAST |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+_TORN = {"type": "Precompiled", "precompiled_charsmap": ""}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "made_by"),
     [
         ("tokenizer.json", "{}", "tokenizers"),
         ("tokenizer.json", word_tokenizer(WORDS)[:-20], "tokenizers"),
-        ("spiece.model", "", "sentencepiece"),
+        ("tokenizer.json", changed_tokenizer(padding=_VAST), "tokenizers"),  # aborts
+        ("tokenizer.json", changed_tokenizer(normalizer=_TORN), "tokenizers"),  # panics
         ("spiece.model", "corrupt", "sentencepiece"),
     ],
 )
-def test_a_broken_tokenizer_is_named(tmp_path, name, content, made_by):
+def test_a_broken_tokenizer_is_named(tmp_path, capfd, name, content, made_by):
     (tmp_path / name).write_text(content)
     with pytest.raises(
         ValueError, match=f"{name} cannot be read: .*; expected a whole {name} of .* {made_by}:"
-    ):
+    ) as caught:
+        tokenizers.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
+def test_what_stands_in_the_place_of_a_tokenizer_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer, not the file itself"):
+        tokenizers.load_tokenizer(tmp_path)
+    path.write_text("")
+    with pytest.raises(ValueError, match=f"{name} is an empty file"):
         tokenizers.load_tokenizer(tmp_path)
 
 

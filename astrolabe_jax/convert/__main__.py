@@ -6,7 +6,6 @@ Checkpoints in and out (docs/checkpoints.md, Commands).
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -16,12 +15,12 @@ import jax
 from astrolabe_jax.convert import commands, describe, lora, parts
 from astrolabe_jax.rewards import convert as rewards
 from astrolabe_jax.rewards.directory import PublishedFiles
+from astrolabe_jax.runtime import cli
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        cli.fail(message, 2)
 
 
 _Argument = tuple[str, dict[str, Any]]  # what add_argument takes
@@ -55,7 +54,8 @@ _NUM_HEADS = _argument(
 
 def _inspect(path: Path, as_json: bool) -> None:
     described = describe.describe(path)
-    print(json.dumps(described, indent=1) if as_json else describe.text(described))
+    text = describe.text(described)
+    print(json.dumps(described, indent=1) if as_json else cli.printable(text))
 
 
 def _reward(kind: str, to: Path, weights: list[Path], **options: Any) -> None:
@@ -180,8 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         command.run(**arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        cli.fail(error, 2)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,23 @@ def layout_of(directory: Path) -> BaseLayout | None:
     return next((layout for layout in known if (directory / layout.mark).is_file()), None)
 
 
+def _two_transformers(directory: Path) -> str:
+    """Return what a package of two transformers is, and what would do; "" for any other."""
+    index = directory / LAYOUTS["diffusers"].mark
+    second = read_json(index).get("transformer_2") if index.is_file() else None
+    in_index = isinstance(second, list) and any(second)
+    if not in_index and not (directory / "low_noise_model").is_dir():
+        return ""
+    high, low = (
+        ("transformer", "transformer_2") if in_index else ("high_noise_model", "low_noise_model")
+    )
+    return (
+        f"{directory} is a Wan 2.2 package with two transformers ({high} for high noise, {low} for "
+        "low), which this program cannot run; set config.transformer to one of Wan 2.1 and "
+        "config.model.size to its size, to use the VAE and text encoder of this package"
+    )
+
+
 def tokenizer_of(base: str) -> Path:
     """Return the directory that `load_tokenizer` takes."""
     directory, layout = _locate(base)
@@ -150,7 +167,9 @@ def _own_sizes(path: Path) -> dict[str, dict]:
     content = read_json(path)
     if set(content) != set(PARTS) or {type(part) for part in content.values()} != {dict}:
         raise ValueError(
-            f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else"
+            f"{path}: expected objects under the keys {', '.join(PARTS)}, and nothing else; a Wan "
+            f"repository is known by {LAYOUTS['original'].mark} beside it, a diffusers package by "
+            f"{LAYOUTS['diffusers'].mark}"
         )
     return content
 
@@ -162,7 +181,9 @@ def _published_sizes(path: Path, part: str, published: dict) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"no {path}, which tells the sizes of the {part}; put it back or set config.model.size"
+            _two_transformers(path.parent)
+            or f"no {path}, which tells the sizes of the {part}; put it back or set "
+            "config.model.size"
         )
     common = {field: value for field, value in published.items() if field not in _VARYING}
     try:
@@ -238,15 +259,7 @@ def load_base(
     directory, layout = _locate(base)
     parts = configs(base, size, **numerics)
     tokenizer_dir = directory / layout.tokenizer
-    tokenizer = load_tokenizer(tokenizer_dir)
-    largest = max(tokenizer.get_vocab().values())
-    rows = parts["text_encoder"].vocab_size
-    if largest >= rows:
-        raise ValueError(
-            f"{directory / layout.mark}: text_encoder.vocab_size is {rows}, but the tokenizer in "
-            f"{tokenizer_dir} has ids up to {largest}; expected at least {largest + 1}: do both "
-            "files belong to this base?"
-        )
+    tokenizer = _tokenizer(base, parts["text_encoder"].vocab_size)
     digest = hashlib.sha256()
     config_files = sorted({directory / name for name in layout.configs.values()})
     for path in (*config_files, *(tokenizer_dir / name for name in TOKENIZERS)):
@@ -265,6 +278,31 @@ def load_base(
         tokenizer,
         digest.hexdigest(),
     )
+
+
+def faults_of(base: str) -> list[str]:
+    """Return what keeps a base from being read, but for its weights: its configs and tokenizer."""
+    try:
+        parts = configs(base)
+        _tokenizer(base, parts["text_encoder"].vocab_size)
+    except (ValueError, OSError) as error:
+        return str(error).splitlines()
+    return []
+
+
+def _tokenizer(base: str, rows: int) -> Any:
+    """Read the tokenizer of a base whose text encoder embeds so many ids."""
+    directory, layout = _locate(base)
+    path = directory / layout.tokenizer
+    tokenizer = load_tokenizer(path)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"{directory / layout.mark}: text_encoder.vocab_size is {rows}, but the tokenizer in "
+            f"{path} has ids up to {largest}; expected at least {largest + 1}: do both files "
+            "belong to this base?"
+        )
+    return tokenizer
 
 
 def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:
@@ -301,6 +339,8 @@ def weights_of(base: str | Path, part: str) -> Path:
         raise FileNotFoundError(
             f"no {path}; expected a file of weights or a directory with {_marks()}"
         )
+    if part == "transformer" and (relative := _two_transformers(path)):
+        raise FileNotFoundError(relative)
     candidates = [path / name for name in layout.weights[part]]
     present = [file for file in candidates if file.is_file() or store.is_store(file)]
     if len(present) != 1:

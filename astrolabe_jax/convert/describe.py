@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrolabe_jax.convert import base, engine, lora, nets, parts, store
-from astrolabe_jax.convert.open import config_of, open_part
+from astrolabe_jax.convert.open import config_beside, config_of, open_part
 from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
 
 
@@ -53,19 +53,21 @@ def describe(path: Path) -> dict[str, Any]:
     if layout is None:
         return _describe_lora(directory)
     has_tokenizer = any((directory / layout.tokenizer / name).is_file() for name in base.TOKENIZERS)
+    faults = base.faults_of(str(directory))
     described = {}
     for part in parts.PARTS:
         try:
             described[part] = _describe_file(base.weights_of(directory, part))
-        except FileNotFoundError as error:
-            described[part] = {"complete": False, "faults": [str(error)]}
+        except (ValueError, OSError) as error:
+            described[part] = {"complete": False, "faults": str(error).splitlines()}
     return {
         "path": str(path),
         "kind": "base",
         "layout": next(name for name, known in base.LAYOUTS.items() if known is layout),
         "tokenizer": has_tokenizer,
         "parts": described,
-        "complete": has_tokenizer and all(part["complete"] for part in described.values()),
+        "complete": not faults and all(part["complete"] for part in described.values()),
+        "faults": faults,
     }
 
 
@@ -80,7 +82,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         part, form = parts.recognise(weights.tensors)
     except ValueError as error:
         return described | {"part": "", "families": [], "complete": False, "faults": [str(error)]}
-    return described | {"part": part, "format": form} | _fit(part, form, weights)
+    return described | {"part": part, "format": form} | _fit(path, part, form, weights)
 
 
 def _describe_store(path: Path) -> dict[str, Any]:
@@ -96,25 +98,27 @@ def _describe_store(path: Path) -> dict[str, Any]:
     }
 
 
-def _fit(part: str, form: str, weights: Weights) -> dict[str, Any]:
+def _fit(path: Path, part: str, form: str, weights: Weights) -> dict[str, Any]:
     """Return sizes and families of a part, and what it lacks or has too much."""
     spec = parts.PARTS[part]
     measured = nets.measure(spec, form, weights.tensors)
     found = (measured.get("dim"), measured.get("num_layers"))
     size = parts.SIZE_NAMES.get(found, "") if part == "transformer" else ""
+    families = []
     try:
         tensors = spec.prepare(weights.tensors)
+        families = _families(part, weights, size)
         # Placeholders: shapes depend neither on the statistics of latents nor on the heads.
         channels = measured.get("z_dim", 1)
         statistics = {"latent_mean": (0.0,) * channels, "latent_std": (1.0,) * channels}
-        config = config_of(part, form, tensors, statistics, num_heads=1)
+        config = config_of(part, form, tensors, statistics | config_beside(path, part), num_heads=1)
         faults = engine.mismatches(nets.source_shapes(spec, config, form), tensors)
     except ValueError as error:
-        faults = [str(error)]
+        faults = str(error).splitlines()
     return {
         "sizes": measured,
         "size": size,
-        "families": _families(part, weights, size),
+        "families": families,
         "complete": not faults,
         "faults": faults,
     }
@@ -184,6 +188,7 @@ def text(described: Mapping[str, Any], most: int = 10) -> str:
         lines = [
             f"{described['path']}: base, layout {described['layout']}",
             f"tokenizer: {'there' if described['tokenizer'] else 'missing'}",
+            *_verdict(described, most),
         ]
         for part, content in described["parts"].items():
             lines += ["", f"[{part}]", text({"kind": "file"} | content, most)]
@@ -193,14 +198,17 @@ def text(described: Mapping[str, Any], most: int = 10) -> str:
         for key, value in described.items()
         if value and key not in ("kind", "faults", "complete")
     ]
+    return "\n".join(lines + _verdict(described, most))
+
+
+def _verdict(described: Mapping[str, Any], most: int) -> list[str]:
+    """Return lines that say whether it is complete, and at most `most` faults."""
     faults = described["faults"]
-    lines.append(
-        "complete: yes" if described["complete"] else f"complete: no, {len(faults)} faults"
-    )
-    lines += [f"  {fault}" for fault in faults[:most]]
-    if len(faults) > most:
-        lines.append(f"  and {len(faults) - most} more")
-    return "\n".join(lines)
+    if described["complete"]:
+        return ["complete: yes"]
+    count = {0: "", 1: ", 1 fault"}.get(len(faults), f", {len(faults)} faults")
+    more = [f"  and {len(faults) - most} more"] if len(faults) > most else []
+    return [f"complete: no{count}", *(f"  {fault}" for fault in faults[:most]), *more]
 
 
 def _plain(value: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from astrolabe_jax.runtime.files import Lazy
+from astrolabe_jax.runtime.files import Lazy, listed
 
 Shape = tuple[int, ...]
 # Regular expressions and their replacements, applied one after the other.
@@ -30,7 +30,7 @@ Substitutions = Sequence[tuple[str, str]]
 
 
 class ConversionError(ValueError):
-    """The checkpoint and the model do not fit; the message lists every tensor and leaf at fault."""
+    """The checkpoint and the model do not fit; the message lists tensors and leaves at fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,4 +366,4 @@ def _most(numbers: Sequence[int]) -> int | None:
 def _refuse(faults: Sequence[str]) -> None:
     if faults:
         head = "mismatches; check that the checkpoint belongs to this model and config:"
-        raise ConversionError("\n  ".join([f"{len(faults)} {head}", *faults]))
+        raise ConversionError(listed(f"{len(faults)} {head}", faults))

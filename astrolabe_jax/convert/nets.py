@@ -30,7 +30,7 @@ from flax import nnx
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
-from astrolabe_jax.runtime.files import INDEX, read_json
+from astrolabe_jax.runtime.files import INDEX, read_index
 
 ORIGINAL = "original"
 # A run chooses these fields of a config; all others are sizes.
@@ -38,7 +38,10 @@ NUMERICS = ("dtype", "param_dtype", "remat", "attention")
 # By the annotation of a size: what to expect of its value in JSON, and whether a value is that. A
 # whole number is a float there, too.
 _FIELD_TYPES = {
-    int: ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    int: (
+        "a whole number, at least 1 and below 2 to the 31",
+        lambda value: type(value) is int and 1 <= value < 1 << 31,
+    ),
     float: (
         "a finite number",
         lambda value: type(value) in (int, float) and -math.inf < value < math.inf,
@@ -69,7 +72,7 @@ class NetSpec:
         default_factory=lambda: {ORIGINAL: lambda _: ()}
     )
     # Tensors as they are stored -> as the table counts them: without second names of a tensor, and
-    # without what the net does not use.
+    # without what the net does not use. Refuses those of a relative.
     prepare: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
 
@@ -134,8 +137,7 @@ def with_shards(path: Path) -> list[Path]:
     """Return the files that weights are in: `path` itself, and the shards that an index names."""
     if not path.name.endswith(INDEX):
         return [path]
-    shards = read_json(path).get("weight_map") or {}
-    return [path, *sorted({path.parent / str(shard) for shard in shards.values()})]
+    return [path, *sorted({path.parent / shard for shard in read_index(path).values()})]
 
 
 def without_aliases(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def open_part(
             part, form = parts.recognise(tensors)
         spec = parts.PARTS[part]
         tensors = spec.prepare(tensors)
-        config = config_of(part, form, tensors, _config_beside(path, part), num_heads)
+        config = config_of(part, form, tensors, config_beside(path, part), num_heads)
         return nets.checked(spec, config, form, tensors)
 
 
@@ -57,7 +57,7 @@ def _open_store(path: Path, part: str) -> NetCheckpoint:
     return NetCheckpoint(spec, config, engine.tensors(nets.rules(spec, config), leaves))
 
 
-def _config_beside(path: Path, part: str) -> dict[str, Any]:
+def config_beside(path: Path, part: str) -> dict[str, Any]:
     """Return sizes from a config.json in the folder of a file, in our form or in that of others."""
     config_file = path.parent / "config.json"
     if not config_file.is_file():
@@ -80,6 +80,9 @@ def config_of(
 ) -> Any:
     """Return a part's config: measured sizes, then those of `beside`, then the published ones.
 
+    How many blocks there should be no tensor tells, as the last ones may be lost: `beside` or the
+    published net of this width does.
+
     Raises:
       ValueError: with the next step, where nothing tells the number of heads of a transformer or
         the statistics of a VAE's latents.
@@ -99,7 +102,14 @@ def config_of(
                 f"its latents have {channels} channels, whose statistics are in no file of "
                 "weights; put a config.json with latents_mean and latents_std beside it"
             )
-    return nets.make_config(spec, published | known | measured)
+    width = measured.get("dim")
+    told = [known, *(nets.sizes_of(sizes[part]) for sizes in parts.SIZES.values())]
+    blocks = [
+        {"num_layers": sizes["num_layers"]}
+        for sizes in told
+        if sizes.get("dim") == width and "num_layers" in sizes
+    ]
+    return nets.make_config(spec, published | known | measured | (blocks or [{}])[0])
 
 
 def _heads_of(width: int) -> int:

@@ -23,6 +23,7 @@ PARTS = {
         wan.table,
         wan.measure,
         {nets.ORIGINAL: lambda _: (), _DIFFUSERS: wan.diffusers},
+        wan.prepare,
     ),
     "vae": NetSpec(
         "vae",
@@ -85,6 +86,7 @@ FOREIGN_CONFIGS = {
             "cross_attn_norm": (True,),
             "added_kv_proj_dim": (None,),
             "image_dim": (None,),
+            "vace_layers": (None,),
         },
     ),
     "vae": ForeignConfig(

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from astrolabe_jax.convert.engine import Stack, flatten, nested
-from astrolabe_jax.runtime.files import read_json
+from astrolabe_jax.runtime.files import listed, read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once
@@ -45,7 +45,10 @@ class Leaf:
         return self.array.dtype.numpy_dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.array[index].read().result()
+        try:
+            return self.array[index].read().result()
+        except ValueError as error:
+            raise _unreadable(error) from None
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[...].astype(dtype or self.dtype, copy=False)
@@ -124,10 +127,14 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
             name: Leaf(tensorstore.open(spec | {"path": f"{name}/"}, read=True).result())
             for name in names
         }
-    # of tensorstore: ValueError, with many lines
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise StoreError(f"it cannot be read: {reason}; copy or import it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> StoreError:
+    """Return the error of a damaged store; tensorstore's own has many lines."""
+    reason = str(error).partition(" [tensorstore_spec")[0].partition("\n")[0][:300]
+    return StoreError(f"it cannot be read: {reason}; copy or import it again")
 
 
 def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
@@ -148,5 +155,5 @@ def tree(leaves: Mapping[str, Any], expected: dict) -> dict:
         ),
     ]
     if faults:
-        raise StoreError("\n  ".join(["the stored net is not that of this config:", *faults]))
+        raise StoreError(listed("the stored net is not that of this config:", faults))
     return nested((path, leaves[name]) for name, (path, _) in flat.items())

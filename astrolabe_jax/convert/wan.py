@@ -5,6 +5,9 @@ There are 15 tensors, and 27 in each block: docs/checkpoints.md, Transformer ten
 calls them: docs/checkpoints.md, Diffusers names.
 """
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from astrolabe_jax.convert import engine
@@ -40,6 +43,43 @@ _WITNESSES = {
     "text_dim": [("text_embedding.0.weight", 1)],
     "in_channels": [("patch_embedding.weight", 1)],
 }
+
+# How names begin that transformers of relatives have besides ours, in either format, and for what
+# these are made.
+_RELATIVES = (
+    (r"vace_(blocks|patch_embedding)\b", "VACE"),
+    (r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\b", "Wan-Animate"),
+    (r"(casual_audio_encoder|audio_injector|audio_proj)\b|.+\baudio_cross_attn\b", "speech"),
+    (r"(control_adapter|ref_conv)\b", "Wan-Fun control"),
+    (
+        r"(img_emb|condition_embedder\.image_embedder)\b|.+\.(k_img|v_img|add_k_proj|add_v_proj)\b",
+        "image-to-video",
+    ),
+)
+
+
+def prepare(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a transformer as they are.
+
+    Raises ConversionError, in one sentence, for a transformer of another task than text-to-video.
+    """
+    kinds = [kind for names, kind in _RELATIVES if any(map(re.compile(names).match, tensors))]
+    patches = tuple(getattr(tensors.get("patch_embedding.weight"), "shape", ()))
+    head = tensors.get("head.head.bias", tensors.get("proj_out.bias"))
+    channels = made = 0
+    if len(patches) == 5 and head is not None:
+        channels = patches[1]
+        made = math.prod(head.shape) // max(1, math.prod(patches[2:]))
+        if channels > made:  # those of an image and its mask beside those of the video
+            kinds.append("image-to-video")
+        if patches[:2] == (3072, 48):
+            kinds.append("Wan 2.2 TI2V-5B, whose VAE is another,")
+    if kinds:
+        raise engine.ConversionError(
+            f"a transformer for {kinds[0]} ({channels} input channels); this program runs "
+            f"text-to-video ({made}): take the weights of a text-to-video model"
+        )
+    return dict(tensors)
 
 
 def diffusers(_: WanConfig) -> Substitutions:

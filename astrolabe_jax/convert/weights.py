@@ -5,6 +5,7 @@ A file of torch may nest its state dict, and training leaves prefixes in the nam
 (docs/checkpoints.md, Nesting and prefixes).
 """
 
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from astrolabe_jax.convert.torch_file import read_torch
-from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded
+from astrolabe_jax.runtime.files import (
+    INDEX,
+    Lazy,
+    check_names,
+    read_safetensors,
+    read_sharded,
+    stand_in,
+)
 
 # End of a file's name -> what reads it.
 READERS = {
@@ -30,9 +39,14 @@ _PREFIXES = re.compile(
     r"^(model\.|diffusion_model\.|module\.|generator\.|net\.|base_model\.model\.)+"
 )
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-# Buffers that some writers store: the rotary table, numbers of positions, how many batches a
-# BatchNorm has seen.
-NOT_WEIGHTS = re.compile(r"freqs|(.+\.)?(position_ids|num_batches_tracked)")
+# What some writers store beside the weights: the rotary table, numbers of positions, how many
+# batches a BatchNorm has seen; and ComfyUI a tokenizer, marks, and scales of activations.
+NOT_WEIGHTS = re.compile(
+    r"freqs|spiece_model|scaled_fp8"
+    r"|(.+\.)?(position_ids|num_batches_tracked|scale_input|input_scale|comfy_quant)"
+)
+# The name of a scale, by which the weight of float8 beside it is multiplied.
+_SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")
 
 
 class Weights(NamedTuple):
@@ -73,8 +87,11 @@ def open_weights(
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
+    if what := stand_in(path):
+        raise ValueError(f"{path} is {what}")
     tree = READERS[suffix](path)
     entry, state = _state_dict(tree, path, entry, containers)
+    check_names(path, state)
     stored_names, prefixes = _plain_names(state, path)
     tensors = {
         plain: state[stored]
@@ -84,9 +101,50 @@ def open_weights(
     for name, tensor in tensors.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(
-                f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights"
+                f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights: "
+                "of a quantised model take the file in bfloat16 or float16"
             )
+    tensors = _unscaled(tensors, path, "scaled_fp8" in stored_names)
     return Weights(tensors, tuple(map(str, tree)) if entry else (), entry, prefixes)
+
+
+def _unscaled(tensors: dict[str, Lazy], path: Path, scaled: bool) -> dict[str, Lazy]:
+    """Return the tensors with weights of float8 in wider dtypes, multiplied by their scales.
+
+    A scale is one number, or one for each row. `scaled` tells that the file is marked to have
+    scales. Raises ValueError for a weight whose scale is missing or of another shape.
+    """
+    scales = {}
+    for name in tensors:
+        if (match := _SCALE.fullmatch(name)) and f"{match[1]}weight" in tensors:
+            scales[f"{match[1]}weight"] = tensors[name]
+    plain = {}
+    for name, tensor in tensors.items():
+        scale = scales.get(name)
+        rows = tensor.shape[:1]
+        if scale is not None:
+            if scale.shape not in ((), (1,), rows, (*rows, *[1] * (len(tensor.shape) - 1))):
+                raise ValueError(
+                    f"{path}: {name} has a scale of shape {list(scale.shape)}; expected one "
+                    "number, or one for each row: take the file in bfloat16 or float16"
+                )
+            plain[name] = tensor.map(functools.partial(_times, scale), dtype=np.float32)
+        elif tensor.dtype.itemsize > 1:
+            plain[name] = tensor
+        elif scaled or scales:
+            raise ValueError(
+                f"{path}: {name} is of {tensor.dtype}, and its scale is missing, which others of "
+                "the file have; take the file in bfloat16 or float16"
+            )
+        else:  # which holds every number of float8
+            plain[name] = tensor.map(lambda x: x.astype(jnp.bfloat16), dtype=jnp.bfloat16)
+    used = {id(scale) for scale in scales.values()}
+    return {name: tensor for name, tensor in plain.items() if id(tensors[name]) not in used}
+
+
+def _times(scale: Lazy, weight: np.ndarray) -> np.ndarray:
+    factor = np.asarray(scale, np.float32)
+    return weight.astype(np.float32) * factor.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:

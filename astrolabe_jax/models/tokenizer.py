@@ -2,6 +2,9 @@
 
 import html
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +12,31 @@ from typing import Any
 
 import ftfy
 import numpy as np
-import sentencepiece
+
+from astrolabe_jax.runtime.files import stand_in
 
 PAD_TOKEN = "<pad>"  # id 0
 END_TOKEN = "</s>"  # id 1
 UNKNOWN_TOKEN = "<unk>"  # id 2
+# File of a tokenizer -> the library that reads it.
+_LIBRARIES = {"tokenizer.json": "tokenizers", "spiece.model": "sentencepiece"}
+_TRIAL_SECONDS = 60
+# A program that reads and uses the file of its argument, in at most 8 GiB.
+_TRIAL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+try:
+    if sys.argv[1].endswith(".json"):
+        import tokenizers
+        tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
+    else:
+        import sentencepiece
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+    tokenizer.encode("a red circle, \\ufb01")
+    tokenizer.encode("")
+except BaseException as error:
+    sys.exit((str(error).splitlines() or [type(error).__name__])[0][:200])
+"""
 
 
 def clean(text: str) -> str:
@@ -68,25 +91,50 @@ def load_tokenizer(directory: Path | str) -> Any:
       FileNotFoundError: there is neither.
       ValueError: the file cannot be read, or its pad id is not 0 or its end id not 1.
     """
-    files = [Path(directory) / name for name in ("tokenizer.json", "spiece.model")]
+    files = [Path(directory) / name for name in _LIBRARIES]
     path = next((path for path in files if path.exists()), None)
     if path is None:
-        raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor spiece.model")
+        raise FileNotFoundError(f"{directory} holds neither {' nor '.join(_LIBRARIES)}")
+    check_file(path)
     try:
         tokenizer = _read(path)
         empty_ids = tokenizer("", add_special_tokens=True)["input_ids"]
     except Exception as error:  # the tokenizers library has no class of its own
-        library = "tokenizers" if path.suffix == ".json" else "sentencepiece"
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a whole {path.name} of the library "
-            f"{library}: copy it again"
-        ) from None
+        raise _unreadable(path, str(error)) from None
     if tokenizer.pad_token_id != 0 or empty_ids != [1]:
         raise ValueError(
-            f"{path}: pad id {tokenizer.pad_token_id}, empty text {empty_ids}; expected pad id 0 "
-            "and [1] (the end token), as in UMT5"
+            f"{path}: pad id {tokenizer.pad_token_id}, empty text {empty_ids[:8]}; expected pad id "
+            "0 and [1] (the end token), as in UMT5"
         )
     return tokenizer
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError, in one line, for a tokenizer.json or spiece.model that cannot be read.
+
+    A damaged file may make its library end the process, or take all memory: another process tries.
+    """
+    if what := stand_in(path):
+        raise ValueError(f"{path} is {what}")
+    command = [sys.executable, "-c", _TRIAL, str(path)]
+    try:
+        trial = subprocess.run(command, capture_output=True, text=True, timeout=_TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise _unreadable(path, f"it takes more than {_TRIAL_SECONDS} s") from None
+    if trial.returncode < 0:
+        name = signal.Signals(-trial.returncode).name
+        raise _unreadable(path, f"its library ends in {name}")
+    if trial.returncode:
+        raise _unreadable(path, trial.stderr.strip().rpartition("\n")[2])
+
+
+def _unreadable(path: Path, reason: str) -> ValueError:
+    """Return the error of a file that its library refuses."""
+    library = _LIBRARIES["spiece.model" if path.suffix == ".model" else "tokenizer.json"]
+    return ValueError(
+        f"{path} cannot be read: {reason[:200]}; expected a whole {path.name} of the library "
+        f"{library}: copy it again"
+    )
 
 
 def _read(path: Path) -> Any:
@@ -103,9 +151,6 @@ def _read(path: Path) -> Any:
     }
     if path.suffix == ".json":
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **special_tokens)
-    # A check, which raises: transformers takes a file that it cannot parse for another format, and
-    # an empty one for a vocabulary without words.
-    sentencepiece.SentencePieceProcessor(model_file=str(path))
     # Read from a directory of its own: added_tokens.json and more beside it would change ids.
     with tempfile.TemporaryDirectory() as alone:
         shutil.copy(path, alone)

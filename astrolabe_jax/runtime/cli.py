@@ -28,6 +28,9 @@ ERRORS = (
     ValueError,
     SyntaxError,
 )
+# What a message may have.
+_LINE = 1000  # characters in a line
+_LINES = 200
 
 
 def define() -> flags.FlagHolder:
@@ -102,8 +105,24 @@ def set_up() -> None:
 
 def fail(message: str | Exception, status: int) -> NoReturn:
     """End the program with one message, without traceback."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {printable(str(message))}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def printable(text: str) -> str:
+    """Return a text, in which names of a foreign file may stand, as a terminal may have it.
+
+    Control characters, which could move its cursor or hide a line, are escaped; long lines and
+    lists are cut short.
+    """
+    lines = text.split("\n")
+    shown = [
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:_LINE])
+        + ("..." if len(line) > _LINE else "")
+        for line in lines[:_LINES]
+    ]
+    rest = [f"  and {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
+    return "\n".join(shown + rest)
 
 
 def message(error: Exception) -> str:

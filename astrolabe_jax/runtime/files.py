@@ -10,9 +10,10 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +25,46 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
-    # counters and tables of positions, which some writers store beside the weights
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    # counters, tables of positions and files as bytes, which some writers store beside the weights
     "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 INDEX = ".safetensors.index.json"
+MOST_FAULTS = 10  # of one kind in a message
+_LONGEST_NAME = 300  # of a tensor
+_JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
+_DIGITS = 308  # a number of so many digits is a float64
+# What stands in the place of a file that was not had: how its first bytes begin, and what it is.
+_AGAIN = "download the file again"
+_STAND_INS = (
+    (
+        rb"version https://git-lfs\.github\.com/",
+        "a git-lfs pointer, not the file itself; run git lfs pull, or download it",
+    ),
+    (
+        rb"(/annex|(\.\./)*\.git/annex)/objects/",
+        "a git-annex pointer, not the file itself; run git annex get, or download it",
+    ),
+    (rb"<(!doctype html|html|head|script)\b", f"a web page, not the file itself; {_AGAIN}"),
+    (
+        rb"<\?xml[^>]*>\s*<(error|html)\b|\{\s*\"error\"|(entry|repository) not found|"
+        rb"invalid (username or password|credentials)|access to (model|dataset) ",
+        f"the error message of a server, not the file itself; {_AGAIN}",
+    ),
+    (
+        rb"\x1f\x8b|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|BZh[1-9]1AY",
+        "a packed archive; unpack it first",
+    ),
+    (rb"\x00{4096}", f"empty where it begins, as a download that was stopped leaves it; {_AGAIN}"),
+    (rb"\Z", f"an empty file; {_AGAIN}"),
+)
+# What programs write beside a file, or add to its name, until it is there.
+_UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete", ".download")
 # Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
 # system that has become read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -112,6 +149,66 @@ def write_atomic(path: Path, payload: bytes) -> None:
         file.write(payload)
 
 
+def listed(opening: str, faults: Sequence[str]) -> str:
+    """Return a message that lists the faults of a file, a line each, and cuts a long list short."""
+    more = len(faults) - MOST_FAULTS
+    rest = [f"and {more} more"] if more > 0 else []
+    return "\n  ".join([opening, *faults[:MOST_FAULTS], *rest])
+
+
+def stand_in(path: Path) -> str:
+    """Return what a file is that stands in the place of one that was not had, with the next step.
+
+    An empty text comes back for any other file, whatever it holds. At most 4096 bytes are read.
+    Raises OSError if there is no such file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    begins = start if start.startswith(b"\x00") else start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, what in _STAND_INS:
+        if re.match(pattern, begins, re.IGNORECASE):
+            return what
+    beside = [ending for ending in _UNFINISHED if path.with_name(path.name + ending).exists()]
+    if beside or path.suffix in _UNFINISHED:
+        name = path.name + "".join(beside[:1])
+        return f"a download that is not finished ({name}); wait for it, or {_AGAIN}"
+    return ""
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Return what a JSON document holds, whoever wrote it; bytes may be in any UTF.
+
+    Raises:
+      ValueError: saying why, in one line, for what is no JSON, nests too deep, is longer than any
+        config or index, or holds a number that no float64 holds.
+    """
+    if len(content) > _JSON_LIMIT:
+        raise ValueError(f"it is longer than {_JSON_LIMIT:,} characters")
+    try:
+        return json.loads(
+            content, parse_int=_whole, parse_float=_finite, parse_constant=_not_finite
+        )
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _not_finite(text)
+    return number
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is no finite number")
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """Return the JSON objects in a file, one a line; an empty list if there is no file.
 
@@ -121,19 +218,31 @@ def read_jsonl(path: Path) -> list[dict]:
     records = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(parse_json(line))
     return [record for record in records if isinstance(record, dict)]
 
 
 def read_json(path: Path) -> dict:
     """Return the JSON object in a file; raise ValueError, naming the file, if there is none."""
     try:
-        content = json.loads(path.read_text())
+        with open(path, "rb") as file:
+            content = parse_json(file.read(_JSON_LIMIT + 1))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        reason = stand_in(path) or f"not valid JSON: {error}"
+        raise ValueError(f"{path} is {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise ValueError, naming the file, for a name of a tensor that no message could show."""
+    for name in names:
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ValueError(
+                f"{path} names a tensor {ascii(name[:60])}; expected at most {_LONGEST_NAME} "
+                "characters that can be printed"
+            )
 
 
 def read_safetensors(path: Path) -> dict[str, Lazy]:
@@ -142,32 +251,62 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     Only the header is read now. The file is opened anew for each tensor, so that nothing stays
     mapped in memory. Raises ValueError, naming the file, if it is not whole.
     """
-    expected = (
-        f"expected a whole safetensors file of {', '.join(map(str, DTYPES.values()))} tensors"
-    )
     tensors = {}
     try:
         with safetensors.safe_open(path, "np") as file:
+            check_names(path, file.keys())
             for name in file.keys():
                 header = file.get_slice(name)
                 kind = header.get_dtype()
                 if kind not in DTYPES:
                     raise ValueError(
-                        f"{path} holds a tensor of dtype {kind}, {name}; {expected}: store it so"
+                        f"{path} holds a tensor of dtype {kind}, {name}; expected "
+                        f"{', '.join(map(str, DTYPES.values()))}: store it so"
                     )
+                shape = tuple(header.get_shape())
                 tensors[name] = Lazy(
-                    tuple(header.get_shape()),
+                    shape,
                     DTYPES[kind],
-                    functools.partial(_read_tensor, path, name),
+                    functools.partial(_read_tensor, path, name, shape, DTYPES[kind]),
                 )
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}; {expected}") from None
+        fault = stand_in(path) or _shortfall(path)
+        if fault:
+            raise ValueError(f"{path} is {fault}") from None
+        raise ValueError(
+            f"{path} cannot be read: {str(error)[:200]}; expected a whole safetensors file"
+        ) from None
     return tensors
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(path, "np") as file:
-        return file.get_tensor(name)
+def _read_tensor(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if dtype.itemsize > 1:
+        with safetensors.safe_open(path, "np") as file:
+            return file.get_tensor(name)
+    start, entries = _header(path)  # the library does not read float8
+    begin, end = entries[name]["data_offsets"]
+    return np.fromfile(path, dtype, end - begin, offset=start + begin).reshape(shape)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the content of a safetensors file begins, and its header."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(file.read(min(size, _JSON_LIMIT + 1)))
+    return 8 + size, header
+
+
+def _shortfall(path: Path) -> str:
+    """Return how much a safetensors file lacks of what its header tells; "" if that is not it."""
+    try:
+        start, entries = _header(path)
+        ends = [entry["data_offsets"][1] for entry in entries.values() if "data_offsets" in entry]
+        lacking = start + max(ends, default=0) - path.stat().st_size
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    if lacking <= 0:
+        return ""
+    return f"cut short, {lacking:,} bytes of its content are missing; {_AGAIN}"
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -176,13 +315,10 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_sharded(path: Path) -> dict[str, Lazy]:
-    """Return the tensors of X.safetensors.index.json from the files beside it that it names.
+def read_index(path: Path) -> dict[str, str]:
+    """Return what X.safetensors.index.json tells: names of tensors -> names of files beside it.
 
-    Raises:
-      FileNotFoundError: naming a shard that is not there.
-      ValueError: naming the index if it is broken, and every tensor that is not in the shard that
-        the index gives, or in two.
+    Raises ValueError, naming the index, for one that is broken.
     """
     index: Any = read_json(path).get("weight_map")
     if not (
@@ -192,12 +328,26 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
             f"{path}: expected an object weight_map, from names of tensors to names of files "
             "beside it"
         )
-    shards = {}
-    for shard in sorted(set(index.values())):
+    check_names(path, index)
+    for shard in index.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
-                f"{path} names the shard {shard!r}; expected a .safetensors file beside it"
+                f"{path} names the shard {shard[:100]!r}; expected a .safetensors file beside it"
             )
+    return index
+
+
+def read_sharded(path: Path) -> dict[str, Lazy]:
+    """Return the tensors of X.safetensors.index.json from the files beside it that it names.
+
+    Raises:
+      FileNotFoundError: naming a shard that is not there.
+      ValueError: naming the index if it is broken, and tensors that are not in the shard that the
+        index gives, or in two.
+    """
+    index = read_index(path)
+    shards = {}
+    for shard in sorted(set(index.values())):
         if not (path.parent / shard).is_file():
             raise FileNotFoundError(
                 f"{path.parent / shard} is missing, which {path.name} names; download it again"
@@ -217,9 +367,7 @@ def read_sharded(path: Path) -> dict[str, Lazy]:
                 tensors[name] = tensor
     if faults:
         raise ValueError(
-            "\n  ".join(
-                [f"{path} and its shards do not agree; download all of them again:", *faults]
-            )
+            listed(f"{path} and its shards do not agree; download all of them again:", faults)
         )
     return tensors
 

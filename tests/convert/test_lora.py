@@ -137,12 +137,8 @@ def cut(content):
             lambda _: b"[1]",
             "adapter_config.json holds a JSON list; expected an object",
         ),
-        ("adapter_model.safetensors", cut, "adapter_model.safetensors cannot be read: .*whole"),
-        (
-            "adapter_model.safetensors",
-            lambda _: b"",
-            "adapter_model.safetensors cannot be read: .*whole",
-        ),
+        ("adapter_model.safetensors", cut, "adapter_model.safetensors is cut short, 10 bytes"),
+        ("adapter_model.safetensors", lambda _: b"", "adapter_model.safetensors is an empty file"),
     ],
 )
 def test_a_broken_file_is_named(adapter, tmp_path, name, damage, expected):
@@ -168,7 +164,7 @@ def test_a_dtype_that_no_weights_have_is_named(adapter, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
         ValueError,
-        match="adapter_model.safetensors holds a tensor of dtype I8, .*; expected .* float32",
+        match="adapter_model.safetensors holds a tensor of dtype int8, .*; expected float weights",
     ):
         lora.load_lora(tmp_path, NET, RANK)
 

@@ -5,6 +5,7 @@ guessed.
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,6 +14,7 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.runtime import files
 from tests.convert import torch_files
+from tests.stand_ins import POINTER
 from tests.tiny_base import write_tiny_base
 
 NUMERICS = {"dtype": "float32", "param_dtype": "float32", "remat": False, "attention": "xla"}
@@ -143,3 +145,76 @@ def test_what_is_no_state_dict_is_refused(tmp_path, tree, message):
 
     with pytest.raises(ValueError, match=f"a.pt.* {message}"):
         read_weights(torch_files.write(tmp_path / "a.pt", tensors(tree)))
+
+
+def eight_bits(**more):
+    """Tensors as ComfyUI stores them: w and v in float8, b not; w has one scale, v one a row."""
+    rng = np.random.default_rng(0)
+    e4m3 = ml_dtypes.float8_e4m3fn
+    return {
+        "w": rng.normal(size=(4, 3)).astype(e4m3),
+        "v": rng.normal(size=(3, 5)).astype(e4m3),
+        "b": rng.normal(size=4).astype(np.float16),
+    } | more
+
+
+SCALES = {"w": np.array(0.03, np.float32), "v": np.array([[2.0], [0.5], [3.0]], np.float32)}
+MARKS = {
+    "scaled_fp8": np.zeros(0, ml_dtypes.float8_e4m3fn),
+    "spiece_model": np.arange(7, dtype=np.uint8),
+    "l.scale_input": np.ones((), np.float32),
+}
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_weights_of_float8_are_read_with_their_scales(tmp_path, scale, prefix):
+    stored = eight_bits()
+    named = {f"{name}.weight": tensor for name, tensor in stored.items()} | MARKS
+    named |= {f"{name}.{scale}": number for name, number in SCALES.items()}
+    files.write_safetensors(
+        tmp_path / "a.safetensors", {prefix + name: tensor for name, tensor in named.items()}
+    )
+    got = read_weights(tmp_path / "a.safetensors")
+    assert set(got) == {"w.weight", "v.weight", "b.weight"}
+    for name, scale in (SCALES | {"b": np.float32(1)}).items():
+        want = stored[name].astype(np.float32) * scale
+        np.testing.assert_array_equal(np.asarray(got[f"{name}.weight"], np.float32), want)
+
+
+def test_weights_of_float8_without_scales_are_read_as_they_are(tmp_path):
+    stored = eight_bits()
+    files.write_safetensors(tmp_path / "a.safetensors", stored)
+    got = read_weights(tmp_path / "a.safetensors")
+    assert [str(got[name].dtype) for name in "wvb"] == ["bfloat16", "bfloat16", "float16"]
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(
+            np.asarray(got[name]).astype(np.float32), tensor.astype(np.float32)
+        )
+
+
+@pytest.mark.parametrize(
+    "more, fault",
+    [
+        ({"scaled_fp8": MARKS["scaled_fp8"]}, "[wv].weight is of float8_e4m3fn, and its scale is"),
+        ({"w.scale_weight": SCALES["w"]}, "v.weight is of float8_e4m3fn, and its scale is missing"),
+        (
+            {"w.scale_weight": np.ones((2, 2), np.float32), "v.scale_weight": SCALES["v"]},
+            "w.weight has a scale of shape .2, 2.;",
+        ),
+        ({"q.weight": np.ones(4, np.int8)}, "a tensor of dtype int8, q.weight; expected float"),
+    ],
+)
+def test_weights_that_would_be_wrong_without_a_scale_are_refused(tmp_path, more, fault):
+    stored = {f"{name}.weight": tensor for name, tensor in eight_bits().items()} | more
+    files.write_safetensors(tmp_path / "a.safetensors", stored)
+    with pytest.raises(ValueError, match=f"{fault}.* take the file in bfloat16 or float16"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", f"a{files.INDEX}"])
+def test_a_pointer_in_place_of_weights_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer, not the file itself"):
+        read_weights(path)

@@ -8,15 +8,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from astrolabe_jax.runtime.files import (
     INDEX,
     Lazy,
+    parse_json,
+    read_json,
+    read_jsonl,
     read_safetensors,
     read_sharded,
     safetensors_metadata,
+    stand_in,
     write_safetensors,
 )
+from tests.stand_ins import POINTER
 
 
 def arrays():
@@ -26,6 +33,7 @@ def arrays():
     }
     return made | {
         "bfloat16": rng.normal(size=(2, 1, 2)).astype(ml_dtypes.bfloat16),
+        "bytes": np.arange(6, dtype=np.uint8).reshape(2, 3),
         "scalar": np.array(2.5, np.float32),
         "none": np.zeros((0, 3), np.float32),
     }
@@ -75,14 +83,40 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("size", [0, 7, 20, 200, -1])
-def test_a_cut_file_is_refused(tmp_path, size):
+@pytest.mark.parametrize(
+    "size, fault",
+    [
+        (0, "is an empty file; download"),
+        (7, "cannot be read: .*; expected a whole safetensors file"),
+        (20, "cannot be read: .*; expected a whole safetensors file"),
+        (-1, "is cut short, 1 bytes of its content are missing; download the file again"),
+    ],
+)
+def test_a_cut_file_is_refused(tmp_path, size, fault):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, arrays())
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        ValueError, match="a.safetensors cannot be read: .*; expected a whole safetensors file"
-    ):
+    with pytest.raises(ValueError, match=f"a.safetensors {fault}"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read(tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    stored = torch.linspace(-40, 40, 35).reshape(5, 7).to(getattr(torch, kind))
+    safetensors.torch.save_file({"b": torch.ones(3), "a": stored}, path)
+    got = read_safetensors(path)["a"]
+    assert (got.shape, str(got.dtype)) == ((5, 7), kind)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), stored.float().numpy())
+
+
+@pytest.mark.parametrize(
+    "content, what", [(POINTER.encode(), "a git-lfs pointer"), (b"<html>", "a web")]
+)
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path, content, what):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.safetensors is {what}"):
         read_safetensors(path)
 
 
@@ -124,3 +158,78 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded, tmp_path):
     index.write_text("{")
     with pytest.raises(ValueError, match="index.json is not valid JSON"):
         read_sharded(index)
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (POINTER.encode(), "a git-lfs pointer"),
+        (b"/annex/objects/SHA256E-s1--aa\n", "a git-annex pointer"),
+        (b"../.git/annex/objects/x/y/SHA256E-s1--aa", "a git-annex pointer"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
+        (b"\xef\xbb\xbf<html lang=en>", "a web page"),
+        (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "the error message"),
+        (b'{"error": "Access to model x is restricted"}', "the error message"),
+        (b"Entry not found", "the error message"),
+        (b"\x1f\x8b\x08\x00", "a packed archive"),
+        (bytes(8192), "empty where it begins"),
+        (b"", "an empty file"),
+        (b" \n", "an empty file"),
+        (b"a cat walks on grass\n", ""),
+        (b'{"prompts": ["an error"]}\n', ""),
+        (b"<html is a word that a prompt may begin with"[1:], ""),
+        (bytes(100) + b"weights", ""),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, content, what):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert stand_in(path).startswith(what) and bool(stand_in(path)) == bool(what)
+
+
+@pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload"])
+def test_a_download_that_is_not_finished_is_named(tmp_path, ending):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"content")
+    assert stand_in(path) == ""
+    path.with_name(path.name + ending).touch()
+    assert f"not finished (model.safetensors{ending})" in stand_in(path)
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b'{"a": ' * 200_000, "it nests too deep"),
+        (b"[" * 200_000, "it nests too deep"),
+        (b'{"r": 1' + b"0" * 400 + b"}", "a number of 401 digits"),
+        (b'{"r": 1e999}', "1e999 is no finite number"),
+        (b'{"r": NaN}', "NaN is no finite number"),
+        (b'{"r": ', "Expecting value"),
+        (b"\xff\xfe\xff", "codec can't decode"),
+        (b"1" + b" " * (1 << 25), "it is longer than"),
+    ],
+)
+def test_spoilt_json_is_one_short_line(tmp_path, content, fault):
+    with pytest.raises(ValueError, match=fault) as caught:
+        parse_json(content)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config.json is not valid JSON: .*{fault}"):
+        read_json(path)
+    path.write_bytes(b'{"epoch": 1}\n' + content + b'\n{"epoch": 2}\n')
+    assert read_jsonl(path) == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_of_any_utf_is_read(tmp_path, encoding):
+    path = tmp_path / "config.json"
+    path.write_bytes('{"näme": 12345678901234567890, "eps": 1e-6}'.encode(encoding))
+    assert read_json(path) == {"näme": 12345678901234567890, "eps": 1e-6}
+
+
+def test_a_pointer_in_place_of_json_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match="config.json is a git-lfs pointer, not the file itself"):
+        read_json(path)

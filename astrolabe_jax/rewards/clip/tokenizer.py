@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from astrolabe_jax.models.tokenizer import clean
+from astrolabe_jax.models.tokenizer import check_file, clean
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # the first alone, or the other two
 # of OpenAI, of OpenCLIP
@@ -34,6 +34,8 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise FileNotFoundError(
             f"no {missing[0]}; expected tokenizer.json, or vocab.json and merges.txt, of CLIP"
         )
+    if len(files) == 1:
+        check_file(files[0])
     try:
         tokenizer = _read(files)
         empty = tokenizer.encode("").ids

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from astrolabe_jax.models.tokenizer import check_file
+
 TOKENIZER = "tokenizer.json"  # files of a reward directory
 TEMPLATE = "template.txt"
 PLACE = "{text_prompt}"  # of the prompt in a template
@@ -75,12 +77,8 @@ def read_tokenizer(path: Path, tokens: Sequence[str] = ()) -> tokenizers.Tokeniz
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; expected the {TOKENIZER} of Qwen2-VL")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no class of its own
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a whole {TOKENIZER}: copy it again"
-        ) from None
+    check_file(path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.no_padding()  # what a training left in the file
     tokenizer.no_truncation()
     needed = dict.fromkeys(_SPECIAL.findall(_BEFORE + _BETWEEN + _AFTER + IMAGE + VIDEO + _PADDING))

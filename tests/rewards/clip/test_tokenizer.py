@@ -85,7 +85,7 @@ def test_files_that_are_no_tokenizer_of_clip_are_named(directory, tmp_path):
     ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json cannot be read: .*; copy them again"):
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read: .*: copy it again"):
         load_tokenizer(tmp_path)
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
