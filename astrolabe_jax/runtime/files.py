@@ -26,6 +26,7 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     # counters and tables of positions, which some writers store beside the weights
     "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
 }
 INDEX = ".safetensors.index.json"
 # Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
@@ -172,8 +173,13 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Return the free text entries in the header of a file that `read_safetensors` reads."""
-    with safetensors.safe_open(path, "np") as file:
-        return file.metadata() or {}
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected a whole safetensors file"
+        ) from None
 
 
 def read_sharded(path: Path) -> dict[str, Lazy]:

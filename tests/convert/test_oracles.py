@@ -17,13 +17,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from astrolabe_jax.convert import commands, engine, lora, nets, parts, umt5
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.lora import merge_adapter, scaled
+from astrolabe_jax.models.lora import TARGETS, adapter_shapes, scaled
 from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
+from tests.adapters import merge_adapter
 from tests.models import tiny
 
 FRAMES, ALPHA, RANK = 3, 3.0, 2
@@ -226,7 +227,7 @@ def test_published_names_and_shapes(part, config, tensors, parameters):
 @pytest.fixture(scope="module")
 def adapter():
     rng = np.random.default_rng(4)
-    shapes = lora.adapter_shapes(tiny_base.PARTS["transformer"], RANK)
+    shapes = adapter_shapes(tiny_base.PARTS["transformer"], RANK)
     return jax.tree.map(
         lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
     )
@@ -298,8 +299,7 @@ def test_peft_merges_what_we_merge(adapter, tmp_path):
     linears = {
         name.removesuffix(".weight"): np.asarray(tensor)
         for name, tensor in plain.items()
-        if name.endswith(".weight")
-        and name.removesuffix(".weight").split(".", 2)[-1] in lora.TARGETS
+        if name.endswith(".weight") and name.removesuffix(".weight").split(".", 2)[-1] in TARGETS
     }
     assert len(linears) == 10 * net.config.num_layers
     oracle = peft.PeftModel.from_pretrained(
