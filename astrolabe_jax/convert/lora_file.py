@@ -464,7 +464,8 @@ def _by_pattern(patterns: Any, module: str, default: Any) -> tuple[Any, str | No
 def _form_of(found: Mapping[str, Mapping[str, str]]) -> str:
     """Return a description of the names in a file, from one of them."""
     names = [name for roles in found.values() for name in roles.values()]
-    form = "diffusers" if any(re.search("attn[12]|ffn.net", name) for name in names) else "original"
+    theirs = re.compile("attn[12]|ffn.net|condition_embedder|proj_out")
+    form = "diffusers" if any(map(theirs.search, names)) else "original"
     underscores = any(re.search(r"blocks_\d", name) for name in names)
     ends = [match["half"] for name in names if (match := _NAME.fullmatch(name))]
     half = next(filter(None, ends), "differences")

@@ -25,6 +25,7 @@ from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
 from tests.adapters import merge_adapter
+from tests.convert import test_lora_files as lora_kinds
 from tests.models import tiny
 
 FRAMES, ALPHA, RANK = 3, 3.0, 2
@@ -261,6 +262,51 @@ def test_diffusers_reads_our_adapter_with_its_alpha(oracles, adapter, tmp_path):
     again, scale = lora.load_lora(tmp_path / "theirs", net.config, RANK)
     assert scale == ALPHA / RANK
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def fused(oracle, path):
+    """Return the weights of diffusers' transformer with a LoRA file fused in, by their names."""
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(path, return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, oracle, metadata=metadata)
+    for module in oracle.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.merge()
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in oracle.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+# What diffusers' reader of each can do: no differences of norms, no names without `blocks`.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lora_kinds.attention_alone,
+        lora_kinds.several_ranks,
+        lora_kinds.underscores,
+        lora_kinds.outside_the_blocks,
+        lora_kinds.with_biases,
+    ],
+)
+def test_diffusers_fuses_what_we_merge(tmp_path, kind):
+    net = exported_net("transformer")
+    describe_in(tmp_path, "transformer", net.config)
+    plain = save_net("transformer", net.params, net.config)
+    write_safetensors(tmp_path / "base.safetensors", plain)
+    (tmp_path / "lora").mkdir()
+    _, path = lora_kinds.made(kind, tmp_path / "lora")
+    commands.merge(tmp_path / "base.safetensors", path, tmp_path / "ours.safetensors", "diffusers")
+    commands.export(
+        tmp_path / "base.safetensors", tmp_path / "plain.safetensors", "transformer", "diffusers"
+    )
+    oracle = wan_oracle(net.config)
+    oracle.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
+    theirs = fused(oracle, path)
+    ours = read_safetensors(tmp_path / "ours.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        close(tensor, theirs[name])
 
 
 class Named(torch.nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.run import layout_of, rules_of
@@ -189,6 +190,10 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     (adapted,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
     assert np.abs(frames_of(plain) - frames_of(adapted)).max() > 5
     assert plain["key"] != adapted["key"]
+    merged = tmp_path / "merged.safetensors"
+    commands.merge(base, tmp_path / "lora", merged, "original")
+    (whole,) = ask(base, tmp_path / "whole", {"transformer": str(merged)}, prompt=RED)
+    np.testing.assert_array_equal(frames_of(whole), frames_of(adapted))
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
     assert (
