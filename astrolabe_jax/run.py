@@ -192,7 +192,7 @@ def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
 def load_base(
     config: ConfigDict,
     mesh: sharding.AnyMesh,
-    change: bases.PlaceLeaf = lambda part, path, leaf: leaf,
+    change: bases.PlaceLeaf | None = None,
 ) -> bases.Base:
     """Return the base model of a config, with its parameters on the mesh.
 
@@ -208,7 +208,9 @@ def load_base(
             config.base,
             size=config.model.size,
             transformer=config.transformer,
-            place=lambda part, path, leaf: _place(mesh, part, path, change(part, path, leaf)),
+            place=lambda part, path, leaf: _place(
+                mesh, part, path, change(part, path, leaf) if change else leaf
+            ),
             **numerics(config),
         )
 

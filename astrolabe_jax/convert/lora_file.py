@@ -116,9 +116,9 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
         odd["bias"] = config["bias"]
     if config.get("peft_type") != "LORA" or odd:
         raise ValueError(
-            f"{path}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}; merge "
-            "it into its base with PEFT (merge_and_unload), and give the result as "
-            "config.transformer"
+            f"{path}: not a plain LoRA adapter: peft_type {config.get('peft_type')!s:.40}, "
+            f"{odd!s:.200}; merge it into its base with PEFT (merge_and_unload), and give the "
+            "result as config.transformer"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
@@ -128,8 +128,8 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights is {start!r}, which changes the weights of the base, too; "
-            "convert the adapter in PEFT first: save_pretrained(..., "
+            f"{path}: init_lora_weights is {start!r:.40}, which changes the weights of the base, "
+            "too; convert the adapter in PEFT first: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), or merge_and_unload and give the "
             "result as config.transformer"
         )
@@ -183,10 +183,10 @@ class Lora(NamedTuple):
 _ROLES = {
     "lora_A.weight": ("down", ""),
     "lora_B.weight": ("up", ""),
-    "lora_B.bias": ("up bias", "_bias"),
+    "lora_B.bias": ("difference", "_bias"),  # times the scale of its pair, as nothing else is
     "lora_down.weight": ("down", ""),
     "lora_up.weight": ("up", ""),
-    "lora_up.bias": ("up bias", "_bias"),
+    "lora_up.bias": ("difference", "_bias"),
     "alpha": ("alpha", ""),
     "diff": ("difference", ""),
     "diff_b": ("difference", "_bias"),
@@ -287,13 +287,12 @@ def parse(stored: Mapping[str, Lazy], files: LoraFiles) -> Lora:
     }
     differences = {}
     for name, roles in found.items():
-        if "difference" in roles:
-            differences[name] = _times(stored[roles["difference"]], 1.0)
-        elif "up bias" in roles:
+        if stored_name := roles.get("difference"):
             weight = name.removesuffix("bias") + "weight"
-            if weight not in scales:
-                raise ConversionError(f"{roles['up bias']} is of no module that is adapted")
-            differences[name] = _times(stored[roles["up bias"]], scales[weight])
+            scaled = stored_name.endswith(".bias")
+            if scaled and weight not in scales:
+                raise ConversionError(f"{stored_name} is of no module that is adapted")
+            differences[name] = _times(stored[stored_name], scales[weight] if scaled else 1.0)
     return Lora(files.weights, _form_of(found), pairs, differences, found)
 
 
@@ -306,11 +305,9 @@ def _recognise(stored: Mapping[str, Lazy]) -> tuple[dict[str, dict[str, str]], l
     unknown = []
     for name in stored:
         match = _NAME.fullmatch(name)
-        role, ending = "", ""
-        tensor = None
-        if match:
-            role, ending = _ROLES[match["whole"] or match["half"] + match["kind"]]
-            tensor = _tensor_of(match["module"], ending)
+        end = (match["whole"] or match["half"] + match["kind"]) if match else ""
+        role, ending = _ROLES.get(end, ("", ""))
+        tensor = _tensor_of(match["module"], ending) if match and role else None
         if tensor is None:
             unknown.append(name)
         elif role in found[tensor]:
@@ -375,37 +372,27 @@ def _scales(
 ) -> dict[str, float]:
     """Return alpha/R of each pair, by tensor.
 
-    An alpha among the tensors comes first, then that of a PEFT config, then that of a header; a
-    pair without any has scale 1.
+    It is told by a PEFT config, an alpha among the tensors or one in the header; a pair without any
+    has scale 1. Raises ConversionError where config and tensors tell different ones.
     """
     scales = {}
-    unmatched = set((files.config or {}).get("alpha_pattern") or ())
     for name, roles in found.items():
         if "down" not in roles:
             continue
         rank = stored[roles["down"]].shape[0]
         alpha = _stored_alpha(stored, roles["alpha"]) if "alpha" in roles else None
-        scale = None
         if files.config is not None:
-            module = _NAME.fullmatch(roles["down"])
-            assert module
-            scale, pattern = _config_scale(files, module["module"], rank)
-            unmatched.discard(pattern)
-            if alpha is not None and alpha / rank != scale:
+            scale = _config_scale(files, roles["down"].partition(".lora_")[0], rank)
+            if alpha is not None and not math.isclose(alpha / rank, scale, rel_tol=1e-3):
                 raise ConversionError(
                     f"{roles['alpha']} is {alpha:g}, which is scale {alpha / rank:g}, but "
                     f"{files.config_path} gives scale {scale:g}; remove the one that is wrong"
                 )
-        elif alpha is None and files.alpha is not None:
-            alpha = _header_alpha(files.alpha)
-        if scale is None:
+        else:
+            if alpha is None and files.alpha is not None:
+                alpha = _header_alpha(files.alpha)
             scale = 1.0 if alpha is None else alpha / rank
         scales[name] = scale
-    if unmatched:
-        raise ConversionError(
-            f"{files.config_path} has alpha_pattern {some(sorted(unmatched))}, which no adapted "
-            "module matches"
-        )
     return scales
 
 
@@ -414,7 +401,9 @@ def _stored_alpha(stored: Mapping[str, Lazy], name: str) -> float:
     content = np.asarray(stored[name]).reshape(-1)
     alpha = _number(float(content[0])) if content.size == 1 else None
     if alpha is None:
-        raise ConversionError(f"{name} has shape {list(stored[name].shape)}; expected one number")
+        raise ConversionError(
+            f"{name} has shape {list(stored[name].shape)}; expected one finite number"
+        )
     return alpha
 
 
@@ -428,37 +417,41 @@ def _header_alpha(content: str) -> float:
     return alpha
 
 
-def _config_scale(files: LoraFiles, module: str, rank: int) -> tuple[float, str | None]:
-    """Return the scale that a PEFT config gives a module, and the pattern of its alpha, if any.
+def _config_scale(files: LoraFiles, module: str, rank: int) -> float:
+    """Return the scale that a PEFT config gives a module.
 
     Raises ConversionError if it gives the module another rank than its tensors have.
     """
     config = files.config or {}
     name = _PREFIX.sub("", module, count=1)
     where = (files.config_path or files.weights).name
-    expected, _ = _by_pattern(config.get("rank_pattern"), name, config["r"])
+    expected = _by_pattern(config.get("rank_pattern"), name, config["r"])
     if expected != rank:
         raise ConversionError(
             f"{module} has rank {rank}; expected rank {expected!r:.40}, as {where} says"
         )
-    alpha, pattern = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     number = _number(alpha)
     if number is None:
         raise ConversionError(
             f"{files.config_path} has alpha_pattern {alpha!r:.40}; expected a number"
         )
-    return number / (math.sqrt(rank) if config.get("use_rslora") else rank), pattern
+    return number / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> tuple[Any, str | None]:
-    """Return the value of the first pattern that ends a module's name, as PEFT matches, and it."""
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that ends a module's name, as PEFT matches.
+
+    A pattern may be bound (^) to the beginning of the name in the program that trained it.
+    """
+    names = [f"{prefix}{module}" for prefix in ("", "model.", "transformer.", "dit.", "pipe.dit.")]
     for pattern, value in (patterns or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value, pattern
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                return value
         except re.error as error:
             raise ConversionError(f"pattern {pattern!r:.80} makes no sense: {error}") from None
-    return default, None
+    return default
 
 
 def _form_of(found: Mapping[str, Mapping[str, str]]) -> str:
@@ -532,8 +525,10 @@ def fit(lora: Lora, net: WanConfig | None = None) -> None:
 
 
 def width_of(lora: Lora) -> int | None:
-    """Return the width that most pairs of attentions have, or None if there are none."""
-    widths = [pair.down.shape[1] for name, pair in lora.pairs.items() if "attn" in name]
+    """Return the width that most pairs of blocks tell, or None if there are none."""
+    widths = [
+        pair.down.shape[1] for name, pair in lora.pairs.items() if re.search("attn|ffn.0", name)
+    ]
     return statistics.mode(widths) if widths else None
 
 

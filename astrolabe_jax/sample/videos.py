@@ -70,7 +70,7 @@ def load(
       ValueError, OSError: naming the field or file at fault.
     """
     mesh = sharding.make_mesh(config.mesh)
-    base = runs.load_base(config, mesh, *(lora or ())[:1])
+    base = runs.load_base(config, mesh, lora and lora[0])
     net = base.transformer
     fingerprint: dict[str, Any] = {"base": base.fingerprint}
     if lora:

@@ -14,6 +14,7 @@ import transformers
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from astrolabe_jax.convert import commands, engine, lora, nets, parts, umt5
 from astrolabe_jax.models import layers
@@ -269,7 +270,7 @@ def fused(oracle, path):
     state, metadata = WanLoraLoaderMixin.lora_state_dict(path, return_lora_metadata=True)
     WanLoraLoaderMixin.load_lora_into_transformer(state, oracle, metadata=metadata)
     for module in oracle.modules():
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer):
             module.merge()
     return {
         name.replace(".base_layer.", "."): tensor
