@@ -1,7 +1,6 @@
 """From a config and a directory to a run: everything is read and checked before compilation."""
 
 import contextlib
-import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,8 +189,14 @@ def open_base(config: ConfigDict) -> tuple[dict[str, Any], Any]:
     return sizes, load_tokenizer(bases.tokenizer_of(config.base))
 
 
-def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> bases.Base:
+def load_base(
+    config: ConfigDict,
+    mesh: sharding.AnyMesh,
+    change: bases.PlaceLeaf | None = None,
+) -> bases.Base:
     """Return the base model of a config, with its parameters on the mesh.
+
+    `change` may change each leaf of a part before it is placed.
 
     Raises:
       ValueError, OSError: naming the field and the file at fault.
@@ -203,7 +208,9 @@ def load_base(config: ConfigDict, mesh: sharding.AnyMesh) -> bases.Base:
             config.base,
             size=config.model.size,
             transformer=config.transformer,
-            place=functools.partial(_place, mesh),
+            place=lambda part, path, leaf: _place(
+                mesh, part, path, change(part, path, leaf) if change else leaf
+            ),
             **numerics(config),
         )
 
@@ -437,7 +444,7 @@ def _first_adapter(config: ConfigDict, base: bases.Base) -> dict:
         if scale != lora.alpha / lora.rank:
             raise ValueError(
                 f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is "
-                f"{lora.alpha / lora.rank:g}; set config.lora.alpha"
+                f"{lora.alpha / lora.rank:g}; set config.lora.alpha to {scale * lora.rank:g}"
             )
     return adapter
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from astrolabe_jax.convert import base, lora, nets, parts, store
 from astrolabe_jax.convert.open import open_part
@@ -94,29 +93,17 @@ def merge(
     dtype: str = "",
     num_heads: int | None = None,
 ) -> None:
-    """Write a transformer, as `export` does, with W + scale B A in place of each adapted weight.
+    """Write a transformer, as `export` does, with all that a LoRA changes added to its weights.
 
-    Product and sum are computed in float32 and rounded once, to `dtype` or that of the weight.
+    Products and sums are computed in float32 and rounded once, to `dtype` or that of the weight.
     """
     _check_file(to)
     opened = open_part(path, "transformer", num_heads=num_heads)
-    pairs, scale = lora.open_lora(adapter, opened.config)
-    tensors = dict(opened.tensors)
-    for module, pair in pairs.items():
-        for i, (a, b) in enumerate(zip(pair["a"].pieces, pair["b"].pieces, strict=True)):
-            name = f"blocks.{i}.{module}.weight"
-            tensors[name] = lora.merged(
-                tensors[name],
-                a.map(np.transpose, a.shape[::-1]),
-                b.map(np.transpose, b.shape[::-1]),
-                scale,
-                dtype,
-            )
-    if dtype:
-        tensors = {
-            name: tensor.map(lambda x: x.astype(dtype), dtype=dtype)
-            for name, tensor in tensors.items()
-        }
+    changes = lora.read_changes(adapter, opened.config)
+    tensors = {
+        name: lora.merged(tensor, changes.get(name, ()), dtype)
+        for name, tensor in opened.tensors.items()
+    }
     _write(to, opened, tensors, form)
 
 
@@ -134,7 +121,7 @@ def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> None:
     checkpoint = _checkpoint(path)
     if checkpoint is None:
         adapter, scale = lora.open_lora(path)
-        rank = adapter["ffn.0"]["a"].shape[-1]
+        rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
     else:
         adapter, rank, alpha = _policy(checkpoint, policy)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astrolabe_jax.convert import base, engine, lora, nets, parts, store
+from astrolabe_jax.convert import base, engine, lora_file, nets, parts, store
 from astrolabe_jax.convert.open import config_beside, config_of, open_part
 from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
+from astrolabe_jax.models.lora import TARGETS
 
 
 class Family(NamedTuple):
@@ -75,7 +76,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return _describe_store(path)
     weights = open_weights(path, containers=(*CONTAINERS, "generator_lora"))
-    if any(".lora_" in name for name in weights.tensors):
+    if lora_file.is_lora(weights.tensors):
         return _describe_lora(path)
     described = _counts(path, weights.tensors) | _nesting(weights)
     try:
@@ -141,25 +142,64 @@ def _families(part: str, weights: Weights, size: str) -> list[str]:
 
 
 def _describe_lora(path: Path) -> dict[str, Any]:
-    files = lora.find(path)
+    files = lora_file.find(path)
     weights = open_weights(files.weights, containers=("generator_lora", *CONTAINERS))
     family = "LongLive LoRA" if weights.entry == "generator_lora" else "LoRA"
-    if files.config:
+    if files.config_path not in (None, files.weights):
         family = "PEFT"
     described = _counts(files.weights, weights.tensors) | {
         "part": "lora",
-        "format": lora.dialect_of(weights.tensors),
         **_nesting(weights),
         "families": [family],
     }
     try:
-        adapter, scale = lora.open_lora(path)
+        adapter = lora_file.read(path)
+        lora_file.fit(adapter)
     except engine.ConversionError as error:
         return described | {"complete": False, "faults": str(error).splitlines()}
-    layers, dim, rank = adapter["ffn.0"]["a"].shape
-    ffn_dim = adapter["ffn.0"]["b"].shape[-1]
-    sizes = {"rank": rank, "scale": scale, "num_layers": layers, "dim": dim, "ffn_dim": ffn_dim}
-    return described | {"sizes": sizes, "complete": True, "faults": []}
+    return described | {
+        "format": adapter.form,
+        "sizes": _lora_sizes(adapter),
+        **_modules(adapter),
+        "complete": True,
+        "faults": [],
+    }
+
+
+def _lora_sizes(adapter: lora_file.Lora) -> dict[str, Any]:
+    """Return rank, scale and number of blocks, and the widths that the modules tell."""
+    pairs = adapter.pairs.values()
+    sizes = {
+        "rank": _span({pair.rank for pair in pairs}),
+        "scale": _span({pair.scale for pair in pairs}),
+        "num_layers": 1 + max(map(lora_file.layer_of, adapter.shapes())),
+        "dim": lora_file.width_of(adapter),
+    }
+    shapes = adapter.shapes().items()
+    ffn = [shape[0] for name, shape in shapes if name.endswith(".ffn.0.weight")]
+    sizes["ffn_dim"] = ffn[0] if ffn else None
+    return {field: size for field, size in sizes.items() if size is not None}
+
+
+def _span(values: set) -> Any:
+    """Return the only value, or the least and the largest."""
+    if len(values) < 2:
+        return next(iter(values), None)
+    return f"{min(values):g} to {max(values):g}"
+
+
+def _modules(adapter: lora_file.Lora) -> dict[str, list]:
+    """Return what is changed and what is not, each name once for all blocks."""
+    adapted = {lora_file.within_block(name).removesuffix(".weight") for name in adapter.pairs}
+    whole = sorted({lora_file.within_block(name) for name in adapter.differences})
+    blocks = sorted({lora_file.layer_of(name) for name in adapter.shapes()} - {-1})
+    inside = [module for module in TARGETS if module in adapted]
+    return {
+        "modules": [*inside, *sorted(adapted.difference(TARGETS))],
+        "not adapted": [module for module in TARGETS if module not in adapted],
+        "differences": whole,
+        "blocks": blocks if blocks != list(range(len(blocks))) else [],
+    }
 
 
 def _nesting(weights: Weights) -> dict[str, Any]:

@@ -1,36 +1,43 @@
-"""LoRA adapters: files of every dialect <-> the adapter tree {module: {'a': [layers, in, R], 'b':
-[layers, R, out]}}.
+"""LoRA adapters: what a file of any dialect changes in a transformer, and the adapter tree
+{module: {'a': [layers, in, R], 'b': [layers, R, out]}} that runs train.
 
-Read are PEFT directories, LongLive's lora.pt, files with `diffusion_model.` or diffusers'
-`transformer.` in front of the names, and what a run of this program exports. They must hold exactly
-the ten adapted linears of every block. Written are PEFT (0.10.0 and later) and diffusers. See
-docs/checkpoints.md, LoRA dialects.
+    read_changes    everything that is to be added to whole weights: convert merge, sample --lora
+    open_lora       the adapter tree, for a file that changes nothing but its ten linears
+    save_peft, save_diffusers       an adapter tree as a directory of PEFT or diffusers
+
+See docs/checkpoints.md, LoRA dialects.
 """
 
-import itertools
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.convert import engine, wan
-from astrolabe_jax.convert.engine import LINEAR, Rule
-from astrolabe_jax.convert.weights import CONTAINERS, open_weights
-from astrolabe_jax.models.lora import TARGETS, adapter_shapes
-from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
-from astrolabe_jax.runtime.files import (
-    Lazy,
-    read_json,
-    safetensors_metadata,
-    write_atomic,
-    write_safetensors,
+from astrolabe_jax.convert import engine, nets, parts, wan
+from astrolabe_jax.convert.engine import LINEAR, ConversionError, Rule
+from astrolabe_jax.convert.lora_file import (
+    DIFFUSERS_METADATA,
+    DIFFUSERS_PREFIX,
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Lora,
+    find,
+    fit,
+    layer_of,
+    read,
+    some,
+    within_block,
 )
+from astrolabe_jax.models.lora import TARGETS, linear_sizes
+from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
+from astrolabe_jax.runtime.files import Lazy, write_atomic, write_safetensors
 
-PEFT_CONFIG = "adapter_config.json"
 # All fields of PEFT 0.10.0 and no other: it refuses files with newer ones (docs/checkpoints.md,
 # PEFT config).
 _PEFT_FIELDS = {
@@ -59,46 +66,27 @@ _PEFT_FIELDS = {
     "use_dora": False,
     "use_rslora": False,
 }
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_PREFIX = "base_model.model."
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-# Entry in the header of diffusers' files: a PEFT config as JSON.
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-DIFFUSERS_PREFIX = "transformer."
-_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"))  # names of a and b
+_FORMS = {"original": (), "diffusers": wan.diffusers(WAN_1_3B)}
 
 
-def table(
-    prefix: str, form: str = "original", halves: tuple[str, str] = _HALVES[0], infix: str = ""
-) -> list[Rule]:
-    """Return the rules of an adapter in one dialect: for each module that of a, then that of b.
+def table(prefix: str, form: str = "original") -> list[Rule]:
+    """Return the rules of an adapter: for each module that of a, then that of b.
 
     Args:
       prefix: in front of all names.
       form: the format of the module names, 'original' or 'diffusers'.
-      halves: names of a and b.
-      infix: between these and '.weight'.
     """
-    substitutions = {"original": (), "diffusers": wan.diffusers(WAN_1_3B)}[form]
-    name_a, name_b = halves
     rules = []
     for module in TARGETS:
-        name = prefix + engine.substituted(f"blocks.{{i}}.{module}", substitutions)
-        rules.append(Rule(f"{name}.{name_a}{infix}.weight", f"{module}.a", LINEAR))
-        rules.append(Rule(f"{name}.{name_b}{infix}.weight", f"{module}.b", LINEAR))
+        name = prefix + engine.substituted(f"blocks.{{i}}.{module}", _FORMS[form])
+        rules.append(Rule(f"{name}.lora_A.weight", f"{module}.a", LINEAR))
+        rules.append(Rule(f"{name}.lora_B.weight", f"{module}.b", LINEAR))
     return rules
 
 
 PEFT = table(PEFT_PREFIX)
 DIFFUSERS = table(DIFFUSERS_PREFIX, "diffusers")
-# Description of a dialect -> its rules, for names from which weights.py has removed
-# `base_model.model.` and the like.
-DIALECTS = {
-    f"{prefix}blocks, {form} names, {halves[0]}{infix}": table(prefix, form, halves, infix)
-    for form, halves, infix, prefix in itertools.product(
-        ("original", "diffusers"), _HALVES, ("", ".default"), ("", DIFFUSERS_PREFIX)
-    )
-}
 
 
 def save_peft(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
@@ -107,7 +95,7 @@ def save_peft(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
     Each is replaced atomically, the config last. Leaves of `adapter` may be arrays or engine.Stack.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / PEFT_WEIGHTS[0], engine.tensors(PEFT, adapter))
+    write_safetensors(directory / PEFT_WEIGHTS[0], engine.tensors(_rules(PEFT, adapter), adapter))
     config = _PEFT_FIELDS | {
         "r": rank,
         "lora_alpha": alpha,
@@ -129,16 +117,23 @@ def save_diffusers(adapter: dict, directory: Path, rank: int, alpha: float) -> N
         f"{DIFFUSERS_PREFIX}target_modules": _module_names(DIFFUSERS, DIFFUSERS_PREFIX, adapter),
     }
     metadata = {DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    write_safetensors(directory / DIFFUSERS_WEIGHTS, engine.tensors(DIFFUSERS, adapter), metadata)
+    tensors = engine.tensors(_rules(DIFFUSERS, adapter), adapter)
+    write_safetensors(directory / DIFFUSERS_WEIGHTS, tensors, metadata)
 
 
 SAVERS = {"peft": save_peft, "diffusers": save_diffusers}
 
 
+def _rules(rules: list[Rule], adapter: dict) -> list[Rule]:
+    """Return the rules of the modules that an adapter has."""
+    return [rule for rule in rules if rule.target.rpartition(".")[0] in adapter]
+
+
 def _module_names(rules: list[Rule], prefix: str, adapter: dict) -> list[str]:
     """Return the names, without `prefix`, of the adapted modules of every block."""
-    layers = range(adapter["ffn.0"]["a"].shape[0])
-    names = [_module_of(rule).removeprefix(prefix) for rule in rules[::2]]
+    layers = range(next(iter(adapter.values()))["a"].shape[0])
+    sources = [rule.source for rule in _rules(rules, adapter)[::2]]
+    names = [source.removeprefix(prefix).removesuffix(".lora_A.weight") for source in sources]
     return [name.format(i=i) for i in layers for name in names]
 
 
@@ -158,255 +153,168 @@ def open_lora(
 ) -> tuple[dict, float]:
     """Open an adapter; return its tree of engine.Stack, which are not read yet, and its scale.
 
-    The scale is alpha/R, or 1 without any alpha. Where modules have different ones, each is folded
-    into its b, and the scale is 1.
+    The scale is alpha/R. R is the largest rank in the file: smaller pairs are filled up with zeros,
+    pairs that are absent are zeros. Where modules have different scales, each is folded into its b,
+    and the scale is 1.
 
     Args:
       path: a file, a directory of PEFT or diffusers, or the working directory of a run.
-      net: sizes that the adapter must fit; by default its own.
+      net: sizes that the adapter must fit; by default its own, and only modules that it has.
       rank: R that it must have; by default its own.
-      dtype: of the leaves; by default the file's.
+      dtype: of the leaves; by default the file's, or float32 where scales are folded.
 
     Raises:
       ValueError: naming a file that cannot be read, or that holds a variant of LoRA which an
         adapter tree cannot hold.
-      engine.ConversionError: naming the file and the tensors that do not fit.
+      engine.ConversionError: naming the file and the tensors that do not fit, with the way out.
       FileNotFoundError: there is no such file.
     """
-    files = find(Path(path))
-    stored = open_weights(files.weights, containers=("generator_lora", *CONTAINERS)).tensors
-    scale = None
-    config = _diffusers_config(files.weights) if files.config is None else files.config
-    if config is not None:
-        rank, scale = _rank_and_scale(config, files.config_path, rank)
-    try:
-        halves, alphas, rules = _recognise(stored)
-        stored_rank = _most_frequent_rank(halves)
-        if rank not in (None, stored_rank):
-            raise engine.ConversionError(
-                f"its rank is {stored_rank}; expected rank {rank}: set the rank of this run to "
-                f"{stored_rank}"
+    lora = read(Path(path))
+    with nets.naming_files(lora.path):
+        fit(lora, net)
+        beyond = [name for name in lora.shapes() if not _in_tree(name, lora)]
+        if beyond:
+            raise ConversionError(
+                f"it changes {len(beyond)} tensors that an adapter cannot hold: {some(beyond)}; "
+                f"merge it into the base first (convert merge BASE {lora.path} --to FILE), and "
+                "train on that (config.transformer)"
             )
-        if dtype is None:
-            dtype = next(iter(halves.values())).dtype
-        expected = (
-            _measured_shapes(halves, rules, stored_rank, np.dtype(dtype))
-            if net is None
-            else adapter_shapes(net, stored_rank, dtype)
-        )
-        adapter = engine.nested(engine.stacks(rules, halves, expected).items())
-        if alphas and scale is None:
-            scales = {
-                name: float(np.asarray(alpha)) / stored_rank for name, alpha in alphas.items()
-            }
-            adapter, scale = _with_scales(adapter, rules, scales)
-    except engine.ConversionError as error:
-        raise engine.ConversionError(f"{files.weights}: {error}") from None
-    return adapter, 1.0 if scale is None else scale
-
-
-class LoraFiles(NamedTuple):
-    """Where an adapter is stored."""
-
-    weights: Path
-    config: dict | None  # of PEFT, where it has a file of its own
-    config_path: Path  # where a config would be: that file, or `weights` for one in its header
-
-
-def find(path: Path) -> LoraFiles:
-    """Return the files of an adapter, given what `open_lora` takes.
-
-    Raises FileNotFoundError, which says what is expected, and ValueError for a config that is no
-    JSON object.
-    """
-    for weights in (path, path / DIFFUSERS_WEIGHTS, path / "lora" / DIFFUSERS_WEIGHTS):
-        if weights.is_file():
-            return LoraFiles(weights, None, weights)
-    in_run = (path / "lora").is_dir() and not (path / PEFT_CONFIG).is_file()
-    directory = path / "lora" if in_run else path
-    config_path = directory / PEFT_CONFIG
-    for weights in map(directory.joinpath, PEFT_WEIGHTS):
-        if config_path.is_file() and weights.is_file():
-            return LoraFiles(weights, read_json(config_path), config_path)
-    missing = directory / PEFT_WEIGHTS[0] if config_path.is_file() else config_path
-    raise FileNotFoundError(
-        f"no {missing}; expected a PEFT directory with {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} (or "
-        f".bin), one of diffusers with {DIFFUSERS_WEIGHTS}, the working directory of a run, or a "
-        "file"
-    )
-
-
-def _diffusers_config(path: Path) -> dict | None:
-    """Return the PEFT config in the header of a file that diffusers wrote, or None."""
-    if path.suffix != ".safetensors":
-        return None
-    content = safetensors_metadata(path).get(DIFFUSERS_METADATA)
-    if content is None:
-        return None
-    try:
-        fields = json.loads(content).items()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: {DIFFUSERS_METADATA} in its header is no JSON object: {error}"
-        ) from None
-    config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in fields}
-    return {"peft_type": "LORA"} | config
-
-
-# Fields of a PEFT config that must have these values, or be left out.
-_PLAIN_LORA = {
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-}
-
-
-def _rank_and_scale(
-    config: Mapping[str, Any], path: Path, expected_rank: int | None
-) -> tuple[int, float]:
-    """Return R and alpha/R of a PEFT config.
-
-    Raises ValueError, naming `path`, for what is no plain LoRA, or not of the expected rank.
-    """
-    odd = {
-        key: config[key]
-        for key, value in _PLAIN_LORA.items()
-        if key in config and config[key] != value
-    }
-    if config.get("peft_type") != "LORA" or odd:
-        raise ValueError(
-            f"{path}: not a plain LoRA adapter: peft_type {config.get('peft_type')}, {odd}"
-        )
-    rank = config.get("r")
-    alpha = config.get("lora_alpha")
-    # The types are compared, as True would pass for a whole number.
-    if type(rank) is not int or rank < 1 or (type(alpha) is not int and type(alpha) is not float):
-        raise ValueError(
-            f"{path} has r {rank!r} and lora_alpha {alpha!r}; expected the rank, a whole number, "
-            "and a number"
-        )
-    if expected_rank not in (None, rank):  # one line, where the tensors would give one each
-        raise ValueError(
-            f"{path} has r {rank}; expected rank {expected_rank}: set the rank of this run to "
-            f"{rank}"
-        )
-    return rank, alpha / rank
-
-
-def _recognise(
-    stored: Mapping[str, Lazy],
-) -> tuple[dict[str, Lazy], dict[str, Lazy], list[Rule]]:
-    """Return all a and b by name, the alphas by module, and the rules of the names' dialect.
-
-    Raises ConversionError for a file that is no LoRA, or more than one.
-    """
-    changes = [name for name in stored if name.endswith((".diff", ".diff_b"))]
-    if changes:
-        raise engine.ConversionError(
-            "it holds changes of whole weights, which an adapter cannot hold: "
-            f"{', '.join(changes)}; expected pairs of lora_A and lora_B alone"
-        )
-    rules = DIALECTS[dialect_of(stored)]
-    ends = tuple(f"{_module_of(rule).partition('{i}')[2]}.alpha" for rule in rules)
-    halves = {name: tensor for name, tensor in stored.items() if not name.endswith(ends)}
-    alphas = {name.removesuffix(".alpha"): stored[name] for name in stored if name.endswith(ends)}
-    if not any(map(_is_a, halves)):
-        raise engine.ConversionError(
-            f"it is no LoRA: expected lora_A and lora_B, it holds {', '.join(list(stored)[:4])}"
-        )
-    return halves, alphas, rules
-
-
-def dialect_of(names: Mapping[str, Any]) -> str:
-    """Return the one of DIALECTS that most of the names are in."""
-    return max(DIALECTS, key=lambda dialect: engine.overlap(DIALECTS[dialect], names))
-
-
-def _module_of(rule: Rule) -> str:
-    """Return the name, with `{i}`, of the module that a rule is for."""
-    return rule.source.partition(".lora_")[0]
-
-
-def _is_a(name: str) -> bool:
-    return ".lora_A." in name or ".lora_down." in name
-
-
-def _most_frequent_rank(halves: Mapping[str, Lazy]) -> int:
-    ranks = [
-        tensor.shape[0] for name, tensor in halves.items() if _is_a(name) and len(tensor.shape) == 2
-    ]
-    return max(set(ranks), key=ranks.count)
-
-
-def _measured_shapes(
-    halves: Mapping[str, Lazy], rules: list[Rule], rank: int, dtype: np.dtype
-) -> dict:
-    """Return an adapter's tree, with shapes alone, as most of its own tensors have them."""
-    shapes = engine.Shapes(halves, ())
-    layers = shapes.layers(rules) or 0
+        found = max(pair.rank for pair in lora.pairs.values())
+        if rank not in (None, found):
+            raise ConversionError(
+                f"its rank is {found}; expected rank {rank}: set the rank of this run to {found}"
+            )
+    halves = [half for pair in lora.pairs.values() for half in (pair.down, pair.up)]
+    scales = {pair.scale for pair in lora.pairs.values()}
+    folded = len(scales) > 1
+    own = np.float32 if folded else jnp.result_type(*{half.dtype for half in halves})
+    dtype = np.dtype(dtype or own)
+    layers = net.num_layers if net else 1 + max(map(layer_of, lora.pairs))
+    sizes = linear_sizes(net) if net else _linear_sizes(lora)
     tree = {}
-    for rule_a, rule_b in zip(rules[::2], rules[1::2], strict=True):
-        n_in = shapes.vote((rule_a.source, 1)) or 0
-        n_out = shapes.vote((rule_b.source, 0)) or 0
-        tree[rule_a.target.removesuffix(".a")] = {
-            "a": engine.Stack((layers, n_in, rank), dtype, True, ()),
-            "b": engine.Stack((layers, rank, n_out), dtype, True, ()),
+    for module, (n_in, n_out) in sizes.items():
+        pairs = [lora.pairs.get(f"blocks.{i}.{module}.weight") for i in range(layers)]
+        a = [_piece(pair and pair.down, (n_in, found), dtype) for pair in pairs]
+        b = [
+            _piece(pair and pair.up, (found, n_out), dtype, pair.scale if pair and folded else 1.0)
+            for pair in pairs
+        ]
+        tree[module] = {
+            "a": engine.Stack((layers, n_in, found), dtype, True, tuple(a)),
+            "b": engine.Stack((layers, found, n_out), dtype, True, tuple(b)),
         }
-    return tree
+    return tree, 1.0 if folded else scales.pop()
 
 
-def _with_scales(
-    adapter: dict, rules: list[Rule], scales: Mapping[str, float]
-) -> tuple[dict, float]:
-    """Return an adapter and its scale, given alpha/R of each module of each block.
+def _in_tree(name: str, lora: Lora) -> bool:
+    """Return whether the change of a tensor is a pair of one of the ten linears of a block."""
+    adapted = layer_of(name) >= 0 and within_block(name).removesuffix(".weight") in TARGETS
+    return adapted and name not in lora.differences
 
-    A module without one has scale 1. Where the scales differ, the adapter that comes back has them
-    folded into b, and its scale is 1.
+
+def _linear_sizes(lora: Lora) -> dict[str, tuple[int, int]]:
+    """Return the (in, out) features of the linears that a file adapts."""
+    sizes = {within_block(name): (shape[1], shape[0]) for name, shape in lora.shapes().items()}
+    return {module: sizes[f"{module}.weight"] for module in TARGETS if f"{module}.weight" in sizes}
+
+
+def _piece(half: Lazy | None, shape: engine.Shape, dtype: np.dtype, scale: float = 1.0) -> Lazy:
+    """Return a layer of a leaf: half of a pair, transposed, times a scale, filled up with zeros."""
+
+    def read() -> np.ndarray:
+        piece = np.zeros(shape, dtype)
+        if half is not None:
+            content = np.asarray(half).T
+            if scale != 1.0:
+                content = content.astype(np.float32) * np.float32(scale)
+            piece[: content.shape[0], : content.shape[1]] = content
+        return piece
+
+    return Lazy(shape, dtype, read)
+
+
+def read_changes(path: Path | str, net: WanConfig) -> dict[str, list[Lazy]]:
+    """Return all that an adapter adds to a transformer, by the original names of its tensors.
+
+    Each is float32, of the shape of its tensor, and made anew when it is read. Raises as
+    `open_lora`, but for what an adapter tree cannot hold.
     """
-    layers = range(adapter["ffn.0"]["a"].shape[0])
-    names = {
-        rule.target.removesuffix(".a"): [_module_of(rule).format(i=i) for i in layers]
-        for rule in rules[::2]
-    }
-    if unknown := set(scales).difference(*names.values()):
-        raise engine.ConversionError(
-            f"alpha of modules that are not adapted: {', '.join(sorted(unknown))}"
-        )
-    by_module = {
-        module: [scales.get(name, 1.0) for name in layer_names]
-        for module, layer_names in names.items()
-    }
-    distinct = set(itertools.chain.from_iterable(by_module.values()))
-    if len(distinct) == 1:
-        return adapter, distinct.pop()
-    folded = {}
-    for module, pair in adapter.items():
-        b = pair["b"]
-        pieces = map(_scaled_piece, b.pieces, by_module[module])
-        folded[module] = pair | {"b": engine.Stack(b.shape, b.dtype, True, tuple(pieces))}
-    return folded, 1.0
+    lora = read(Path(path))
+    with nets.naming_files(lora.path):
+        fit(lora, net)
+    changes = {name: [product(*pair)] for name, pair in lora.pairs.items()}
+    for name, difference in lora.differences.items():
+        changes.setdefault(name, []).append(difference)
+    return changes
 
 
-def _scaled_piece(piece: Lazy, scale: float) -> Lazy:
-    """Return a tensor times `scale`, multiplied in float32 and rounded to its dtype."""
-    return piece.map(lambda x: (x.astype(np.float32) * scale).astype(x.dtype))
+def product(down: Lazy, up: Lazy, scale: float) -> Lazy:
+    """Return scale up down, for down [R, in, ...] and up [out, R, ...], computed in float32."""
+
+    def read() -> np.ndarray:
+        a, b = (np.asarray(half, np.float32) for half in (down, up))
+        total = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
+        total *= np.float32(scale)
+        return total.reshape(shape)
+
+    shape = (up.shape[0], *down.shape[1:])
+    return Lazy(shape, np.dtype(np.float32), read)
 
 
-def merged(weight: Lazy, a: Lazy, b: Lazy, scale: float, dtype: str = "") -> Lazy:
-    """Return W + scale B A, for W [out, in], A [R, in] and B [out, R].
+def merged(weight: Lazy, changes: Sequence[Lazy], dtype: str = "") -> Lazy:
+    """Return a weight with changes (see `read_changes`) added.
 
-    It is computed in float32 and rounded once, to `dtype` or to that of W.
+    The sum is computed in float32 and rounded once, to `dtype` or to that of the weight.
     """
     target = jnp.dtype(dtype) if dtype else weight.dtype
+    if not changes:
+        return weight.map(lambda w: w.astype(target, copy=False), dtype=target)
+    return weight.map(lambda w: _sum(w, map(np.asarray, changes)).astype(target), dtype=target)
 
-    def merge(w: np.ndarray) -> np.ndarray:
-        total = np.asarray(b, np.float32) @ np.asarray(a, np.float32)
-        total *= np.float32(scale)
-        total += w  # in place: of a 14B model's largest weight, a copy in float32 is 0.3 GB
-        return total.astype(target)
 
-    return weight.map(merge, dtype=target)
+def _sum(weight: np.ndarray, changes: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the sum in float32, in place: of a 14B model's largest weight a copy is 0.3 GB."""
+    first, *others = changes
+    for other in others:
+        first += other
+    first += weight
+    return first
+
+
+def leaf_changer(changes: Mapping[str, Sequence[Lazy]], net: WanConfig) -> parts.PlaceLeaf:
+    """Return what adds `read_changes` to the leaves of a base as they are read, as `merged` does.
+
+    It takes a part, the path of a leaf and the leaf, which may be changed in place, and returns the
+    leaf.
+    """
+    spec = parts.PARTS["transformer"]
+    rules = {rule.target: rule for rule in nets.rules(spec, net)}
+
+    def change(part: str, where: tuple, leaf: np.ndarray) -> np.ndarray:
+        if part != spec.name:
+            return leaf
+        source, _, transform = rules[".".join(map(str, where))]
+        stacked = "{i}" in source
+        layers = np.asarray(leaf if stacked else leaf[None])
+        names = [source.format(i=i) for i in range(len(layers))]
+        if changes.keys() & set(names) and not layers.flags.writeable:
+            layers = layers.copy()
+        for i, name in enumerate(names):
+            if name in changes:
+                read = map(np.asarray, changes[name])
+                shape = layers[i].shape
+                layers[i] = _sum(layers[i], (transform.forward(x, shape) for x in read))
+        return layers if stacked else layers[0]
+
+    return change
+
+
+def fingerprint(path: Path | str) -> str:
+    """Return a hash of the files of an adapter."""
+    files = find(Path(path))
+    config = [files.config_path] if files.config_path not in (None, files.weights) else []
+    digest = hashlib.sha256()
+    for file in (*nets.with_shards(files.weights), *config):
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: digest)
+    return digest.hexdigest()

@@ -99,7 +99,8 @@ def open_weights(
         if not NOT_WEIGHTS.fullmatch(plain)
     }
     for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        # The alpha of a LoRA may be a whole number.
+        if not (jnp.issubdtype(tensor.dtype, jnp.floating) or name.endswith(".alpha")):
             raise ValueError(
                 f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights: "
                 "of a quantised model take the file in bfloat16 or float16"

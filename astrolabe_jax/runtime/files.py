@@ -311,8 +311,13 @@ def _shortfall(path: Path) -> str:
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Return the free text entries in the header of a file that `read_safetensors` reads."""
-    with safetensors.safe_open(path, "np") as file:
-        return file.metadata() or {}
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected a whole safetensors file"
+        ) from None
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ from absl import app, flags
 
 from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
-from astrolabe_jax.convert.lora import load_lora
+from astrolabe_jax.convert import lora
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
@@ -67,7 +67,11 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
             sizes["text_encoder"].text_len,
         ),
     )
-    adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
+    adapter = None
+    if path := options["lora"]:
+        changes = lora.read_changes(path, sizes["transformer"])
+        change = lora.leaf_changer(changes, sizes["transformer"])
+        adapter = (change, lora.fingerprint(path))
     directory = Path(options["output_dir"])
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
     run, latents = videos.load(config, adapter, given, directory, score=options["score"])

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from astrolabe_jax import encode, prompts, sharding
 from astrolabe_jax import run as runs
 from astrolabe_jax.config import flatten
+from astrolabe_jax.convert.parts import PlaceLeaf
 from astrolabe_jax.decode import decode_video, encode_video
-from astrolabe_jax.models.lora import merge_adapter
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
@@ -51,14 +51,15 @@ class VideoPart(NamedTuple):
 
 def load(
     config: ConfigDict,
-    lora: tuple[dict, float] | None,
+    lora: tuple[PlaceLeaf, str] | None,
     given: GivenFrames,
     directory: Path,
     score: bool = False,
 ) -> tuple[runs.Run, np.ndarray | None]:
-    """Load the model of a config, with an adapter and its scale merged in.
+    """Load the model of a config, with all that a LoRA changes added to its weights.
 
     Args:
+      lora: what adds it to leaves as they are read, and its fingerprint.
       directory: of the results.
       score: also load the rewards of the config.
 
@@ -69,17 +70,11 @@ def load(
       ValueError, OSError: naming the field or file at fault.
     """
     mesh = sharding.make_mesh(config.mesh)
-    base = runs.load_base(config, mesh)
+    base = runs.load_base(config, mesh, lora and lora[0])
     net = base.transformer
     fingerprint: dict[str, Any] = {"base": base.fingerprint}
     if lora:
-        adapter, scale = lora
-        fingerprint["lora"] = [_hash(jax.tree.leaves(adapter)), scale]
-        # W + scale a b, in place and where they lie
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, net.params)
-        merge = jax.jit(merge_adapter, donate_argnums=0, out_shardings=shardings)
-        net = net._replace(params=merge(net.params, adapter, scale))
-        base = base._replace(transformer=net)
+        fingerprint["lora"] = lora[1]
     latents = given.latents
     if latents is not None:
         fingerprint["given"] = _hash([latents])

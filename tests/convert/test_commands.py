@@ -23,6 +23,7 @@ from astrolabe_jax import checkpoint
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import lora, nets, parts, store
 from astrolabe_jax.convert.__main__ import main
+from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.runtime.files import DTYPES, read_safetensors, write_safetensors
 from astrolabe_jax.update import TrainState
 from tests import tiny_base
@@ -423,9 +424,7 @@ def test_memory_stays_near_one_tensor(base, tmp_path):
     """
     path = tmp_path / "big.safetensors"
     largest, total = big_transformer(path, BIG)  # 28 MB, 0.33 GB
-    adapter = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, np.float32), lora.adapter_shapes(BIG, 4)
-    )
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), adapter_shapes(BIG, 4))
     lora.save_peft(adapter, tmp_path / "lora", 4, 4.0)
     # The tensor, and copies of it on the way to the disk; in a merge the product in float32, too.
     commands = {

@@ -184,13 +184,14 @@ def test_another_rank_is_named_and_tensors_that_do_not_fit_with_their_file(adapt
     lora.save_peft(smaller, tmp_path, 2, alpha=2)
     with pytest.raises(
         ValueError,
-        match="adapter_config.json has r 2; expected rank 3: set the rank of this run to 2",
+        match="adapter_model.safetensors: its rank is 2; expected rank 3: set the rank of this run",
     ):
         lora.load_lora(tmp_path, NET, RANK)
     path = tmp_path / "adapter_config.json"
     # the config does not tell the truth
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": RANK}))
     with pytest.raises(
-        engine.ConversionError, match="adapter_model.safetensors: its rank is 2; expected rank 3"
+        engine.ConversionError,
+        match="cross_attn.k has rank 2; expected rank 3, as adapter_config",
     ):
         lora.load_lora(tmp_path, NET, RANK)

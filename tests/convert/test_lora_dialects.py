@@ -1,14 +1,18 @@
 """One adapter in every dialect gives the same tree and scale; every key at fault is named."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from astrolabe_jax.convert import commands, lora, wan
+from astrolabe_jax.convert import commands, engine, lora, wan
 from astrolabe_jax.convert.engine import ConversionError, substituted
+from astrolabe_jax.models.lora import TARGETS
+from astrolabe_jax.models.wan.config import WanConfig
+from astrolabe_jax.runtime.files import safetensors_metadata
 from tests.adapters import to_peft
 from tests.convert import torch_files
 from tests.models import tiny
@@ -23,19 +27,31 @@ def adapter():
 
 
 def spelled(adapter, prefix="", form="original", halves=("lora_A", "lora_B"), infix=""):
-    rules = lora.table(prefix, form, halves, infix)
-    return lora.engine.save(rules, adapter)
+    """Return the tensors of an adapter under the names of a dialect."""
+    tensors = engine.save(lora.table(prefix, form), adapter)
+    a, b = (f".{half}{infix}." for half in halves)
+    return {
+        name.replace(".lora_A.", a).replace(".lora_B.", b): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def underscored(tensors, prefix="lora_unet_"):
+    """Return tensors under the names of kohya, musubi and LyCORIS."""
+    split = {name: re.fullmatch(r"(.+?)\.(lora_.+|alpha)", name) for name in tensors}
+    return {
+        f"{prefix}{parts[1].replace('.', '_')}.{parts[2]}": tensors[name]
+        for name, parts in split.items()
+    }
 
 
 def alphas(value, prefix="", form="original"):
     names = {
-        substituted(
-            f"blocks.{{i}}.{module}", lora.wan.diffusers(NET) if form == "diffusers" else ()
-        )
-        for module in lora.TARGETS
+        substituted(f"blocks.{{i}}.{module}", wan.diffusers(NET) if form == "diffusers" else ())
+        for module in TARGETS
     }
     return {
-        f"{prefix}{name.format(i=i)}.alpha": np.array(value, np.float32)
+        f"{prefix}{name.format(i=i)}.alpha": np.array(value, getattr(value, "dtype", np.float32))
         for i in range(NET.num_layers)
         for name in names
     }
@@ -117,6 +133,30 @@ DIALECTS = {
         ),
         1.5,
     ),
+    "underscores": (
+        lambda d, a: save(
+            d / "a.safetensors",
+            underscored(spelled(a, halves=("lora_down", "lora_up")) | alphas(np.int64(3))),
+        ),
+        1.5,
+    ),
+    "underscores_of_diffusers": (
+        lambda d, a: save(
+            d / "a.safetensors",
+            underscored(spelled(a, form="diffusers") | alphas([3.0], form="diffusers"), "lycoris_"),
+        ),
+        1.5,
+    ),
+    "alpha_in_the_header": (
+        lambda d, a: save(
+            d / "a.safetensors", underscored(spelled(a)), {"ss_network_alpha": "3.0"}
+        ),
+        1.5,
+    ),
+    "peft_file_beside_its_config": (
+        lambda d, a: workdir(d, a) / "lora" / "adapter_model.safetensors",
+        1.5,
+    ),
 }
 
 
@@ -171,38 +211,55 @@ def test_any_key_at_fault_is_named(tmp_path, adapter, form, prefix):
         seen = name.removeprefix("base_model.model.")
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         changes = [
-            (rest, [f"missing tensor: {seen} "]),
+            (rest, [f"missing tensor: {seen}"]),
             (
                 rest | {f"{name}x": tensors[name]},
-                [f"missing tensor: {seen} ", f"unused tensor: {seen}x "],
+                [f"missing tensor: {seen}", f"unused tensor: {seen}x "],
             ),
             (
                 tensors | {f"{prefix}{i}.lora_A.weight": tensors[name]},
                 [f"unused tensor: {prefix}{i}.lora_A.weight ".replace("base_model.model.", "")],
             ),
-            (tensors | {name: np.ones((3, 3), np.float32)}, [f"changed shape: {seen} is [3, 3]"]),
+            (
+                tensors | {name: np.ones((3, 3), np.float32)},
+                ["changed shape: ", f"{seen} is [3, 3]"],
+            ),
         ]
         changed, culprits = changes[i % 4]
         refused(changed, *culprits)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.self_attn.q.diff", "blocks.0.norm3.diff_b"])
-def test_changes_of_whole_weights_are_refused(tmp_path, adapter, name):
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("blocks.0.self_attn.q.diff", "blocks.0.self_attn.q.weight"),
+        ("blocks.0.norm3.diff_b", "blocks.0.norm3.bias"),
+        ("blocks.0.self_attn.q.lora_B.bias", "blocks.0.self_attn.q.bias"),
+    ],
+)
+def test_an_adapter_tree_holds_no_whole_differences(tmp_path, adapter, name, tensor):
     path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
     with pytest.raises(
         ConversionError,
-        match=f"changes of whole weights, which an adapter cannot hold: {name}; exp",
+        match=f"it changes 1 tensors that an adapter cannot hold: {tensor}; merge it into the base",
     ):
         lora.load_lora(path)
 
 
 @pytest.mark.parametrize(
-    "suffix", ["lora_B.bias", "lora_magnitude_vector", "dora_scale", "lora_A.other.weight"]
+    ("suffix", "expected"),
+    [
+        ("lora_magnitude_vector", "it is a DoRA (lora_magnitude_vector); merge it into its base"),
+        ("dora_scale", "it is a DoRA (dora_scale); merge it into its base"),
+        ("lora_mid.weight", "it is a LoRA with a Tucker core (lora_mid); merge it"),
+        ("lora_A.other.weight", "it holds two adapters: blocks.0.self_attn.q.lora_A"),
+        ("reshape_weight", "unused tensor: blocks.0.self_attn.q.reshape_weight [2]"),
+    ],
 )
-def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix):
+def test_other_variants_are_refused_by_name(tmp_path, adapter, suffix, expected):
     name = f"blocks.0.self_attn.q.{suffix}"
     path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
-    with pytest.raises(ConversionError, match=f"unused tensor: {name} "):
+    with pytest.raises(ConversionError, match=re.escape(expected)):
         lora.load_lora(path)
 
 
@@ -234,9 +291,9 @@ def test_another_rank_or_net_is_refused(tmp_path, adapter):
         ConversionError, match="its rank is 2; expected rank 4: set the rank of this run to 2"
     ):
         lora.load_lora(path, NET, 4)
-    other = lora.WanConfig(dim=12, ffn_dim=32, num_layers=2, num_heads=1)
+    other = WanConfig(dim=12, ffn_dim=32, num_layers=2, num_heads=1)
     with pytest.raises(
-        ConversionError, match="changed shape: blocks.0.self_attn.q.lora_A.weight is"
+        ConversionError, match="made for a transformer of width 24; this one has width 12: choose"
     ):
         lora.load_lora(path, other)
 
@@ -244,15 +301,15 @@ def test_another_rank_or_net_is_refused(tmp_path, adapter):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"transformer.use_rslora": True}, "not a plain LoRA adapter: .*use_rslora"),
+        ({"transformer.use_dora": True}, "not a plain LoRA adapter: .*use_dora"),
         ({"transformer.lora_alpha": None}, "has r 2 and lora_alpha None"),
-        ({"transformer.r": 4}, "its rank is 2; expected rank 4"),
+        ({"transformer.r": 4}, "attn1.to_[a-z]+ has rank 2; expected rank 4, as pytorch_lora"),
     ],
 )
 def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, expected):
     lora.save_diffusers(adapter, tmp_path, RANK, 3.0)
     path = tmp_path / lora.DIFFUSERS_WEIGHTS
-    described = json.loads(lora.safetensors_metadata(path)[lora.DIFFUSERS_METADATA]) | change
+    described = json.loads(safetensors_metadata(path)[lora.DIFFUSERS_METADATA]) | change
     save(
         path,
         spelled(adapter, "transformer.", "diffusers"),
@@ -267,9 +324,7 @@ def test_the_header_of_a_diffusers_file_is_checked(tmp_path, adapter, change, ex
 
 def test_adapters_have_the_names_of_the_module_map():
     """They are those of docs/checkpoints.md, Diffusers names."""
-    names = {
-        module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in lora.TARGETS
-    }
+    names = {module: substituted(f"blocks.3.{module}", wan.diffusers(NET)) for module in TARGETS}
     assert (
         names["self_attn.q"] == "blocks.3.attn1.to_q"
         and names["cross_attn.o"] == "blocks.3.attn2.to_out.0"

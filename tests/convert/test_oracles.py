@@ -14,16 +14,19 @@ import transformers
 from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from astrolabe_jax.convert import commands, engine, lora, nets, parts, umt5
 from astrolabe_jax.models import layers
-from astrolabe_jax.models.lora import merge_adapter, scaled
+from astrolabe_jax.models.lora import TARGETS, adapter_shapes, scaled
 from astrolabe_jax.models.umt5 import XXL
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from experiments.moving_shapes_base.bases import save_net
 from tests import tiny_base
+from tests.adapters import merge_adapter
+from tests.convert import test_lora_files as lora_kinds
 from tests.models import tiny
 
 FRAMES, ALPHA, RANK = 3, 3.0, 2
@@ -226,7 +229,7 @@ def test_published_names_and_shapes(part, config, tensors, parameters):
 @pytest.fixture(scope="module")
 def adapter():
     rng = np.random.default_rng(4)
-    shapes = lora.adapter_shapes(tiny_base.PARTS["transformer"], RANK)
+    shapes = adapter_shapes(tiny_base.PARTS["transformer"], RANK)
     return jax.tree.map(
         lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
     )
@@ -260,6 +263,51 @@ def test_diffusers_reads_our_adapter_with_its_alpha(oracles, adapter, tmp_path):
     again, scale = lora.load_lora(tmp_path / "theirs", net.config, RANK)
     assert scale == ALPHA / RANK
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def fused(oracle, path):
+    """Return the weights of diffusers' transformer with a LoRA file fused in, by their names."""
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(path, return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, oracle, metadata=metadata)
+    for module in oracle.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in oracle.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+# What diffusers' reader of each can do: no differences of norms, no names without `blocks`.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lora_kinds.attention_alone,
+        lora_kinds.several_ranks,
+        lora_kinds.underscores,
+        lora_kinds.outside_the_blocks,
+        lora_kinds.with_biases,
+    ],
+)
+def test_diffusers_fuses_what_we_merge(tmp_path, kind):
+    net = exported_net("transformer")
+    describe_in(tmp_path, "transformer", net.config)
+    plain = save_net("transformer", net.params, net.config)
+    write_safetensors(tmp_path / "base.safetensors", plain)
+    (tmp_path / "lora").mkdir()
+    _, path = lora_kinds.made(kind, tmp_path / "lora")
+    commands.merge(tmp_path / "base.safetensors", path, tmp_path / "ours.safetensors", "diffusers")
+    commands.export(
+        tmp_path / "base.safetensors", tmp_path / "plain.safetensors", "transformer", "diffusers"
+    )
+    oracle = wan_oracle(net.config)
+    oracle.load_state_dict(safetensors.torch.load_file(tmp_path / "plain.safetensors"))
+    theirs = fused(oracle, path)
+    ours = read_safetensors(tmp_path / "ours.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        close(tensor, theirs[name])
 
 
 class Named(torch.nn.Module):
@@ -298,8 +346,7 @@ def test_peft_merges_what_we_merge(adapter, tmp_path):
     linears = {
         name.removesuffix(".weight"): np.asarray(tensor)
         for name, tensor in plain.items()
-        if name.endswith(".weight")
-        and name.removesuffix(".weight").split(".", 2)[-1] in lora.TARGETS
+        if name.endswith(".weight") and name.removesuffix(".weight").split(".", 2)[-1] in TARGETS
     }
     assert len(linears) == 10 * net.config.num_layers
     oracle = peft.PeftModel.from_pretrained(

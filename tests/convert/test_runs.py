@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import commands, lora, parts
+from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.files import read_safetensors, write_safetensors
 from experiments.moving_shapes_base.bases import save_net
@@ -103,7 +104,7 @@ def test_weights_that_do_not_fit_are_named(base, tmp_path, changes, expected):
 
 def test_the_first_adapter_may_be_of_any_dialect(base, tmp_path):
     rng = np.random.default_rng(0)
-    shapes = lora.adapter_shapes(tiny_base.TRANSFORMER, 2)
+    shapes = adapter_shapes(tiny_base.TRANSFORMER, 2)
     adapter = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     lora.save_diffusers(adapter, tmp_path / "lora", 2, 3.0)
     run = prepared(

@@ -253,7 +253,7 @@ def test_another_adapter(base, tmp_path):
     message = refusal(runs.small_config(base, **changed, **{"lora.rank": 4}), tmp_path / "b")
     assert (
         "config.lora.init: " in message
-        and "adapter_config.json has r 2; expected rank 4" in message
+        and "its rank is 2; expected rank 4: set the rank of this run to 2" in message
     )
 
 

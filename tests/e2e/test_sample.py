@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.run import layout_of, rules_of
@@ -48,7 +49,7 @@ def ask(base, directory, changes=None, **options):
     config = runs.small_config(base)
     config.update_from_flattened_dict(changes or {})
     values = DEFAULTS | options | {"config": config, "output_dir": str(directory)}
-    program.main(["sample"], {name: SimpleNamespace(value=value) for name, value in values.items()})
+    program.main({name: SimpleNamespace(value=value) for name, value in values.items()})
     return rows_of(directory)
 
 
@@ -185,10 +186,12 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
         adapter_shapes(net, 2),
     )
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
-    (plain,) = ask(base, tmp_path / "a", prompt=RED)
     (adapted,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
-    assert np.abs(frames_of(plain) - frames_of(adapted)).max() > 5
-    assert plain["key"] != adapted["key"]
+    merged = tmp_path / "merged.safetensors"
+    commands.merge(base, tmp_path / "lora", merged, "original")
+    (whole,) = ask(base, tmp_path / "a", {"transformer": str(merged)}, prompt=RED)
+    np.testing.assert_array_equal(frames_of(whole), frames_of(adapted))
+    assert whole["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
     assert (

@@ -5,9 +5,9 @@ r{rank}_alpha{alpha}.
 import json
 from collections.abc import Iterator
 
-from astrolabe_jax.models.lora import adapter_shapes, merge_adapter, parameter_count
+from astrolabe_jax.models.lora import adapter_shapes, parameter_count
 from experiments.moving_shapes_base.bases import save_net
-from tests.adapters import from_peft
+from tests.adapters import from_peft, merge_adapter
 from tests.golden.dit import Dit, to_x0, training_layout
 from tests.golden.entry import EXACT, FORWARD, Entries, Entry
 from tests.golden.files import GoldenFile

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from astrolabe_jax.convert import engine, nets
-from astrolabe_jax.convert.lora import merged
+from astrolabe_jax.convert.lora import merged, product
 from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents
 from astrolabe_jax.rewards.qwen2_vl import chat
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
@@ -240,7 +240,8 @@ def assemble(
     engine.check(expected, tensors)
     used = {name: tensors[name] for name in sources}
     for name, (a, b) in pairs.items():
-        used[name] = merged(used[name], tensors[a], tensors[b], adapter.scale, dtype)
+        change = product(tensors[a], tensors[b], adapter.scale)
+        used[name] = merged(used[name], [change], dtype)
     checkpoint = nets.checked(spec, config, form, used)
     stacks = nets.stacks(checkpoint, dtype)
     if dtype:
