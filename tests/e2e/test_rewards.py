@@ -191,7 +191,7 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
         given = {
             name: types.SimpleNamespace(value=value) for name, value in (holders | changed).items()
         }
-        self_check.main([""], given)
+        self_check.main(given)
         return capsys.readouterr().out
 
     told = run()

@@ -48,7 +48,7 @@ def ask(base, directory, changes=None, **options):
     config = runs.small_config(base)
     config.update_from_flattened_dict(changes or {})
     values = DEFAULTS | options | {"config": config, "output_dir": str(directory)}
-    program.main(["sample"], {name: SimpleNamespace(value=value) for name, value in values.items()})
+    program.main({name: SimpleNamespace(value=value) for name, value in values.items()})
     return rows_of(directory)
 
 
