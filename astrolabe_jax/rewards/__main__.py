@@ -89,9 +89,11 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     prompt = holders["prompt"].value
     path = Path(holders["video"].value)
     try:
-        frames = media.read_video(path, config.video.fps)
         registry.validate(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
+        # as training gives them to the rewards
+        size = (config.video.width, config.video.height)
+        frames = media.read_video(path, config.video.fps, size)
         began = time.monotonic()
         setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)
         groups = registry.load(config.rewards, setting)
