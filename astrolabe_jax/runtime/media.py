@@ -374,11 +374,15 @@ def contact_sheet(
       title: of the sheet.
       rows: what is written above each row.
       columns: heading -> (a strip [height, width, 3] uint8, its caption) for each row; all strips
-        are of one size.
+        are of one size. They are made smaller where the sheet would exceed SHEET_WIDTH.
     """
     first, _ = next(iter(columns.values()))[0]
     height, width = _enlarge(first, STRIP_HEIGHT).shape[:2]
     margin = 16
+    widest = (SHEET_WIDTH - margin) // len(columns) - margin
+    if width > widest:
+        height = round(height * widest / width)
+        width = widest
     head = 64  # pixels of the title and the headings
     pitch = height + 56  # from row to row
     size = (margin + (width + margin) * len(columns), head + pitch * len(rows))
@@ -394,7 +398,10 @@ def contact_sheet(
         draw.text((x, 40), heading, PALE, text)
         for i, (strip, caption) in enumerate(column):
             y = head + pitch * i
-            sheet.paste(Image.fromarray(_enlarge(strip, STRIP_HEIGHT)), (x, y + 22))
+            shown = Image.fromarray(_enlarge(strip, STRIP_HEIGHT))
+            # the kind is for smaller ones
+            shown = shown.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x, y + 22))
             draw.text((x, y + 24 + height), caption, PALE, small)
     return sheet
 
