@@ -150,8 +150,8 @@ def read_video(
             return _read_frames(container, path, fps, size, end)
     except FFmpegError as error:
         raise ValueError(
-            f"{path} cannot be read as a video: {error.strerror}; expected a whole file, such as "
-            ".mp4, .mov, .mkv, .webm or .avi"
+            f"{path} cannot be read as a video: {error.strerror}; expected a whole file (.mp4, "
+            ".mov, .mkv, .webm, .avi, ...), no playlist and no picture"
         ) from None
 
 

@@ -352,6 +352,8 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
         ("latents", b"PK12345678901234567890", "no .npy of numbers"),
         ("video", np.zeros((4, 16, 16, 3), np.uint8), "has 4 frames; .* of at least 5 frames"),
         ("video", b"no video", "a.mp4 cannot be read as a video"),
+        ("video", b"#EXTM3U\n#EXTINF:1,\n/etc/hosts\n", "a.mp4 cannot be read as a video"),
+        ("image", b"no picture", "a.png cannot be read as a picture; expected one of PNG"),
         (
             "image",
             np.zeros((16, 16, 3), np.uint8),
