@@ -246,13 +246,36 @@ def mean_difference(a, b):
     return np.abs(a.astype(int) - b.astype(int)).mean()
 
 
-# Degrees against the clock; libavformat writes no mirrored ones.
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_a_video_is_turned_as_the_camera_was_held(tmp_path, rotation):
-    stored = np.rot90(CORNERS, -rotation // 90)
-    record(tmp_path / "a.mp4", np.repeat(stored[None], 3, axis=0), rotation=rotation)
-    for read in (read_video(tmp_path / "a.mp4"), read_video(tmp_path / "a.mp4", 16, SIZE)):
+# How a video is stored that is shown upright, by a, b, c, d of its display matrix: (x, y) is shown
+# at (a x + c y, b x + d y).
+MATRICES = {
+    (1, 0, 0, 1): CORNERS,
+    (-1, 0, 0, 1): CORNERS[:, ::-1],
+    (1, 0, 0, -1): CORNERS[::-1],
+    (-1, 0, 0, -1): CORNERS[::-1, ::-1],
+    (0, 1, 1, 0): CORNERS.swapaxes(0, 1),
+    (0, -1, 1, 0): np.rot90(CORNERS, -1),
+    (0, 1, -1, 0): np.rot90(CORNERS),
+    (0, -1, -1, 0): CORNERS.swapaxes(0, 1)[::-1, ::-1],
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_video_is_turned_as_the_camera_was_held(tmp_path, matrix):
+    path = tmp_path / "a.mp4"
+    record(path, np.repeat(MATRICES[matrix][None], 3, axis=0))
+    content = path.read_bytes()
+    place = content.index(b"tkhd") + 44  # where an mp4 has the matrix of its track
+    a, b, c, d = (65536 * value for value in matrix)
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(content[:place] + turned + content[place + 36 :])
+    for read in (read_video(path), read_video(path, 16, SIZE)):
         assert read.shape == (3, 48, 96, 3) and mean_difference(read[1], CORNERS) < 6
+
+
+def test_a_video_is_turned_against_the_clock(tmp_path):
+    record(tmp_path / "a.mp4", np.repeat(CORNERS[None], 3, axis=0), rotation=90)
+    assert mean_difference(read_video(tmp_path / "a.mp4")[1], np.rot90(CORNERS)) < 6
 
 
 def test_pixels_that_are_not_square_become_so(tmp_path):
