@@ -30,7 +30,7 @@ CONTAINERS = (
     "ogg,flv,asf,mxf,nut,dv,yuv4mpegpipe,gif,apng"
 )
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
-MOST_BYTES = 2**30  # of the frames that are read from a video
+MOST_BYTES = 2**31  # of the frames of a video: 1,792 of 480x832, which is 112 s
 MOST_PIXELS = 2**27  # of a picture; a camera's have up to 108 million
 MOST_FRAME_PIXELS = 2**26  # of a video's frame, whose decoder keeps some 20; 8K has 35 million
 
@@ -193,7 +193,10 @@ def _read_frames(
         )
     if taken > len(kept):
         log(f"{path}: of its {taken} frames the last {len(kept)} are used")
-    return np.stack(kept)
+    frames = np.empty((len(kept), *kept[0].shape), np.uint8)
+    for i in range(len(frames)):
+        frames[i] = kept.popleft()  # so that they are not held twice
+    return frames
 
 
 def _video_stream(container: Any, path: Path) -> Any:

@@ -85,7 +85,7 @@ def load(
         fingerprint["given"] = _hash([latents])
     elif given.pixels is not None:
         fingerprint["given"] = _hash([given.pixels])
-        copies = np.repeat(given.pixels[None], mesh.size, axis=0)  # one a device
+        copies = np.broadcast_to(given.pixels, (mesh.size, *given.pixels.shape))  # one a device
         encoded, _ = encode_video(base.vae, copies, None, config.video.decode_chunk, mesh)
         latents = sharding.to_host(encoded)[0]
     fingerprint |= {

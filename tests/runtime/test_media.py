@@ -297,6 +297,15 @@ def test_frames_without_times_follow_at_the_nominal_rate(tmp_path):
     assert len(frames) == 17 and mean_difference(frames, moving(33)[::2]) < 5
 
 
+def test_joined_recordings_follow_each_other(tmp_path):
+    """The clock of the second one begins again."""
+    record(tmp_path / "one.ts", moving(40))
+    (tmp_path / "a.ts").write_bytes((tmp_path / "one.ts").read_bytes() * 2)
+    frames = read_video(tmp_path / "a.ts", 16, (32, 32))
+    assert abs(len(frames) - 80) <= 2 and mean_difference(frames[:40], moving(40)) < 5
+    assert mean_difference(frames[-30:], moving(40)[-30:]) < 5
+
+
 def test_frames_that_are_all_at_one_time_are_refused(tmp_path):
     record(tmp_path / "a.mkv", moving(9), times=[0] * 9)
     with pytest.raises(ValueError, match="its frames have no times; wrap it: ffmpeg"):
