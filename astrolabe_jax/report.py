@@ -3,8 +3,9 @@
 Progress lines are in runtime/progress.py, figures of every epoch in runtime/metrics.py. Files of
 the working directory that are written here:
 
-    samples/before, after      held-out videos as mp4 and as film strips (png)
-    samples/contact_sheet.png  both side by side
+    samples/HEADING            held-out videos as mp4 and as film strips (png): before, after, and
+                               epoch_EPOCH of evaluations in between
+    samples/contact_sheet.png  before, and the last, side by side
     scores/EPOCH.csv           every sample of an epoch: prompt, rewards raw and standardised,
                                total, advantage
     curves.png                 rewards, losses and deviations over the epochs
@@ -33,7 +34,7 @@ from astrolabe_jax.models.wan.cache import empty_cache
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import media
 from astrolabe_jax.runtime.files import write_atomic, writing
-from astrolabe_jax.runtime.progress import rewards_of
+from astrolabe_jax.runtime.progress import counted, rewards_of
 from astrolabe_jax.types import Evaluation, PromptBatch
 
 # whose versions the summary gives
@@ -54,7 +55,8 @@ PACKAGES = (
 
 def opening(run: Run) -> str:
     """Return the summary of what will run: a title and aligned rows."""
-    devices = f"{run.mesh.size} x {jax.devices()[0].device_kind}, {jax.process_count()} process"
+    processes = counted(jax.process_count(), "process", "processes")
+    devices = f"{run.mesh.size} x {jax.devices()[0].device_kind}, {processes}"
     return titled(run.config.name, describe(run, devices) | {"workdir": str(run.workdir)})
 
 
@@ -103,21 +105,23 @@ def describe(run: Run, devices: str) -> dict[str, str]:
     settings = {
         "model": _model(run),
         "policy": _policy(run),
-        "videos": f"{video.frames} frames of {video.height}x{video.width}, latents "
+        "videos": f"{counted(video.frames, 'frame')} of {video.height}x{video.width}, latents "
         + "x".join(map(str, run.latent_shape)),
         "windows": _windows(run),
         "rewards": f"{weighted}; overlap {config.scoring.overlap}{place}",
         "objective": f"{config.loss.kind}, beta {config.loss.mix_beta:g}, {config.kl.kind} KL x "
         f"{config.loss.kl_weight:g}, {config.loss.context} context, {config.loss.timesteps} "
         "timesteps",
-        "epoch": f"{samples(config)} videos ({distinct} prompts{_of_how_many(run.train_prompts)}, "
-        f"{each} each), {steps} optimizer steps at {config.optimizer.learning_rate:g}",
-        "pieces": f"{samples(config) // sampled} of {sampled} videos to sample, "
+        "epoch": f"{counted(samples(config), 'video')} ({counted(distinct, 'prompt')}"
+        f"{_of_how_many(run.train_prompts)}, {each} each), {counted(steps, 'optimizer step')} at "
+        f"{config.optimizer.learning_rate:g}",
+        "pieces": f"{samples(config) // sampled} of {counted(sampled, 'video')} to sample, "
         f"{sampled // run.mesh.size} per device; {accumulated} of {trained} for the gradient of a "
         f"step, {trained // run.mesh.size} per device",
-        "run": f"{config.train.epochs} epochs, seed {config.seed}; evaluation on "
-        f"{config.eval.videos} videos of held-out prompts{_of_how_many(run.test_prompts)}; a "
-        f"checkpoint every {config.train.checkpoint_every} epochs",
+        "run": f"{counted(config.train.epochs, 'epoch')}, seed {config.seed}; evaluation on "
+        f"{counted(config.eval.videos, 'video')} of held-out prompts"
+        f"{_of_how_many(run.test_prompts)}; a checkpoint every "
+        f"{counted(config.train.checkpoint_every, 'epoch')}",
         "devices": f"{devices}; data {run.mesh.shape['data']} x fsdp {run.mesh.shape['fsdp']}",
         "memory": f"{sum(sizes.values()) / 2**20:,.0f} MiB per device and activations: "
         + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in sizes.items()),
@@ -142,11 +146,11 @@ def _model(run: Run) -> str:
 def _policy(run: Run) -> str:
     model = run.config.model
     steps = " ".join(f"{t:.4g}" for t in run.sampler.steps)
-    bounded = f"{model.window} frames, sink {model.sink}"
+    bounded = f"{counted(model.window, 'frame')}, sink {model.sink}"
     seen = "all before it" if model.window == -1 else bounded
     return (
         f"LoRA of rank {run.config.lora.rank}, {count(parameter_count(run.adapter))} parameters; "
-        f"steps at {steps}; blocks of {model.block} latent frames, each sees {seen}"
+        f"steps at {steps}; blocks of {counted(model.block, 'latent frame')}, each sees {seen}"
     )
 
 
@@ -160,9 +164,9 @@ def _windows(run: Run) -> str:
     places = several if distinct > 1 else f"{run.starts[0]}"
     clips = f", clips of {streaming.score_frames}" if streaming.score_frames else ""
     return (
-        f"{streaming.window} latent frames from {places}; mode {streaming.mode}, sampling "
-        f"{streaming.sampling}, backprop {streaming.backprop}, prefix {streaming.prefix}, reward "
-        f"{streaming.reward}{clips}"
+        f"{counted(streaming.window, 'latent frame')} from {places}; mode {streaming.mode}, "
+        f"sampling {streaming.sampling}, backprop {streaming.backprop}, prefix {streaming.prefix}, "
+        f"reward {streaming.reward}{clips}"
     )
 
 
@@ -286,7 +290,7 @@ def evaluation_line(what: str, evaluation: Evaluation) -> str:
         for name, row in table(evaluation).items()
         if "/" not in name
     ]
-    return f"{what}: {', '.join(parts)} ({len(evaluation['total'])} held-out videos)"
+    return f"{what}: {', '.join(parts)} ({counted(len(evaluation['total']), 'held-out video')})"
 
 
 def write_scores(workdir: Path, epoch: int, table: Mapping[str, np.ndarray]) -> None:

@@ -331,7 +331,8 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         while state.epoch < count:
             state, record = epoch(run, state, step, progress)
             metrics.add(record)
-            progress.epoch(record, count, progress.lasted.get("evaluation", 0.0))
+            evaluations = sum(_due(run, number) for number in range(state.epoch, count + 1))
+            progress.epoch(record, count, evaluations * progress.lasted.get("evaluation", 0.0))
             if _to_be_saved(run.config, state):
                 with progress.phase("checkpoint"):
                     saved = _save(run, state, progress)
@@ -463,15 +464,34 @@ def _evaluate_if_due(
         result, frames = evaluate.evaluate(
             run, adapter, progress, f"evaluation after epoch {number}: batch"
         )
-    name = {0: "before", run.config.train.epochs: "after"}.get(number)
-    if name:
-        multihost.on_primary(
-            lambda: report.write_samples(
-                run.workdir / "samples" / name, frames, run.config.video.fps
-            )
+    heading = {0: "before", run.config.train.epochs: "after"}.get(number, f"epoch_{number:06}")
+    multihost.on_primary(
+        lambda: report.write_samples(
+            run.workdir / "samples" / heading, frames, run.config.video.fps
         )
+    )
     _add_evaluation(metrics, "evaluation", number, result)
-    log(report.evaluation_line(f"evaluation {name or f'after epoch {number}'}", result))
+    name = heading if heading in ("before", "after") else f"after epoch {number}"
+    log(report.evaluation_line(f"evaluation {name}", result))
+    if train and number < run.config.train.epochs:
+        _write_results(run, train, metrics, {heading: result})
+
+
+def _write_results(
+    run: Run, train: TrainState, metrics: Metrics, last: Mapping[str, Evaluation]
+) -> None:
+    """Write adapter, contact sheet and curves; `last` is {folder of samples: evaluation}."""
+    adapter = sharding.to_host(_evaluated_policy(run, train))
+    evaluations = {"before": _evaluations(metrics)[0], **last}
+
+    def write():
+        save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
+        report.write_contact_sheet(
+            run.workdir, run.config.name, evaluate.held_out(run), evaluations
+        )
+        report.write_curves(run.workdir, metrics.records)
+
+    multihost.on_primary(write)
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -484,19 +504,12 @@ def _finished(run: Run) -> dict[str, Any] | None:
 
 
 def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> dict[str, Any]:
-    """Write everything that is made once, at the end: return the summary."""
+    """Write everything that is made at the end: return the summary."""
     held = _evaluations(metrics)
-    evaluations = {"before": held[0], "after": held[state.epoch]}
     real = _evaluations(metrics, "ceiling")
-    adapter = sharding.to_host(_evaluated_policy(run, state.train))
-
-    def write():
-        save_peft(adapter, run.workdir / "lora", run.config.lora.rank, run.config.lora.alpha)
-        report.write_contact_sheet(
-            run.workdir, run.config.name, evaluate.held_out(run), evaluations
-        )
-        report.write_curves(run.workdir, metrics.records)
-        everything = evaluations | ({"ceiling": real[0]} if real else {})
-        return report.write_summary(run.workdir, run.config, everything, progress.seconds)
-
-    return multihost.on_primary(write)
+    after = {"after": held[state.epoch]}
+    _write_results(run, state.train, metrics, after)
+    everything = {"before": held[0]} | after | ({"ceiling": real[0]} if real else {})
+    return multihost.on_primary(
+        lambda: report.write_summary(run.workdir, run.config, everything, progress.seconds)
+    )

@@ -97,6 +97,19 @@ def test_the_contact_sheet_holds_every_strip_enlarged(tmp_path):
             assert places, (heading, i)
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_a_contact_sheet_can_be_looked_at_whatever_the_size(columns):
+    """Strips of 480x832 are 5,831 pixels wide each."""
+    strips = np.full((480, 7 * 833, 3), (200, 30, 90), np.uint8)
+    shown = {f"evaluation {i}": [(strips, "shapes_vq 0.50")] * 2 for i in range(columns)}
+    sheet = media.contact_sheet("demo", ["a red square", "another"], shown)
+    assert 1900 < sheet.width <= 2000
+    coloured = (np.asarray(sheet) == (200, 30, 90)).all(-1)
+    width = coloured.any(0).sum() / columns
+    height = coloured.any(1).sum() / 2
+    assert width / height == pytest.approx(7 * 833 / 480, rel=0.02)
+
+
 def test_curves_survive_a_run_without_epochs_and_with_one(tmp_path):
     report.write_curves(tmp_path, [])
     empty = (tmp_path / "curves.png").read_bytes()

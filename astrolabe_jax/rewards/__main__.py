@@ -26,6 +26,7 @@ from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media
 from astrolabe_jax.runtime.files import read_json, write_atomic
+from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
 
 MIB = 2**20
@@ -55,7 +56,7 @@ def record(path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]]) 
     """Add scores, {golden_key: (reward, score)}, to a file and what is recorded there."""
     recorded |= {key: {"reward": name, "score": score} for key, (name, score) in scores.items()}
     write_atomic(path, (json.dumps(recorded, indent=2) + "\n").encode())
-    print(f"recorded {len(scores)} scores in {path}")
+    print(f"recorded {counted(len(scores), 'score')} in {path}")
 
 
 def agrees(
@@ -85,20 +86,23 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     recorded score.
     """
     cli.set_up()
+    compilation()  # says when it is long
     config = holders["config"].value
     prompt = holders["prompt"].value
     path = Path(holders["video"].value)
     try:
-        frames = media.read_video(path, config.video.fps)
         registry.validate(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
+        # as training gives them to the rewards
+        size = (config.video.width, config.video.height)
+        frames = media.read_video(path, config.video.fps, size)
         began = time.monotonic()
         setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)
         groups = registry.load(config.rewards, setting)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
     print(
-        f"{path}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at "
+        f"{path}: {counted(len(frames), 'frame')} of {frames.shape[1]}x{frames.shape[2]} at "
         f"{config.video.fps} a second; rewards loaded in {time.monotonic() - began:.1f} s on "
         f"{setting.mesh.size} x {jax.devices()[0].device_kind}"
     )

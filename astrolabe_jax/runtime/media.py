@@ -1,7 +1,9 @@
 """What a person looks at: videos, film strips, sheets of them, and curves. Files appear whole."""
 
+import collections
 import contextlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,28 @@ from typing import Any
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from astrolabe_jax.runtime.files import atomic, writing
+from astrolabe_jax.runtime.progress import log
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
 STRIP_HEIGHT = 80  # and smaller strips to this on a sheet
+SHEET_WIDTH = 2000  # pixels that a sheet has at most; longer strips are made smaller
+
+# What is read. Playlists are not: they could name other files of this machine.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,"
+    "ogg,flv,asf,mxf,nut,dv,yuv4mpegpipe,gif,apng"
+)
+PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+MOST_BYTES = 2**31  # of the frames of a video: 1,792 of 480x832, which is 112 s
+MOST_PIXELS = 2**27  # of a picture; a camera's have up to 108 million
+MOST_FRAME_PIXELS = 2**26  # of a video's frame, whose decoder keeps some 20; 8K has 35 million
 
 # RGB
 INK = (20, 20, 20)
@@ -107,39 +123,219 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def read_video(
-    path: Path, fps: int | None = None, size: tuple[int, int] | None = None
+    path: Path,
+    fps: int | None = None,
+    size: tuple[int, int] | None = None,
+    end: bool = False,
 ) -> np.ndarray:
-    """Return the frames [T, height, width, 3] uint8 of a video file.
+    """Return the frames [T, height, width, 3] uint8 of a video file, as a player shows them.
 
     Args:
       path: of the file.
       fps: take the frames that are shown at whole multiples of 1 / fps seconds; None: all.
-      size: (width, height) to resize to; None: as they are.
+      size: (width, height) to bring them to, as `fitted` does; None: as they are.
+      end: of a video whose frames take more than MOST_BYTES return the last ones. Else that is an
+        error.
 
     Raises:
-      ValueError: naming the file, if there are no frames in it.
+      FileNotFoundError: if there is no such file.
+      ValueError: naming the file, if it cannot be read.
     """
-    frames: list[np.ndarray] = []
-    first = None
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
-        with av.open(path) as container:
-            for frame in container.decode(video=0):
-                time: Any = frame.time
-                first = time if first is None else first
-                shown = len(frames) if fps is None else int((time - first) * fps + 1e-6)
-                due = shown + 1 - len(frames)
-                if due > 0:
-                    picture = frame.to_ndarray(format="rgb24")
-                    frames += [picture if size is None else resized(picture, size)] * due
-        return np.stack(frames)
-    # TypeError: a frame without a time
-    except (FFmpegError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}") from None
+        with av.open(
+            path, options={"format_whitelist": CONTAINERS}, metadata_errors="replace"
+        ) as container:
+            return _read_frames(container, path, fps, size, end)
+    except FFmpegError as error:
+        raise ValueError(
+            f"{path} cannot be read as a video: {error.strerror}; expected a whole file (.mp4, "
+            ".mov, .mkv, .webm, .avi, ...), no playlist and no picture"
+        ) from None
 
 
-def resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a picture [height, width, 3] uint8 at (width, height)."""
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+def _read_frames(
+    container: Any, path: Path, fps: int | None, size: tuple[int, int] | None, end: bool
+) -> np.ndarray:
+    """Do the work of `read_video`."""
+    stream = _video_stream(container, path)
+    kept: collections.deque[np.ndarray] = collections.deque()
+    taken = 0
+    decoded = 0
+    shown = 0.0
+    for shown, frame in _timed(container, stream):
+        decoded += 1
+        due = (taken if fps is None else int(shown * fps + 1e-6)) + 1 - taken
+        if due <= 0:
+            continue
+        picture, aspect = _upright(frame, stream.sample_aspect_ratio)
+        if size is not None:
+            if not taken:
+                _log_cut(path, picture.shape, size, aspect)
+            picture = fitted(picture, size, aspect)
+        taken += due
+        most = MOST_BYTES // picture.nbytes
+        if taken > most and not end:
+            height, width = picture.shape[:2]
+            raise ValueError(
+                f"{path} has more than {most} frames of {height}x{width}, which are not held in "
+                "memory at once; cut it into pieces"
+            )
+        kept.extend([picture] * min(due, most))
+        while len(kept) > most:
+            kept.popleft()
+    if not kept:
+        raise ValueError(f"{path} has a video stream without frames; write the file again")
+    if fps is not None and decoded > 1 and shown == 0:
+        raise ValueError(
+            f"{path}: its frames have no times; wrap it: ffmpeg -i {path} -c copy a.mp4"
+        )
+    if taken > len(kept):
+        log(f"{path}: of its {taken} frames the last {len(kept)} are used")
+    frames = np.empty((len(kept), *kept[0].shape), np.uint8)
+    for i in range(len(frames)):
+        frames[i] = kept.popleft()  # so that they are not held twice
+    return frames
+
+
+def _video_stream(container: Any, path: Path) -> Any:
+    """Return the video of a file; ValueError if it has none, or one of frames beyond all bounds."""
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & Disposition.attached_pic  # the cover of a song
+    ]
+    if not streams:
+        sound = " (it has sound)" if container.streams.audio else ""
+        raise ValueError(f"{path} has no video stream{sound}; give a video")
+    stream = streams[0]
+    stream.codec_context.options = {"max_pixels": str(MOST_FRAME_PIXELS)}
+    stream.thread_type = "AUTO"
+    if stream.width * stream.height > MOST_FRAME_PIXELS:
+        raise ValueError(
+            f"{path} has frames of {stream.height}x{stream.width}; at most {MOST_FRAME_PIXELS:,} "
+            "pixels are read: make it smaller"
+        )
+    return stream
+
+
+def _timed(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Give each frame with the seconds at which it is shown, from the first one on.
+
+    Frames without a time, as in a raw stream, follow each other at the rate that the stream names.
+    """
+    rate = stream.guessed_rate or stream.average_rate
+    step = float(1 / rate) if rate else 0.0
+    shown = -step
+    begin = None
+    for frame in container.decode(stream):
+        if frame.time is None:
+            shown += step
+        else:
+            # the first one; or the clock begins again, where recordings were joined
+            if begin is None or frame.time - begin < shown - 1:
+                begin = frame.time - (shown + step)
+            shown = max(shown, frame.time - begin)
+        yield shown, frame
+
+
+def _upright(frame: Any, aspect: Fraction | None) -> tuple[np.ndarray, float]:
+    """Return a frame [height, width, 3] uint8 as its display matrix turns it.
+
+    `aspect` is width / height of a pixel as it is stored; that of the result comes back, too.
+    """
+    picture = frame.to_ndarray(format="rgb24")
+    across = float(aspect or 1)
+    for data in frame.side_data:
+        if data.type == Type.DISPLAYMATRIX:
+            # (x, y) is shown at (a x + c y, b x + d y)
+            (a, b), (c, d) = np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2].tolist()
+            if abs(a) < abs(b):
+                picture = picture.swapaxes(0, 1)
+                across = 1 / across
+                a = c
+                d = b
+            picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(picture), across
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture file [height, width, 3] uint8 at (width, height), as a viewer shows it.
+
+    It is turned as its EXIF data say, 16 bits become 8, what is transparent lies on white, and it
+    is brought to its size as `fitted` does. Raises ValueError, naming the file, if it cannot be
+    read.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, "r", PICTURES) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(
+                    f"it has {image.height}x{image.width} pixels, at most {MOST_PIXELS:,} are "
+                    "read; make it smaller"
+                )
+            ImageOps.exif_transpose(image, in_place=True)
+            picture = _eight_bits(image)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{path} cannot be read as a picture; expected one of {', '.join(PICTURES)}"
+        ) from None
+    except Exception as error:  # whatever Pillow's decoders raise for a spoilt file
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    _log_cut(path, picture.shape, size)
+    return fitted(picture, size)
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Return an image [height, width, 3] uint8; ValueError for numbers of unknown range."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("it holds numbers beyond 16 bits; save it with 8 or 16")
+        image = Image.fromarray(np.round(values / np.float32(257)).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, "white")
+        ground.paste(image, mask=image.getchannel("A"))
+        image = ground
+    return np.asarray(image.convert("RGB"))
+
+
+def fitted(picture: np.ndarray, size: tuple[int, int], aspect: float = 1.0) -> np.ndarray:
+    """Return a picture [height, width, 3] uint8 at (width, height), cut to that shape, not bent.
+
+    Its middle stays. A whole multiple of the size is averaged, which undoes the enlargement of
+    small videos in mp4 files. `aspect` is width / height of its pixels.
+    """
+    height, width = picture.shape[:2]
+    box = _middle(height, width, size, aspect)
+    whole = box == (0, 0, width, height) and not width % size[0] and not height % size[1]
+    kind = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(picture).resize(size, kind, box))
+
+
+def _middle(
+    height: int, width: int, size: tuple[int, int], aspect: float
+) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom) of the largest part of the shape of (width, height)."""
+    across = min(width, height * size[0] / size[1] / aspect)
+    down = min(height, width * size[1] / size[0] * aspect)
+    return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
+
+
+def _log_cut(
+    path: Path, shape: tuple[int, ...], size: tuple[int, int], aspect: float = 1.0
+) -> None:
+    """Log what `fitted` cuts off, if that is more than a row or column at either side."""
+    height, width = shape[:2]
+    left, top, right, bottom = _middle(height, width, size, aspect)
+    if left > 1 or top > 1:
+        log(
+            f"{path} is {height}x{width}: of it the middle, {bottom - top:.0f}x{right - left:.0f}, "
+            f"is used at {size[1]}x{size[0]}"
+        )
 
 
 def strip(frames: np.ndarray) -> np.ndarray:
@@ -181,11 +377,15 @@ def contact_sheet(
       title: of the sheet.
       rows: what is written above each row.
       columns: heading -> (a strip [height, width, 3] uint8, its caption) for each row; all strips
-        are of one size.
+        are of one size. They are made smaller where the sheet would exceed SHEET_WIDTH.
     """
     first, _ = next(iter(columns.values()))[0]
     height, width = _enlarge(first, STRIP_HEIGHT).shape[:2]
     margin = 16
+    widest = (SHEET_WIDTH - margin) // len(columns) - margin
+    if width > widest:
+        height = round(height * widest / width)
+        width = widest
     head = 64  # pixels of the title and the headings
     pitch = height + 56  # from row to row
     size = (margin + (width + margin) * len(columns), head + pitch * len(rows))
@@ -201,7 +401,10 @@ def contact_sheet(
         draw.text((x, 40), heading, PALE, text)
         for i, (strip, caption) in enumerate(column):
             y = head + pitch * i
-            sheet.paste(Image.fromarray(_enlarge(strip, STRIP_HEIGHT)), (x, y + 22))
+            shown = Image.fromarray(_enlarge(strip, STRIP_HEIGHT))
+            # the kind is for smaller ones
+            shown = shown.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x, y + 22))
             draw.text((x, y + 24 + height), caption, PALE, small)
     return sheet
 

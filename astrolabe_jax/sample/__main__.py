@@ -30,7 +30,7 @@ from astrolabe_jax.convert import lora
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
-from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
 from astrolabe_jax.sample.requests import Limits, Request, read_given, read_requests
 
@@ -111,9 +111,9 @@ def _opening(run: runs.Run, requests: list[Request]) -> str:
     spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
     net = run.base.transformer.config
     return (
-        f"{len(requests)} videos of {spans} frames ({lengths[-1] / config.video.fps:.2f} s) of "
-        f"{config.video.height}x{config.video.width}, at most "
-        f"{videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
+        f"{counted(len(requests), 'video')} of {spans} frames "
+        f"({lengths[-1] / config.video.fps:.2f} s) of {config.video.height}x{config.video.width}, "
+        f"at most {videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
         f"{jax.devices()[0].device_kind}; {net.num_layers} layers of {net.dim}, seed {config.seed}"
     )
 

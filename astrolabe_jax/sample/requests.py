@@ -16,7 +16,7 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import error_prefix
-from astrolabe_jax.runtime.media import read_png, read_video, resized
+from astrolabe_jax.runtime.media import read_picture, read_video
 from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
@@ -228,8 +228,8 @@ def read_given(
 ) -> GivenFrames:
     """Read the frames to begin with: a picture, the end of a video, or latents.
 
-    Pictures are resized to config.video. Of a video, taken at its frame rate, the last frames are
-    used that are whole blocks.
+    Pictures are brought to the size in config.video, as media.fitted does. Of a video, taken at its
+    frame rate, the last frames are used that are whole blocks.
 
     Args:
       paths: by the name of the flag, 'image', 'video' or 'latents'; at most one is given.
@@ -249,9 +249,9 @@ def read_given(
         return _read_latents(path, layout, latent_shape)
     target = (config.video.width, config.video.height)
     frames = (
-        resized(read_png(path), target)[None]
+        read_picture(path, target)[None]
         if flag == "--image"
-        else read_video(path, config.video.fps, target)
+        else read_video(path, config.video.fps, target, end=True)
     )
     count = layout.whole(1 + (len(frames) - 1) // vae.temporal_stride)
     if not count:

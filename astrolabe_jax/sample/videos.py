@@ -27,7 +27,7 @@ from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime.files import read_jsonl, write_atomic
 from astrolabe_jax.runtime.media import Mp4Writer
-from astrolabe_jax.runtime.progress import Progress, log
+from astrolabe_jax.runtime.progress import Progress, counted, log
 from astrolabe_jax.sample.requests import GivenFrames, Request
 from astrolabe_jax.streaming import scenes, streams
 from astrolabe_jax.types import PromptBatch, RngStream, Scores, VideoBatch
@@ -80,7 +80,7 @@ def load(
         fingerprint["given"] = _hash([latents])
     elif given.pixels is not None:
         fingerprint["given"] = _hash([given.pixels])
-        copies = np.repeat(given.pixels[None], mesh.size, axis=0)  # one a device
+        copies = np.broadcast_to(given.pixels, (mesh.size, *given.pixels.shape))  # one a device
         encoded, _ = encode_video(base.vae, copies, None, config.video.decode_chunk, mesh)
         latents = sharding.to_host(encoded)[0]
     fingerprint |= {
@@ -336,7 +336,7 @@ def sample(
     }
     left = [request for request in requests if request.name not in rows]
     if rows:
-        log(f"{len(rows)} of {len(requests)} videos are there already")
+        log(f"{len(rows)} of {counted(len(requests), 'video')} made before")
     others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]
     if others:
         log(
@@ -345,7 +345,7 @@ def sample(
         )
     _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     add = Progress(check=check).counter(
-        f"{len(left)} videos", sum(request.frames for request in left), "frames"
+        counted(len(left), "video"), sum(request.frames for request in left), "frames"
     )
     for batch, size in _batches(run, left):
         rows |= {row["sample_id"]: row for row in make_videos(run, given, batch, size, add)}

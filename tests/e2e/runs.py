@@ -123,11 +123,6 @@ def outcome(workdir: Path) -> dict:
     """
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((workdir / "summary.json").read_text())
-    made = {}
-    for path in sorted(
-        path for place in ("samples/**/*.*", "lora/*", "scores/*") for path in workdir.glob(place)
-    ):
-        made[str(path.relative_to(workdir))] = path.read_bytes()
     return {
         "metrics": [
             {key: value for key, value in record.items() if key != "seconds"} for record in records
@@ -135,8 +130,15 @@ def outcome(workdir: Path) -> dict:
         "eval": summary["eval"],
         "gain": summary["gain"],
         "share": summary["share_of_ceiling"],
-        "files": made,
+        "files": outcome_files(workdir),
     }
+
+
+def outcome_files(workdir: Path) -> dict[str, bytes]:
+    """Return the files that are for people, by name."""
+    places = ("samples/**/*.*", "lora/*", "scores/*")
+    paths = sorted(path for place in places for path in workdir.glob(place))
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in paths}
 
 
 def assert_same_run(config, one: Path, other: Path) -> None:

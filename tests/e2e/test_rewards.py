@@ -177,7 +177,7 @@ def test_two_processes_score_as_one(base, directory, tmp_path, environment):
 
 def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    monkeypatch.setattr(self_check.media, "read_video", lambda path, fps: pixels)
+    monkeypatch.setattr(self_check.media, "read_video", lambda path, fps, size: pixels)
     holders = {
         "config": config(base, directory),
         "video": "a.mp4",
@@ -191,7 +191,7 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
         given = {
             name: types.SimpleNamespace(value=value) for name, value in (holders | changed).items()
         }
-        self_check.main([""], given)
+        self_check.main(given)
         return capsys.readouterr().out
 
     told = run()

@@ -16,6 +16,7 @@ from astrolabe_jax import report, train
 from astrolabe_jax.convert import commands
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
+from astrolabe_jax.runtime import preemption
 from astrolabe_jax.streaming import streams, windows
 from tests.e2e import runs
 
@@ -184,6 +185,27 @@ def test_only_lost_records_are_named(straight, base, tmp_path, capsys):
     assert (
         "lost the records of epoch 2 and of evaluation 1-3: curves.png" in capsys.readouterr().out
     )
+
+
+def test_an_evaluation_in_between_leaves_all_that_the_last_one_does(base, tmp_path):
+    """Videos, sheet, curves and adapter of epoch 1 are there when the run is stopped in epoch 2."""
+    config = runs.small_config(base, **{"train.eval_every": 1, "train.epochs": 2})
+    workdir = tmp_path / "run"
+
+    def stop_after_the_curves():
+        if (workdir / "curves.png").exists():
+            raise preemption.Stopped("SIGTERM")
+
+    run = prepare(config, workdir)
+    assert runs.go_on(run, stop_after_the_curves) is None
+    files = runs.outcome_files(workdir)
+    assert files["samples/epoch_000001/00.mp4"] != files["samples/before/00.mp4"]
+    assert len([name for name in files if name.startswith("samples/epoch_000001/")]) == 4
+    with Image.open(workdir / "samples" / "contact_sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+    commands.export_lora(workdir, tmp_path / "lora", "peft")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "lora" / name).read_bytes() == files[f"lora/{name}"]
 
 
 # in the evaluation before, in the second epoch, after the last checkpoint

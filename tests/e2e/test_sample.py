@@ -163,7 +163,7 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     assert [request.name for request in calls] == ["00002"] and len(rows) == len(whole)
     assert Path(rows[0]["video_path"]).read_bytes() == first
     assert not list(tmp_path.rglob("*.partial.*"))
-    assert "2 of 3 videos are there already" in capsys.readouterr().out
+    assert "2 of 3 videos made before" in capsys.readouterr().out
     Path(rows[1]["video_path"]).unlink()
     calls.clear()
     ask(base, tmp_path, prompt_file=listed)
@@ -355,6 +355,8 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
         ("latents", b"PK12345678901234567890", "no .npy of numbers"),
         ("video", np.zeros((4, 16, 16, 3), np.uint8), "has 4 frames; .* of at least 5 frames"),
         ("video", b"no video", "a.mp4 cannot be read as a video"),
+        ("video", b"#EXTM3U\n#EXTINF:1,\n/etc/hosts\n", "a.mp4 cannot be read as a video"),
+        ("image", b"no picture", "a.png cannot be read as a picture; expected one of PNG"),
         (
             "image",
             np.zeros((16, 16, 3), np.uint8),
@@ -403,7 +405,7 @@ def test_the_command_line(base, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
     ]
     done = subprocess.run([*command, f"--prompt={RED}[0.5s]"], capture_output=True, text=True)
-    assert done.returncode == 0 and "1 videos: 8 frames in" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 video: 8 frames in" in done.stdout, done.stderr
     assert rows_of(tmp_path / "out")[0]["metadata"]["frames"] == 8
     for flag, message in (
         ("--prompt=a[5S]", "character 2 of 'a.5S.'"),

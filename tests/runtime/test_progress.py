@@ -1,8 +1,10 @@
 """Honest clocks: phases, rates, the time left, and the lines about them."""
 
 import sys
+import threading
 import time
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,14 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 100.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def compiles(self, seconds, steps=1):
+        """Let this time pass while JAX makes a program, in `steps` that are within each other."""
+        for _ in range(steps):
+            jax.monitoring.record_scalar(module.LAST_STEP, 0.0, fun_name="f")
+        self.now += seconds
+        for _ in range(steps):
+            jax.monitoring.record_event_duration_secs(module.LAST_STEP, seconds, fun_name="f")
 
 
 def test_phases_add_up_and_parts_are_told_apart(monkeypatch):
@@ -59,18 +69,70 @@ def test_long_phases_speak_from_time_to_time(monkeypatch):
     assert "sampling batch 51/100, 1.0 s each, 49 s left" in lines[4]
 
 
-def test_the_first_item_which_compiles_is_not_in_the_rate(monkeypatch):
+def test_a_count_that_begins_again_is_measured_anew(monkeypatch):
+    """As where an epoch is done again under the same name: no division by zero, no false rate."""
+    lines = []
+    clock = Clock(monkeypatch)
+    progress = Progress({}, lambda: None, lines.append)
+    for pause in (5, 20):
+        for done in (2, 2, 4, 6):
+            clock.now += pause
+            progress.tick("epoch 1: sampling", done, 8)
+    assert lines == [
+        "  epoch 1: sampling 4/8, 2.5 s each, 10 s left",
+        "  epoch 1: sampling 4/8, 10.0 s each, 40 s left",
+        "  epoch 1: sampling 6/8, 10.0 s each, 20 s left",
+    ]
+
+
+def test_compilation_is_not_in_the_rate_whenever_it_comes(monkeypatch):
     lines = []
     clock = Clock(monkeypatch)
     progress = Progress({}, lambda: None, lines.append)
     add = progress.counter("2 videos", 100, "frames")
-    for seconds, frames in ((60, 10), (12, 30), (4, 20), (16, 40)):
+    for compiling, seconds, frames in ((60, 4, 10), (0, 12, 30), (30, 4, 20), (0, 16, 40)):
+        clock.compiles(compiling, steps=2)
         clock.now += seconds
         add(frames)
     assert lines == [
+        "  2 videos 10/100 frames, 2.5 frames/s, 36 s left",
         "  2 videos 40/100 frames, 2.5 frames/s, 24 s left",
-        "2 videos: 100 frames in 1 min 32 s, 1.1 frames/s; 2.8 frames/s after the first",
+        "  2 videos 60/100 frames, 3.0 frames/s, 13 s left",
+        "2 videos: 100 frames in 2 min 06 s, 0.8 frames/s; 2.8 frames/s without 1 min 30 s of "
+        "compilation",
     ]
+
+
+def test_compilation_is_measured_as_jax_tells_of_it():
+    compilation = module.compilation()
+    before = compilation.seconds
+    began = time.monotonic()
+    jax.jit(lambda x: jax.jit(lambda y: y + 1.25)(x) * 3.5)(1.0)
+    assert 0 < compilation.seconds - before <= time.monotonic() - began + 0.01
+    before = compilation.seconds
+    time.sleep(0.01)
+    assert compilation.seconds == before and compilation is module.compilation()
+
+
+def test_it_is_said_while_a_program_is_compiled(monkeypatch):
+    said = threading.Event()
+    lines = []
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "log", lambda line: (lines.append(line), said.set()))
+    module.compilation()
+    jax.monitoring.record_scalar(module.LAST_STEP, 0.0, fun_name="jit(rollout)")
+    said.wait(10)
+    jax.monitoring.record_event_duration_secs(module.LAST_STEP, 0.0, fun_name="jit(rollout)")
+    assert lines[0].startswith("  compiling jit(rollout), ") and "of compilation so far" in lines[0]
+
+
+def test_an_evaluation_lasts_as_long_as_the_next_one_will(monkeypatch):
+    clock = Clock(monkeypatch)
+    progress = Progress({}, lambda: None, lambda text: None)
+    with progress.within("evaluation"), progress.phase("rollout"):
+        clock.compiles(50)
+        clock.now += 3
+    assert progress.lasted == {"evaluation": 3.0} and progress.seconds["evaluation/rollout"] == 53
 
 
 def test_bytes_are_counted_in_larger_units(monkeypatch):
@@ -82,11 +144,26 @@ def test_bytes_are_counted_in_larger_units(monkeypatch):
         clock.now += 10
         add(1_000_000_000)
     assert lines == [
+        "  vae 1.00/3.00 GB, 100 MB/s, 20 s left",
         "  vae 2.00/3.00 GB, 100 MB/s, 10 s left",
-        "vae: 3.00 GB in 30 s, 100 MB/s; 100 MB/s after the first",
+        "vae: 3.00 GB in 30 s, 100 MB/s",
     ]
     progress.counter("text", 5, "bytes")(5)  # in no time, in one piece
     assert lines[-1].startswith("text: 0.00 GB in 0 s, ")
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "expected"),
+    [
+        (0, ("video",), "0 videos"),
+        (1, ("video",), "1 video"),
+        (2, ("video",), "2 videos"),
+        (1, ("process", "processes"), "1 process"),
+        (2, ("process", "processes"), "2 processes"),
+    ],
+)
+def test_one_is_no_plural(number, words, expected):
+    assert module.counted(number, *words) == expected
 
 
 def test_a_count_can_be_ended_behind_each_item():
@@ -112,20 +189,31 @@ def test_sizes_on_the_disk_are_logged_once(tmp_path):
     assert lines == [f"  a checkpoint takes 3.0 MiB in {tmp_path}"]
 
 
-def test_the_line_of_an_epoch_has_rewards_phases_and_the_time_left(monkeypatch):
+def test_the_line_of_an_epoch_has_total_rewards_phases_and_the_time_left(monkeypatch):
+    """The first epoch compiles for 30 of its 34 seconds, the second takes 4."""
     lines = []
-    Clock(monkeypatch)
+    clock = Clock(monkeypatch)
     progress = Progress({}, lambda: None, lines.append)
-    record = {
-        "epoch": 3,
-        "reward/shapes_vq": 0.5,
-        "kl_div": 2e-4,
-        "seconds": {"rollout": 1.0, "update": 3.0},
-    }
-    progress.epoch(record, 40, after=20.0)
+    progress.take()
+    for epoch in (1, 2):
+        with progress.phase("rollout"):
+            clock.compiles(30 if epoch == 1 else 0)
+            clock.now += 1
+        with progress.phase("update"):
+            clock.now += 3
+        record = {
+            "epoch": epoch,
+            "total_reward": 0.25,
+            "reward/shapes_vq": 0.5,
+            "kl_div": 2e-4,
+            "seconds": progress.take(),
+        }
+        progress.epoch(record, 40, after=20.0)
     assert lines == [
-        "epoch  3/40  shapes_vq 0.500  kl 2.0e-04  |  rollout 1.0 + update 3.0 = 4.0 s  |  2 min "
-        "48 s left"
+        "epoch  1/40  total 0.250  shapes_vq 0.500  kl 2.0e-04  |  rollout 31.0 + update 3.0 = "
+        "34.0 s, 30.0 of them compiling  |  2 min 56 s left",
+        "epoch  2/40  total 0.250  shapes_vq 0.500  kl 2.0e-04  |  rollout 1.0 + update 3.0 = "
+        "4.0 s  |  2 min 52 s left",
     ]
 
 
