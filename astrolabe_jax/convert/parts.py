@@ -154,6 +154,7 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
       ValueError: if less than half of the names are those of one part.
     """
+    _refuse_lora(tensors)
     counts = {
         (part, form): nets.overlap(spec, form, tensors)
         for part, spec in PARTS.items()
@@ -166,6 +167,14 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
             f"{', '.join(list(tensors)[:4])}"
         )
     return best
+
+
+def _refuse_lora(tensors: Mapping[str, Any]) -> None:
+    if any(".lora_" in name for name in tensors):
+        raise engine.ConversionError(
+            "it is a LoRA, not a whole net; give it as --lora of sample, as config.lora.init, or "
+            "to convert merge after a base"
+        )
 
 
 def check_size(config: Any, measured: Mapping[str, Any]) -> None:
@@ -206,6 +215,7 @@ def load_net(
       ConversionError: listing every missing, unused and misshapen tensor.
     """
     spec = PARTS[part]
+    _refuse_lora(tensors)
     tensors = spec.prepare(tensors)
     form = nets.format_of(spec, tensors)
     if part == "transformer":

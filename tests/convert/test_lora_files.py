@@ -398,6 +398,15 @@ def test_the_strength_is_never_1_in_silence(tmp_path, caplog):
         lora.read_changes(tmp_path / "a.safetensors", NET)
 
 
+def test_a_lora_in_place_of_a_transformer_is_named(base, tmp_path, capsys):
+    _, path = made(attention_alone, tmp_path)
+    with pytest.raises(engine.ConversionError, match="it is a LoRA, not a whole net; give it as"):
+        bases.load_base(str(base), transformer=str(path), dtype="float32", param_dtype="float32")
+    with pytest.raises(SystemExit):
+        main(["import", str(path), "--to", str(tmp_path / "to")])
+    assert "it is a LoRA, not a whole net" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
