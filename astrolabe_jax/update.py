@@ -245,7 +245,8 @@ class TrainStep:
             for part in parts(i, state, batch.latents[i]) if parts else (LossPart(),):
                 piece, arrays = _cut_part(batch, i, part)
                 grads, new = self.accumulate(grads, state, params, text, piece, arrays)
-                of_parts.append(new)
+                # `parts` may end the run, and must not be far ahead of the devices
+                of_parts.append(jax.block_until_ready(new))
             terms.append(reduce(partial(jax.tree.map, jnp.add), of_parts))
         return self.finish(state, grads, terms)
 
