@@ -15,7 +15,6 @@ from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
 from astrolabe_jax.types import Scores
 
-
 POLL_SECONDS = 0.5  # between two looks whether a wait is to end
 GRACE_SECONDS = 2.0  # that a scorer under way gets when the run ends
 
