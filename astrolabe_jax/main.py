@@ -8,6 +8,9 @@ CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of the run; the run in it is continued", required=True
 )
+CHECK = flags.DEFINE_bool(
+    "check", False, "print the files of the run and all that is wrong or missing, and end"
+)
 flags.mark_flag_as_required("config")
 
 # Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the other three.
@@ -39,6 +42,8 @@ def main(_: list[str]) -> None:
 
     with multihost.exit_together(), preemption.listening() as check:
         try:
+            if CHECK.value:
+                return run.tell(CONFIG.value, WORKDIR.value)
             prepared = run.prepare(CONFIG.value, WORKDIR.value)
             jax.set_mesh(prepared.mesh)
             state = train.resume(prepared)

@@ -1,4 +1,4 @@
-"""A polite end on SIGTERM, SIGHUP and Ctrl-C: the run notices at the next phase, or at the next piece
+"""A polite end on SIGTERM, SIGHUP and Ctrl-C: the run notices at the next phase, or the next piece
 of a long one, saves, and exits.
 
 A signal to one of several processes ends all of them, at the same place.
