@@ -84,8 +84,9 @@ def _find_recipe(path: Path) -> None:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() and path.parent.name else Path("configs")
         recipes = [str(file) for file in sorted(folder.glob("*.py")) if _has_recipe(file)]
-        close = difflib.get_close_matches(str(folder / path.stem), recipes, 1, 0.4)
-        question = f"did you mean {close[0]}? " if close else ""
+        names = [Path(recipe).name for recipe in recipes]
+        close = difflib.get_close_matches(f"{path.stem}.py", names, 1)
+        question = f"did you mean {folder / close[0]}? " if close else ""
         there = f"there are {', '.join(recipes)}" if recipes else f"there are none in {folder}"
         fail(f"no recipe {path}; {question}{there}", 2)
     directory = path.resolve().parent
