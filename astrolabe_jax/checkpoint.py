@@ -87,6 +87,45 @@ class Snapshot(NamedTuple):
     progress: dict  # what JSON can hold: counters and controllers, or the scores of samples
 
 
+def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
+    """Raise what `claim` would raise, as far as can be told before the base is read.
+
+    Nothing is written. `fingerprint` may lack the hashes of weights.
+    """
+    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise OSError(
+            f"workdir {workdir} cannot be written ({there} takes no files); give another --workdir"
+        )
+    saved = _record_of(workdir)
+    if saved and fingerprint:
+        saved = {name: value for name, value in saved.items() if name in fingerprint}
+        refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
+
+
+def _record_of(workdir: Path) -> Fingerprint | None:
+    """Return the fingerprint of the run in a directory; None where there is none.
+
+    Raises ValueError for a spoilt one, and for files of somebody else.
+    """
+    record = workdir / "run.json"
+    if record.exists():
+        try:
+            return files.read_json(record)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; give another --workdir, or put back the file that was there"
+            ) from None
+    paths = workdir.iterdir() if workdir.exists() else ()
+    others = [path.name for path in paths if ".partial." not in path.name]
+    if others:
+        raise ValueError(
+            f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a "
+            "new or empty --workdir"
+        )
+    return None
+
+
 def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     """Make `workdir` the directory of the run with this fingerprint.
 
@@ -99,29 +138,17 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
-        others = [path.name for path in workdir.iterdir() if ".partial." not in path.name]
+        saved = _record_of(workdir)
     except OSError as error:
         raise OSError(
             f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir"
         ) from None
-    record = workdir / "run.json"
-    if record.exists():
-        try:
-            saved = files.read_json(record)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; give another --workdir, or put back the file that was there"
-            ) from None
+    if saved is not None:
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
-    elif others:
-        raise ValueError(
-            f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a "
-            "new or empty --workdir"
-        )
     for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
         for path in workdir.glob(half_written):
             path.unlink()
-    files.write_atomic(record, json.dumps(fingerprint, indent=1).encode())
+    files.write_atomic(workdir / "run.json", json.dumps(fingerprint, indent=1).encode())
 
 
 def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str) -> None:

@@ -34,9 +34,8 @@ def validate(config: ConfigDict, reward_names: Collection[str], devices: int, ba
     )
     # these calculate, with numbers that are sensible by now
     _refuse(
-        *_batch_faults(config, devices),
+        *_device_faults(config, devices),
         *_kl_faults(config),
-        *_streaming_faults(config, devices),
     )
 
 
@@ -153,6 +152,21 @@ def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
             for field, size in _batch_sizes(config).items()
         )
     )
+
+
+def _device_faults(config: ConfigDict, devices: int) -> list[str]:
+    """Return what does not fit each other and the devices, and how many devices would do."""
+
+    def faults(count: int) -> list[str]:
+        return [*_batch_faults(config, count), *_streaming_faults(config, count)]
+
+    found = faults(devices)
+    most = min(_batch_sizes(config).values())
+    fitting = [count for count in range(1, most + 1) if found and not faults(count)]
+    if fitting:
+        numbers = ", ".join(map(str, fitting))
+        found.append(f"with these fields it runs on {numbers} devices; here are {devices}")
+    return found
 
 
 def _prompt_faults(config: ConfigDict) -> Iterator[str]:

@@ -16,6 +16,7 @@ from astrolabe_jax.types import Array
 
 Predicted = Float[Array, "B *dims"]
 PerSample = Float[Array, " B"]
+Number = float | Array  # one for all samples, which may be traced
 
 MIN_NORMALISER = 1e-5  # floor of DiffusionNFT's adaptive normaliser
 
@@ -37,9 +38,9 @@ class Coefficients(NamedTuple):
     # 'astrolabe': predictions are clean latents. 'diffusion_nft': they are velocities, and so are
     # the deviations.
     kind: str
-    beta: float  # interpolation between the current and the behaviour policy
-    kl_weight: float  # lambda, of the deviation from the reference
-    clip_max: float = 5.0  # A_max, bound of the advantages; DiffusionNFT needs it
+    beta: Number  # interpolation between the current and the behaviour policy
+    kl_weight: Number  # lambda, of the deviation from the reference
+    clip_max: Number = 5.0  # A_max, bound of the advantages; DiffusionNFT needs it
 
 
 def objective(
@@ -72,7 +73,7 @@ def objective(
     }
 
 
-def interpolate(current: Predicted, old: Predicted, beta: float) -> tuple[Predicted, Predicted]:
+def interpolate(current: Predicted, old: Predicted, beta: Number) -> tuple[Predicted, Predicted]:
     """Return the implicit positive and negative policies (docs/objective.md, Astrolabe loss).
 
     positive = beta current + (1 - beta) old, negative = (1 + beta) old - beta current; their mean
@@ -91,7 +92,7 @@ def interpolate(current: Predicted, old: Predicted, beta: float) -> tuple[Predic
 
 
 def astrolabe_loss(
-    x0: Predicted, current: Predicted, old: Predicted, r: PerSample, beta: float
+    x0: Predicted, current: Predicted, old: Predicted, r: PerSample, beta: Number
 ) -> dict[str, PerSample]:
     """Return Astrolabe's policy loss r |x+ - x0|^2 + (1 - r) |x- - x0|^2 in x0 space.
 
@@ -118,7 +119,7 @@ def astrolabe_loss(
 
 
 def diffusion_nft_loss(
-    predictions: Predictions, r: PerSample, beta: float, clip_max: float
+    predictions: Predictions, r: PerSample, beta: Number, clip_max: Number
 ) -> dict[str, PerSample]:
     """Return DiffusionNFT's policy loss: velocities mixed, errors in x0 space, adaptively scaled.
 

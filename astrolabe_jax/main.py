@@ -8,6 +8,7 @@ CONFIG = cli.define()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of the run; the run in it is continued", required=True
 )
+CHECK = flags.DEFINE_bool("check", False, "print its files, and what is wrong or missing, and end")
 flags.mark_flag_as_required("config")
 
 # Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the other three.
@@ -35,17 +36,21 @@ def main(_: list[str]) -> None:
     # after joining: no array may exist before it
     import jax
 
-    from astrolabe_jax import run, train
+    from astrolabe_jax import plan, run, train
 
     with multihost.exit_together(), preemption.listening() as check:
         try:
-            prepared = run.prepare(CONFIG.value, WORKDIR.value)
-            jax.set_mesh(prepared.mesh)
-            state = train.resume(prepared)
+            if CHECK.value:
+                return run.tell(CONFIG.value, WORKDIR.value)
+            with plan.naming_memory(CONFIG.value):
+                prepared = run.prepare(CONFIG.value, WORKDIR.value)
+                jax.set_mesh(prepared.mesh)
+                state = train.resume(prepared)
         except (ValueError, OSError) as error:
             cli.fail(error, 2)
         try:
-            train.train(prepared, state, check)
+            with plan.naming_memory(CONFIG.value):
+                train.train(prepared, state, check)
         except train.REFUSED as error:
             cli.fail(error, 1)
 

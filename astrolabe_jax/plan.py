@@ -8,8 +8,9 @@ have shapes but no content, on a mesh of devices that need not exist, and the sh
 are checked. The memory is that of the opening summary: without activations.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,18 +277,98 @@ def planned_devices(config: ConfigDict) -> int:
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
+# What the errors of a device, of the host and of what reads files say where memory ends.
+_SHORTAGES = ("resource_exhausted", "out of memory", "unable to allocate", "bad_alloc")
+TRAINING = ()  # all that report.memory counts
+
+
+@contextlib.contextmanager
+def naming_memory(config: ConfigDict, held: Sequence[str] = TRAINING) -> Iterator[None]:
+    """End the program with one line and status 1 where memory runs out inside.
+
+    The line says what takes how much, and which settings help, the best first. `held` are the rows
+    of report.memory that this program holds; none: all of them.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        shortage = _shortage(error)
+        if not shortage:
+            raise
+    # after the error is gone, and with it what its frames held
+    cli.fail(f"out of memory: {shortage}; {_memory_advice(config, held)}", 1)
+
+
+def _shortage(error: BaseException | None) -> str:
+    """Return the first line of the error, or of one behind it, that tells of too little memory."""
+    while error is not None:
+        text = str(error) or type(error).__name__
+        if isinstance(error, MemoryError) or any(word in text.lower() for word in _SHORTAGES):
+            return text.splitlines()[0][:200]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _memory_advice(config: ConfigDict, held: Sequence[str]) -> str:
+    """Return what takes how much on a device, and the settings that take less, the best first."""
+    sizes = _held_bytes(config, held)
+    listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in _by_size(sizes))
+    # Settings that what is not counted, activations, shrinks with.
+    activations = {"mesh.samples_per_device": 1, "model.remat": True, "video.decode_chunk": 1}
+    others = {
+        "mesh.fsdp": jax.device_count(),
+        "scoring.weights": "host",
+        "scoring.overlap": "none",
+        "model.param_dtype": "bfloat16",
+        "model.dtype": "bfloat16",
+    }
+    saved = {}
+    for field, value in (activations | others).items():
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({field: value})
+        less = sum(sizes.values()) - sum((_held_bytes(changed, held) or sizes).values())
+        if changed != config and (field in activations or less > 0):
+            saved[f"config.{field}={value}"] = (field in activations, less)
+    order = sorted(saved, key=lambda setting: saved[setting], reverse=True)
+    mebibytes = {
+        name: f" (-{saved[name][1] / 2**20:,.0f})" * (saved[name][1] > 0) for name in order
+    }
+    settings = ", ".join(f"{name}{mebibytes[name]}" for name in order)
+    return (
+        f"a device holds, in MiB and besides activations, {listed or 'what was not counted'}; what "
+        f"helps, the best first: {settings or 'fewer or smaller videos'}"
+    )
+
+
+def _by_size(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(sizes.items(), key=lambda item: -item[1])
+
+
+def _held_bytes(config: ConfigDict, held: Sequence[str]) -> dict[str, int]:
+    """Return the rows of report.memory; none for a config that cannot be planned."""
+    try:
+        sizes = report.memory(abstract_run(config, jax.device_count()))
+    except (ValueError, OSError, MemoryError, RuntimeError):  # or there is still no memory
+        return {}
+    return {name: size for name, size in sizes.items() if not held or name in held}
+
+
 def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
     """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
     cli.set_up()
     config = recipe.value
     try:
-        run = abstract_run(config, devices.value or planned_devices(config))
+        with naming_memory(config):
+            run = abstract_run(config, devices.value or planned_devices(config))
         rows = report.describe(run, f"{run.mesh.size}, planned")
         print(
             "\n".join([report.titled(f"plan of {config.name}", rows), *report.warnings(run)]),
             flush=True,
         )
-        for name, out in trace(run).items():
+        with naming_memory(config):
+            traced = trace(run)
+        for name, out in traced.items():
             print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
         if config.streaming.window and config.streaming.mode == "progressive":
             size = report.bytes_of(

@@ -2,9 +2,9 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,22 @@ from astrolabe_jax import checkpoint, prompts, sharding
 from astrolabe_jax.config import eval_frames, flatten, repeats, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
+from astrolabe_jax.convert import hub
 from astrolabe_jax.convert.lora import load_lora
+from astrolabe_jax.convert.parts import PARTS
 from astrolabe_jax.models.lora import init_adapter
 from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
 from astrolabe_jax.types import Policy, RngStream, Timeline
 from astrolabe_jax.update import training_layout
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -100,43 +105,178 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
     return run
 
 
-def _read(config: ConfigDict, workdir: Path) -> Run:
-    """Do all of `prepare` but for the working directory, without the other processes."""
-    validate(config, registry.TABLE, jax.device_count(), jax.default_backend())
-    registry.validate(config.rewards)
-    sizes, tokenizer = open_base(config)
-    layout, sampler, latent_shape = geometry(config, sizes)
-    lists = {
-        "train": _prompts(
-            config, "train", tokenizer, sizes, config.prompts.prompts_per_epoch // repeats(config)
-        ),
-        "test": _prompts(config, "test", tokenizer, sizes, 1),
+class Checked(NamedTuple):
+    """What is known of a run before anything is loaded."""
+
+    sizes: dict[str, Any]  # of the nets
+    layout: Layout
+    sampler: Sampler
+    latent_shape: tuple[int, int, int, int]
+    prompts: dict[str, tuple[str, ...]]  # train, test
+    starts: tuple[int, ...]
+    adapter: dict | None  # of config.lora.init
+    fingerprint: dict[str, Any]  # without the hashes of weights
+
+
+class Faults:
+    """Collects the errors of checks that go on after each other's."""
+
+    def __init__(self):
+        self.found: list[ValueError | OSError] = []
+
+    def attempt(self, action: Callable[..., T], *arguments: Any) -> T | None:
+        """Return what `action` returns; None if it raises a ValueError or OSError, which is
+        kept.
+        """
+        try:
+            return action(*arguments)
+        except (ValueError, OSError) as error:
+            self.found.append(error)
+
+    def refuse(self) -> None:
+        """Raise the error that there was, or one ValueError that lists them."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            lines = (str(error).replace("\n", "\n  ") for error in self.found)
+            raise ValueError("\n  ".join([f"{len(self.found)} things are wrong:", *lines]))
+
+
+def check(config: ConfigDict, workdir: Path) -> Checked:
+    """Check everything that can be before weights are loaded.
+
+    Raises:
+      ValueError, OSError: with all faults, each naming the field, file or line.
+    """
+    faults = Faults()
+    faults.attempt(validate, config, registry.TABLE, jax.device_count(), jax.default_backend())
+    sensible = not faults.found
+    if sensible:
+        faults.attempt(registry.validate, config.rewards)
+    for line in registry.directory_faults(config.rewards):
+        faults.found.append(ValueError(line))
+    opened = faults.attempt(open_base, config) if sensible else None
+    checked = opened and _check_model(config, *opened, faults)
+    told = ("config.rewards", "config.base") if sensible else ("config.rewards",)
+    for field, path, size in [] if opened else _needed_files(config):
+        if size is None and not field.startswith(told):
+            faults.found.append(FileNotFoundError(f"{field}: no {path}"))
+    fingerprint = checked.fingerprint if checked else {}
+    faults.attempt(checkpoint.check_workdir, workdir, fingerprint)
+    faults.refuse()
+    assert checked, "what was not checked has a fault"
+    return checked
+
+
+def _check_model(
+    config: ConfigDict, sizes: dict[str, Any], tokenizer: Any, faults: Faults
+) -> Checked | None:
+    """Check the weights' headers, the adapter, the geometry and the prompts."""
+    for part in sizes:
+        faults.attempt(_check_weights, config, part, sizes[part])
+    adapter = faults.attempt(_given_adapter, config, sizes["transformer"])
+    least = {
+        "train": config.prompts.prompts_per_epoch // repeats(config),
+        "test": 1,
     }
-    mesh = sharding.make_mesh(config.mesh)
-    base = load_base(config, mesh)
-    adapter = _first_adapter(config, base)
+    lists = {
+        name: faults.attempt(_prompts, config, name, tokenizer, sizes, count)
+        for name, count in least.items()
+    }
+    fitted = faults.attempt(geometry, config, sizes)
+    found = {name: lines for name, lines in lists.items() if lines is not None}
+    if not fitted or len(found) < len(lists):
+        return None
+    starts = faults.attempt(_window_starts, config, fitted[0], sizes, found)
     leaves = jax.tree.leaves(adapter)
-    identity = {
-        "base": base.fingerprint,
-        **{f"prompts.{name}": _hash(map(str.encode, lines)) for name, lines in lists.items()},
+    fingerprint = {
+        **{f"prompts.{name}": _hash(map(str.encode, lines)) for name, lines in found.items()},
         **({"lora.init": _hash(leaf.tobytes() for leaf in leaves)} if config.lora.init else {}),
         **{f"config.{field}": value for field, value in flatten(config).items()},
     }
-    starts = _window_starts(config, layout, sizes, lists)
+    return Checked(sizes, *fitted, found, starts or (), adapter, fingerprint)
+
+
+def tell(config: ConfigDict, workdir: str) -> None:
+    """Print the files of a run, and that nothing is wrong; raise what `check` does."""
+    log("\n".join([f"files of {config.name}:", *file_rows(config)]))
+    multihost.on_all(lambda: check(config, Path(workdir)))
+    log("nothing is missing or wrong, as far as can be told before weights are read")
+
+
+def file_rows(config: ConfigDict) -> list[str]:
+    """Return a line for each file or directory that a run needs: field, path, and size, or how to
+    get what is missing.
+    """
+    rows = []
+    for field, path, size in _needed_files(config):
+        source = hub.where(str(path))
+        missing = f"missing; {source}" if source else "missing"
+        state = missing if size is None else f"{size / 2**20:,.1f} MiB"
+        rows.append(f"  {field:32} {path}: {state}")
+    return rows
+
+
+def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
+    """Yield field, path and bytes of what a run needs; None bytes for what is not there."""
+    for part in PARTS:
+        field, given = _weights_given(config, part)
+        try:
+            path = bases.weights_of(given, part)
+            size = sum(file.stat().st_size for file in bases.files_of(path))
+        except OSError:
+            path = Path(given)
+            size = None
+        yield f"{field}, {part}", path, size
+    named = {
+        "config.lora.init": config.lora.init,
+        **{f"config.prompts.{name}": config.prompts[name] for name in ("train", "test")},
+        **{
+            f"config.rewards.{name}": registry.options(value).get("path", "")
+            for name, value in config.rewards.items()
+        },
+    }
+    for field, text in named.items():
+        if text and not text.startswith(prompts.WORLD_PREFIX):
+            path = Path(text)
+            files = [path] if path.is_file() else path.rglob("*")
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            yield field, path, size if path.exists() else None
+
+
+def _weights_given(config: ConfigDict, part: str) -> tuple[str, str]:
+    """Return the field that names the weights of a part of the base, and its value."""
+    own = part == "transformer" and config.transformer
+    return ("config.transformer", own) if own else ("config.base", config.base)
+
+
+def _check_weights(config: ConfigDict, part: str, net: Any) -> None:
+    """Raise for weights of a part that are not there, or of another net, by their header."""
+    field, given = _weights_given(config, part)
+    with error_prefix(field):
+        bases.check_net(part, bases.weights_of(given, part), net)
+
+
+def _read(config: ConfigDict, workdir: Path) -> Run:
+    """Do all of `prepare` but for the working directory, without the other processes."""
+    checked = check(config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    base = load_base(config, mesh)
+    adapter = checked.adapter or _fresh_adapter(config, base.transformer.config)
     reward_runner = load_rewards(config, mesh)
     return Run(
         config,
         workdir,
-        identity | reward_runner.identity,
+        {"base": base.fingerprint} | checked.fingerprint | reward_runner.identity,
         base,
-        layout,
-        sampler,
+        checked.layout,
+        checked.sampler,
         mesh,
-        latent_shape,
-        lists["train"],
-        lists["test"],
+        checked.latent_shape,
+        checked.prompts["train"],
+        checked.prompts["test"],
         adapter,
-        starts,
+        checked.starts,
         reward_runner,
     )
 
@@ -431,21 +571,25 @@ def _prompts(
     return lines
 
 
-def _first_adapter(config: ConfigDict, base: bases.Base) -> dict:
-    """Return the adapter that every policy starts from: fresh, or from config.lora.init."""
+def _fresh_adapter(config: ConfigDict, net: Any) -> dict:
+    """Return the adapter that every policy starts from where none is given."""
+    key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)
+    adapter = init_adapter(net, config.lora.rank, key, jnp.dtype(config.lora.dtype))
+    return jax.tree.map(np.asarray, adapter)
+
+
+@error_prefix("config.lora.init")
+def _given_adapter(config: ConfigDict, net: Any) -> dict | None:
+    """Return the adapter of config.lora.init; None where it is empty."""
     lora = config.lora
-    net = base.transformer.config
-    dtype = jnp.dtype(lora.dtype)
     if not lora.init:
-        key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)
-        return jax.tree.map(np.asarray, init_adapter(net, lora.rank, key, dtype))
-    with error_prefix("config.lora.init"):
-        adapter, scale = load_lora(lora.init, net, lora.rank, dtype)
-        if scale != lora.alpha / lora.rank:
-            raise ValueError(
-                f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is "
-                f"{lora.alpha / lora.rank:g}; set config.lora.alpha to {scale * lora.rank:g}"
-            )
+        return None
+    adapter, scale = load_lora(lora.init, net, lora.rank, jnp.dtype(lora.dtype))
+    if scale != lora.alpha / lora.rank:
+        raise ValueError(
+            f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is "
+            f"{lora.alpha / lora.rank:g}; set config.lora.alpha to {scale * lora.rank:g}"
+        )
     return adapter
 
 

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -86,7 +87,7 @@ def epoch(
     # losses, update
     with progress.phase("update"):
         learn_from = samples_of(run, segment, result, mask, number)
-        train, reset, metrics = learn(run, state, step, learn_from, segment)
+        train, reset, metrics = learn(run, state, step, learn_from, segment, progress.check)
         following = windows.continue_streams(run, train.old, segment, result.total, number)
     # checkpoint: `train` saves the state that comes back
     record = {
@@ -192,12 +193,24 @@ def samples_of(
 
 
 def learn(
-    run: Run, state: RunState, step: TrainStep, learn_from: Samples, segment: Segment
+    run: Run,
+    state: RunState,
+    step: TrainStep,
+    learn_from: Samples,
+    segment: Segment,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, advantages.ResetState, dict[str, float]]:
     """Take the optimizer steps of an epoch: return the state, the reset controller, and metrics.
 
-    The metrics are means over the steps. The memory of `state.train` is taken.
+    The metrics are means over the steps. The memory of `state.train` is taken. `check` is called
+    before every piece of a step, and may raise.
     """
+
+    def parts(*microbatch):
+        for part in windows.loss_parts(run, segment, *microbatch):
+            check()
+            yield part
+
     config = run.config
     train = state.train
     reset = state.reset
@@ -215,7 +228,7 @@ def learn(
         run.base.transformer.params,
         learn_from,
         state.epoch,
-        functools.partial(windows.loss_parts, run, segment),
+        parts,
     ):
         train = after
         reset = advantages.after_step(reset, metrics["kl_loss"])
@@ -310,8 +323,8 @@ def checkpoint_arrays(train: TrainState, streams: StreamState | None) -> dict[st
 def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any] | None:
     """Run from `state` to the last epoch and its report: return the content of summary.json.
 
-    `check` is called before every phase; when it raises Stopped, the run saves and None is
-    returned. Raises any of the errors in REFUSED.
+    `check` is called before every phase and between the pieces of a long one; when it raises
+    Stopped, the run saves and None is returned. Raises any of the errors in REFUSED.
     """
     count = run.config.train.epochs
     for line in (report.opening(run), *report.warnings(run)):
@@ -329,7 +342,13 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
         summary = multihost.on_primary(lambda: _finished(run)) if state.epoch == count else None
         while state.epoch < count:
-            state, record = epoch(run, state, step, progress)
+            # An update takes the memory of the state that it begins with.
+            spare = None if saved == state.epoch else jax.tree.map(np.array, state.train)
+            try:
+                state, record = epoch(run, state, step, progress)
+            except preemption.Stopped:
+                state = state._replace(train=spare and sharding.replicate(run.mesh, spare))
+                raise
             metrics.add(record)
             evaluations = sum(_due(run, number) for number in range(state.epoch, count + 1))
             progress.epoch(record, count, evaluations * progress.lasted.get("evaluation", 0.0))

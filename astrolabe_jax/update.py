@@ -37,6 +37,30 @@ SampleNoise = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 LossParts = Callable[[np.ndarray, int, TrainState, jax.Array], Iterable[LossPart]]
 
 
+class Scalars(NamedTuple):
+    """The numbers of the objective and the optimizer that people sweep over.
+
+    They are arguments of the compiled step, so that a sweep compiles once. As Python floats they
+    take the type of what they are multiplied by, as constants do.
+    """
+
+    mix_beta: Any  # float, or traced
+    kl_weight: Any
+    clip_max: Any
+    learning_rate: Any
+
+
+def scalars_of(config: ConfigDict) -> Scalars:
+    """Return the scalars that a config sets."""
+    numbers = (
+        config.loss.mix_beta,
+        config.loss.kl_weight,
+        config.advantages.clip,
+        config.optimizer.learning_rate,
+    )
+    return Scalars(*map(float, numbers))
+
+
 class StepBatch(NamedTuple):
     """The samples of one optimizer step as m microbatches, or pieces of them, of B."""
 
@@ -169,11 +193,14 @@ def training_forward(config: ConfigDict, graphdef: Any, layout: Layout) -> Train
     )
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Return AdamW with a constant rate and decoupled decay; clipping is in the train step."""
+def make_optimizer(config: ConfigDict, learning_rate: Any = None) -> optax.GradientTransformation:
+    """Return AdamW with a constant rate and decoupled decay; clipping is in the train step.
+
+    learning_rate: in place of the config's; may be traced.
+    """
     settings = config.optimizer
     return optax.adamw(
-        settings.learning_rate,
+        settings.learning_rate if learning_rate is None else learning_rate,
         settings.b1,
         settings.b2,
         settings.eps,
@@ -210,6 +237,7 @@ class Objective(NamedTuple):
     config: ConfigDict
     forward: TrainingForward
     noise: SampleNoise = standard_normal
+    scalars: Scalars | None = None  # in place of the config's; may be traced
 
 
 class TrainStep:
@@ -227,6 +255,7 @@ class TrainStep:
     def __init__(self, config: ConfigDict, graphdef: Any, layout: Layout, mesh: sharding.AnyMesh):
         self.config = config
         self.mesh = mesh
+        self._scalars = scalars_of(config)
         objective = Objective(config, training_forward(config, graphdef, layout))
         whole = sharding.replicated(mesh)
         self._zeros = jax.jit(
@@ -243,11 +272,12 @@ class TrainStep:
         for i in range(batch.r.shape[0]):
             of_parts = []
             for part in parts(i, state, batch.latents[i]) if parts else (LossPart(),):
-                piece, arrays = _cut_part(batch, i, part)
+                piece, arrays = _cut_part(batch, i, part, self._scalars)
                 grads, new = self.accumulate(grads, state, params, text, piece, arrays)
-                of_parts.append(new)
+                # `parts` may end the run, and must not be far ahead of the devices
+                of_parts.append(jax.block_until_ready(new))
             terms.append(reduce(partial(jax.tree.map, jnp.add), of_parts))
-        return self.finish(state, grads, terms)
+        return self.finish(state, self._scalars, grads, terms)
 
 
 class PartArrays(NamedTuple):
@@ -257,27 +287,32 @@ class PartArrays(NamedTuple):
     number: Any  # [] int32, or None for a whole microbatch
     share: Any  # [] float32, of the frames; likewise
     prefix: PrefixContext | None
+    scalars: Scalars
 
 
-def _cut_part(batch: StepBatch, i: int, part: LossPart) -> tuple[StepBatch, PartArrays]:
+def _cut_part(
+    batch: StepBatch, i: int, part: LossPart, scalars: Scalars
+) -> tuple[StepBatch, PartArrays]:
     """Cut the frames of a part of microbatch i out of a batch.
 
     This happens outside of the program, so that one program serves all windows of a length.
     """
     if part.frames is None:
-        return batch, PartArrays(np.int32(i), None, None, part.prefix)
+        return batch, PartArrays(np.int32(i), None, None, part.prefix, scalars)
     begin, end = part.frames
     arrays = PartArrays(
         np.int32(i),
         np.int32(part.number),
         np.float32((end - begin) / batch.latents.shape[2]),
         part.prefix,
+        scalars,
     )
     return batch._replace(latents=batch.latents[:, :, begin:end]), arrays
 
 
 def _accumulate(objective: Objective, total, state, params, text, batch: StepBatch, part):
     """Add the gradient of a part of a microbatch to `total`: (total, terms {name: [B]})."""
+    objective = objective._replace(scalars=part.scalars)
     micro = jax.tree.map(lambda leaf: leaf[part.microbatch], batch)
     if part.number is not None:  # the first part draws what a whole would
         others = jax.vmap(jax.random.fold_in, in_axes=(0, None))(micro.key, part.number)
@@ -295,11 +330,12 @@ def _accumulate(objective: Objective, total, state, params, text, batch: StepBat
     return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), terms
 
 
-def _finish(config: ConfigDict, state: TrainState, grads, terms):
+def _finish(config: ConfigDict, state: TrainState, scalars: Scalars, grads, terms):
     """Take the step of accumulated gradients: (state, metrics)."""
     norm = optax.tree.norm(grads)
     terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
-    new = apply_gradient(config, make_optimizer(config), state, grads, norm)
+    optimizer = make_optimizer(config, scalars.learning_rate)
+    new = apply_gradient(config, optimizer, state, grads, norm)
     moved = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), new.current))
     metrics = {name: values.mean() for name, values in terms.items()}
     metrics |= {"grad_norm": norm, "adapter_norm": moved, "sample_loss": terms["total_loss"]}
@@ -322,7 +358,8 @@ def sample_terms(
       micro: a StepBatch without its first axis.
       prefix: what there is before its frames.
     """
-    config, forward, noise = objective
+    config, forward, noise, scalars = objective
+    mix_beta, kl_weight, clip_max, _ = scalars or scalars_of(config)
     loss = config.loss
     x0 = micro.latents.astype(jnp.float32)
     eps = jax.vmap(lambda key: noise(key, x0.shape[1:]))(micro.key)
@@ -340,7 +377,7 @@ def sample_terms(
     old = predict(jax.lax.stop_gradient(state.old))
     reference = predict(jax.lax.stop_gradient(state.reference))
     return losses.objective(
-        losses.Coefficients(loss.kind, loss.mix_beta, loss.kl_weight, config.advantages.clip),
+        losses.Coefficients(loss.kind, mix_beta, kl_weight, clip_max),
         losses.Predictions(x0, predict(state.current), old, reference, x_t, sigma),
         micro.r,
         micro.kl_weight,

@@ -2,6 +2,8 @@
 happens.
 """
 
+import re
+
 import pytest
 
 from astrolabe_jax.config import REFERENCE_SWITCHES, get_config
@@ -293,10 +295,13 @@ def test_all_faults_are_listed_at_once():
 
 def test_batches_must_fit_the_devices():
     check(devices=4)
-    with pytest.raises(
-        ValueError, match="config.sampler.batch is 24; expected a multiple of the 5 devices"
-    ):
+    with pytest.raises(ValueError) as error:
         check(devices=5)
+    assert "config.sampler.batch is 24; expected a multiple of the 5 devices" in str(error.value)
+    told = re.search("it runs on (.*) devices; here are 5", str(error.value))
+    assert told
+    for count in map(int, told[1].split(", ")):
+        check(devices=count)
 
 
 def test_attention_that_the_machine_cannot_compute_is_refused():

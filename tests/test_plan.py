@@ -207,3 +207,38 @@ def test_a_word_that_no_recipe_knows_is_one_line_of_the_program():
     assert line.startswith(
         "error: configs/krea14b.py does not know 'gadro'; expected hpsv3, multi_reward, paper, "
     )
+
+
+HUNGRY = """
+import resource
+import jax.numpy as jnp
+from astrolabe_jax.plan import naming_memory
+from configs import moving_shapes
+
+config = moving_shapes.get_config()
+config.mesh.samples_per_device = 12
+jnp.zeros(4).block_until_ready()
+(size,) = (int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+limit = (size << 10) + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+with naming_memory(config):
+    try:
+        {work}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("work", ["jnp.zeros(1 << 28).block_until_ready()", "bytearray(1 << 30)"])
+def test_too_little_memory_is_one_line_with_what_helps(work):
+    """On the device, here the host's memory too, and on the host."""
+    program = [sys.executable, "-c", HUNGRY.format(work=work)]
+    one_device = os.environ | {"XLA_FLAGS": ""}
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=100, env=one_device)
+    assert ended.returncode == 1, ended.stderr
+    told = [line for line in ended.stderr.splitlines() if "error:" in line]
+    assert len(told) == 1 and "Traceback" not in ended.stderr
+    assert told[0].startswith("error: out of memory: ")
+    assert re.search(r"a device holds, in MiB and besides activations, \w+ \d+, ", told[0])
+    helps = re.findall(r"config\.([\w.]+)=", told[0])
+    assert helps[0] == "mesh.samples_per_device" and "model.param_dtype" in helps

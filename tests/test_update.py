@@ -328,3 +328,28 @@ def test_blend_and_reset_copy():
         for leaf in jax.tree.leaves((state.current, state.reference, state.old))
     ]
     assert len(set(pointers)) == len(pointers)  # or donation would overwrite one through the other
+
+
+def test_a_sweep_over_the_scalars_compiles_once():
+    programs = set()
+    for number in (0.1, 0.7):
+        config = make_config(
+            loss__mix_beta=number,
+            loss__kl_weight=number,
+            loss__kind="diffusion_nft",
+            advantages__clip=10 * number,
+            optimizer__learning_rate=number / 100,
+        )
+        graphdef, params = tiny.model()
+        step = update.TrainStep(config, graphdef, LAYOUT, ONE)
+        state = make_state(config)
+        scalars = update.scalars_of(config)
+        part = update.PartArrays(np.int32(0), None, None, None, scalars)
+        samples = make_samples()
+        with jax.set_mesh(ONE):
+            arguments = (state.current, state, params, samples.text, make_batch(samples), part)
+            gradient = step.accumulate.lower(*arguments)
+            _, terms = gradient.out_info
+            finish = step.finish.lower(state, scalars, state.current, [terms])
+        programs.add((gradient.as_text(), finish.as_text()))
+    assert len(programs) == 1

@@ -21,6 +21,7 @@ import numpy as np
 from astrolabe_jax.convert import engine, store
 from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
 from astrolabe_jax.convert.parts import PARTS, SIZES, PlaceLeaf, described, load_net, shapes
+from astrolabe_jax.convert.parts import check_net as check_tensors
 from astrolabe_jax.convert.weights import READERS, read_weights
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
@@ -303,6 +304,20 @@ def _tokenizer(base: str, rows: int) -> Any:
             "belong to this base?"
         )
     return tokenizer
+
+
+def check_net(part: str, path: Path, config: Any) -> None:
+    """Compare names and shapes of a part with its config, from headers alone.
+
+    Raises what `read_net` does.
+    """
+    try:
+        if path.is_dir():
+            store.tree(store.open_leaves(path), shapes(part, config).params)
+        else:
+            check_tensors(part, read_weights(path), config)
+    except (engine.ConversionError, store.StoreError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:

@@ -197,6 +197,19 @@ def _size_text(size: tuple) -> str:
     return f"{text} ({SIZE_NAMES[size]})" if size in SIZE_NAMES else text
 
 
+def check_net(part: str, tensors: Mapping[str, Any], config: Any) -> None:
+    """Raise ConversionError, as `load_net` does, for tensors that are not those of a part.
+
+    Names and shapes tell; nothing is read.
+    """
+    spec = PARTS[part]
+    tensors = spec.prepare(tensors)
+    form = nets.format_of(spec, tensors)
+    if part == "transformer":
+        check_size(config, nets.measure(spec, form, tensors))
+    nets.checked(spec, config, form, tensors)
+
+
 def load_net(
     part: str,
     tensors: Mapping[str, Any],

@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import sharding
+from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media
@@ -98,7 +99,8 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
         frames = media.read_video(path, config.video.fps, size)
         began = time.monotonic()
         setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)
-        groups = registry.load(config.rewards, setting)
+        with naming_memory(config, ("rewards",)):
+            groups = registry.load(config.rewards, setting)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
     print(
@@ -108,7 +110,8 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     )
     found: dict[str, tuple[str, float]] = {}
     for group in groups:
-        found |= _print_scores(group, frames, prompt)
+        with naming_memory(config, ("rewards",)):
+            found |= _print_scores(group, frames, prompt)
     if holders["golden"].value:
         golden = Path(holders["golden"].value)
         recorded = read_json(golden) if golden.exists() else {}

@@ -133,11 +133,21 @@ def read(directory: Path, spec: NetSpec, mesh: Mesh, dtype: str) -> Net:
         raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     net = nets.shapes(spec, _read_config(directory / CONFIG, spec, dtype))
     path = directory / WEIGHTS
-    if not store.is_store(path):
-        raise FileNotFoundError(f"no whole Orbax store {path}; convert the reward again")
+    _require_store(path)
     with nets.naming_files(path):
         leaves = store.tree(store.open_leaves(path), net.params)
     return net._replace(params=sharding.shard_params(mesh, leaves))
+
+
+def check(directory: Path, spec: NetSpec) -> None:
+    """Raise, as `read` does, for what is no whole directory of this net; no weights are read."""
+    _read_config(directory / CONFIG, spec, DTYPES[0])
+    _require_store(directory / WEIGHTS)
+
+
+def _require_store(path: Path) -> None:
+    if not store.is_store(path):
+        raise FileNotFoundError(f"no whole Orbax store {path}; convert the reward again")
 
 
 def planned(directory: Path, spec: NetSpec, mesh: Any) -> Any:

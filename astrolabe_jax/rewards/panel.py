@@ -5,6 +5,7 @@ wants them.
 import concurrent.futures
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ import jax
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
 from astrolabe_jax.types import Scores
+
+POLL_SECONDS = 0.5  # between two looks whether a wait is to end
+GRACE_SECONDS = 2.0  # that a scorer under way gets when the run ends
 
 
 class RewardRunner:
@@ -68,7 +72,11 @@ class RewardRunner:
         )
 
     def score_async(
-        self, frames: Any, prompts: Sequence[str], numbers: Sequence[int] | None = None
+        self,
+        frames: Any,
+        prompts: Sequence[str],
+        numbers: Sequence[int] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Callable[[], Scores]:
         """Begin to score B videos, and return a function that waits for the scores.
 
@@ -80,6 +88,8 @@ class RewardRunner:
           prompts: B prompts.
           numbers: B numbers of the videos among those of their epoch, for errors; by default from
             0.
+          check: called while scores are waited for; may raise to end the wait. Several processes
+            wait for different times, and do not call it.
 
         Returns:
           A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, or raises
@@ -89,22 +99,41 @@ class RewardRunner:
           RewardError: for a reward that may not be under way when this returns.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        self.settle()
+        self.settle(check)
         later = [group for group in self._loaded if self._may_overlap(group)]
         now = [group for group in self._loaded if not self._may_overlap(group)]
         under_way = self._begin(later, frames, prompts, numbers)
         self._under_way = under_way
-        scores = self._await(self._begin(now, frames, prompts, numbers), now, numbers)
-        return lambda: scores | self._await(under_way, later, numbers)
+        self._wait(started := self._begin(now, frames, prompts, numbers), check)
+        scores = self._result(started, now, numbers)
 
-    def settle(self) -> None:
-        """Wait until nothing is under way.
+        def wait() -> Scores:
+            self._wait(under_way, check)
+            return scores | self._result(under_way, later, numbers)
+
+        return wait
+
+    def settle(self, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until nothing is under way; `check` is as in `score_async`.
 
         A program that ends while a thread of its own computes may crash.
         """
         if self._under_way:
-            concurrent.futures.wait([self._under_way], self._timeout)
+            self._wait(self._under_way, check)
             self._under_way = None
+
+    def _wait(self, future: concurrent.futures.Future, check: Callable[[], None]) -> None:
+        """Wait until a future is done, at most the timeout."""
+        end = time.monotonic() + self._timeout
+        try:
+            while not future.done() and time.monotonic() < end:
+                concurrent.futures.wait([future], min(POLL_SECONDS, self._timeout))
+                if jax.process_count() == 1:
+                    check()
+        except BaseException:
+            concurrent.futures.wait([future], GRACE_SECONDS)
+            self._under_way = None  # nobody waits for it again
+            raise
 
     def _may_overlap(self, group: Loaded) -> bool:
         on_host = group.scorer.params is None
@@ -136,11 +165,11 @@ class RewardRunner:
         threading.Thread(target=work, daemon=True).start()
         return future
 
-    def _await(
+    def _result(
         self, future: concurrent.futures.Future, groups: Sequence[Loaded], numbers: Sequence[int]
     ) -> Scores:
         try:
-            return future.result(self._timeout)
+            return future.result(0)
         except concurrent.futures.TimeoutError:
             self._under_way = None  # nobody waits for it again
             names = ", ".join(repr(name) for group in groups for name in group.names)

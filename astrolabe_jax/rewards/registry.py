@@ -65,7 +65,7 @@ import dataclasses
 import inspect
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,6 +222,17 @@ def _check_options(
             f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; "
             f"{expected}"
         )
+
+
+def directory_faults(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the directory of each reward that has one; no weights are read."""
+    for name, value in settings.items():
+        path = options(value).get("path")
+        if name in TABLE and TABLE[name].net and path:
+            try:
+                directory.check(Path(path), _imported(name, TABLE[name].net))
+            except (ValueError, OSError) as error:
+                yield f"config.rewards.{name}: {error}"
 
 
 def check_prompt(names: Iterable[str], prompt: str) -> None:

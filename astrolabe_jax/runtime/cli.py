@@ -2,6 +2,7 @@
 one message where something is wrong.
 """
 
+import difflib
 import os
 import re
 import sys
@@ -54,16 +55,20 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
     Whatever is wrong with a recipe or its fields ends the program with one message and status 2, as
     does what is no flag, unless it may be `positional`.
     """
-    for flag, value in _given(argv):
-        field = flag.removeprefix("config.")
+    given = dict(_given(argv))
+    for flag, value in given.items():
+        section, _, field = flag.partition(".")
         if flag == "config":
-            # A recipe in a folder named configs imports its neighbours as configs.NAME, wherever
-            # the program was started.
-            directory = Path(value.partition(":")[0]).resolve().parent
-            if directory.name == "configs":
-                sys.path.insert(0, str(directory.parent))
-        elif flag != field and (new := config.renamed(field)):
+            _find_recipe(Path(value.partition(":")[0]))
+        elif section == "config" and (new := config.renamed(field)):
             fail(f"config.{field} is now config.{new}", 2)
+        elif section == "config" and field and not _exists(field):
+            fail(f"unknown config field {field}{_question(field)}", 2)
+        elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
+            fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
+    loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
+    if loose and "config" not in given and not positional:
+        fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
     try:
         left = flags.FLAGS(argv)
     except ERRORS as error:
@@ -71,6 +76,48 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
     if len(left) > 1 and not positional:
         fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
     return left
+
+
+def _find_recipe(path: Path) -> None:
+    """End the program unless there is such a recipe; let it import its neighbours.
+
+    A recipe in a folder named configs imports them as configs.NAME, wherever the program was
+    started.
+    """
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() and path.parent.name else Path("configs")
+        recipes = [str(file) for file in sorted(folder.glob("*.py")) if _has_recipe(file)]
+        names = [Path(recipe).name for recipe in recipes]
+        close = difflib.get_close_matches(f"{path.stem}.py", names, 1)
+        question = f"did you mean {folder / close[0]}? " if close else ""
+        there = f"there are {', '.join(recipes)}" if recipes else f"there are none in {folder}"
+        fail(f"no recipe {path}; {question}{there}", 2)
+    directory = path.resolve().parent
+    if directory.name == "configs":
+        sys.path.insert(0, str(directory.parent))
+
+
+def _has_recipe(file: Path) -> bool:
+    return "def get_config(" in file.read_text(errors="replace")
+
+
+def _exists(field: str) -> bool:
+    """Return whether there is such a field or section, or may be (`rewards` takes any name)."""
+    section = f"{field}."
+    names = config.FIELDS
+    return section.startswith("rewards.") or any(f"{name}.".startswith(section) for name in names)
+
+
+def _question(field: str) -> str:
+    """Return the question whether other fields were meant, with a colon; empty if none is alike."""
+    lasts: dict[str, list[str]] = {}
+    for name in config.FIELDS:
+        lasts.setdefault(name.rpartition(".")[2], []).append(name)
+    last = field.rpartition(".")[2]
+    close = difflib.get_close_matches(field, config.FIELDS, 1, 0.8)
+    alike = difflib.get_close_matches(last, lasts, 1, 0.8)
+    names = close or [name for word in alike for name in lasts[word]]
+    return f": did you mean {' or '.join(f'config.{name}' for name in names)}?" if names else ""
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -130,6 +177,8 @@ def message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, AttributeError | KeyError):
         return f"unknown config field {_unknown_field(text)}"
+    if missing := re.findall(r"flag --(\w+)=None", text):
+        return f"give {' and '.join(f'--{name}' for name in missing)}; --help tells more"
     # With a recipe's own error comes its traceback, which ends in the message.
     last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
     return last.removeprefix("ValueError: ")
@@ -138,9 +187,8 @@ def message(error: Exception) -> str:
 def _unknown_field(text: str) -> str:
     """Return the name that a config lacks, and the one that may be meant.
 
-    ml_collections writes the name in quotes, perhaps behind the word Key, then perhaps all other
-    fields, then perhaps a question. It leaves out the section, so an old name is known by its last
-    part.
+    ml_collections writes the name in quotes, perhaps behind the word Key. It leaves out the
+    section, so an old name is known by its last part.
     """
     match = re.match(r"\W*(?:Key\W+)?([\w.]+)", text)
     name = match[1] if match else ""
@@ -151,7 +199,4 @@ def _unknown_field(text: str) -> str:
     ]
     if renames:
         return f"{name}: {'; '.join(renames)}"
-    text = re.sub(
-        r'Key "(\w+)" does not exist and cannot be added.*?(?=\\nDid you mean|$)', r"\1", text
-    )
-    return text.replace("\\nDid", ": did").replace("\\", "").replace("'", "")
+    return f"{name}{_question(name)}"

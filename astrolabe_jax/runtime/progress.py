@@ -1,7 +1,9 @@
 """How far a run is and how long it has left: the one progress meter, and the lines that it logs."""
 
 import contextlib
+import errno
 import functools
+import os
 import statistics
 import sys
 import threading
@@ -26,10 +28,18 @@ STEPS = (
 def log(text: str, file: TextIO | None = None) -> None:
     """Print a line on process 0 alone, to standard output by default.
 
-    It is flushed, so that it appears at once also through a pipe.
+    It is flushed, so that it appears at once also through a pipe. Where nobody reads it any more, a
+    closed pipe or terminal, or where its disk is full, the program goes on without it.
     """
-    if jax.process_index() == 0:
-        print(text, file=file or sys.stdout, flush=True)
+    if jax.process_index() != 0:
+        return
+    stream = file or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            # what is still in the buffer would fail again at the end of the program
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Compilation:
@@ -110,13 +120,13 @@ class Progress:
     ):
         """Go on from `seconds`.
 
-        `check` is called before every phase and after every count; it may raise to end the run
-        there.
+        `check` is called before every phase and after every count, and wherever long work can end
+        in between; it may raise to end the run there.
         """
         self.seconds = dict(seconds or {})
         self.lasted: dict[str, float] = {}
         self._recent: dict[str, float] = {}  # by phase, since `take`
-        self._check = check
+        self.check = check
         self._log = log
         self._epochs: list[float] = []  # seconds of each
         self.prefix = ""
@@ -133,7 +143,7 @@ class Progress:
 
         The caller waits for the device before it leaves.
         """
-        self._check()
+        self.check()
         start = time.monotonic()
         yield
         elapsed = time.monotonic() - start
@@ -188,7 +198,7 @@ class Progress:
             self._tick(stopwatch, done, total, unit)
             if done >= total:
                 self._log(stopwatch.summary(done, unit))
-            self._check()
+            self.check()
 
         return add
 

@@ -28,11 +28,14 @@ from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert import lora
 from astrolabe_jax.models.tokenizer import token_ids
+from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
 from astrolabe_jax.sample.requests import Limits, Request, read_given, read_requests
+
+SAMPLING = ("base", "cache", "frames")  # what of report.memory is held here
 
 
 def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, list[Request]]:
@@ -87,13 +90,15 @@ def main(given: Mapping[str, flags.FlagHolder]) -> None:
     cli.set_up()
     options = {name: flag.value for name, flag in given.items()}
     try:
-        run, latents, requests = prepare(options)
+        with naming_memory(options["config"], SAMPLING):
+            run, latents, requests = prepare(options)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
     log(_opening(run, requests))
     with jax.set_mesh(run.mesh), listening() as check:
         try:
-            videos.sample(run, latents, requests, check)
+            with naming_memory(options["config"], SAMPLING):
+                videos.sample(run, latents, requests, check)
         # a reward, a full disk, a broken adapter
         except (ValueError, OSError, FloatingPointError) as error:
             cli.fail(error, 1)

@@ -148,7 +148,8 @@ def make_videos(
                         request.shots[part.shot].timeline.prompts[part.scene]
                         for request in requests
                     ]
-                    scores[part.shot, part.scene] = run.reward_runner.score_async(frames, texts)()
+                    wait = run.reward_runner.score_async(frames, texts, check=lambda: add(0))
+                    scores[part.shot, part.scene] = wait()
                     scene_frames.clear()
             add(part.frames.shape[0] * part.frames.shape[1])
         list(encoding)

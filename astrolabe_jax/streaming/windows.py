@@ -229,7 +229,9 @@ def score_async(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
-    wait = measured(lambda: run.reward_runner.score_async(frames, texts, list(numbers)))
+    wait = measured(
+        lambda: run.reward_runner.score_async(frames, texts, list(numbers), progress.check)
+    )
     return lambda: measured(wait)
 
 

@@ -210,7 +210,8 @@ def step_arguments(run: Run) -> tuple:
     )
     text_len = run.base.text.config.text_len
     text = _shape(config.prompts.prompts_per_epoch, text_len, net.config.text_dim)
-    part = update.PartArrays(_number(), None, None, prefix_context(run))
+    scalars = update.Scalars(*(_shape() for _ in update.Scalars._fields))
+    part = update.PartArrays(_number(), None, None, prefix_context(run), scalars)
     if cut and config.streaming.sampling == "sequence":
         part = part._replace(number=_number(), share=_shape())
     gradient = jax.tree.map(lambda leaf: _shape(*leaf.shape), run.adapter)

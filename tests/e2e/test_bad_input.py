@@ -5,10 +5,13 @@ import re
 import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from astrolabe_jax import run
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
+from configs import published
 from tests.e2e import runs
 from tests.models import tiny
 from tests.tiny_base import write_tiny_base
@@ -112,6 +115,65 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
 def test_settings(base, tmp_path, changes, expected):
     assert re.search(expected, refusal(runs.small_config(base, **changes), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_all_faults_are_listed_before_anything_is_loaded(base, tmp_path, monkeypatch):
+    """Whatever is cheap to see, also where the base is not there or the config makes no sense."""
+    monkeypatch.setattr(run, "load_base", None)
+    (tmp_path / "file").touch()
+    wrong = {
+        "sampler.batch": 7,
+        "transformer": "no/net.pt",
+        "lora.init": "no/lora",
+        "prompts.train": "no/train.txt",
+        "prompts.test": "no/test.txt",
+        "rewards.hpsv3": {"weight": 1.0, "path": "no/hpsv3"},
+    }
+    expected = (
+        "config.sampler.batch is 7",
+        "config.transformer, transformer: no no/net.pt",
+        "config.lora.init: no no/lora",
+        "config.prompts.train: no no/train.txt",
+        "config.prompts.test: no no/test.txt",
+        "config.rewards.hpsv3: no no/hpsv3/config.json",
+        f"cannot be written ({tmp_path / 'file'} takes no files)",
+    )
+    config = runs.small_config(base, **wrong)
+    message = refusal(config, tmp_path / "file" / "run")
+    assert message.startswith("7 things are wrong:\n  ")
+    assert [text for text in expected if text not in message] == []
+    config.sampler.batch = 8
+    message = refusal(config, tmp_path / "file" / "run")
+    assert "config.transformer: no no/net.pt; expected a file" in message
+    assert "config.prompts.test: prompt file no/test.txt does not exist" in message
+    config.base = "no/base"
+    message = refusal(config, tmp_path / "file" / "run")
+    assert "config.base: base 'no/base'" in message and "config.transformer, transf" in message
+    assert message.count("config.base") == 1 and "config.prompts.test: no no/test.txt" in message
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
+def test_weights_that_do_not_fit_are_refused_by_their_headers(base, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(run, "load_base", None)
+    cut = shutil.copytree(base, tmp_path / "cut")
+    content = load_file(cut / f"{part}.safetensors")
+    missing = sorted(content)[0]
+    del content[missing]
+    save_file(content, cut / f"{part}.safetensors")
+    message = refusal(runs.small_config(cut), tmp_path / "run")
+    assert message.startswith(f"config.base: {cut}/{part}.safetensors: ") and missing in message
+
+
+def test_check_prints_the_files_and_where_they_are_published(base, tmp_path, capsys):
+    config = published.recipe("longlive", "gardo")
+    rows = {row.split()[0].rstrip(","): row for row in run.file_rows(config)}
+    assert rows["config.transformer"].endswith(
+        "longlive_base.pt: missing; hf download Efficient-Large-Model/LongLive-1.3B "
+        "models/longlive_base.pt --local-dir checkpoints/longlive_models (5.68 GB)"
+    )
+    assert all(": missing; hf download " in row for row in rows.values()) and len(rows) == 6
+    (row, *_) = run.file_rows(runs.small_config(base))
+    assert row.endswith(f"{base}/transformer.safetensors: 0.1 MiB")
 
 
 TOLD = "a red circle moving {} on a grey background"

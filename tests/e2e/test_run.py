@@ -231,6 +231,27 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
     runs.assert_same_run(config, workdir, tmp_path / "run")
 
 
+def test_a_signal_between_two_steps_saves_the_state_before_the_update(base, tmp_path, monkeypatch):
+    changes = {"optimizer.inner_epochs": 3, "train.epochs": 2}
+    config = runs.small_config(base, **changes)
+    runs.start(config, tmp_path / "whole")
+    cut = windows.loss_parts
+    calls = []
+
+    def hung_up(*arguments):
+        calls.append(None)
+        if len(calls) == 5:  # the second step of the second epoch
+            os.kill(os.getpid(), signal.SIGHUP)
+        return cut(*arguments)
+
+    monkeypatch.setattr(windows, "loss_parts", hung_up)
+    assert runs.start(runs.small_config(base, **changes), tmp_path / "run") is None
+    assert len(calls) == 5
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert runs.start(runs.small_config(base, **changes), tmp_path / "run") is not None
+    runs.assert_same_run(config, tmp_path / "whole", tmp_path / "run")
+
+
 def test_the_adapter_of_a_checkpoint_is_the_one_that_the_run_exports(straight, tmp_path):
     _, workdir, _ = straight
     commands.export_lora(workdir, tmp_path / "lora", "peft")

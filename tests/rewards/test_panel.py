@@ -9,6 +9,7 @@ import pytest
 
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.rewards.registry import Loaded, RewardError, Scorer
+from astrolabe_jax.runtime.preemption import Stopped
 
 FRAMES, PROMPTS = np.zeros((2, 1, 2, 2, 3), np.uint8), ["a cat", "a dog"]
 
@@ -25,6 +26,22 @@ def weights():
     return {
         "w": jax.device_put(np.float32(10), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     }
+
+
+@pytest.mark.parametrize("overlap", ["none", "host"])
+def test_the_wait_for_a_silent_reward_can_be_ended(overlap):
+    free = threading.Event()
+
+    def check():
+        raise Stopped("SIGTERM")
+
+    runner = RewardRunner([group("a", lambda: free.wait(60))], overlap)
+    with pytest.raises(Stopped):
+        runner.score_async(FRAMES, PROMPTS, check=check)()
+    start = time.monotonic()
+    runner.settle()
+    assert time.monotonic() - start < 1
+    free.set()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Honest clocks: phases, rates, the time left, and the lines about them."""
 
+import os
 import sys
 import threading
 import time
@@ -179,6 +180,15 @@ def test_lines_go_where_they_are_asked_to_go(capsys):
     log("one")
     log("two", sys.stderr)
     assert capsys.readouterr() == ("one\n", "two\n")
+
+
+def test_a_program_outlives_whoever_reads_its_lines():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        log("one", closed)
+        log("two", closed)
+    # whatever was buffered has not failed at the end
 
 
 def test_sizes_on_the_disk_are_logged_once(tmp_path):
