@@ -5,16 +5,17 @@ A file of torch may nest its state dict, and training leaves prefixes in the nam
 (docs/checkpoints.md, Nesting and prefixes).
 """
 
+import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from astrolabe_jax.convert.torch_file import read_torch
-from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded
+from astrolabe_jax.runtime.files import DTYPES, INDEX, Lazy, read_safetensors, read_sharded
 
 # End of a file's name -> what reads it.
 READERS = {
@@ -82,11 +83,18 @@ def open_weights(
         if not NOT_WEIGHTS.fullmatch(plain)
     }
     for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype not in DTYPES.values():
             raise ValueError(
-                f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights"
+                f"{path} holds a tensor of dtype {tensor.dtype}, {_listed([name])}; expected float "
+                "weights of 16 bits or more"
             )
     return Weights(tensors, tuple(map(str, tree)) if entry else (), entry, prefixes)
+
+
+def _listed(names: Iterable[Any], between: str = ", ") -> str:
+    """Return the first eight of the names in a file, in a line however long they are."""
+    shown = [repr(str(name)[:30])[1:-1][:30] for name in itertools.islice(names, 8)]
+    return between.join(shown)
 
 
 def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -101,9 +109,9 @@ def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str],
         plain = _PREFIXES.sub("", unwrapped)
         prefixes += [unwrapped.removesuffix(plain), *_WRAPPERS.findall(stored)]
         names.setdefault(plain, []).append(stored)
-    repeated = [" and ".join(stored) for stored in names.values() if len(stored) > 1]
+    repeated = [stored for stored in names.values() if len(stored) > 1]
     if repeated:
-        raise ValueError(f"{path} holds the same weight twice: {'; '.join(repeated[:3])}")
+        raise ValueError(f"{path} holds the same weight twice: {_listed(repeated[0], ' and ')}")
     unique = tuple(dict.fromkeys(filter(None, prefixes)))
     return {plain: stored for plain, (stored,) in names.items()}, unique
 
@@ -128,11 +136,11 @@ def _state_dict(
     nested = [str(name) for name, value in tree.items() if isinstance(value, dict)]
     present = [name for name in ([first] if entry else containers) if name in nested]
     if not present and entry:
-        raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(nested) or 'none'}")
+        raise ValueError(f"{path} has no entry {first!r}; it has {_listed(nested) or 'none'}")
     if not present:
         raise ValueError(
-            f"{path}: {others[0]!r} is no tensor; expected one state dict, or one under "
-            f"{', '.join(containers)}; it holds {', '.join(map(str, list(tree)[:8]))}"
+            f"{path}: '{_listed(others[:1])}' is no tensor; expected one state dict, or one under "
+            f"{', '.join(containers)}; it holds {_listed(tree)}"
         )
     if len(present) > 1:
         logging.warning("%s holds %s: %s is read", path, " and ".join(present), present[0])
