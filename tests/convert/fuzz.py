@@ -154,14 +154,14 @@ def attempt(path: Path, content: bytes) -> str:
 def read_hostile(count: int) -> None:
     """Read so many hostile files; print what that took, and raise where one is out of bounds."""
     outcomes = collections.Counter()
-    worst = collections.Counter()
+    worst: dict[str, tuple[float, str]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name, reading in hostile.readings(Path(directory), count):
             outcomes["refused" if reading.error else "read"] += 1
             for measure, value in reading.measured().items():
-                worst[measure] = max(worst[measure], value)
+                worst[measure] = max(worst.get(measure, (0, "")), (round(value, 2), name))
             assert reading.is_bounded(), f"{name}: {reading}"
-    print(f"{count} hostile files: {dict(outcomes)}, at most {dict(worst)}")
+    print(f"{count} hostile files: {dict(outcomes)}, at most {worst}")
 
 
 def main() -> None:
