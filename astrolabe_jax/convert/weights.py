@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from astrolabe_jax.convert.torch_file import read_torch
-from astrolabe_jax.runtime.files import DTYPES, INDEX, Lazy, read_safetensors, read_sharded
+from astrolabe_jax.runtime.files import INDEX, Lazy, read_safetensors, read_sharded
 
 # End of a file's name -> what reads it.
 READERS = {
@@ -83,18 +83,11 @@ def open_weights(
         if not NOT_WEIGHTS.fullmatch(plain)
     }
     for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype not in DTYPES.values():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise ValueError(
-                f"{path} holds a tensor of dtype {tensor.dtype}, {_listed([name])}; expected float "
-                "weights of 16 bits or more"
+                f"{path} holds a tensor of dtype {tensor.dtype}, {name}; expected float weights"
             )
     return Weights(tensors, tuple(map(str, tree)) if entry else (), entry, prefixes)
-
-
-def _listed(names: Iterable[Any], between: str = ", ") -> str:
-    """Return the first eight of the names in a file, in a line however long they are."""
-    shown = [repr(str(name)[:30])[1:-1][:30] for name in itertools.islice(names, 8)]
-    return between.join(shown)
 
 
 def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -109,11 +102,16 @@ def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str],
         plain = _PREFIXES.sub("", unwrapped)
         prefixes += [unwrapped.removesuffix(plain), *_WRAPPERS.findall(stored)]
         names.setdefault(plain, []).append(stored)
-    repeated = [stored for stored in names.values() if len(stored) > 1]
+    repeated = [" and ".join(stored) for stored in names.values() if len(stored) > 1]
     if repeated:
-        raise ValueError(f"{path} holds the same weight twice: {_listed(repeated[0], ' and ')}")
+        raise ValueError(f"{path} holds the same weight twice: {'; '.join(repeated[:3])}")
     unique = tuple(dict.fromkeys(filter(None, prefixes)))
     return {plain: stored for plain, (stored,) in names.items()}, unique
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Return the first six keys of a file, as a short line whatever they are."""
+    return ", ".join(repr(str(name)[:40])[1:-1][:40] for name in itertools.islice(names, 6))
 
 
 def _state_dict(
