@@ -6,9 +6,10 @@ A file of torch may nest its state dict, and training leaves prefixes in the nam
 """
 
 import functools
+import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def open_weights(
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
-    if what := stand_in(path):
+    if path.is_file() and (what := stand_in(path)):  # a pipe would wait for its writer
         raise ValueError(f"{path} is {what}")
     tree = READERS[suffix](path)
     entry, state = _state_dict(tree, path, entry, containers)
@@ -167,6 +168,11 @@ def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str],
     return {plain: stored for plain, (stored,) in names.items()}, unique
 
 
+def _listed(names: Iterable[Any]) -> str:
+    """Return the first six keys of a file, as a short line whatever they are."""
+    return ", ".join(repr(str(name)[:40])[1:-1][:40] for name in itertools.islice(names, 6))
+
+
 def _state_dict(
     tree: Any, path: Path, entry: str, containers: Sequence[str]
 ) -> tuple[str, Mapping[str, Lazy]]:
@@ -187,11 +193,11 @@ def _state_dict(
     nested = [str(name) for name, value in tree.items() if isinstance(value, dict)]
     present = [name for name in ([first] if entry else containers) if name in nested]
     if not present and entry:
-        raise ValueError(f"{path} has no entry {first!r}; it has {', '.join(nested) or 'none'}")
+        raise ValueError(f"{path} has no entry {first!r}; it has {_listed(nested) or 'none'}")
     if not present:
         raise ValueError(
-            f"{path}: {others[0]!r} is no tensor; expected one state dict, or one under "
-            f"{', '.join(containers)}; it holds {', '.join(map(str, list(tree)[:8]))}"
+            f"{path}: '{_listed(others[:1])}' is no tensor; expected one state dict, or one under "
+            f"{', '.join(containers)}; it holds {_listed(tree)}"
         )
     if len(present) > 1:
         logging.warning("%s holds %s: %s is read", path, " and ".join(present), present[0])

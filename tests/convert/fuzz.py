@@ -1,5 +1,6 @@
 """python -m tests.convert.fuzz --minutes 10: reads damaged files of torch until the time is over,
-and prints how many were read and refused.
+and prints how many were read and refused; with --hostile 600, so many hostile ones (hostile.py)
+before, and what reading them took.
 
 Files that torch itself wrote are cut, spliced with each other, and have bytes replaced, mostly
 where the pickle and the directory of the archive are. Any outcome but a tree that can be walked and
@@ -19,14 +20,28 @@ import torch
 
 from astrolabe_jax.convert.torch_file import TorchFileError, read_torch
 from astrolabe_jax.runtime.files import Lazy
+from tests.convert import hostile
 
 ALLOWED = (TorchFileError, OSError)
+FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = 1
+    return tensor
 
 
 def trees() -> dict[str, Any]:
     """Return what people save: state dicts, dtypes, views, nesting; by a name for each."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 6, generator=generator)
+    shared = {"betas": (0.9, 0.98)}
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     dtypes = (
         torch.float64,
@@ -53,9 +68,28 @@ def trees() -> dict[str, Any]:
             "rows": weight[::2],
         },
         "odd": {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "one": torch.ones(1, 1)},
+        # what torch takes to be safe beside dense tensors, and what stands in two places
+        "safe": {
+            "dtype": torch.bfloat16,
+            "size": weight.shape,
+            "device": torch.device("cuda", 1),
+            "set": {"a", "b"},
+            "bytes": b"\x00\xff",
+            "bytearray": bytearray(b"ab"),
+            "complex": 1 + 2j,
+            "counter": collections.Counter("aab"),
+            "fp8": {str(dtype): weight.to(dtype) for dtype in FLOAT8},
+            "uint16": torch.ones(3, dtype=torch.uint16),
+            "marked": with_attribute(torch.nn.Parameter(weight)),
+            "noted": with_attribute(weight.clone()),
+            "twice": [shared, shared, {"again": shared}],
+            0.5: None,
+        },
         "nested": {
             "generator_ema": collections.OrderedDict(w=weight),
-            "optimizer": torch.optim.AdamW(module.parameters()).state_dict(),
+            "optimizer": torch.optim.AdamW(
+                [{"params": list(part.parameters())} for part in module]
+            ).state_dict(),
             "step": 7,
             "scalars": [1.5, None, True, 2**70, -3, ("a", "é")],
         },
@@ -101,7 +135,7 @@ def walk(tree: Any) -> None:
     """Read every tensor of a tree that `read_torch` returned."""
     if isinstance(tree, Lazy):
         assert np.asarray(tree).shape == tree.shape
-    elif isinstance(tree, dict | list | tuple):
+    elif isinstance(tree, dict | list | tuple | set):
         children = tree.values() if isinstance(tree, dict) else tree
         for child in children:
             walk(child)
@@ -117,11 +151,26 @@ def attempt(path: Path, content: bytes) -> str:
     return "read"
 
 
+def read_hostile(count: int) -> None:
+    """Read so many hostile files; print what that took, and raise where one is out of bounds."""
+    outcomes = collections.Counter()
+    worst: dict[str, tuple[float, str]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, reading in hostile.readings(Path(directory), count):
+            outcomes["refused" if reading.error else "read"] += 1
+            for measure, value in reading.measured().items():
+                worst[measure] = max(worst.get(measure, (0, "")), (round(value, 2), name))
+            assert reading.is_bounded(), f"{name}: {reading}"
+    print(f"{count} hostile files: {dict(outcomes)}, at most {worst}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read damaged files of torch.")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hostile", type=int, default=0, metavar="FILES")
     args = parser.parse_args()
+    read_hostile(args.hostile)
     draw = random.Random(args.seed)
     until = time.monotonic() + 60 * args.minutes
     outcomes = collections.Counter()

@@ -22,6 +22,12 @@ def assert_same(got, want):
         assert str(got.dtype) == str(want.dtype).removeprefix("torch.")
         bits = want.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         assert np.ascontiguousarray(np.asarray(got)).tobytes() == bits
+    elif isinstance(want, torch.dtype):
+        assert got == np.dtype(str(want).removeprefix("torch."))
+    elif isinstance(want, torch.device):
+        assert got == str(want)
+    elif isinstance(want, torch.Size):
+        assert got == tuple(want)
     elif isinstance(want, dict):
         assert list(got) == list(want)
         for name, child in want.items():
@@ -38,17 +44,15 @@ def assert_same(got, want):
 def test_what_torch_writes_is_read(tmp_path, name):
     want = fuzz.trees()[name]
     torch.save(want, tmp_path / "a.pt", _use_new_zipfile_serialization=True)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)
     assert_same(read_torch(tmp_path / "a.pt"), want)
 
 
 @pytest.mark.parametrize(
     ("tree", "culprit"),
     [
-        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "torch._utils._rebuild_tensor_v3"),
         ({"a": torch.nn.Linear(2, 2)}, "torch.nn.modules.linear.Linear"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "torch._utils._rebuild_sparse_tensor"),
-        ({"a": torch.device("cpu")}, "torch.device"),
-        ({"a": {1, 2}}, "__builtin__.set"),
+        ({"a": frozenset([1])}, "__builtin__.frozenset"),
         (collections.defaultdict(dict), "collections.defaultdict"),
     ],
 )
@@ -57,6 +61,32 @@ def test_every_other_class_is_refused_by_name(tmp_path, tree, culprit):
     with pytest.raises(
         TorchFileError, match=f"a.pt: data.pkl asks for '{culprit}', which could run code"
     ):
+        read_torch(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.zeros(2, 2).to_sparse(), "'torch._utils._rebuild_sparse_tensor', which is safe and"),
+        (torch.zeros(2, device="meta"), "_rebuild_meta_tensor_no_storage', which is safe and"),
+        (
+            torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+            "_rebuild_qtensor', which",
+        ),
+        (torch.qint8, "torch.qint8', which is safe and yet not read"),
+        (
+            torch.ones(2, dtype=torch.complex64).conj(),
+            "is to be changed when it is read .*'conj': T",
+        ),
+        (torch.ones(2, dtype=torch.complex64).conj().imag, "changed when it is read .*'neg': True"),
+        ({(1, 2): 3}, "a key is a tuple; expected text or a number"),
+        ({2**70: 3}, "a key is a number of 71 bits"),
+        (torch.zeros(2).untyped_storage(), "a class or a bare storage"),
+    ],
+)
+def test_what_is_safe_and_not_read_has_its_true_reason(tmp_path, tensor, reason):
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(TorchFileError, match=f"a.pt: .*{reason}"):
         read_torch(tmp_path / "a.pt")
 
 

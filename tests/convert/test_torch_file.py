@@ -5,6 +5,7 @@ it is run.
 import collections
 import os
 import pickle
+import random
 import zipfile
 
 import ml_dtypes
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from astrolabe_jax.convert import torch_file
 from astrolabe_jax.convert.torch_file import MOST_DEPTH, TorchFileError, read_torch
-from tests.convert import torch_files
+from tests.convert import hostile, torch_files
 from tests.convert.torch_files import Storage, Tensor, whole
 
 
@@ -99,7 +101,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
         (os.system, f"touch {tmp_path / 'run'}"),
         (eval, "1"),
         (getattr, 1, "real"),
-        (bytearray, 10**12),
+        (memoryview, b"a"),
     ):
         path = torch_files.write_zip(
             tmp_path / "a.pt", {"a/data.pkl": pickle.dumps({"w": Hostile(*call)}, protocol=2)}
@@ -118,7 +120,12 @@ def deep(levels):
     return tree
 
 
-SHARED = [1]
+def ring():
+    tree = [{}]
+    tree[0]["model"] = tree
+    return tree
+
+
 DATA, STORED = torch_files.pickled({"w": whole(np.ones(3, np.float32))})
 
 
@@ -136,11 +143,15 @@ DATA, STORED = torch_files.pickled({"w": whole(np.ones(3, np.float32))})
         ({"a/data.pkl": DATA, "b/data/0": STORED[0].tobytes()}, "one root folder"),
         ({"a/x": b""}, "one root folder with a data.pkl"),
         ({"a/data.pkl": pickle.dumps(deep(MOST_DEPTH + 1), 2)}, "more than 32 deep"),
-        ({"a/data.pkl": pickle.dumps([SHARED, SHARED], 2)}, "stands in two places"),
+        ({"a/data.pkl": pickle.dumps(ring(), 2)}, "32 deep, or one is inside itself"),
         ({"a/data.pkl": pickle.dumps({(1, 2): 3}, 2)}, "a key is a tuple"),
         ({"a/data.pkl": pickle.dumps({1, 2}, 4)}, "opcode EMPTY_SET"),
         ({"a/data.pkl": b"\x80\x02cos\nsystem\n."}, "os.system"),
-        ({"a/data.pkl": b"\x80\x02]r\xff\xff\xff\x7fh\x00."}, "object 0 before it is there"),
+        (
+            {"a/data.pkl": b"\x80\x02]r\xff\xff\xff\x7fh\x00."},
+            "numbers an object 2147483647; expected 0",
+        ),
+        ({"a/data.pkl": b"\x80\x02]h\x00."}, "object 0 before it is there"),
         ({"a/data.pkl": b"\x80\x02N0."}, "opcode POP"),
         ({"a/data.pkl": b"\x80\x02ctorch\nFloatStorage\n."}, "a class or a bare storage"),
         ({"a/data.pkl": b"\x80\x02Nb."}, "not there"),
@@ -172,6 +183,76 @@ def test_broken_and_packed_archives_are_refused(tmp_path):
         read_torch(bomb)
     with pytest.raises(FileNotFoundError):
         read_torch(tmp_path / "none.pt")
+
+
+def test_a_container_may_stand_in_two_places(tmp_path):
+    """Torch keeps one `betas` for all groups of an optimiser, and pickle stores it once."""
+    betas = (0.9, 0.98)
+    net = {"w": whole(np.ones(2, np.float32))}
+    tree = {"model": net, "ema": net, "optimizer": [{"betas": betas}, {"betas": betas}]}
+    got = read_torch(torch_files.write(tmp_path / "a.pt", tree))
+    assert got["model"] is got["ema"] and list(got["model"]) == ["w"]
+    assert got["optimizer"] == tree["optimizer"]
+
+
+CHEAP = (
+    hostile.doubled,
+    hostile.places,
+    hostile.inside,
+    hostile.numbers,
+    hostile.names,
+    hostile.archives,
+    hostile.devices,
+    hostile.cut,
+)
+
+
+def refusal(path):
+    """The error that a file is refused with, without its path, once it was seen to be short."""
+    told = hostile.attempt(path).replace(str(path), "")
+    assert 0 < len(told) <= 450
+    return told
+
+
+@pytest.mark.parametrize("shape", CHEAP, ids=lambda shape: shape.__name__)
+def test_a_hostile_file_is_read_or_refused_in_few_words(tmp_path, shape):
+    for seed in range(12):
+        path = tmp_path / f"{seed}.pt"
+        shape(path, random.Random(seed))
+        assert len(hostile.attempt(path).replace(str(path), "")) <= 450
+        path.unlink()
+
+
+@pytest.mark.parametrize("place", hostile.PLACES)
+@pytest.mark.parametrize("item", [hostile.laughs(26), b"K\x01" + b"\x85" * 2000])
+def test_tuples_that_double_or_nest_are_refused_wherever_they_stand(tmp_path, place, item):
+    hostile.write(tmp_path / "a.pt", hostile.PLACES[place](item))
+    refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "program", "message"),
+    [
+        ("MOST_STEPS", 1000, b"](" + b"N" * 1000 + b"e.", "over 1000 steps. Save the state dict"),
+        ("MOST_READ", 999, b"](" + b"N" * 1000 + b"e.", "has 1006 bytes; expected at most 999"),
+        ("MOST_NUMBERS", 99, b"}(" + b"K\x01N" * 100 + b"u.", "more than 99 keys are numbers"),
+        ("MOST_MEMBERS", 2, b"}.", "more than 2 members"),
+        ("MOST_PLACES", 99, hostile.shared(7, lambda x: x * 2 + b"\x86") + b".", "many places"),
+        ("STEP_BYTES", 1e-9, b"c__builtin__\nbytes\n)R.", "over 1000000 steps"),
+    ],
+)
+def test_what_is_larger_than_any_checkpoint_is_refused(
+    tmp_path, monkeypatch, bound, value, program, message
+):
+    monkeypatch.setattr(torch_file, bound, value)
+    hostile.program(tmp_path / "a.pt", program)
+    assert message in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.slow
+def test_600_hostile_files_end_within_seconds_and_300_mb(tmp_path):
+    for name, reading in hostile.readings(tmp_path, 600):
+        assert reading.is_bounded(), f"{name}: {reading}"
 
 
 @pytest.fixture(scope="module")

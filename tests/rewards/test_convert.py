@@ -10,6 +10,7 @@ import pytest
 
 from astrolabe_jax.convert import engine, nets, store
 from astrolabe_jax.convert.__main__ import main
+from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.rewards import directory
 from astrolabe_jax.rewards.clip.weights import AESTHETIC, HPSV2
 from astrolabe_jax.rewards.flow.weights import SEA_RAFT
@@ -195,6 +196,64 @@ def test_settings_lie_beside_the_weights_or_above(tmp_path, capsys):
     capsys.readouterr()
     told = refusal(capsys, *arguments(VIDEOALIGN.name, given, tmp_path / "another"))
     assert f"no {beside} or {path}, which VideoReward has beside its weights" in told
+
+
+def base_only_names(name):
+    return re.sub(r"^(layers|embed_tokens|norm)\b", r"model.language_model.\1", name)
+
+
+@pytest.mark.parametrize("form", ["files", "folders", "newer names", "no base"])
+def test_a_videoalign_that_was_trained_as_a_lora_is_put_together(tmp_path, form):
+    given = published.write(tmp_path / "given", VIDEOALIGN.name)
+    lora, trained, base = published.in_parts(given)
+    if form == "newer names":
+        tensors = {base_only_names(n): np.asarray(t) for n, t in read_weights(base).items()}
+        write_safetensors(base, tensors)
+    weights = (base.parent, lora.parent) if form == "folders" else (trained, base, lora)
+    if form == "no base":  # all but the LoRA was saved as trained
+        rest = read_weights(base) | read_weights(trained)
+        torch_files.write(
+            trained,
+            {
+                f"base_model.model.model.{n}": torch_files.whole(np.asarray(t))
+                for n, t in rest.items()
+            },
+        )
+        weights = (lora.parent,)
+    to = tmp_path / "reward"
+    main(arguments(VIDEOALIGN.name, given, to, weights=weights))
+    sources = json.loads((to / "config.json").read_text())["sources"]
+    assert {path.name for path in (lora, trained, base)} - set(sources) <= (
+        {base.name} if form == "no base" else set()
+    )
+    _, _, params = published.net(VIDEOALIGN.name)
+    leaves = store.open_leaves(to / "weights")
+    for path, leaf in engine.flatten(params).items():
+        name = ".".join(map(str, path))
+        np.testing.assert_allclose(np.asarray(leaves[name]), leaf, atol=1e-5, err_msg=name)
+
+
+def test_parts_of_a_videoalign_that_do_not_make_one(tmp_path, capsys):
+    given, to = published.write(tmp_path / "given", VIDEOALIGN.name), tmp_path / "reward"
+    lora, trained, base = published.in_parts(given)
+    for weights in ((lora,), (lora.parent,), (lora, trained), (lora, base)):
+        told = refusal(capsys, *arguments(VIDEOALIGN.name, given, to, weights=weights))
+        assert told.startswith(f"error: {lora} is the LoRA of a VideoReward that was trained anew")
+        assert "BASE is the model.safetensors.index.json of the Qwen2-VL-2B-Instruct" in told
+        assert told.count("\n") == 1
+    told = refusal(capsys, *arguments(VIDEOALIGN.name, given, to, weights=(tmp_path,)))
+    assert f"{tmp_path} holds none of model.pth, adapter_model.safetensors" in told
+    tensors = {name: np.asarray(tensor) for name, tensor in read_weights(lora).items()}
+    name = "layers.0.mlp.up_proj.lora_A.weight"
+    for change, fault in (
+        ({name: np.zeros((5, 7), np.float32)}, f"changed shape: {name} is [5, 7]"),
+        ({"rope.lora_A.weight": np.zeros((2, 2), np.float32)}, "unused tensor: rope.lora_A.weight"),
+    ):
+        write_safetensors(lora, tensors | change)
+        whole = (lora, trained, base)
+        told = refusal(capsys, *arguments(VIDEOALIGN.name, given, to, weights=whole))
+        assert f"{lora}: 1 mismatches" in told and fault in told
+    assert not to.exists()
 
 
 @pytest.fixture(scope="module")

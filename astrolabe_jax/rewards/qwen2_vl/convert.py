@@ -6,6 +6,7 @@ question that they stand in.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from astrolabe_jax.rewards.directory import PublishedFiles, RewardContents
 from astrolabe_jax.rewards.qwen2_vl import chat
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.linear import quantise
-from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN
+from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN, spec_of
 from astrolabe_jax.rewards.templates import PublishedText, read_template, sha256
 from astrolabe_jax.runtime.files import INDEX, read_json
 
@@ -28,6 +29,20 @@ _BASE = ".base_layer.weight"
 _A = ".lora_A.default.weight"
 _B = ".lora_B.default.weight"
 
+# What VideoAlign's training leaves in a folder: the whole model, or a LoRA and all else that it
+# trained; and the base that these belong to. The first line of which a file is there is read.
+_IN_FOLDER = (
+    ("model.pth",),
+    ("adapter_model.safetensors", "non_lora_state_dict.pth"),
+    (f"model{INDEX}",),
+    ("model.safetensors",),
+)
+# What PEFT and newer versions of transformers put into the names of a base.
+_ADDED = re.compile(r"^language_model\.|\.base_layer(?=\.)|\.default(?=\.weight$)")
+_HEAD = "rm_head.weight"
+_DECODER = "layers.0.self_attn.q_proj.weight"  # is in every base
+_PLAIN_A = ".lora_A.weight"
+_PLAIN_B = ".lora_B.weight"
 MODEL_CONFIG = "model_config.json"  # that VideoReward has beside its weights
 HPSV3_TEXT = PublishedText(
     "data_collator_qwen.py",  # hpsv3 1.0.0
@@ -68,16 +83,22 @@ def convert_hpsv3(published: PublishedFiles) -> RewardContents:
 
     Raises ValueError or OSError naming the file or the option at fault.
     """
-    return _contents(HPSV3, published, chat.HPSV3_TOKENS, HPSV3_TEXT)
+    tensors = nets.read_tensors([_only(published.weights)])
+    return _contents(HPSV3, published, chat.HPSV3_TOKENS, HPSV3_TEXT, tensors)
 
 
 def convert_videoalign(published: PublishedFiles) -> RewardContents:
-    """Return the contents for VideoReward's checkpoint-N/model.pth.
+    """Return the contents for VideoReward's checkpoint-N/model.pth, or for a VideoReward that was
+    trained as a LoRA: its adapter_model.safetensors, its non_lora_state_dict.pth and its base.
 
-    Its model_config.json lies beside the weights or above them, and its tokenizer beside them.
-    Raises ValueError or OSError naming the file or the option at fault.
+    A folder stands for such files in it. Its model_config.json lies beside the weights or above
+    them, and its tokenizer beside them. Raises ValueError or OSError naming the file or the option
+    at fault.
     """
-    path = _only(published.weights)
+    weights = tuple(file for path in published.weights for file in _files_of(path))
+    published = published._replace(weights=weights)
+    opened = {path: nets.read_tensors([path]) for path in weights}
+    path = next((path for path in weights if _is_lora(opened[path])), weights[0])
     places = [folder / MODEL_CONFIG for folder in (path.parent, path.parent.parent)]
     model_config = next((place for place in places if place.is_file()), None)
     if model_config is None:
@@ -88,10 +109,89 @@ def convert_videoalign(published: PublishedFiles) -> RewardContents:
     adapter = read_adapter(model_config)
     if published.tokenizer is None and (path.parent / "tokenizer").is_dir():
         published = published._replace(tokenizer=path.parent / "tokenizer")
-    contents = _contents(VIDEOALIGN, published, chat.VIDEOALIGN_TOKENS, VIDEOALIGN_TEXT, adapter)
+    spec = VIDEOALIGN
+    tensors = opened[path]
+    if _is_lora(tensors):
+        spec = spec_of(VIDEOALIGN.name, VIDEOALIGN.published)
+        tensors = _on_base(opened, path, adapter, published.dtype)
+        adapter = NO_ADAPTER
+    else:
+        _only(weights)
+    contents = _contents(spec, published, chat.VIDEOALIGN_TOKENS, VIDEOALIGN_TEXT, tensors, adapter)
     return contents._replace(
         sources=(*contents.sources, model_config), facts={**contents.facts, **facts}
     )
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return a file, or those of _IN_FOLDER in a folder."""
+    if not path.is_dir():
+        return [path]
+    for names in _IN_FOLDER:
+        if found := [path / name for name in names if (path / name).is_file()]:
+            return found
+    known = ", ".join(name for names in _IN_FOLDER for name in names)
+    raise FileNotFoundError(f"{path} holds none of {known}; give the files of the weights")
+
+
+def _is_lora(tensors: Mapping[str, Any]) -> bool:
+    """Return whether this is a LoRA without its base."""
+    return any(".lora_A." in name for name in tensors) and not any(
+        ".base_layer." in name for name in tensors
+    )
+
+
+def _on_base(
+    opened: Mapping[Path, Mapping[str, Any]], path: Path, adapter: Adapter, dtype: str
+) -> dict[str, Any]:
+    """Return the tensors of a whole model, given a LoRA, what was trained beside it, and the base.
+
+    Of a tensor in two files that one counts which was trained, not the base's.
+
+    Args:
+      opened: tensors by plain name, of each file.
+      path: of the LoRA.
+      adapter: that model_config.json describes.
+      dtype: of merged weights; by default the base's.
+
+    Raises:
+      ValueError: if a file is missing or too much.
+      ConversionError: for a pair that does not fit its weight.
+    """
+    files = [
+        {_ADDED.sub("", name): tensor for name, tensor in tensors.items()}
+        for file, tensors in opened.items()
+        if file != path
+    ]
+    # With the head comes what was trained, or all but the LoRA; the base is without.
+    files.sort(key=lambda tensors: _HEAD in tensors)
+    tensors = {name: tensor for content in files for name, tensor in content.items()}
+    has_head = [_HEAD in content for content in files]
+    if has_head not in ([True], [False, True]) or _DECODER not in tensors:
+        raise ValueError(
+            f"{path} is the LoRA of a VideoReward that was trained anew; give --weights "
+            f"{' '.join(_IN_FOLDER[1])} BASE, where BASE is the model{INDEX} of the "
+            "Qwen2-VL-2B-Instruct that it was trained on; or train with save_full_model, and give "
+            "its model.pth"
+        )
+    tensors.pop(OUTPUT, None)  # of as many words as the base knows
+    pairs = {_ADDED.sub("", name): tensor for name, tensor in opened[path].items()}
+    modules = [name.removesuffix(_PLAIN_A) for name in pairs if name.endswith(_PLAIN_A)]
+    expected = {}
+    for module in modules:
+        weight = tensors.get(f"{module}.weight")
+        if weight is not None and len(weight.shape) == 2:
+            rows, columns = weight.shape
+            expected[module + _PLAIN_A] = (adapter.rank, columns)
+            expected[module + _PLAIN_B] = (rows, adapter.rank)
+    with nets.naming_files(path):
+        engine.check(expected, pairs)
+    for module in modules:
+        name = f"{module}.weight"
+        tensors[name] = merged(
+            tensors[name], pairs[module + _PLAIN_A], pairs[module + _PLAIN_B], adapter.scale, dtype
+        )
+    return tensors
 
 
 def _contents(
@@ -99,9 +199,10 @@ def _contents(
     published: PublishedFiles,
     tokens: tuple[str, ...],
     text: PublishedText,
+    tensors: Mapping[str, Any],
     adapter: Adapter = NO_ADAPTER,
 ) -> RewardContents:
-    """Return a net on Qwen2-VL with its tokenizer and its template."""
+    """Return a net on Qwen2-VL, of tensors by plain name, with its tokenizer and its template."""
     tokenizer_path = published.require(
         spec.name,
         "tokenizer",
@@ -111,14 +212,12 @@ def _contents(
     package = published.require(
         spec.name, "template", f"the folder of its official package, or {text.file} of it"
     )
-    path = _only(published.weights)
     template = read_template(package, text)
     chat.check_template(template, tokens, package)
     if tokenizer_path.is_dir():
         tokenizer_path = tokenizer_path / chat.TOKENIZER
     tokenizer = chat.read_tokenizer(tokenizer_path, tokens)
-    tensors = nets.read_tensors([path])
-    with nets.naming_files(path):
+    with nets.naming_files(*published.weights):
         config, stacks = assemble(tensors, spec, adapter, published.dtype, published.quantised)
     chat.ids_of(tokenizer, tokens, config.vocab_size, tokenizer_path)
     return RewardContents(
@@ -129,7 +228,10 @@ def _contents(
             video_token=tokenizer.token_to_id(chat.VIDEO),
         ),
         stacks,
-        (*nets.with_shards(path), tokenizer_path),
+        (
+            *(file for path in published.weights for file in nets.with_shards(path)),
+            tokenizer_path,
+        ),
         {chat.TOKENIZER: tokenizer.to_str().encode(), chat.TEMPLATE: template.encode()},
         {"template": sha256(template)},
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from astrolabe_jax.convert import engine
+from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.rewards.directory import PublishedFiles
 from astrolabe_jax.rewards.qwen2_vl import chat, convert
 from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3, VIDEOALIGN, table
@@ -113,6 +114,44 @@ def write(folder: Path, kind: str) -> PublishedFiles:
         },
     )
     return PublishedFiles((file,), None, folder / "package")
+
+
+def in_parts(given: PublishedFiles) -> tuple[Path, Path, Path]:
+    """The files of VideoAlign as its own training leaves them: the LoRA, what was trained beside
+    it, and the base that has fewer words, another embedding and no head.
+    """
+    folder = given.weights[0].parent
+    tensors = {
+        f"base_model.model.{_hugging_face(name)}": tensor
+        for name, tensor in read_weights(given.weights[0]).items()
+    }
+    lora = {
+        name.replace(".default", ""): tensor for name, tensor in tensors.items() if ".lora_" in name
+    }
+    trained = {
+        name: torch_files.whole(np.asarray(tensor))
+        for name, tensor in tensors.items()
+        if name.endswith(("rm_head.weight", "embed_tokens.weight", "visual.merger.ln_q.weight"))
+    }
+    base = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): np.asarray(tensor)
+        * (name not in trained)
+        for name, tensor in tensors.items()
+        if name not in lora and ".lora_" not in name and "rm_head" not in name
+    }
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        base[name] = base[name][1:]
+    files = (
+        folder / "adapter_model.safetensors",
+        folder / "non_lora_state_dict.pth",
+        folder.parent / "base" / "model.safetensors",
+    )
+    files[2].parent.mkdir()
+    write_safetensors(files[0], lora)
+    torch_files.write(files[1], trained)
+    write_safetensors(files[2], base)
+    given.weights[0].unlink()
+    return files
 
 
 def _hugging_face(name: str) -> str:
