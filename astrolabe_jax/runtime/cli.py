@@ -5,7 +5,7 @@ one message where something is wrong.
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +14,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from astrolabe_jax import config
+from astrolabe_jax.runtime import multihost
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
@@ -80,12 +81,16 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals else following
 
 
-def set_up() -> None:
+def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     """Keep compiled programs on the disk, and make float32 mean float32; every program calls this
     before it uses JAX.
 
     By itself a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as
     it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+
+    Args:
+      join: finds the devices, and before them the other processes. Its errors end the program with
+        status 2.
     """
     logging.set_verbosity(logging.WARNING)
     # it would warn that torch is missing; nothing needs it
@@ -98,6 +103,10 @@ def set_up() -> None:
     jax.config.update(
         "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     )
+    try:
+        join()
+    except (ValueError, OSError) as error:
+        fail(error, 2)
 
 
 def fail(message: str | Exception, status: int) -> NoReturn:

@@ -1,5 +1,9 @@
 """What every program sets before it uses JAX, and what it says about a recipe that is wrong."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -72,3 +76,28 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
     with pytest.raises((AttributeError, KeyError)) as error:
         recipe(get_config())
     assert cli.message(error.value) == f"unknown config field {expected}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "out", "errors"),
+    [
+        ({"JAX_PLATFORMS": "cuda"}, 2, "", "error: JAX_PLATFORMS is 'cuda': "),
+        ({"JAX_PLATFORMS": "abacus"}, 2, "", "error: JAX_PLATFORMS is 'abacus': "),
+    ],
+)
+def test_the_environment_does_not_change_numbers_and_names_devices(
+    environment, status, out, errors
+):
+    program = (
+        "import jax; from astrolabe_jax.runtime import cli; cli.set_up(); key = jax.random.key(0); "
+        "x = jax.random.uniform(key, (3,)); print(jax.random.key_impl(key), x.dtype, x)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout[: len(out)]) == (status, out), ended.stdout
+    assert errors in ended.stderr and "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == (1 if status else 3)
