@@ -30,6 +30,13 @@ ERRORS = (
     SyntaxError,
 )
 
+# Settings of JAX that change the numbers, of a run that goes on too.
+_FIXED = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+}
+
 
 def define() -> flags.FlagHolder:
     """Define --config and return its holder, whose value is the config.
@@ -86,7 +93,8 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     before it uses JAX.
 
     By itself a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as
-    it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+    it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word. Numbers
+    are drawn in one way, whatever the environment says: a run goes on with the same.
 
     Args:
       join: finds the devices, and before them the other processes. Its errors end the program with
@@ -103,6 +111,10 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     jax.config.update(
         "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     )
+    for name, value in _FIXED.items():
+        if getattr(jax.config, name) != value:
+            print(f"{name.upper()} is not used: it would change the numbers", file=sys.stderr)
+        jax.config.update(name, value)
     try:
         join()
     except (ValueError, OSError) as error:

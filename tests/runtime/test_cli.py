@@ -81,6 +81,16 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
 @pytest.mark.parametrize(
     ("environment", "status", "out", "errors"),
     [
+        (
+            {
+                "JAX_DEFAULT_PRNG_IMPL": "rbg",
+                "JAX_ENABLE_X64": "1",
+                "JAX_THREEFRY_PARTITIONABLE": "0",
+            },
+            0,
+            "threefry2x32 float32 [0.947667",
+            "JAX_DEFAULT_PRNG_IMPL is not used: it would change the numbers\n",
+        ),
         ({"JAX_PLATFORMS": "cuda"}, 2, "", "error: JAX_PLATFORMS is 'cuda': "),
         ({"JAX_PLATFORMS": "abacus"}, 2, "", "error: JAX_PLATFORMS is 'abacus': "),
     ],
