@@ -17,7 +17,6 @@ settings stay.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.files import local_directory
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.sample import videos
@@ -68,7 +68,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         ),
     )
     adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
-    directory = Path(options["output_dir"])
+    directory = local_directory(options["output_dir"])
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
     run, latents = videos.load(config, adapter, given, directory, score=options["score"])
     return run, latents, requests
