@@ -3,6 +3,7 @@
 No other module that deals with runs knows Orbax. A working directory holds
 
     run.json                    the fingerprint of its run: config, hashes of base model and prompts
+    run.lock                    who writes here, locked by that process while it lives
     checkpoints/EPOCH/state     adapters and optimizer state; base weights are never saved
     checkpoints/EPOCH/progress  JSON: counters, controllers, fingerprint, shapes and checksum of the
                                 state, and its own digest
@@ -25,8 +26,10 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +44,13 @@ from astrolabe_jax.runtime import files, multihost
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
+_LOCK = "run.lock"
+# What a kill may leave of the files that a run writes: FILE.partial.PROCESS, or of a video.
+_HALF_WRITTEN = re.compile(
+    r"(run\.json|metrics\.jsonl|summary\.json|curves\.png|(samples|lora|scores)/.+)\.partial\.(\d+|mp4)"
+)
+# Seconds until all hosts see a new file: shared file systems remember what was not there.
+_SEEN_WITHIN = 30.0
 
 # What makes a run, or a model, the same one: a flat mapping that JSON can hold, of config fields
 # (`config.FIELD`) and of hashes.
@@ -117,7 +127,9 @@ def _record_of(workdir: Path) -> Fingerprint | None:
                 f"{error}; give another --workdir, or put back the file that was there"
             ) from None
     paths = workdir.iterdir() if workdir.exists() else ()
-    others = [path.name for path in paths if ".partial." not in path.name]
+    others = [
+        path.name for path in paths if path.name != _LOCK and not _HALF_WRITTEN.fullmatch(path.name)
+    ]
     if others:
         raise ValueError(
             f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a "
@@ -126,13 +138,16 @@ def _record_of(workdir: Path) -> Fingerprint | None:
     return None
 
 
-def claim(workdir: Path, fingerprint: Fingerprint) -> None:
-    """Make `workdir` the directory of the run with this fingerprint.
+def claim(workdir: Path, fingerprint: Fingerprint) -> str:
+    """Make `workdir` the directory of the run with this fingerprint, and of this process.
 
     Files that a killed run had half written are removed.
 
+    Returns:
+      who holds it now, for `check_shared`; `release` gives it up, as does the end of the process.
+
     Raises:
-      ValueError: if it belongs to another run or holds other files.
+      ValueError: if it belongs to another run, is in use or holds other files.
       OSError: if it cannot be written.
     """
     try:
@@ -145,10 +160,47 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> None:
         ) from None
     if saved is not None:
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
-    for half_written in ("*.partial.*", "samples/**/*.partial.*", "lora/*.partial.*"):
-        for path in workdir.glob(half_written):
-            path.unlink()
+    try:
+        holder = files.lock(workdir / _LOCK)
+    except ValueError as error:
+        raise ValueError(
+            f"workdir {workdir} {error}; wait for its end, stop it, or give another --workdir"
+        ) from None
+    for pattern in (
+        "*.partial.*",
+        "samples/**/*.partial.*",
+        "lora/*.partial.*",
+        "scores/*.partial.*",
+    ):
+        for path in workdir.glob(pattern):
+            if _HALF_WRITTEN.fullmatch(path.relative_to(workdir).as_posix()):
+                path.unlink()
     files.write_atomic(workdir / "run.json", json.dumps(fingerprint, indent=1).encode())
+    return holder
+
+
+def check_shared(workdir: Path, holder: str) -> None:
+    """Raise ValueError unless this process sees the directory that `holder` has claimed."""
+    if jax.process_index() == 0:  # it has written the file, whose lock would end where it is read
+        return
+    deadline = time.monotonic() + _SEEN_WITHIN
+    seen = ""
+    while seen != holder:
+        with contextlib.suppress(OSError):
+            seen = (workdir / _LOCK).read_text()
+        if seen != holder and time.monotonic() > deadline:
+            raise ValueError(
+                f"workdir {workdir.absolute()} of process {jax.process_index()} "
+                f"({socket.gethostname()}) is not that of process 0 ({holder}): its {_LOCK} was "
+                f"not seen within {_SEEN_WITHIN:g} s; expected one directory that all processes "
+                "see: give a --workdir on a shared file system, by its absolute path"
+            )
+        time.sleep(0.2 * (seen != holder))
+
+
+def release(workdir: Path) -> None:
+    """Give up what `claim` has claimed."""
+    files.unlock(workdir / _LOCK)
 
 
 def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str) -> None:

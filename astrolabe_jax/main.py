@@ -20,6 +20,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --coordinator")
 PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
+JOIN_TIMEOUT = flags.DEFINE_float(
+    "join_timeout", 300.0, "seconds in which all processes must have come", lower_bound=0
+)
 
 
 def main(_: list[str]) -> None:
@@ -28,31 +31,33 @@ def main(_: list[str]) -> None:
     Ends with status 2 for what cannot be done, before anything is compiled, and with status 1 for a
     run that could not go on.
     """
-    cli.set_up()
-    try:
-        multihost.join(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    except ValueError as error:
-        cli.fail(error, 2)
-    # after joining: no array may exist before it
-    import jax
 
-    from astrolabe_jax import plan, run, train
+    def join() -> None:
+        flags = (COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_TIMEOUT.value)
+        multihost.join(DISTRIBUTED.value, *flags)
 
-    with multihost.exit_together(), preemption.listening() as check:
-        try:
-            if CHECK.value:
-                return run.tell(CONFIG.value, WORKDIR.value)
-            with plan.naming_memory(CONFIG.value):
-                prepared = run.prepare(CONFIG.value, WORKDIR.value)
-                jax.set_mesh(prepared.mesh)
-                state = train.resume(prepared)
-        except (ValueError, OSError) as error:
-            cli.fail(error, 2)
-        try:
-            with plan.naming_memory(CONFIG.value):
-                train.train(prepared, state, check)
-        except train.REFUSED as error:
-            cli.fail(error, 1)
+    with multihost.exit_together():
+        cli.set_up(join)
+        # after joining: no array may exist before it
+        import jax
+
+        from astrolabe_jax import plan, run, train
+
+        with preemption.listening() as check:
+            try:
+                if CHECK.value:
+                    return run.tell(CONFIG.value, WORKDIR.value)
+                with plan.naming_memory(CONFIG.value):
+                    prepared = run.prepare(CONFIG.value, WORKDIR.value)
+                    jax.set_mesh(prepared.mesh)
+                    state = train.resume(prepared)
+            except (ValueError, OSError) as error:
+                cli.fail(error, 2)
+            try:
+                with plan.naming_memory(CONFIG.value):
+                    train.train(prepared, state, check)
+            except train.REFUSED as error:
+                cli.fail(error, 1)
 
 
 if __name__ == "__main__":

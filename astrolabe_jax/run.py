@@ -23,7 +23,7 @@ from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
-from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime import files, multihost
 from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
@@ -97,11 +97,12 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
       ValueError, OSError: naming the field, file or line at fault, and the next step; on all
         processes, if on one.
     """
-    run = multihost.on_all(lambda: _read(config, Path(workdir)))
-    mine = run.fingerprint | {"workdir": str(workdir)}
-    first = multihost.on_primary(lambda: mine)
-    multihost.on_all(lambda: _refuse_other_settings(first, mine))
-    multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.fingerprint))
+    with error_prefix("workdir"):
+        directory = multihost.on_all(lambda: files.local_directory(workdir))
+    run = multihost.on_all(lambda: _read(config, directory))
+    multihost.refuse_differences(run.fingerprint | {"workdir": str(workdir)})
+    holder = multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.fingerprint))
+    multihost.on_all(lambda: checkpoint.check_shared(run.workdir, holder))
     return run
 
 
@@ -200,7 +201,7 @@ def _check_model(
 def tell(config: ConfigDict, workdir: str) -> None:
     """Print the files of a run, and that nothing is wrong; raise what `check` does."""
     log("\n".join([f"files of {config.name}:", *file_rows(config)]))
-    multihost.on_all(lambda: check(config, Path(workdir)))
+    multihost.on_all(lambda: check(config, files.local_directory(workdir)))
     log("nothing is missing or wrong, as far as can be told before weights are read")
 
 
@@ -299,19 +300,6 @@ def load_rewards(config: ConfigDict, mesh: jax.sharding.Mesh) -> panel.RewardRun
         scoring.weights,
         scoring.timeout,
     )
-
-
-def _refuse_other_settings(first: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise ValueError unless the processes were started alike.
-
-    They would compute different things together.
-    """
-    for name in sorted({*first, *mine}):
-        if first.get(name) != mine.get(name):
-            raise ValueError(
-                f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; start "
-                "all processes alike"
-            )
 
 
 def numerics(config: ConfigDict) -> dict[str, Any]:

@@ -367,6 +367,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     finally:
         metrics.close()
         run.reward_runner.settle()
+        checkpoint.release(run.workdir)
 
 
 def _save(run: Run, state: RunState, progress: Progress) -> int:

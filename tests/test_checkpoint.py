@@ -361,6 +361,27 @@ def test_a_broken_record_of_the_run_is_named_and_kept(tmp_path, content):
     assert (tmp_path / "run.json").read_bytes() == broken
 
 
+def test_of_half_written_files_only_those_of_a_run_are_removed(tmp_path):
+    checkpoint.claim(tmp_path, FINGERPRINT)
+    ours = [
+        "run.json.partial.12",
+        "curves.png.partial.3",
+        "lora/adapter_config.json.partial.1",
+        "scores/000001.csv.partial.2",
+        "samples/epoch/00.partial.mp4",
+    ]
+    foreign = ["thesis.partial.12", "run.json.partial.old", "notes/a.partial.1", "lora/a.partial.b"]
+    for name in ours + foreign:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    checkpoint.claim(tmp_path, FINGERPRINT)
+    assert [(tmp_path / name).exists() for name in ours + foreign] == [False] * 5 + [True] * 4
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a.partial.1").write_text("")
+    with pytest.raises(ValueError, match="holds 'a.partial.1' but no run"):
+        checkpoint.claim(tmp_path / "new", FINGERPRINT)
+
+
 def test_foreign_and_unwritable_workdirs_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds 'thesis.tex' but no run"):

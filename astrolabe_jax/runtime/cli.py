@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +15,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from astrolabe_jax import config
+from astrolabe_jax.runtime import multihost
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
@@ -32,6 +33,13 @@ ERRORS = (
 # What a message may have.
 _LINE = 1000  # characters in a line
 _LINES = 200
+
+# Settings of JAX that change the numbers, of a run that goes on too.
+_FIXED = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+}
 
 
 def define() -> flags.FlagHolder:
@@ -130,12 +138,17 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals else following
 
 
-def set_up() -> None:
+def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     """Keep compiled programs on the disk, and make float32 mean float32; every program calls this
     before it uses JAX.
 
     By itself a GPU multiplies matrices of float32 in tf32, and a TPU in bfloat16; bfloat16 stays as
-    it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word.
+    it is. JAX_COMPILATION_CACHE_DIR and JAX_DEFAULT_MATMUL_PRECISION have the last word. Numbers
+    are drawn in one way, whatever the environment says: a run goes on with the same.
+
+    Args:
+      join: finds the devices, and before them the other processes. Its errors end the program with
+        status 2.
     """
     logging.set_verbosity(logging.WARNING)
     # it would warn that torch is missing; nothing needs it
@@ -148,6 +161,14 @@ def set_up() -> None:
     jax.config.update(
         "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     )
+    for name, value in _FIXED.items():
+        if getattr(jax.config, name) != value:
+            print(f"{name.upper()} is not used: it would change the numbers", file=sys.stderr)
+        jax.config.update(name, value)
+    try:
+        join()
+    except (ValueError, OSError) as error:
+        fail(error, 2)
 
 
 def fail(message: str | Exception, status: int) -> NoReturn:

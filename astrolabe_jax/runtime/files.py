@@ -5,12 +5,16 @@ Files of weights are read and written one tensor at a time.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
+import fcntl
 import functools
 import json
+import logging
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -68,6 +72,10 @@ _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete", ".download")
 # Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
 # system that has become read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+# Held by this process until it ends; all locks of a file end when one of its descriptors is closed.
+_LOCKS: dict[Path, IO[bytes]] = {}
 
 
 class WriteError(OSError):
@@ -207,6 +215,64 @@ def _finite(text: str) -> float:
 
 def _not_finite(text: str) -> NoReturn:
     raise ValueError(f"{text[:20]} is no finite number")
+
+
+def local_directory(text: str | Path) -> Path:
+    """Return the directory that a user names; `~` stands for the home directory.
+
+    Raises ValueError for an address, such as that of a bucket.
+    """
+    scheme, colon, _ = str(text).partition("://")
+    if colon:
+        raise ValueError(
+            f"{text}: {scheme}:// is not supported; expected a directory of a file system (a "
+            "bucket can be mounted as one)"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: {error}; expected a directory") from None
+
+
+def lock(path: Path) -> str:
+    """Hold the file `path` for this process alone, and return what stands in it: by whom.
+
+    The lock goes with the process, also where that is killed, and holds for other hosts, too. Where
+    a file system has no locks a warning says so.
+
+    Raises:
+      ValueError: if another process holds it, naming that.
+    """
+    key = path.resolve()
+    held = _LOCKS.get(key)
+    if held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+        return _holder(held)
+    unlock(path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "a+b", buffering=0))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"is in use by {_holder(file)}") from None
+            logging.warning("%s cannot be locked (%s): use it in one run at a time", path, error)
+        file.truncate(0)
+        now = datetime.datetime.now().astimezone().isoformat(sep=" ")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode())
+        stack.pop_all()
+    _LOCKS[key] = file
+    return _holder(file)
+
+
+def _holder(file: IO[bytes]) -> str:
+    return os.pread(file.fileno(), 1000, 0).decode(errors="replace")
+
+
+def unlock(path: Path) -> None:
+    """Give up a lock that this process may hold."""
+    held = _LOCKS.pop(path.resolve(), None)
+    if held:
+        held.close()
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -7,33 +7,58 @@ them: a signal, an error or the content of a file that one process has met goes 
 of this module, which all of them call. With one process these functions do nothing.
 """
 
+import collections
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import astrolabe_jax
+from astrolabe_jax.runtime import roll_call
+
 # Seconds that a failing process gives the others to fail as well. Process 0 waits twice as long:
 # none lives without it.
 _GRACE = 1.0
+
+
+# Seconds that JAX may take to join processes that have met.
+_LEAST_WAIT = 60
+_PACKAGE = Path(__file__).parents[1]
+# Packages that compute, or hold the code that does.
+_LIBRARIES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
+# What JAX raises where a backend is not there.
+_NO_BACKEND = (RuntimeError, AssertionError)
+# Flags of XLA that may differ: where it writes, and how many devices a CPU is, which is looked at.
+_HARMLESS = re.compile(r"--xla_(dump|force_host_platform_device_count)")
 
 
 class PeerError(OSError):
     """Another process has failed; the message is its number and its error."""
 
 
-def join(distributed: bool, coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Join the other processes of a run, and return when all are there.
+def join(
+    distributed: bool,
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    limit: float = 300.0,
+) -> None:
+    """Join the other processes of a run, and return when all are there and were started alike.
 
     Must be called before the first array exists. Without any argument there is one process, and
-    nothing is done.
+    only its devices are looked at.
 
     Args:
       distributed: whether the pod or cluster, one that jax.distributed knows, says where the others
@@ -41,14 +66,16 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
       coordinator: HOST:PORT of process 0, at which the others find it.
       count: the number of processes.
       index: the number of this process, from 0.
+      limit: seconds in which all must have come.
 
     Raises:
-      ValueError: if flags are missing or wrong, naming them, or if the others are not found.
+      ValueError: if flags are missing or wrong, naming them, if the others are not found, or if
+        there are no devices, or unequal ones.
+      PeerError: if another process has other code or another environment.
     """
     flags = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [flag for flag, value in flags.items() if value is None]
-    if not distributed and len(missing) == len(flags):
-        return
+    alone = not distributed and len(missing) == len(flags)
     if 0 < len(missing) < len(flags):
         raise ValueError(
             f"{', '.join(missing)} missing; several processes take {', '.join(flags)}, all of them"
@@ -57,17 +84,68 @@ def join(distributed: bool, coordinator: str | None, count: int | None, index: i
         raise ValueError(
             f"--process is {index}; expected a number from 0 to --processes - 1, {count - 1}"
         )
-    # It would take SIGTERM, which preemption.py listens to.
-    jax.config.update("jax_enable_preemption_service", False)
+    with contextlib.ExitStack() as stack:
+        if coordinator is not None and count is not None and index is not None:
+            stack.enter_context(roll_call.meet(coordinator, count, index, limit))
+        if not alone:
+            # It would take SIGTERM, which preemption.py listens to.
+            jax.config.update("jax_enable_preemption_service", False)
+            # it would warn of proxies, which roll_call.py keeps away
+            jax.config.update("jax_check_proxy_envs", False)
+            try:
+                wait = max(int(limit), _LEAST_WAIT)
+                jax.distributed.initialize(coordinator, count, index, initialization_timeout=wait)
+            except (ValueError, RuntimeError) as error:
+                reason = (
+                    f"no cluster was found ({error}); start every process with {', '.join(flags)}"
+                    if missing
+                    else f"the others were not found: {error}"
+                )
+                raise ValueError(f"--distributed: {reason}") from None
+        find_devices()
+    if not alone:
+        _refuse_unequal_devices()
+        refuse_differences(_environment())
+
+
+def find_devices() -> None:
+    """Raise ValueError unless JAX finds the devices that it is asked for."""
     try:
-        jax.distributed.initialize(coordinator, count, index)
-    except (ValueError, RuntimeError) as error:
-        reason = (
-            f"no cluster was found ({error}); start every process with {', '.join(flags)}"
-            if missing
-            else f"the others were not found: {error}"
-        )
-        raise ValueError(f"--distributed: {reason}") from None
+        jax.devices()
+    except _NO_BACKEND as error:
+        reason = " ".join(str(error).split())[:300] or "JAX does not find such devices here"
+        raise ValueError(
+            f"JAX_PLATFORMS is {jax.config.values['jax_platforms']!r}: {reason}; unset it, set it "
+            "to what this machine has, such as cpu, or install JAX for it (.[cuda] or .[tpu])"
+        ) from None
+
+
+def _refuse_unequal_devices() -> None:
+    """Raise ValueError, on all processes, unless each has equally many devices."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    usual = counts[0]
+    for index, number in sorted(counts.items()):
+        if number != usual:
+            raise ValueError(
+                f"process {index} has {number} device{'s'[: number != 1]} and process 0 has "
+                f"{usual}; expected equally many in each (this is process {jax.process_index()})"
+            )
+
+
+def _environment() -> dict[str, str]:
+    """Return what must be equal on all processes, or they would compute different things."""
+    code = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        code.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {
+        "the code of astrolabe_jax": f"{astrolabe_jax.__version__}, sha256 {code.hexdigest()[:12]}",
+        **{f"the version of {name}": importlib.metadata.version(name) for name in _LIBRARIES},
+        "the version of Python": ".".join(map(str, sys.version_info[:2])),
+        "XLA_FLAGS": " ".join(sorted(flag for flag in flags if not _HARMLESS.match(flag))),
+        "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "JAX_DEFAULT_MATMUL_PRECISION": str(jax.config.values["jax_default_matmul_precision"]),
+    }
 
 
 @contextlib.contextmanager
@@ -82,7 +160,7 @@ def exit_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
             print(
@@ -94,8 +172,16 @@ def exit_together() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(_GRACE if jax.process_index() else 2 * _GRACE)
+        time.sleep(2 * _GRACE if _is_primary() else _GRACE)
         os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def _is_primary() -> bool:
+    """Return whether this is process 0; one without devices counts as another."""
+    try:
+        return jax.process_index() == 0
+    except _NO_BACKEND:
+        return False
 
 
 def first_nonempty(text: str) -> str:
@@ -145,3 +231,22 @@ def on_primary(action: Callable[[], Any]) -> Any:
     result = on_all(lambda: action() if primary else None)
     text = first_nonempty(json.dumps(result) if primary else "")
     return result if primary else json.loads(text)
+
+
+def refuse_differences(mine: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what JSON can hold of this process is equal on process 0.
+
+    They would compute different things together. All processes call it; the others get a
+    PeerError.
+    """
+    first = on_primary(lambda: dict(mine))
+
+    def compare() -> None:
+        for name in sorted({*first, *mine}):
+            if first.get(name) != mine.get(name):
+                raise ValueError(
+                    f"{name} is {mine.get(name)!r} here and {first.get(name)!r} in process 0; "
+                    "start all processes alike"
+                )
+
+    on_all(compare)

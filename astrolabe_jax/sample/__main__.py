@@ -17,7 +17,6 @@ settings stay.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from astrolabe_jax.convert import lora
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.files import local_directory
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
@@ -75,7 +75,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         changes = lora.read_changes(path, sizes["transformer"])
         change = lora.leaf_changer(changes, sizes["transformer"])
         adapter = (change, lora.fingerprint(path))
-    directory = Path(options["output_dir"])
+    directory = local_directory(options["output_dir"])
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
     run, latents = videos.load(config, adapter, given, directory, score=options["score"])
     return run, latents, requests

@@ -2,6 +2,7 @@
 line.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from astrolabe_jax import checkpoint
+from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
 
@@ -90,6 +93,14 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         (["--process=1"], "--coordinator, --processes missing; several processes take"),
         (["surplus"], "unexpected argument 'surplus'; flags start with --"),
         (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
+        (
+            ["--workdir=gs://bucket/run"],
+            "error: workdir: gs://bucket/run: gs:// is not supported; expected a directory of a",
+        ),
+        (
+            ["--coordinator=127.0.0.1:9", "--processes=2", "--process=1", "--join_timeout=1"],
+            "not reached process 0 at --coordinator=127.0.0.1:9 within 1 s (Connection refused)",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_clear_message(
@@ -127,3 +138,21 @@ def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment,
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert expected in process.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_workdir_is_refused_by_the_name_of_the_first(base, tmp_path, environment):
+    workdir = tmp_path / "run"
+    arguments = [*runs.flags(base), f"--workdir={workdir}"]
+    config = runs.small_config(base)
+    prepare(config, workdir)
+    half_written = workdir / f"summary.json.partial.{os.getpid()}"
+    half_written.write_text("")
+    try:
+        status, _, errors = finish(launch(environment, arguments))
+    finally:
+        checkpoint.release(workdir)
+    assert status == 2 and half_written.exists()
+    assert f"error: workdir {workdir} is in use by process {os.getpid()} on " in errors
+    assert "; wait for its end, stop it, or give another --workdir" in errors
+    assert len(errors.splitlines()) == 1

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -22,6 +24,7 @@ from tests.runtime.test_multihost import free_port
 # devices.
 TOLERANCE = 1e-4
 GLOO = re.compile(r"\[Gloo\]|peer ranks")
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 SAVING = {"train.save_samples": True, "train.checkpoint_every": 1}
 
 
@@ -77,6 +80,7 @@ def assert_one_set_of_files(workdir):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "run.json",
+        "run.lock",
         "metrics.jsonl",
         "tensorboard",
         "samples",
@@ -136,6 +140,93 @@ def test_what_one_process_cannot_read_ends_both(base, tmp_path, environment):
     assert "error: config.prompts.test: prompt file no/such.txt does not exist" in message
     assert "error: process 1: config.prompts.test: prompt file no/such.txt does not exist" in errors
     assert "Traceback" not in errors + message and not (tmp_path / "run").exists()
+
+
+def error_lines(errors):
+    """The lines without those that say what is waited for."""
+    return [line for line in errors.splitlines() if "s at most" not in line]
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+            ["error: process 1 has 3 devices and process 0 has 2; expected equally many in each"]
+            * 2,
+        ),
+        pytest.param(
+            {"JAX_PLATFORMS": "cuda"},
+            [
+                "error: process 0 of 2 .* cannot start: process 1 of 2 .* has ended; see what",
+                "cuda",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"},
+            [
+                "error: process 1: JAX_DEFAULT_MATMUL_PRECISION is 'bfloat16' here and 'float32'",
+                "error: JAX_DEFAULT_MATMUL_PRECISION is 'bfloat16' here and 'float32' in process 0",
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"PYTHONPATH": "other"},
+            ["error: process 1: the code of astrolabe_jax is '.*0.0.0, sha256 .*' here and '"]
+            + [""],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_end_in_a_line(tmp_path, environment, other, expected):
+    """Before anything is read: there is no base."""
+    if "PYTHONPATH" in other:
+        other = {"PYTHONPATH": str(tmp_path / "other")}
+        shutil.copytree(runs.ROOT / "astrolabe_jax", tmp_path / "other" / "astrolabe_jax")
+        (tmp_path / "other" / "astrolabe_jax" / "__init__.py").write_text('__version__ = "0.0.0"\n')
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "astrolabe_jax.main", f"--workdir={tmp_path / 'run'}"),
+                f"--config={runs.ROOT / 'configs/moving_shapes.py'}",
+                *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}"),
+            ],
+            cwd=tmp_path,
+            env=environment_of(environment, 2) | (other if i else {}),
+            **PIPES,
+        )
+        for i in range(2)
+    ]
+    for process, line in zip(started, expected, strict=True):
+        status, _, errors = finish(process)
+        lines = error_lines(errors)
+        assert status == 2 and len(lines) == 1 and re.search(line, lines[0]), errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused_before_training(base, tmp_path, environment):
+    """The same relative path, started in two directories."""
+    port = free_port()
+    arguments = [flag.replace("configs/", f"{runs.ROOT}/configs/") for flag in runs.flags(base)]
+    started = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        command = [sys.executable, "-m", "astrolabe_jax.main", *arguments, "--workdir=run"]
+        command += [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}"]
+        started.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / str(i), env=environment_of(environment, 2), **PIPES
+            )
+        )
+    (status, out, errors), (other, _, message) = map(finish, started)
+    assert (status, other) == (2, 2) and "epoch" not in out
+    place = f"workdir {tmp_path / '1' / 'run'} of process 1"
+    assert f"error: process 1: {place}" in errors and f"error: {place}" in message
+    assert "expected one directory that all processes see" in message
+    assert "Traceback" not in errors + message
 
 
 @pytest.mark.slow

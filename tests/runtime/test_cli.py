@@ -1,5 +1,8 @@
 """What every program sets before it uses JAX, and what it says about a recipe that is wrong."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -100,3 +103,38 @@ def test_a_mistake_on_the_command_line_is_told_what_was_meant(
         cli.parse(["program", *arguments])
     assert ended.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "out", "errors"),
+    [
+        (
+            {
+                "JAX_DEFAULT_PRNG_IMPL": "rbg",
+                "JAX_ENABLE_X64": "1",
+                "JAX_THREEFRY_PARTITIONABLE": "0",
+            },
+            0,
+            "threefry2x32 float32 [0.947667",
+            "JAX_DEFAULT_PRNG_IMPL is not used: it would change the numbers\n",
+        ),
+        ({"JAX_PLATFORMS": "cuda"}, 2, "", "error: JAX_PLATFORMS is 'cuda': "),
+        ({"JAX_PLATFORMS": "abacus"}, 2, "", "error: JAX_PLATFORMS is 'abacus': "),
+    ],
+)
+def test_the_environment_does_not_change_numbers_and_names_devices(
+    environment, status, out, errors
+):
+    program = (
+        "import jax; from astrolabe_jax.runtime import cli; cli.set_up(); key = jax.random.key(0); "
+        "x = jax.random.uniform(key, (3,)); print(jax.random.key_impl(key), x.dtype, x)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout[: len(out)]) == (status, out), ended.stdout
+    assert errors in ended.stderr and "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == (1 if status else 3)

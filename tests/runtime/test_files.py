@@ -2,7 +2,14 @@
 refused when broken.
 """
 
+import errno
+import fcntl
 import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +18,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from astrolabe_jax.runtime import files
 from astrolabe_jax.runtime.files import (
     INDEX,
     Lazy,
@@ -233,3 +241,49 @@ def test_a_pointer_in_place_of_json_is_named(tmp_path):
     path.write_text(POINTER)
     with pytest.raises(ValueError, match="config.json is a git-lfs pointer, not the file itself"):
         read_json(path)
+
+
+def test_a_lock_is_held_by_one_process_and_goes_with_it(tmp_path):
+    path = tmp_path / "lock"
+    program = (
+        "import sys, time; from pathlib import Path; from astrolabe_jax.runtime import files; "
+        "print(files.lock(Path(sys.argv[1])), flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline().startswith(f"process {other.pid} on ")
+        with pytest.raises(ValueError, match=f"is in use by process {other.pid} on .*, since 20"):
+            files.lock(path)
+    finally:
+        other.kill()
+        other.wait()
+    mine = files.lock(path)
+    assert mine == files.lock(path) and mine.startswith(f"process {os.getpid()} on ")
+    path.unlink()  # with the directory it lay in, for example
+    files.lock(path)
+    assert path.exists()
+    files.unlock(path)
+    ended = subprocess.run([*command[:2], program.partition("; time.")[0], str(path)])
+    assert ended.returncode == 0
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with caplog.at_level(logging.WARNING):
+        files.lock(tmp_path / "lock")
+    assert "cannot be locked ([Errno 37] No locks available): use it in one run" in caplog.text
+
+
+def test_directories_are_those_of_this_machine(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.local_directory("~/runs/demo") == Path("/home/me/runs/demo")
+    assert files.local_directory("a~/b:c//d") == Path("a~/b:c/d")
+    for text in ("gs://bucket/run", "s3://bucket", "file:///tmp/run", "wandb://a"):
+        with pytest.raises(ValueError, match=f"{text}: {text.partition(':')[0]}:// is not support"):
+            files.local_directory(text)
+    with pytest.raises(ValueError, match="~nobody.at.all/run: .*; expected a directory"):
+        files.local_directory("~nobody.at.all/run")

@@ -188,9 +188,8 @@ def _on_base(
         engine.check(expected, pairs)
     for module in modules:
         name = f"{module}.weight"
-        tensors[name] = merged(
-            tensors[name], pairs[module + _PLAIN_A], pairs[module + _PLAIN_B], adapter.scale, dtype
-        )
+        change = product(pairs[module + _PLAIN_A], pairs[module + _PLAIN_B], adapter.scale)
+        tensors[name] = merged(tensors[name], [change], dtype)
     return tensors
 
 
