@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,32 @@ DTYPES = {
     "I64": np.dtype(np.int64),
 }
 INDEX = ".safetensors.index.json"
+# What stands in the place of a file that was not had: how its first bytes begin, and what it is.
+_AGAIN = "download the file again"
+_STAND_INS = (
+    (
+        rb"version https://git-lfs\.github\.com/spec/",
+        "a git-lfs pointer, not the file itself; run git lfs pull, or download it",
+    ),
+    (
+        rb"(/annex|(\.\./)*\.git/annex)/objects/",
+        "a git-annex pointer, not the file itself; run git annex get, or download it",
+    ),
+    (rb"<(!doctype html|html|head|script)\b", f"a web page, not the file itself; {_AGAIN}"),
+    (
+        rb"<\?xml[^>]*>\s*<(error|html)\b|\{\s*\"error\"|(entry|repository) not found|"
+        rb"invalid (username or password|credentials)|access to (model|dataset) ",
+        f"the error message of a server, not the file itself; {_AGAIN}",
+    ),
+    (
+        rb"\x1f\x8b|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|BZh[1-9]1AY",
+        "a packed archive; unpack it first",
+    ),
+    (rb"\x00{4096}", f"empty where it begins, as a download that was stopped leaves it; {_AGAIN}"),
+    (rb"\Z", f"an empty file; {_AGAIN}"),
+)
+# What programs write beside a file, or add to its name, until it is there.
+_UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete", ".download")
 # Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
 # system that has become read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -110,6 +137,25 @@ def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file such that no reader sees half of it, as `atomic` does."""
     with atomic(path) as file:
         file.write(payload)
+
+
+def stand_in(path: Path) -> str:
+    """Return what a file is that stands in the place of one that was not had, with the next step.
+
+    An empty text comes back for any other file, whatever it holds. At most 4096 bytes are read.
+    Raises OSError if there is no such file.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    begins = start if start.startswith(b"\x00") else start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for pattern, what in _STAND_INS:
+        if re.match(pattern, begins, re.IGNORECASE):
+            return what
+    beside = [ending for ending in _UNFINISHED if path.with_name(path.name + ending).exists()]
+    if beside or path.suffix in _UNFINISHED:
+        name = path.name + "".join(beside[:1])
+        return f"a download that is not finished ({name}); wait for it, or {_AGAIN}"
+    return ""
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -15,6 +15,7 @@ from astrolabe_jax.runtime.files import (
     read_safetensors,
     read_sharded,
     safetensors_metadata,
+    stand_in,
     write_safetensors,
 )
 
@@ -124,3 +125,42 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded, tmp_path):
     index.write_text("{")
     with pytest.raises(ValueError, match="index.json is not valid JSON"):
         read_sharded(index)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11361920418\n"
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (POINTER, "a git-lfs pointer"),
+        (b"/annex/objects/SHA256E-s1--aa\n", "a git-annex pointer"),
+        (b"../.git/annex/objects/x/y/SHA256E-s1--aa", "a git-annex pointer"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a web page"),
+        (b"\xef\xbb\xbf<html lang=en>", "a web page"),
+        (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "the error message"),
+        (b'{"error": "Access to model x is restricted"}', "the error message"),
+        (b"Entry not found", "the error message"),
+        (b"\x1f\x8b\x08\x00", "a packed archive"),
+        (bytes(8192), "empty where it begins"),
+        (b"", "an empty file"),
+        (b" \n", "an empty file"),
+        (b"a cat walks on grass\n", ""),
+        (b'{"prompts": ["an error"]}\n', ""),
+        (b"<html is a word that a prompt may begin with"[1:], ""),
+        (bytes(100) + b"weights", ""),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, content, what):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert stand_in(path).startswith(what) and bool(stand_in(path)) == bool(what)
+
+
+@pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload"])
+def test_a_download_that_is_not_finished_is_named(tmp_path, ending):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"content")
+    assert stand_in(path) == ""
+    path.with_name(path.name + ending).touch()
+    assert f"not finished (model.safetensors{ending})" in stand_in(path)
