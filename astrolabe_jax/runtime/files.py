@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,8 @@ DTYPES = {
     "I64": np.dtype(np.int64),
 }
 INDEX = ".safetensors.index.json"
+_JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
+_DIGITS = 308  # a number of so many digits is a float64
 # What stands in the place of a file that was not had: how its first bytes begin, and what it is.
 _AGAIN = "download the file again"
 _STAND_INS = (
@@ -158,6 +160,40 @@ def stand_in(path: Path) -> str:
     return ""
 
 
+def parse_json(content: str | bytes) -> Any:
+    """Return what a JSON document holds, whoever wrote it; bytes may be in any UTF.
+
+    Raises:
+      ValueError: saying why, in one line, for what is no JSON, nests too deep, is longer than any
+        config or index, or holds a number that no float64 holds.
+    """
+    if len(content) > _JSON_LIMIT:
+        raise ValueError(f"it is longer than {_JSON_LIMIT:,} characters")
+    try:
+        return json.loads(
+            content, parse_int=_whole, parse_float=_finite, parse_constant=_not_finite
+        )
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _not_finite(text)
+    return number
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is no finite number")
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """Return the JSON objects in a file, one a line; an empty list if there is no file.
 
@@ -167,16 +203,18 @@ def read_jsonl(path: Path) -> list[dict]:
     records = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(parse_json(line))
     return [record for record in records if isinstance(record, dict)]
 
 
 def read_json(path: Path) -> dict:
     """Return the JSON object in a file; raise ValueError, naming the file, if there is none."""
     try:
-        content = json.loads(path.read_text())
+        with open(path, "rb") as file:
+            content = parse_json(file.read(_JSON_LIMIT + 1))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        reason = stand_in(path) or f"not valid JSON: {error}"
+        raise ValueError(f"{path} is {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content

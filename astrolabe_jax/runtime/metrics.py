@@ -44,7 +44,7 @@ class Metrics:
         records = [
             record
             for record in read_jsonl(self._path)
-            if {"kind", "epoch"} <= record.keys() and keep(record)
+            if (type(record.get("kind")), type(record.get("epoch"))) == (str, int) and keep(record)
         ]
         write_atomic(self._path, "".join(_line(record) for record in records).encode())
         with writing(self._events_path):

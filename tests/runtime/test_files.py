@@ -12,6 +12,9 @@ import safetensors.numpy
 from astrolabe_jax.runtime.files import (
     INDEX,
     Lazy,
+    parse_json,
+    read_json,
+    read_jsonl,
     read_safetensors,
     read_sharded,
     safetensors_metadata,
@@ -164,3 +167,42 @@ def test_a_download_that_is_not_finished_is_named(tmp_path, ending):
     assert stand_in(path) == ""
     path.with_name(path.name + ending).touch()
     assert f"not finished (model.safetensors{ending})" in stand_in(path)
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b'{"a": ' * 200_000, "it nests too deep"),
+        (b"[" * 200_000, "it nests too deep"),
+        (b'{"r": 1' + b"0" * 400 + b"}", "a number of 401 digits"),
+        (b'{"r": 1e999}', "1e999 is no finite number"),
+        (b'{"r": NaN}', "NaN is no finite number"),
+        (b'{"r": ', "Expecting value"),
+        (b"\xff\xfe\xff", "codec can't decode"),
+        (b"1" + b" " * (1 << 25), "it is longer than"),
+    ],
+)
+def test_spoilt_json_is_one_short_line(tmp_path, content, fault):
+    with pytest.raises(ValueError, match=fault) as caught:
+        parse_json(content)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config.json is not valid JSON: .*{fault}"):
+        read_json(path)
+    path.write_bytes(b'{"epoch": 1}\n' + content + b'\n{"epoch": 2}\n')
+    assert read_jsonl(path) == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_of_any_utf_is_read(tmp_path, encoding):
+    path = tmp_path / "config.json"
+    path.write_bytes('{"näme": 12345678901234567890, "eps": 1e-6}'.encode(encoding))
+    assert read_json(path) == {"näme": 12345678901234567890, "eps": 1e-6}
+
+
+def test_a_pointer_in_place_of_json_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(POINTER)
+    with pytest.raises(ValueError, match="config.json is a git-lfs pointer, not the file itself"):
+        read_json(path)

@@ -14,8 +14,15 @@ def test_metrics_are_cut_back_to_where_the_run_goes_on(tmp_path):
         metrics.add({"kind": "epoch", "epoch": epoch, "loss": epoch / 3})
     metrics.close()
     path = tmp_path / "metrics.jsonl"
-    # a spoilt line; killed while it wrote the last one
-    path.write_bytes(b"\xff\x00\n" + path.read_bytes()[:-9])
+    spoilt = [
+        b"\xff\x00",
+        b'{"kind": "epoch", "epoch": ' + b"[" * 100_000,
+        b'{"kind": "epoch", "epoch": "1", "loss": 0.5}',
+        b'{"kind": "epoch", "epoch": 1, "loss": NaN}',
+        b'{"epoch": 1}',
+    ]
+    # killed while it wrote the last one
+    path.write_bytes(b"\n".join([*spoilt, path.read_bytes()[:-9]]))
     metrics = Metrics(tmp_path, 2, lambda record: record["epoch"] <= 2)
     metrics.add({"kind": "epoch", "epoch": 3, "loss": 7.0})
     metrics.close()
