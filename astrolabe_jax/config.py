@@ -45,12 +45,12 @@ def between(least: float, most: float) -> Constraint:
 
 
 def _are_timesteps(steps: Sequence[Any]) -> bool:
-    """Return whether denoising can go through `steps`: down from at most 1000, at last to 0."""
+    """Return whether denoising can go through `steps`: down from 1000, at last to 0."""
     return (
         bool(steps)
         and all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps)
         and list(steps) == sorted(set(steps), reverse=True)
-        and 0 < steps[0] <= 1000
+        and steps[0] == 1000
         and steps[-1] >= 0
     )
 
@@ -59,7 +59,8 @@ POSITIVE = Constraint("a positive number", lambda value: 0 < value < math.inf)
 BELOW_ONE = Constraint("a number in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE_OR_MINUS_ONE = Constraint("at least 1, or -1", lambda value: value == -1 or value >= 1)
 TIMESTEPS = Constraint(
-    "timesteps in (0, 1000], strictly decreasing, after which a 0 may come", _are_timesteps
+    "timesteps from 1000, pure noise, strictly decreasing, after which a 0 may come",
+    _are_timesteps,
 )
 DTYPE = one_of("float32", "bfloat16")
 
