@@ -233,9 +233,14 @@ FIELDS: dict[str, Field] = {
     "scenes.published": Field(False, "Scene strings and flushes are those of the published code."),
     "prompts.train": Field(
         "world:moving_shapes/train",
-        "Prompts of the training: a text file with one a line, or world:NAME/SPLIT.",
+        "Prompts of the training: a text file with one a line, a .jsonl, or world:NAME/SPLIT "
+        "(docs/sampling.md, Prompt files).",
     ),
     "prompts.test": Field("world:moving_shapes/test", "Prompts of the evaluation, likewise."),
+    "prompts.switch_frames": Field(
+        (),
+        "Latent frames at which the prompts of a line of a .jsonl change, where the line has none.",
+    ),
     "prompts.prompts_per_epoch": Field(6, "Prompts of an epoch, G.", at_least(1)),
     "prompts.samples_per_prompt": Field(8, "Videos of a prompt in an epoch, K.", at_least(1)),
     "prompts.repeated": Field(

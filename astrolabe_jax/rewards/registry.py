@@ -62,6 +62,7 @@ rewards that they do not use.
 """
 
 import dataclasses
+import functools
 import inspect
 import pkgutil
 import traceback
@@ -351,6 +352,7 @@ def _call(
         ) from error
 
 
+@functools.cache  # a list of prompts asks millions of times
 def _imported(name: str, target: str) -> Any:
     """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
     try:

@@ -5,8 +5,8 @@
         --lora=runs/longlive/lora --output_dir=out --frames=957 --config.model.positions=relative
 
 A prompt may be a list of scenes, "a cat[5s] | a dog[10s#]" (docs/sampling.md, Scene strings). A
-file holds one prompt a line, or, named .jsonl, one video a line, {"prompts": [...],
-"switch_frames": [...]}, with the latent frames where its prompts change.
+file holds one prompt a line, or, named .jsonl, one object a line, {"prompt": ...} or {"prompts":
+[...], "switch_frames": [...]}, with the latent frames where its prompts change.
 
 OUTPUT_DIR/videos/00000.mp4     the video of prompt 0; meanwhile 00000.partial.mp4 can be watched
 OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if
@@ -27,12 +27,12 @@ from absl import app, flags
 from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert.lora import load_lora
-from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.sample import videos
 from astrolabe_jax.sample.requests import Limits, Request, read_given, read_requests
+from astrolabe_jax.streaming.scenes import is_plain
 
 
 def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, list[Request]]:
@@ -61,9 +61,9 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         Limits(
             layout,
             runs.rules_of(config),
-            sizes["vae"].temporal_stride,
+            sizes["vae"],
             given.count,
-            lambda prompt: len(token_ids(tokenizer, prompt)),
+            tokenizer,
             sizes["text_encoder"].text_len,
         ),
     )
@@ -106,8 +106,12 @@ def _opening(run: runs.Run, requests: list[Request]) -> str:
     lengths = sorted({request.frames for request in requests})
     spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
     net = run.base.transformer.config
+    texts = {request.index: request.prompt for request in requests}.values()
+    scenes = sum(not is_plain(text) for text in texts)
+    strings = f", {scenes} of {len(texts)} prompts with scenes" if scenes else ""
     return (
-        f"{len(requests)} videos of {spans} frames ({lengths[-1] / config.video.fps:.2f} s) of "
+        f"{len(requests)} video{'s' * (len(requests) > 1)} of {spans} frames "
+        f"({lengths[-1] / config.video.fps:.2f} s{strings}) of "
         f"{config.video.height}x{config.video.width}, at most "
         f"{videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
         f"{jax.devices()[0].device_kind}; {net.num_layers} layers of {net.dim}, seed {config.seed}"
@@ -122,7 +126,12 @@ if __name__ == "__main__":
         "prompt_file": text(
             "prompt_file",
             None,
-            "one prompt a line; .jsonl: prompts and switch_frames; world:NAME/SPLIT",
+            "one prompt a line; .jsonl: prompt, or prompts and switch_frames; world:NAME/SPLIT",
+        ),
+        "switch_frames": flags.DEFINE_list(
+            "switch_frames",
+            None,
+            "latent frames where the prompts of a line of a .jsonl change that has none: 40,80",
         ),
         "output_dir": text("output_dir", None, "where videos/ and results.jsonl go", required=True),
         "lora": text("lora", None, "adapter: a PEFT directory, a run's lora/, or a weights file"),

@@ -18,7 +18,7 @@ import pytest
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.run import layout_of, rules_of
+from astrolabe_jax.run import layout_of, open_base, rules_of
 from astrolabe_jax.runtime import preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from astrolabe_jax.sample import __main__ as program
@@ -33,6 +33,7 @@ RED, GREEN = (
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
+    "switch_frames": None,
     "lora": None,
     "candidates": 1,
     "frames": 0,
@@ -48,7 +49,7 @@ def ask(base, directory, changes=None, **options):
     config = runs.small_config(base)
     config.update_from_flattened_dict(changes or {})
     values = DEFAULTS | options | {"config": config, "output_dir": str(directory)}
-    program.main(["sample"], {name: SimpleNamespace(value=value) for name, value in values.items()})
+    program.main({name: SimpleNamespace(value=value) for name, value in values.items()})
     return rows_of(directory)
 
 
@@ -270,7 +271,7 @@ def test_switched_prompts(base, tmp_path):
             {"prompt": RED},
             "--prompt: config.video.frames is 7; whole blocks .* 5 or 9",
         ),
-        ({}, {"prompt": "red " * 16}, "--prompt: scene 1 has 17 tokens, the text encoder takes 16"),
+        ({}, {"prompt": "red " * 16}, "--prompt: 'red .* has 17 tokens, the text encoder takes 16"),
         (
             {},
             {"prompt": f"{RED} | a cat", "score": True},
@@ -284,7 +285,7 @@ def test_switched_prompts(base, tmp_path):
         (
             {"model.positions": "absolute"},
             {"prompt": f"{RED}[300s]"},
-            "--prompt: 1201 frames exceed the 1024 absolute positions; use positions='relative'",
+            r"--prompt: 4800 frames \(300 s\): 1201 latent frames exceed the 1024 absolute",
         ),
         ({}, {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
         ({}, {"prompt": RED, "lora": "nowhere"}, "nowhere"),
@@ -314,18 +315,18 @@ def test_bad_input_is_refused_by_name(base, tmp_path, capsys, changes, options, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
+        ("{", "line 2: is not JSON"),
         ('{"prompts": []}', 'line 2: expected {"prompts"'),
         ('{"prompts": ["a", " "], "switch_frames": [3]}', 'line 2: expected {"prompts"'),
-        ('{"prompts": ["a"], "switch": 1}', 'line 2: expected {"prompts"'),
-        ('{"prompts": ["a", "b"]}', "line 2: switch_frames is None; expected 1 latent frames"),
+        ('{"prompts": ["a"], "switch": 1}', 'line 2: expected {"prompt"'),
+        ('{"prompts": ["a", "b"]}', r"line 2: switch_frames is \[\]; expected 1 latent frames"),
         (
             '{"prompts": ["a", "b", "c"], "switch_frames": [3, 3]}',
             "line 2: switch_frames is .*ascending",
         ),
         (
             '{"prompts": ["a", "b"], "switch_frames": [30]}',
-            "line 2: prompt 2 gets no block of the 5 frames",
+            "line 2: 5 frames are over before scene 2 begins",
         ),
     ],
 )
@@ -368,13 +369,54 @@ def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, c
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
+def asked_for(base, **options):
+    """The requests of a command, as the program reads them."""
+    config = runs.small_config(base)
+    sizes, tokenizer = open_base(config)
+    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 16)
+    return requests.read_requests(config, DEFAULTS | options, limits)
+
+
+def test_lines_of_json_and_switch_frames_for_all(base, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {"prompt": RED, "id": 7},
+        {"prompts": [RED, GREEN]},
+        {"prompts": [GREEN, "three dragons"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    plain, first, _ = asked_for(
+        base, prompt_file=str(path), frames=21, switch_frames=["4", "8"], candidates=1
+    )
+    assert plain.prompt == RED and plain.shots[0].timeline.changes == []
+    assert first.prompt == f"{RED} | {GREEN}" and first.frames == 21
+    assert [shot.timeline.prompts for shot in first.shots] == [(RED,), (GREEN,)]  # cut, no sink
+    assert [shot.frames for shot in first.shots] == [16, 5]
+    assert "a.jsonl, line 3: the tokenizer of this base does not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["4"], "--switch_frames: .*a.txt has no list of prompts"),
+        (["4", "x"], "--switch_frames is '4,x'; expected"),
+    ],
+)
+def test_switch_frames_for_nothing_are_refused(base, tmp_path, capsys, flag, message):
+    (tmp_path / "a.txt").write_text(RED)
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path / "out", prompt_file=str(tmp_path / "a.txt"), switch_frames=flag)
+    assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
 def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     """Without a | a duration is text; with one, all prompts are read, and the length is that of the
     config.
     """
     config = runs.small_config(base, **{"scenes.published": True})
     path = tmp_path / "a.txt"
-    limits = requests.Limits(layout_of(config), rules_of(config), 4, 0, len, 1000)
+    sizes, tokenizer = open_base(config)
+    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 1000)
 
     def read():
         asked = DEFAULTS | {"prompt_file": str(path), "frames": 21}
