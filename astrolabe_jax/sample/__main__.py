@@ -13,7 +13,7 @@ OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, 
                                 asked for, whose means are in average_scores.json
 
 The same command goes on where it was stopped: videos that are there and were made with the same
-settings stay.
+settings stay. A directory with other results is refused, unless --overwrite is given.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
       the run, the latents that begin every video, if any, and the requests.
 
     Raises:
-      ValueError, OSError: before anything is compiled.
+      ValueError, OSError: before anything is compiled; what costs most is done last.
     """
     config = options["config"]
     validate_sampling(config, jax.device_count(), jax.default_backend())
@@ -69,9 +69,15 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     )
     adapter = load_lora(options["lora"], sizes["transformer"]) if options["lora"] else None
     directory = Path(options["output_dir"])
+    prompts_of = {request.name: request.prompt for request in requests}
+    if not options["overwrite"]:
+        videos.refuse_others(directory, "prompt", prompts_of)
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
-    run, latents = videos.load(config, adapter, given, directory, score=options["score"])
-    return run, latents, requests
+    run = videos.load(config, adapter, given, directory, score=options["score"])
+    if not options["overwrite"]:
+        keys = {request.name: videos.key_of(run, request) for request in requests}
+        videos.refuse_others(directory, "key", keys)
+    return *videos.merge(run, adapter, given), requests
 
 
 def main(given: Mapping[str, flags.FlagHolder]) -> None:
@@ -134,6 +140,9 @@ if __name__ == "__main__":
             "latent frames where the prompts of a line of a .jsonl change that has none: 40,80",
         ),
         "output_dir": text("output_dir", None, "where videos/ and results.jsonl go", required=True),
+        "overwrite": flags.DEFINE_bool(
+            "overwrite", False, "replace the results of another command in output_dir"
+        ),
         "lora": text("lora", None, "adapter: a PEFT directory, a run's lora/, or a weights file"),
         "candidates": flags.DEFINE_integer("candidates", 1, "videos per prompt", lower_bound=1),
         "frames": flags.DEFINE_integer(

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +55,14 @@ def load(
     given: GivenFrames,
     directory: Path,
     score: bool = False,
-) -> tuple[runs.Run, np.ndarray | None]:
-    """Load the model of a config, with an adapter and its scale merged in.
+) -> runs.Run:
+    """Load the model of a config; nothing is compiled.
 
     Args:
+      lora: an adapter and its scale, which `merge` will merge in.
+      given: frames that begin every video.
       directory: of the results.
       score: also load the rewards of the config.
-
-    Returns:
-      the run, and the latents [T0, C, H, W] that begin every video, if any.
 
     Raises:
       ValueError, OSError: naming the field or file at fault.
@@ -75,25 +74,15 @@ def load(
     if lora:
         adapter, scale = lora
         fingerprint["lora"] = [_hash(jax.tree.leaves(adapter)), scale]
-        # W + scale a b, in place and where they lie
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, net.params)
-        merge = jax.jit(merge_adapter, donate_argnums=0, out_shardings=shardings)
-        net = net._replace(params=merge(net.params, adapter, scale))
-        base = base._replace(transformer=net)
-    latents = given.latents
-    if latents is not None:
-        fingerprint["given"] = _hash([latents])
-    elif given.pixels is not None:
-        fingerprint["given"] = _hash([given.pixels])
-        copies = np.repeat(given.pixels[None], mesh.size, axis=0)  # one a device
-        encoded, _ = encode_video(base.vae, copies, None, config.video.decode_chunk, mesh)
-        latents = sharding.to_host(encoded)[0]
+    for first in (given.latents, given.pixels):
+        if first is not None:
+            fingerprint["given"] = _hash([first])
     fingerprint |= {
         name: value
         for name, value in flatten(config).items()
         if name.startswith(CONTENT) and name not in NO_CONTENT
     }
-    run = runs.Run(
+    return runs.Run(
         config=config,
         workdir=directory,
         fingerprint=fingerprint,
@@ -111,7 +100,29 @@ def load(
         starts=(0,),
         reward_runner=runs.load_rewards(config, mesh) if score else RewardRunner([]),
     )
-    return run, latents
+
+
+def merge(
+    run: runs.Run, lora: tuple[dict, float] | None, given: GivenFrames
+) -> tuple[runs.Run, np.ndarray | None]:
+    """Merge an adapter and its scale into the model, and encode the frames that are given.
+
+    Returns:
+      the run, and the latents [T0, C, H, W] that begin every video, if any.
+    """
+    if lora:
+        net = run.base.transformer
+        # W + scale a b, in place and where they lie
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, net.params)
+        merged = jax.jit(merge_adapter, donate_argnums=0, out_shardings=shardings)
+        net = net._replace(params=merged(net.params, *lora))
+        run = run._replace(base=run.base._replace(transformer=net))
+    if given.pixels is None:
+        return run, given.latents
+    copies = np.repeat(given.pixels[None], run.mesh.size, axis=0)  # one a device
+    chunk = run.config.video.decode_chunk
+    encoded, _ = encode_video(run.base.vae, copies, None, chunk, run.mesh)
+    return run, sharding.to_host(encoded)[0]
 
 
 def make_videos(
@@ -323,6 +334,29 @@ def key_of(run: runs.Run, request: Request) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None:
+    """Raise ValueError if a directory holds results of another command.
+
+    Args:
+      directory: of the results.
+      field: of a row of results.jsonl that tells them apart.
+      asked: what the rows of this command have there, by the names of the videos.
+    """
+    results = directory / "results.jsonl"
+    rows = {str(row.get("sample_id")): row for row in read_jsonl(results)}
+    others = [
+        name for name, row in rows.items() if name not in asked or row.get(field) != asked[name]
+    ]
+    # rows are written before the first video is, so these are not ours
+    if not results.exists():
+        others = sorted(path.stem for path in (directory / VIDEOS).glob("*.mp4"))
+    if others:
+        raise ValueError(
+            f"{directory} holds {len(others)} video{'s' * (len(others) > 1)} of another command, "
+            f"{others[0][:60]}.mp4 first; give another --output_dir, or --overwrite to replace them"
+        )
+
+
 def sample(
     run: runs.Run, given: np.ndarray | None, requests: Sequence[Request], check: Callable[[], None]
 ) -> None:
@@ -344,10 +378,7 @@ def sample(
         log(f"{len(rows)} of {len(requests)} videos are there already")
     others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]
     if others:
-        log(
-            f"{len(others)} videos of other settings are replaced in {videos}, {others[0]}.mp4 "
-            "first"
-        )
+        log(f"{len(others)} videos are replaced in {videos}, {others[0]}.mp4 first")
     _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     add = Progress(check=check).counter(
         f"{len(left)} videos", sum(request.frames for request in left), "frames"

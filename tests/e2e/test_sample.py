@@ -34,6 +34,7 @@ DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
     "switch_frames": None,
+    "overwrite": False,
     "lora": None,
     "candidates": 1,
     "frames": 0,
@@ -171,11 +172,42 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     calls.clear()
     moved = tmp_path.rename(tmp_path.with_name("moved"))  # paths in the results are for people
     assert len(ask(base, moved, prompt_file=listed)) == 3 and not calls
-    ask(base, moved, {"seed": 5}, prompt_file=listed)
+    ask(base, moved, {"seed": 5}, prompt_file=listed, overwrite=True)
     assert len(calls) == 3
     # fewer prompts: the rest are not its results
-    (row,) = ask(base, moved, {"seed": 5}, prompt=RED)
+    (row,) = ask(base, moved, {"seed": 5}, prompt=RED, overwrite=True)
     assert row["sample_id"] == "00000"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"seed": 5}, {"prompt_file": True}),  # known when the model is loaded
+        ({}, {"prompt": RED}),  # fewer videos
+        ({"base": "moving_shapes"}, {"prompt": GREEN}),  # known before: this base does not fit
+    ],
+)
+def test_the_results_of_another_command_are_kept(base, made, listed, capsys, changes, options):
+    directory, rows = made
+    if "prompt_file" in options:
+        options = {"prompt_file": listed}
+    with pytest.raises(SystemExit) as ended:
+        ask(base, directory, changes, **options)
+    assert ended.value.code == 2 and rows_of(directory) == rows
+    assert re.search(
+        r"error: .*out holds \d videos of another command, 0000\d.mp4 first; give another "
+        "--output_dir, or --overwrite",
+        capsys.readouterr().err,
+    )
+
+
+def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/00000.mp4").write_bytes(b"holidays")
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path, prompt=RED)
+    assert "holds 1 video of another command, 00000.mp4 first" in capsys.readouterr().err
+    assert (tmp_path / "videos/00000.mp4").read_bytes() == b"holidays"
 
 
 def test_an_adapter_is_merged(base, tmp_path, capsys):
@@ -191,11 +223,8 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     assert np.abs(frames_of(plain) - frames_of(adapted)).max() > 5
     assert plain["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
-    (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
-    assert (
-        weaker["key"] != adapted["key"]
-        and "1 videos of other settings are replaced" in capsys.readouterr().out
-    )
+    (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"), overwrite=True)
+    assert weaker["key"] != adapted["key"] and "1 videos are replaced" in capsys.readouterr().out
     adapter["self_attn.q"]["a"][:] = np.nan
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     with pytest.raises(SystemExit) as ended:
@@ -379,11 +408,7 @@ def asked_for(base, **options):
 
 def test_lines_of_json_and_switch_frames_for_all(base, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    lines = [
-        {"prompt": RED, "id": 7},
-        {"prompts": [RED, GREEN]},
-        {"prompts": [GREEN, "three dragons"]},
-    ]
+    lines = [{"prompt": RED, "id": 7}, {"prompts": [RED, GREEN]}, {"prompts": [GREEN, "three dragons"]}]
     path.write_text("\n".join(map(json.dumps, lines)))
     plain, first, _ = asked_for(
         base, prompt_file=str(path), frames=21, switch_frames=["4", "8"], candidates=1
