@@ -450,14 +450,13 @@ def _prompts(
             )
         if jax.process_index() == 0:
             read = scene_reader(config, layout_of(config), sizes["vae"])
-            rewards = list(config.rewards)
             prompts.check(
                 source,
                 lines,
                 lambda line: [scene.prompt for scene in read(line)],
                 tokenizer,
                 sizes["text_encoder"].text_len,
-                lambda text: registry.check_prompt(rewards, text),
+                registry.prompt_check(config.rewards),
             )
             _log_scenes(config, source, lines)
     return lines

@@ -408,7 +408,11 @@ def asked_for(base, **options):
 
 def test_lines_of_json_and_switch_frames_for_all(base, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    lines = [{"prompt": RED, "id": 7}, {"prompts": [RED, GREEN]}, {"prompts": [GREEN, "three dragons"]}]
+    lines = [
+        {"prompt": RED, "id": 7},
+        {"prompts": [RED, GREEN]},
+        {"prompts": [GREEN, "three dragons"]},
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     plain, first, _ = asked_for(
         base, prompt_file=str(path), frames=21, switch_frames=["4", "8"], candidates=1
