@@ -66,6 +66,7 @@ MAY_DIFFER = frozenset(
         "transformer",
         "prompts.train",
         "prompts.test",
+        "prompts.switch_frames",
         "lora.init",
         "train.epochs",
         "train.checkpoint_every",

@@ -45,12 +45,12 @@ def between(least: float, most: float) -> Constraint:
 
 
 def _are_timesteps(steps: Sequence[Any]) -> bool:
-    """Return whether denoising can go through `steps`: down from at most 1000, at last to 0."""
+    """Return whether denoising can go through `steps`: down from 1000, at last to 0."""
     return (
         bool(steps)
         and all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps)
         and list(steps) == sorted(set(steps), reverse=True)
-        and 0 < steps[0] <= 1000
+        and steps[0] == 1000
         and steps[-1] >= 0
     )
 
@@ -59,7 +59,8 @@ POSITIVE = Constraint("a positive number", lambda value: 0 < value < math.inf)
 BELOW_ONE = Constraint("a number in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE_OR_MINUS_ONE = Constraint("at least 1, or -1", lambda value: value == -1 or value >= 1)
 TIMESTEPS = Constraint(
-    "timesteps in (0, 1000], strictly decreasing, after which a 0 may come", _are_timesteps
+    "timesteps from 1000, pure noise, strictly decreasing, after which a 0 may come",
+    _are_timesteps,
 )
 DTYPE = one_of("float32", "bfloat16")
 
@@ -232,9 +233,14 @@ FIELDS: dict[str, Field] = {
     "scenes.published": Field(False, "Scene strings and flushes are those of the published code."),
     "prompts.train": Field(
         "world:moving_shapes/train",
-        "Prompts of the training: a text file with one a line, or world:NAME/SPLIT.",
+        "Prompts of the training: a text file with one a line, a .jsonl, or world:NAME/SPLIT "
+        "(docs/sampling.md, Prompt files).",
     ),
     "prompts.test": Field("world:moving_shapes/test", "Prompts of the evaluation, likewise."),
+    "prompts.switch_frames": Field(
+        (),
+        "Latent frames at which the prompts of a line of a .jsonl change, where the line has none.",
+    ),
     "prompts.prompts_per_epoch": Field(6, "Prompts of an epoch, G.", at_least(1)),
     "prompts.samples_per_prompt": Field(8, "Videos of a prompt in an epoch, K.", at_least(1)),
     "prompts.repeated": Field(

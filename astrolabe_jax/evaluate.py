@@ -50,7 +50,7 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     waiting = []
     for first in range(0, len(batch.texts), size):
         part = batch.take(np.arange(first, min(first + size, len(batch.texts))))
-        timelines = [timeline_of(run.config, run.layout, text, _length(run)) for text in part.texts]
+        timelines = [timeline_of(run, text, _length(run)) for text in part.texts]
         real = np.stack(
             [
                 world.sample(_scenes(run, timeline), _generator(run, part, j))

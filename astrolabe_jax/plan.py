@@ -158,7 +158,7 @@ def _trace_blocks(
     """
     traced = bool(run.config.streaming.window)
     frames = run.config.model.block if traced else run.latent_shape[0]
-    timeline = timeline_of(run.config, run.layout, "a", frames)
+    timeline = timeline_of(run, "a", frames)
     batch = PromptBatch(("a",) * count, np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
     video = run.config.video
     chunk = min(video.decode_chunk, frames)

@@ -1,57 +1,169 @@
-"""Stage prompts: which videos an epoch asks for.
+"""Stage prompts: lists of prompts, and which videos an epoch asks for.
 
+`load` reads a list for training, evaluation and sampling alike (docs/sampling.md, Prompt files).
 Everything is derived from (seed, epoch), so a resumed run draws what the uninterrupted one draws,
 and no position in the list has to be stored.
 """
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from astrolabe_jax.models.tokenizer import token_ids
+from astrolabe_jax.runtime.files import parse_json, stand_in
+from astrolabe_jax.runtime.progress import log
 from astrolabe_jax.types import PromptBatch, RngStream
 from astrolabe_jax.worlds import WORLDS, World
 
 WORLD_PREFIX = "world:"
+_AT_ONCE = 10_000  # prompts that are cut into tokens together
+LOOKED_UP = 2000  # prompts of a list, spread over it, whose words are looked up
+_COLUMNS = {"prompt", "prompts", "caption", "captions"}  # of a table of prompts
 
 
-def load(
-    source: str,
-    count_tokens: Callable[[str], int],
-    limit: int,
-    check: Callable[[str], None] = lambda prompt: None,
-) -> tuple[str, ...]:
-    """Return the prompts of a text file (UTF-8, one a line) or of `world:NAME/SPLIT`, in order.
+def load(source: str, switch_frames: Sequence[int] = ()) -> tuple[str, ...]:
+    """Return the prompts of a file or of `world:NAME/SPLIT`, in order, as they are written.
+
+    A file is UTF-8: one prompt a line, or, named .jsonl, one JSON object a line. Of an object that
+    has a `prompt` that comes back, of one that has `prompts` the object itself, with its switch
+    frames (streaming/scenes.py reads it).
 
     Args:
       source: the file or the list of a world.
-      count_tokens: of a prompt; ValueError for one that has none.
-      limit: tokens that a prompt may have.
-      check: raises ValueError for prompts that the rewards cannot judge.
+      switch_frames: latent frames at which `prompts` change, where a line has none.
 
     Raises:
       ValueError, OSError: naming the file and the line at fault.
     """
-    world = world_of(source)
-    lines = world.prompts(source.partition("/")[2]) if world else _lines(Path(source))
+    if world := world_of(source):
+        return tuple(world.prompts(source.partition("/")[2]))
+    lines = [line.strip() for line in _lines(Path(source))]
+    if not all(lines):
+        raise ValueError(
+            f"{place(source, lines.index('') + 1)} is empty; write a prompt there or delete the "
+            "line"
+        )
+    if not source.endswith(".jsonl"):
+        return tuple(lines)
+    prompts = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(
-                f"{source}, line {number} is empty; write a prompt there or delete the line"
-            )
         try:
-            tokens = count_tokens(line)
-            if tokens <= limit:
-                check(line.strip())
+            prompts.append(_from_json(line, switch_frames))
+            prompts[-1].encode()  # JSON can hold half a character
         except ValueError as error:
-            raise ValueError(f"{source}, line {number}: {error}") from None
-        if tokens > limit:
-            raise ValueError(
-                f"{source}, line {number} has {tokens} tokens, the text encoder takes {limit} with "
-                f"the end token; shorten the prompt: {line[:60]!r}..."
-            )
-    return tuple(line.strip() for line in lines)
+            raise ValueError(f"{place(source, number)}: {error}") from None
+    return tuple(prompts)
+
+
+def check(
+    source: str,
+    prompts: Sequence[str],
+    texts_of: Callable[[str], Sequence[str]],
+    tokenizer: Any,
+    limit: int,
+    judge: Callable[[str], None],
+) -> None:
+    """Refuse prompts that cannot be encoded or scored, and warn of those that may be mistakes.
+
+    A text of a list that is too short to have `limit` tokens is not cut into tokens, unless its
+    words are looked up; equal prompts and unknown words are warned of.
+
+    Args:
+      source: where the prompts are from: a file, the list of a world, or a --flag.
+      texts_of: gives the texts of the scenes of a prompt; ValueError for one that has none.
+      tokenizer: of the text encoder.
+      limit: tokens that a text may have.
+      judge: raises ValueError for a text whose videos the rewards cannot score.
+
+    Raises:
+      ValueError: naming the line at fault.
+    """
+    step = len(prompts) // LOOKED_UP + 1
+    looked_up = 0
+    unknown = []
+    for first in range(0, len(prompts), _AT_ONCE):
+        texts: list[tuple[int, str]] = []
+        number = first
+        try:
+            for number, prompt in enumerate(prompts[first : first + _AT_ONCE], start=first + 1):
+                texts += [(number, text) for text in texts_of(prompt)]
+            chosen = [pair for pair in texts if not pair[0] % step or _may_be_long(pair[1], limit)]
+            rows = token_ids(tokenizer, [text for _, text in chosen])
+            looked_up += len(rows)
+            for (number, text), ids in zip(chosen, rows, strict=True):
+                if len(ids) > limit:
+                    raise ValueError(
+                        f"{text[:60]!r}... has {len(ids)} tokens, the text encoder takes {limit} "
+                        "with the end token; shorten it"
+                    )
+                if 2 * ids.count(tokenizer.unk_token_id) > len(ids) - 1:
+                    unknown.append((number, text))
+            for pair in texts:
+                number = pair[0]
+                judge(pair[1])
+        except ValueError as error:
+            raise ValueError(f"{place(source, number)}: {error}") from None
+    if unknown:
+        number, text = unknown[0]
+        log(
+            f"warning: {place(source, number)}: the tokenizer of this base does not know most "
+            f"words of {text[:60]!r}; so it is with {len(unknown)} of {looked_up} texts looked at"
+        )
+    if len(set(prompts)) < len(prompts):
+        _warn_of_equal(source, prompts)
+
+
+def place(source: str, number: int) -> str:
+    """Return the name of a prompt in messages: its file and line, or its flag."""
+    return source if source.startswith("--") else f"{source}, line {number}"
+
+
+def _may_be_long(text: str, limit: int) -> bool:
+    """Return whether a text may have more than `limit` tokens.
+
+    A token has a character at least, beside the end token and a mark where a text begins. Only
+    outside of ASCII, and where entities of HTML are, may cleaning make a text longer.
+    """
+    return len(text) + 2 > limit or not text.isascii() or "&" in text
+
+
+def _warn_of_equal(source: str, prompts: Sequence[str]) -> None:
+    first: dict[str, int] = {}
+    equal = [
+        (number, prompt)
+        for number, prompt in enumerate(prompts, start=1)
+        if first.setdefault(prompt, number) != number
+    ]
+    number, prompt = equal[0]
+    log(
+        f"warning: {source}: {len(equal)} of {len(prompts)} prompts stand there more than once, "
+        f"line {number} that of line {first[prompt]}: {prompt[:60]!r}"
+    )
+
+
+def _from_json(line: str, switch_frames: Sequence[int]) -> str:
+    """Return the prompt of a line of a .jsonl, see `load`; ValueError if it has none."""
+    try:
+        content = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    known = isinstance(content, dict)
+    prompt = content.get("prompt", "") if known else None
+    texts = content.get("prompts") if known else None
+    others = [name for name in content if "switch" in name] if known else []
+    if texts is None and isinstance(prompt, str) and prompt.strip():
+        return prompt.strip()
+    if not isinstance(texts, list) or prompt or others not in ([], ["switch_frames"]):
+        raise ValueError(
+            'expected {"prompt": "..."} or {"prompts": ["...", ...], "switch_frames": [40, ...]}'
+        )
+    switches = content.get("switch_frames", list(switch_frames[: len(texts) - 1]))
+    return json.dumps({"prompts": texts, "switch_frames": switches}, ensure_ascii=False)
 
 
 def world_of(source: str) -> World | None:
@@ -131,6 +243,10 @@ def _lines(path: Path) -> list[str]:
             f"prompt file {path} does not exist; give a text file or {WORLD_PREFIX}NAME/SPLIT"
         )
     content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"prompt file {path} is empty; write one prompt a line")
+    if what := stand_in(path):
+        raise ValueError(f"prompt file {path} is {what}")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -139,11 +255,34 @@ def _lines(path: Path) -> list[str]:
             f"prompt file {path} is not UTF-8: byte {error.start} (line {line}) is "
             f"{content[error.start]:#04x}; save the file as UTF-8"
         ) from None
-    if not text.strip():
-        raise ValueError(f"prompt file {path} is empty; write one prompt a line")
+    if fault := _fault_of_form(text, path):
+        raise ValueError(f"prompt file {path} {fault}")
     # Not splitlines: it also splits at characters that may stand inside a prompt, and line numbers
     # would be off.
     return text.removeprefix("\ufeff").removesuffix("\n").split("\n")
+
+
+def _fault_of_form(text: str, path: Path) -> str:
+    """Return what a text is that is no list of prompts, with the next step; else nothing."""
+    head = text.removeprefix("\ufeff").lstrip()[:1_000_000].partition("\n")[0].strip()
+    if path.suffix == ".jsonl":
+        return ""
+    columns = [column.strip('" \r').lower() for column in re.split(r"[,;\t]", head)]
+    if path.suffix in (".csv", ".tsv") or not _COLUMNS.isdisjoint(columns):
+        return (
+            f"is a table, {head[:60]!r} first; write its column of prompts to a file of "
+            "its own, one prompt a line, without the head"
+        )
+    try:
+        is_json = head in ("{", "[") or isinstance(parse_json(head), dict | list)
+    except ValueError:
+        is_json = False
+    if is_json:
+        return (
+            f"holds JSON, {head[:60]!r} first; write one object a line, "
+            '{"prompt": "..."}, to a file whose name ends in .jsonl'
+        )
+    return ""
 
 
 def _order(size: int, seed: int, turn: int, distinct: int) -> np.ndarray:

@@ -19,8 +19,9 @@ from astrolabe_jax.convert import hub
 from astrolabe_jax.convert.lora import load_lora
 from astrolabe_jax.convert.parts import PARTS
 from astrolabe_jax.models.lora import init_adapter
-from astrolabe_jax.models.tokenizer import load_tokenizer, token_ids
+from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.wan.config import Layout
+from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import files, multihost
@@ -188,6 +189,7 @@ def _check_model(
     found = {name: lines for name, lines in lists.items() if lines is not None}
     if not fitted or len(found) < len(lists):
         return None
+    _warn_of_overlap(found)
     starts = faults.attempt(_window_starts, config, fitted[0], sizes, found)
     leaves = jax.tree.leaves(adapter)
     fingerprint = {
@@ -367,15 +369,32 @@ def geometry(
     layout = layout_of(config)
     sampler = sampler_of(config)
     size = latent_size(config, sizes)
-    with error_prefix("config.video.frames"):
-        frames = sizes["vae"].latent_frames(config.video.frames)
-    with error_prefix("config.video.frames and config.model"):
-        layout.check_frames(frames)
+    frames = latent_length("config.video.frames", config.video.frames, layout, sizes["vae"])
     last = max(window_starts(config, frames))
     window = config.streaming.window or frames
     with error_prefix("config.loss.mask_block"):
         training_layout(config, layout).check_frames(window)
     return layout, sampler, (last + window, *size)
+
+
+def latent_length(name: str, frames: int, layout: Layout, vae: VaeConfig) -> int:
+    """Return the latent frames of so many pixel frames.
+
+    Raises ValueError, naming the field or flag `name` that they were given by, and the nearest
+    numbers that are whole blocks.
+    """
+    stride = vae.temporal_stride
+    latents = 1 + (frames - 1) // stride
+    whole = (layout.whole(latents), layout.whole(latents + 1, up=True))
+    fits = [vae.pixel_frames(count) for count in whole if count > 0]
+    if frames not in fits:
+        raise ValueError(
+            f"{name} is {frames}; whole blocks of {layout.block} latent frames make "
+            f"{' or '.join(map(str, fits))} frames"
+        )
+    with error_prefix(f"{name} is {frames}"):
+        layout.check_frames(latents)
+    return latents
 
 
 @error_prefix("config.model")
@@ -413,20 +432,24 @@ def rules_of(config: ConfigDict) -> scenes.Rules:
     return scenes.Rules(settings.transition, settings.cut, settings.global_sink, settings.published)
 
 
-def timeline_of(config: ConfigDict, layout: Layout, prompt: str, frames: int) -> Timeline:
+def timeline_of(run: Run, prompt: str, frames: int) -> Timeline:
     """Return the timeline of the first `frames` latent frames of a video of `prompt`.
 
-    Where windows are trained, a prompt may be a scene string; elsewhere it is taken literally.
+    Where windows are trained, a prompt may have scenes; elsewhere it is taken literally.
     """
-    return scenes.timeline_of(scenes_of(config, layout, prompt), frames, layout, rules_of(config))
+    read = scene_reader(run.config, run.layout, run.base.vae.config)
+    return scenes.timeline_of(read(prompt), frames, run.layout, rules_of(run.config))
 
 
-def scenes_of(config: ConfigDict, layout: Layout, prompt: str) -> list[scenes.Scene]:
-    """Return the scenes of a prompt, see `timeline_of`."""
+def scene_reader(
+    config: ConfigDict, layout: Layout, vae: VaeConfig
+) -> Callable[[str], list[scenes.Scene]]:
+    """Return what gives the scenes of a prompt of a training, see `timeline_of`."""
     if not config.streaming.window:
-        return [scenes.Scene(prompt, 0.0, 0, False)]
-    parse = scenes.parse_published if config.scenes.published else scenes.parse
-    return parse(prompt, layout.block, config.video.fps)
+        return lambda prompt: [scenes.literal(prompt)]
+    rules = rules_of(config)
+    fps = config.video.fps
+    return lambda prompt: scenes.read(prompt, layout, rules, fps, vae.temporal_stride)
 
 
 def _window_starts(
@@ -443,23 +466,30 @@ def _window_starts(
     starts = window_starts(config, frames)
     if not config.streaming.window:
         return starts
-    with error_prefix("config.eval.frames"):
-        shown = sizes["vae"].latent_frames(eval_frames(config))
-        layout.check_frames(shown)
+    shown = latent_length("config.eval.frames", eval_frames(config), layout, sizes["vae"])
+    read = scene_reader(config, layout, sizes["vae"])
     for name, length in (("train", frames), ("test", shown)):
         first = None
+        seen = set()  # lengths and cuts of scenes, which are all that timelines depend on
         for number, line in enumerate(lists[name], start=1):
+            shape = () if scenes.is_plain(line) else tuple(scene[1:] for scene in read(line))
+            if shape in seen:
+                continue
+            seen.add(shape)
             with error_prefix(f"config.prompts.{name}: line {number}"):
-                timeline = timeline_of(config, layout, line, length)
+                timeline = scenes.timeline_of(read(line), length, layout, rules_of(config))
                 first = first or timeline
-                _check_timeline(config, timeline, first, length)
+                _check_timeline(config, timeline, first, sizes["vae"].pixel_frames(length))
                 if name == "train":
                     starts = _without_change(config, starts, timeline)
     return starts
 
 
 def _check_timeline(config: ConfigDict, timeline: Timeline, first: Timeline, frames: int) -> None:
-    """Raise ValueError for a timeline that cannot be sampled with others, such as `first`."""
+    """Raise ValueError for a timeline that cannot be sampled with others, such as `first`.
+
+    frames: pixel frames of the video.
+    """
     streaming = config.streaming
     reencodes = streaming.prefix != "rollout_old" or streaming.recache_on_update
     restarts = any(
@@ -468,7 +498,7 @@ def _check_timeline(config: ConfigDict, timeline: Timeline, first: Timeline, fra
     for broken, fault in (
         (
             timeline.blocks[-1].scene != len(timeline.prompts) - 1,
-            f"the {frames} latent frames of a video are over before its last scene; raise "
+            f"the {frames} frames of a video are over before its last scene; raise "
             "config.video.frames, or for held-out videos config.eval.frames",
         ),
         (
@@ -528,8 +558,11 @@ def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int,
     unit = [vae.spatial_stride * patch for patch in net.patch_size[1:]]
     for name, step in zip(("height", "width"), unit, strict=True):
         if video[name] % step:
+            below = video[name] // step * step
+            fits = [str(size) for size in (below, below + step) if size]
             raise ValueError(
-                f"config.video.{name} is {video[name]}; this model takes multiples of {step} pixels"
+                f"config.video.{name} is {video[name]}; this model takes multiples of {step} "
+                f"pixels, {' or '.join(fits)}"
             )
     return net.in_channels, video.height // vae.spatial_stride, video.width // vae.spatial_stride
 
@@ -537,26 +570,59 @@ def latent_size(config: ConfigDict, sizes: Mapping[str, Any]) -> tuple[int, int,
 def _prompts(
     config: ConfigDict, name: str, tokenizer: Any, sizes: dict[str, Any], least: int
 ) -> tuple[str, ...]:
-    """Return the prompts of config.prompts.NAME, at least `least`, each one checked."""
-    layout = layout_of(config)
+    """Return the prompts of config.prompts.NAME, at least `least`.
 
-    def check(line: str) -> None:
-        for scene in scenes_of(config, layout, line):
-            registry.check_prompt(list(config.rewards), scene.prompt)
-
-    def tokens(line: str) -> int:
-        return max(
-            len(token_ids(tokenizer, scene.prompt)) for scene in scenes_of(config, layout, line)
-        )
-
+    Process 0 checks each one: of a list of millions that takes seconds.
+    """
+    source = config.prompts[name]
     with error_prefix(f"config.prompts.{name}"):
-        lines = prompts.load(config.prompts[name], tokens, sizes["text_encoder"].text_len, check)
+        lines = prompts.load(source, config.prompts.switch_frames)
         if len(lines) < least:
             raise ValueError(
-                f"{config.prompts[name]} has {len(lines)} prompts, an epoch takes {least} "
+                f"{source} has {len(lines)} prompts, an epoch takes {least} "
                 "different ones; add prompts or lower config.prompts.prompts_per_epoch"
             )
+        if jax.process_index() == 0:
+            read = scene_reader(config, layout_of(config), sizes["vae"])
+            prompts.check(
+                source,
+                lines,
+                lambda line: [scene.prompt for scene in read(line)],
+                tokenizer,
+                sizes["text_encoder"].text_len,
+                registry.prompt_check(config.rewards),
+            )
+            _log_scenes(config, source, lines)
     return lines
+
+
+def _log_scenes(config: ConfigDict, source: str, lines: Sequence[str]) -> None:
+    """Log how many prompts have scenes, or would have them where scenes are read."""
+    count = sum(not scenes.is_plain(line) for line in lines)
+    if not count:
+        return
+    if config.streaming.window:
+        log(f"{source}: {count} of {len(lines)} prompts have scenes")
+    else:
+        log(
+            f"warning: {source}: {count} of {len(lines)} prompts have a | or a duration, which is "
+            "text where whole videos are trained, and a scene string to sample; write \\| and \\[ "
+            "where it is text"
+        )
+
+
+def _warn_of_overlap(lists: Mapping[str, Sequence[str]]) -> None:
+    """Log a warning if held-out prompts are trained on."""
+    if jax.process_index():
+        return
+    trained = set(lists["train"])
+    both = [prompt for prompt in lists["test"] if prompt in trained]
+    if both:
+        log(
+            f"warning: config.prompts.test: {len(both)} of {len(lists['test'])} held-out prompts "
+            f"are training prompts, {both[0][:60]!r} first; their scores do not tell how the "
+            "policy does on new ones"
+        )
 
 
 def _fresh_adapter(config: ConfigDict, net: Any) -> dict:

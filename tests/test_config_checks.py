@@ -59,6 +59,10 @@ def test_every_published_list_of_steps_is_valid(steps):
         ),
         ({"sampler.steps": ()}, r"config.sampler.steps is \(\)"),
         ({"sampler.steps": (0,)}, r"config.sampler.steps is \(0,\); .* after which a 0 may come"),
+        (
+            {"sampler.steps": (750, 500, 250)},
+            r"config.sampler.steps is \(750, 500, 250\); expected timesteps from 1000, pure noise",
+        ),
         ({"sampler.steps": (500, 0, 0)}, r"config.sampler.steps is \(500, 0, 0\)"),
         ({"sampler.steps": (500, -1)}, r"config.sampler.steps is \(500, -1\)"),
         ({"eval.shown": 200}, "config.eval.shown is 200; expected at most eval.videos, 144"),

@@ -23,7 +23,8 @@ PAGES = [*MANUAL, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("experiments/*/README
 CITATION = re.compile(r"\bdocs/(\w+\.md)(?:, ([A-Z][^\"]{0,80}))?")
 # notes that readers do not have
 PRIVATE = re.compile(
-    r"\bspec/|\bspec \w+\.md|(?<![\w/])(?:model|sampling|vae_and_text|checkpoints|objective"
+    r"(?<!\.com/)\bspec/|\bspec \w+\.md"
+    r"|(?<![\w/])(?:model|sampling|vae_and_text|checkpoints|objective"
     r"|streaming|rewards|paper|platform|embedded_world)\.md\b"
 )
 SECTION = re.compile(r"\b[Ss]ections? (?:\d[\d.]*|[AB]\d)|\((?:(?:[1-9]|1[0-5])\.\d{1,2}|[AB]\d)\)")

@@ -1,13 +1,17 @@
 """Prompts to embeddings: cleaning, tokenizers on disk, padding."""
 
 import dataclasses
+import html
 import json
 
+import ftfy
 import jax
 import numpy as np
 import pytest
 import sentencepiece
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from astrolabe_jax import encode, sharding
 from astrolabe_jax.convert.nets import Net
@@ -73,6 +77,12 @@ def test_an_over_long_prompt_is_refused_with_its_index(tokenizer):
 )
 def test_cleaning(text, cleaned):
     assert tokenizers.clean(text) == cleaned
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126)))
+def test_cleaning_of_ascii_is_that_of_all_text(text):
+    """Lists of millions take a short cut."""
+    assert tokenizers.clean(text) == " ".join(html.unescape(ftfy.fix_text(text)).split())
 
 
 def test_embeddings_are_zero_beyond_the_end_token(tokenizer, model):

@@ -182,7 +182,7 @@ def refusal(config, devices, capsys):
     ("changes", "devices", "expected"),
     [
         ({"base": "nowhere"}, 1, "error: base 'nowhere': no nowhere/config.json; expected"),
-        ({"video.frames": 6}, 1, "error: config.video.frames: 6 pixel frames"),
+        ({"video.frames": 6}, 1, "error: config.video.frames is 6; whole blocks"),
         (
             {"model.size": "wan_2b"},
             1,

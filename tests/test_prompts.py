@@ -2,6 +2,8 @@
 nothing too early.
 """
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -13,28 +15,44 @@ from astrolabe_jax.types import RngStream
 from astrolabe_jax.worlds.moving_shapes import vocabulary
 
 
-def words(text):
-    return len(text.split())
+class Words:
+    """A tokenizer that knows all words but `corgi`."""
+
+    unk_token_id = 2
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, texts, add_special_tokens):
+        self.seen += texts
+        return {
+            "input_ids": [
+                [*(2 if word == "corgi" else 5 for word in text.split()), 1] for text in texts
+            ]
+        }
 
 
-def write(tmp_path, content):
-    path = tmp_path / "list.txt"
+def write(tmp_path, content, name="list.txt"):
+    path = tmp_path / name
     path.write_bytes(content)
     return str(path)
+
+
+def check(source, texts, limit=6, judge=lambda text: None, tokenizer=None):
+    """Check prompts whose scenes are separated by slashes."""
+    prompts.check(source, texts, lambda text: text.split("/"), tokenizer or Words(), limit, judge)
 
 
 @pytest.mark.parametrize("ending", [b"", b"\n"])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_file_keeps_its_lines_in_order(tmp_path, newline, ending):
     source = write(tmp_path, newline.join(["a köln dome".encode(), b"b", b"  a  "]) + ending)
-    assert prompts.load(source, words, 5) == ("a köln dome", "b", "a")
+    assert prompts.load(source) == ("a köln dome", "b", "a")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_world_gives_its_split(split):
-    assert prompts.load(f"world:moving_shapes/{split}", words, 16) == tuple(
-        vocabulary.prompts(split)
-    )
+    assert prompts.load(f"world:moving_shapes/{split}") == tuple(vocabulary.prompts(split))
 
 
 @pytest.mark.parametrize(
@@ -45,25 +63,112 @@ def test_world_gives_its_split(split):
         (b"one\n\nthree\n", "list.txt, line 2 is empty"),
         (b"one\n   \n", "list.txt, line 2 is empty"),
         (b"one\n\n", "list.txt, line 2 is empty"),
-        (b"one\nlong " + b"word " * 9, "list.txt, line 2 has 10 tokens, the text encoder takes 5"),
         (b"one\nna\xefve\n", "list.txt is not UTF-8: byte 6 (line 2) is 0xef"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3a\nsize 145875068\n",
+            "list.txt is a git-lfs pointer, not the file itself; run git lfs pull",
+        ),
+        (b"<!DOCTYPE html>\n<html>", "list.txt is a web page"),
+        (b"PK\x03\x04\xff", "list.txt is not UTF-8"),
+        (b"Prompt\tCategory\na cat\tAnimals\n", "list.txt is a table, 'Prompt\\tCategory' first"),
+        (b'uuid,prompt,time\n1,"a cat",0\n', "list.txt is a table, 'uuid,prompt,time' first"),
+        (b'{"prompt": "a cat"}\n', "list.txt holds JSON, "),
+        (b'[\n "a cat"\n]\n', "whose name ends in .jsonl"),
     ],
 )
 def test_bad_files_are_refused_by_file_and_line(tmp_path, content, expected):
     with pytest.raises(ValueError) as error:
-        prompts.load(write(tmp_path, content), words, 5)
+        prompts.load(write(tmp_path, content))
     assert expected in str(error.value)
 
 
-def test_what_the_rewards_cannot_judge_is_refused_by_file_and_line(tmp_path):
-    def check(prompt):
-        if "cat" in prompt:
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_table_is_refused_by_its_name(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is a table"):
+        prompts.load(write(tmp_path, b"a cat;0\n", name))
+
+
+@pytest.mark.parametrize("line", ["{a|b} cat", "[4k] a cat", '"prompt" in neon', "neon, text"])
+def test_text_that_resembles_other_forms_is_text(tmp_path, line):
+    assert prompts.load(write(tmp_path, line.encode())) == (line,)
+
+
+def test_lines_of_json(tmp_path):
+    lines = (
+        b'{"tag": "colors", "include": [], "prompt": " a k\\u00f6ln dome "}\n'
+        b'{"prompts": ["a", "b", "c"]}\n'
+        b'{"prompts": ["a", "b"], "switch_frames": [3]}\n'
+        b'{"id": 7, "prompts": ["a | b"]}\n'
+    )
+    assert prompts.load(write(tmp_path, lines, "list.jsonl"), (40, 80)) == (
+        "a köln dome",
+        '{"prompts": ["a", "b", "c"], "switch_frames": [40, 80]}',
+        '{"prompts": ["a", "b"], "switch_frames": [3]}',
+        '{"prompts": ["a | b"], "switch_frames": []}',
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b"a cat", "line 2: is not JSON"),
+        (b"[" * 100_000, "line 2: is not JSON"),
+        (b'["a cat"]', 'line 2: expected {"prompt"'),
+        (b'{"prompt": " "}', 'line 2: expected {"prompt"'),
+        (b'{"prompt": "a", "prompts": ["b"]}', "line 2: "),
+        (b'{"prompts": ["a", "b"], "switch_frame": [3]}', 'line 2: expected {"prompt"'),
+        (b'{"prompt": "\\ud800"}', "line 2: "),
+        (b"", "line 2 is empty"),
+    ],
+)
+def test_bad_lines_of_json_are_refused_by_line(tmp_path, line, expected):
+    source = write(tmp_path, b'{"prompt": "a"}\n' + line + b'\n{"prompt": "a"}\n', "list.jsonl")
+    with pytest.raises(ValueError) as error:
+        prompts.load(source)
+    assert expected in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_what_cannot_be_encoded_or_scored_is_refused_by_file_and_line():
+    def judge(text):
+        if "cat" in text:
             raise ValueError("no cats")
 
-    source = write(tmp_path, b"a dog\n a cat \na cow\n")
-    assert prompts.load(source, words, 5) == ("a dog", "a cat", "a cow")
-    with pytest.raises(ValueError, match="list.txt, line 2: no cats"):
-        prompts.load(source, words, 5, check)
+    check("list.txt", ["a dog", "a cow"], judge=judge)
+    with pytest.raises(ValueError, match=r"^list.txt, line 2: no cats"):
+        check("list.txt", ["a dog", "a cow/a cat"], judge=judge)
+    with pytest.raises(ValueError, match=r"line 2: 'long .* has 11 tokens, .* takes 6 with the"):
+        check("list.txt", ["a dog", "long " + "word " * 9])
+    with pytest.raises(ValueError, match=r"^--prompt: 'word .* has 11 tokens"):
+        check("--prompt", ["a dog/" + "word " * 10])
+
+
+def test_equal_lines_and_unknown_words_are_warned_of(capsys):
+    check("list.txt", ["a dog", "a cow"])
+    assert not capsys.readouterr().out
+    check("list.txt", ["a dog", "a corgi", "corgi corgi a", "a cow", "a dog"])
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: list.txt, line 3: the tokenizer of this base does not know most words of "
+        "'corgi corgi a'; so it is with 1 of 5 texts looked at",
+        "warning: list.txt: 1 of 5 prompts stand there more than once, line 5 that of line 1: "
+        "'a dog'",
+    ]
+
+
+def test_a_long_list_is_checked_without_the_tokens_of_each_text(capsys):
+    """Texts that may be too long, and some of the others, are cut into tokens; all are judged."""
+    tokenizer = Words()
+    judged = []
+    texts = [f"corgi {number}/corgi corgi" for number in range(50_000)]
+    check("list.txt", texts, 512, judged.append, tokenizer)
+    assert len(judged) == 100_000 and len(tokenizer.seen) < 2 * prompts.LOOKED_UP + 2
+    assert re.search(r"line 26: .* so it is with 1923 of 3846 texts", capsys.readouterr().out)
+    # the last two are longer once they are cleaned
+    longer = ["word " * 110, "\N{ARABIC LETTER HAH}" * 40, "&#65018;" * 40]
+    check("list.txt", [*texts[:20_001], *longer, *texts[:20_001]], 512, tokenizer=tokenizer)
+    assert {"word " * 109 + "word", "\N{ARABIC LETTER HAH}" * 40, "\ufdfa" * 40} <= {
+        *tokenizer.seen
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,7 +178,7 @@ def test_unknown_sources_are_refused_by_name(source):
     with pytest.raises(
         (OSError, ValueError), match=source.removeprefix("world:").split("/")[-1] or "world:"
     ):
-        prompts.load(source, words, 5)
+        prompts.load(source)
 
 
 @settings(max_examples=60, deadline=None)

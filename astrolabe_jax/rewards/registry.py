@@ -237,13 +237,21 @@ def directory_faults(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def check_prompt(names: Iterable[str], prompt: str) -> None:
     """Raise ValueError, naming the reward, if one of them cannot score videos of a prompt."""
-    for name in names:
-        if TABLE[name].check:
-            check = _imported(name, TABLE[name].check)
+    prompt_check(names)(prompt)
+
+
+def prompt_check(names: Iterable[str]) -> Callable[[str], None]:
+    """Return `check_prompt` of these rewards, whose functions are imported once."""
+    checks = [(name, _imported(name, TABLE[name].check)) for name in names if TABLE[name].check]
+
+    def check_all(prompt: str) -> None:
+        for name, check in checks:
             try:
                 check(prompt)
             except ValueError as error:
                 raise ValueError(f"reward {name!r}: {error}") from None
+
+    return check_all
 
 
 def load(settings: Mapping[str, Any], setting: Setting) -> tuple[Loaded, ...]:

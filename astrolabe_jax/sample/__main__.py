@@ -5,15 +5,15 @@
         --lora=runs/longlive/lora --output_dir=out --frames=957 --config.model.positions=relative
 
 A prompt may be a list of scenes, "a cat[5s] | a dog[10s#]" (docs/sampling.md, Scene strings). A
-file holds one prompt a line, or, named .jsonl, one video a line, {"prompts": [...],
-"switch_frames": [...]}, with the latent frames where its prompts change.
+file holds one prompt a line, or, named .jsonl, one object a line, {"prompt": ...} or {"prompts":
+[...], "switch_frames": [...]}, with the latent frames where its prompts change.
 
 OUTPUT_DIR/videos/00000.mp4     the video of prompt 0; meanwhile 00000.partial.mp4 can be watched
 OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if
                                 asked for, whose means are in average_scores.json
 
 The same command goes on where it was stopped: videos that are there and were made with the same
-settings stay.
+settings stay. A directory with other results is refused, unless --overwrite is given.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,6 @@ from absl import app, flags
 from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert import lora
-from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.files import local_directory
@@ -34,6 +33,7 @@ from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
 from astrolabe_jax.sample.requests import Limits, Request, read_given, read_requests
+from astrolabe_jax.streaming.scenes import is_plain
 
 SAMPLING = ("base", "cache", "frames")  # what of report.memory is held here
 
@@ -45,7 +45,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
       the run, the latents that begin every video, if any, and the requests.
 
     Raises:
-      ValueError, OSError: before anything is compiled.
+      ValueError, OSError: before anything is compiled; what costs most is done last.
     """
     config = options["config"]
     validate_sampling(config, jax.device_count(), jax.default_backend())
@@ -64,9 +64,9 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         Limits(
             layout,
             runs.rules_of(config),
-            sizes["vae"].temporal_stride,
+            sizes["vae"],
             given.count,
-            lambda prompt: len(token_ids(tokenizer, prompt)),
+            tokenizer,
             sizes["text_encoder"].text_len,
         ),
     )
@@ -76,9 +76,15 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         change = lora.leaf_changer(changes, sizes["transformer"])
         adapter = (change, lora.fingerprint(path))
     directory = local_directory(options["output_dir"])
+    prompts_of = {request.name: request.prompt for request in requests}
+    if not options["overwrite"]:
+        videos.refuse_others(directory, "prompt", prompts_of)
     (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
-    run, latents = videos.load(config, adapter, given, directory, score=options["score"])
-    return run, latents, requests
+    run = videos.load(config, adapter, given, directory, score=options["score"])
+    if not options["overwrite"]:
+        keys = {request.name: videos.key_of(run, request) for request in requests}
+        videos.refuse_others(directory, "key", keys)
+    return run, videos.given_latents(run, given), requests
 
 
 def main(given: Mapping[str, flags.FlagHolder]) -> None:
@@ -115,10 +121,14 @@ def _opening(run: runs.Run, requests: list[Request]) -> str:
     lengths = sorted({request.frames for request in requests})
     spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
     net = run.base.transformer.config
+    texts = {request.index: request.prompt for request in requests}.values()
+    scenes = sum(not is_plain(text) for text in texts)
+    strings = f", {scenes} of {len(texts)} prompts with scenes" if scenes else ""
     return (
         f"{counted(len(requests), 'video')} of {spans} frames "
-        f"({lengths[-1] / config.video.fps:.2f} s) of {config.video.height}x{config.video.width}, "
-        f"at most {videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
+        f"({lengths[-1] / config.video.fps:.2f} s{strings}) of "
+        f"{config.video.height}x{config.video.width}, at most "
+        f"{videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
         f"{jax.devices()[0].device_kind}; {net.num_layers} layers of {net.dim}, seed {config.seed}"
     )
 
@@ -131,9 +141,17 @@ if __name__ == "__main__":
         "prompt_file": text(
             "prompt_file",
             None,
-            "one prompt a line; .jsonl: prompts and switch_frames; world:NAME/SPLIT",
+            "one prompt a line; .jsonl: prompt, or prompts and switch_frames; world:NAME/SPLIT",
+        ),
+        "switch_frames": flags.DEFINE_list(
+            "switch_frames",
+            None,
+            "latent frames where the prompts of a line of a .jsonl change that has none: 40,80",
         ),
         "output_dir": text("output_dir", None, "where videos/ and results.jsonl go", required=True),
+        "overwrite": flags.DEFINE_bool(
+            "overwrite", False, "replace the results of another command in output_dir"
+        ),
         "lora": text("lora", None, "adapter: a PEFT directory, a run's lora/, or a weights file"),
         "candidates": flags.DEFINE_integer("candidates", 1, "videos per prompt", lower_bound=1),
         "frames": flags.DEFINE_integer(

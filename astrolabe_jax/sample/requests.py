@@ -3,8 +3,7 @@
 That is videos, by their shots, and the frames that they begin with.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +14,15 @@ from astrolabe_jax import prompts
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.run import error_prefix
+from astrolabe_jax.run import error_prefix, latent_length
 from astrolabe_jax.runtime.media import read_picture, read_video
 from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
     Shot,
     is_plain,
-    parse,
-    parse_published,
-    scenes_by_frame,
+    is_switched,
+    read,
     shots,
 )
 
@@ -61,22 +59,18 @@ class Limits(NamedTuple):
 
     layout: Layout
     rules: Rules  # how scenes follow each other
-    stride: int  # pixel frames of a latent frame
+    vae: VaeConfig
     given: int  # latent frames that videos begin with
-    count_tokens: Callable[[str], int]  # of a prompt
-    max_tokens: int
-
-
-# As it is asked for: the flag or the line of a file where it stands, its text, its scenes, and its
-# pixel frames, 0 for those of the durations.
-_Video = tuple[str, str, list[Scene], int]
+    tokenizer: Any
+    max_tokens: int  # of a prompt
 
 
 def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits) -> list[Request]:
     """Return the videos that are asked for.
 
     Args:
-      options: `prompt` or `prompt_file`, `candidates`, `frames` and `score`, as the flags say.
+      options: `prompt` or `prompt_file`, `switch_frames`, `candidates`, `frames` and `score`, as
+        the flags say.
 
     Raises:
       ValueError: naming the prompt, and in it the scene or the character.
@@ -86,137 +80,88 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         raise ValueError("give either --prompt or --prompt_file")
     if options["score"]:
         rewards.validate(config.rewards)
+    source, texts = _texts(config, options)
+
+    def judge(text: str) -> None:
+        if options["score"]:
+            rewards.check_prompt(config.rewards, text)
+
+    prompts.check(
+        source,
+        texts,
+        lambda text: [scene.prompt for scene in _scenes(text, texts, config, limits)],
+        limits.tokenizer,
+        limits.max_tokens,
+        judge,
+    )
     requests = []
-    for index, (where, text, scenes, frames) in enumerate(_videos(config, options, limits)):
-        with error_prefix(where):
+    for index, text in enumerate(texts):
+        with error_prefix(prompts.place(source, index + 1)):
+            scenes = _scenes(text, texts, config, limits)
             planned = shots(
                 scenes,
                 limits.layout,
                 limits.rules,
                 config.video.fps,
-                limits.stride,
-                frames,
+                limits.vae.temporal_stride,
+                _frames(text, config, options, limits),
                 limits.given,
             )
-            for number, scene in enumerate(scenes, start=1):
-                count = limits.count_tokens(scene.prompt)
-                if count > limits.max_tokens:
-                    raise ValueError(
-                        f"scene {number} has {count} tokens, the text encoder takes "
-                        f"{limits.max_tokens} with the end token; shorten it: "
-                        f"{scene.prompt[:60]!r}..."
-                    )
-                if options["score"]:
-                    rewards.check_prompt(config.rewards, scene.prompt)
+        title = " | ".join(scene.prompt for scene in scenes) if is_switched(text) else text
         requests += [
-            Request(index, candidate, text, tuple(planned))
+            Request(index, candidate, title, tuple(planned))
             for candidate in range(options["candidates"])
         ]
     return requests
 
 
-def _videos(config: ConfigDict, options: Mapping[str, Any], limits: Limits) -> Iterator[_Video]:
-    """Give every video that is asked for."""
-    frames = options["frames"] or config.video.frames
-    file = options["prompt_file"]
-    if file is None:
-        if not options["prompt"].strip():
+def _texts(config: ConfigDict, options: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+    """Return where the prompts are from, and the prompts."""
+    switches = config.prompts.switch_frames
+    flag = options["switch_frames"]
+    if flag is not None:
+        if not all(frame.isdecimal() for frame in flag):
+            raise ValueError(
+                f"--switch_frames is {','.join(flag)!r}; expected latent frames, as in 40,80"
+            )
+        switches = [int(frame) for frame in flag]
+    if options["prompt_file"] is None:
+        source = "--prompt"
+        texts = (options["prompt"].strip(),)
+        if not texts[0]:
             raise ValueError("--prompt is empty; write a prompt")
-        texts = {"--prompt": options["prompt"]}
     else:
-        texts = {
-            f"{file}, line {number}": line
-            for number, line in enumerate(prompts.load(file, lambda line: 0, 0), start=1)
-        }
-        if file.endswith(".jsonl"):
-            _check_length(frames, options, limits)
-            for where, line in texts.items():
-                scenes = _switched_scenes(where, line, limits, config.video.fps, frames)
-                yield where, " | ".join(scene.prompt for scene in scenes), scenes, frames
-            return
-    published = limits.rules.published
-    read = parse_published if published else parse
-    has_scenes = any("|" in text for text in texts.values())
-    for where, text in texts.items():
-        plain = not has_scenes if published else is_plain(text)
-        length = frames if plain or published else options["frames"]
-        with error_prefix(where):
-            if length:
-                _check_length(length, options, limits)
-            scenes = [Scene(text.strip(), 0.0, 0, False)]
-            if not plain:
-                scenes = read(text, limits.layout.block, config.video.fps, limits.stride)
-        yield where, text, scenes, length
-
-
-def _check_length(frames: int, options: Mapping[str, Any], limits: Limits) -> None:
-    """Raise ValueError for a number of frames that is not whole blocks; it says which are."""
-    layout = limits.layout
-    latents = 1 + (frames - 1) // limits.stride
-    whole = (layout.whole(latents), layout.whole(latents + 1, up=True))
-    fits = [1 + limits.stride * (count - 1) for count in whole if count > 0]
-    if frames not in fits:
-        name = "--frames" if options["frames"] else "config.video.frames"
+        source = options["prompt_file"]
+        texts = prompts.load(source, switches)
+    if flag is not None and not any(map(is_switched, texts)):
         raise ValueError(
-            f"{name} is {frames}; whole blocks of {layout.block} latent frames make "
-            f"{' or '.join(map(str, fits))} frames"
+            f"--switch_frames: {source} has no list of prompts; they belong to a .jsonl with lines "
+            '{"prompts": ["...", ...]}'
         )
+    return source, texts
 
 
-def _read_switched(line: str, where: str) -> tuple[list[str], list[int]]:
-    """Return prompts and switch frames of a line of JSON; ValueError if it is of another form."""
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    known = isinstance(content, dict) and not set(content) - {"prompts", "switch_frames"}
-    texts = content.get("prompts") if known else None
-    if not _is_list_of(texts, str) or not texts or not all(text.strip() for text in texts):
-        raise ValueError(
-            f'{where}: expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}'
-        )
-    # a video of one prompt may leave them out
-    switches = content.get("switch_frames", [] if len(texts) == 1 else None)
-    if (
-        not _is_list_of(switches, int)
-        or sorted(set(switches)) != switches
-        or len(switches) != len(texts) - 1
-    ):
-        raise ValueError(
-            f"{where}: switch_frames is {switches!r}; expected {len(texts) - 1} latent frames in "
-            "ascending order, one for each change of the prompt"
-        )
-    return [text.strip() for text in texts], switches
+def _scenes(text: str, texts: Sequence[str], config: ConfigDict, limits: Limits) -> list[Scene]:
+    """Return the scenes of one of the prompts; the published rules read all of them or none."""
+    published = limits.rules.published and not is_switched(text)
+    if published and not any("|" in other for other in texts):
+        return [Scene(text, 0.0, 0, False)]
+    stride = limits.vae.temporal_stride
+    return read(text, limits.layout, limits.rules, config.video.fps, stride, limits.given)
 
 
-def _is_list_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+def _frames(text: str, config: ConfigDict, options: Mapping[str, Any], limits: Limits) -> int:
+    """Return the pixel frames of a video; 0: as many as the durations of its scenes give.
 
-
-def _switched_scenes(where: str, line: str, limits: Limits, fps: int, frames: int) -> list[Scene]:
-    """Return the scenes of a line of a .jsonl, whose prompts change at stated latent frames.
-
-    They have as many blocks as lie between the switches; ValueError for a scene that has none.
+    Raises ValueError for a number that is not whole blocks.
     """
-    texts, switches = _read_switched(line, where)
-    layout = limits.layout
-    starts = [
-        block.start
-        for block in layout.blocks(1 + (frames - 1) // limits.stride)
-        if block.start >= limits.given
-    ]
-    scene_of = scenes_by_frame(switches, starts)
-    counts = [scene_of.count(scene) for scene in range(len(texts))]
-    if 0 in counts:
-        raise ValueError(
-            f"{where}: prompt {counts.index(0) + 1} gets no block of the {frames} frames; give its "
-            "switch an earlier frame, or ask for more frames"
-        )
-    seconds = limits.stride * layout.block / fps
-    return [
-        Scene(text, count * seconds, count, False)
-        for text, count in zip(texts, counts, strict=True)
-    ]
+    name = "--frames" if options["frames"] else "config.video.frames"
+    has_length = limits.rules.published or is_plain(text) or is_switched(text)
+    if name == "config.video.frames" and not has_length:
+        return 0
+    frames = options["frames"] or config.video.frames
+    latent_length(name, frames, limits.layout, limits.vae)
+    return frames
 
 
 def read_given(

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,16 +55,16 @@ def load(
     given: GivenFrames,
     directory: Path,
     score: bool = False,
-) -> tuple[runs.Run, np.ndarray | None]:
+) -> runs.Run:
     """Load the model of a config, with all that a LoRA changes added to its weights.
+
+    Nothing is compiled.
 
     Args:
       lora: what adds it to leaves as they are read, and its fingerprint.
+      given: frames that begin every video.
       directory: of the results.
       score: also load the rewards of the config.
-
-    Returns:
-      the run, and the latents [T0, C, H, W] that begin every video, if any.
 
     Raises:
       ValueError, OSError: naming the field or file at fault.
@@ -75,20 +75,15 @@ def load(
     fingerprint: dict[str, Any] = {"base": base.fingerprint}
     if lora:
         fingerprint["lora"] = lora[1]
-    latents = given.latents
-    if latents is not None:
-        fingerprint["given"] = _hash([latents])
-    elif given.pixels is not None:
-        fingerprint["given"] = _hash([given.pixels])
-        copies = np.broadcast_to(given.pixels, (mesh.size, *given.pixels.shape))  # one a device
-        encoded, _ = encode_video(base.vae, copies, None, config.video.decode_chunk, mesh)
-        latents = sharding.to_host(encoded)[0]
+    for first in (given.latents, given.pixels):
+        if first is not None:
+            fingerprint["given"] = _hash([first])
     fingerprint |= {
         name: value
         for name, value in flatten(config).items()
         if name.startswith(CONTENT) and name not in NO_CONTENT
     }
-    run = runs.Run(
+    return runs.Run(
         config=config,
         workdir=directory,
         fingerprint=fingerprint,
@@ -106,7 +101,16 @@ def load(
         starts=(0,),
         reward_runner=runs.load_rewards(config, mesh) if score else RewardRunner([]),
     )
-    return run, latents
+
+
+def given_latents(run: runs.Run, given: GivenFrames) -> np.ndarray | None:
+    """Return the latents [T0, C, H, W] that begin every video, if any; pixels are encoded."""
+    if given.pixels is None:
+        return given.latents
+    copies = np.repeat(given.pixels[None], run.mesh.size, axis=0)  # one a device
+    chunk = run.config.video.decode_chunk
+    encoded, _ = encode_video(run.base.vae, copies, None, chunk, run.mesh)
+    return sharding.to_host(encoded)[0]
 
 
 def make_videos(
@@ -319,6 +323,29 @@ def key_of(run: runs.Run, request: Request) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None:
+    """Raise ValueError if a directory holds results of another command.
+
+    Args:
+      directory: of the results.
+      field: of a row of results.jsonl that tells them apart.
+      asked: what the rows of this command have there, by the names of the videos.
+    """
+    results = directory / "results.jsonl"
+    rows = {str(row.get("sample_id")): row for row in read_jsonl(results)}
+    others = [
+        name for name, row in rows.items() if name not in asked or row.get(field) != asked[name]
+    ]
+    # rows are written before the first video is, so these are not ours
+    if not results.exists():
+        others = sorted(path.stem for path in (directory / VIDEOS).glob("*.mp4"))
+    if others:
+        raise ValueError(
+            f"{directory} holds {len(others)} video{'s' * (len(others) > 1)} of another command, "
+            f"{others[0][:60]}.mp4 first; give another --output_dir, or --overwrite to replace them"
+        )
+
+
 def sample(
     run: runs.Run, given: np.ndarray | None, requests: Sequence[Request], check: Callable[[], None]
 ) -> None:
@@ -340,10 +367,7 @@ def sample(
         log(f"{len(rows)} of {counted(len(requests), 'video')} made before")
     others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]
     if others:
-        log(
-            f"{len(others)} videos of other settings are replaced in {videos}, {others[0]}.mp4 "
-            "first"
-        )
+        log(f"{len(others)} videos are replaced in {videos}, {others[0]}.mp4 first")
     _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     add = Progress(check=check).counter(
         counted(len(left), "video"), sum(request.frames for request in left), "frames"

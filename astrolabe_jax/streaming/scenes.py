@@ -1,15 +1,18 @@
 """Prompts that change in the middle of a video -> its timeline of blocks.
 
 A scene string is a list of prompts: "a cat[5s] | a dog[10s#] | a bird". `|` separates scenes, [5s]
-gives a scene's length, and # a hard cut at its end (docs/sampling.md, Scene strings). Everything
-here is text and whole numbers on the host; streams.py follows the timeline with arrays.
+gives a scene's length, and # a hard cut at its end (docs/sampling.md, Scene strings). A backslash
+before | or [ makes them text. A prompt may also be a JSON object, {"prompts": [...],
+"switch_frames": [...]}, whose texts are taken as they are (docs/sampling.md, Prompt switches).
+Everything here is text and whole numbers on the host; streams.py follows the timeline with arrays.
 """
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from astrolabe_jax.models.wan.config import Block, Layout
+from astrolabe_jax.runtime.files import parse_json
 from astrolabe_jax.types import BlockPlan, CacheChange, Timeline
 
 DEFAULT_SECONDS = 10.5  # of a scene without a duration
@@ -17,13 +20,20 @@ DEFAULT_BLOCKS = 14  # the same in the published code, which counts 14 blocks wh
 # rotary positions of a block behind a hard cut, where positions are absolute
 CUT_FRAMES = (45, 46, 47)
 
-_TAG = re.compile(r"\[(\d+\.?\d*)\s*s(#?)\]")
+# Possessive where a text could repeat what matches: no text takes longer than its length.
+_PUBLISHED_TAG = re.compile(r"\[(\d++(?:\.\d*+)?)\s*+s(#?)\]")
+_TAG = re.compile(r"(?<!\\)" + _PUBLISHED_TAG.pattern)
 # A number of seconds in brackets, however it is written: [5s], [5 sec], [.5S #], [5], and one that
 # is not closed.
 _LOOKS_LIKE_A_TAG = re.compile(
-    r"\[\s*(?:[-+]?[\d.]+\s*(?:s(?:ec(?:ond)?s?)?)?\s*#?|#)\s*(?:\]|(?=\||$))", re.IGNORECASE
+    r"(?<!\\)\[\s*+(?:[-+]?[\d.]++\s*+(?:s(?:ec(?:ond)?s?)?)?\s*+#?|#)\s*+(?:\]|(?=\||$))",
+    re.IGNORECASE,
 )
+_BAR = re.compile(r"(?<!\\)\|")
+_ESCAPED = re.compile(r"\\([|\[])")
+_SWITCHED = re.compile(r'\{\s*"prompts"')
 LONGEST = 24 * 3600.0  # seconds of a scene
+_SHOWN = 60  # characters of a text on each side of a fault
 
 
 class Scene(NamedTuple):
@@ -35,8 +45,89 @@ class Scene(NamedTuple):
     cut: bool  # hard cut at its end
 
 
-def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
-    """Return the scenes of a prompt; `block` latent frames last stride * block / fps seconds.
+def read(
+    prompt: str, layout: Layout, rules: "Rules", fps: int, stride: int, given: int = 0
+) -> list[Scene]:
+    """Return the scenes of a prompt in any of its forms.
+
+    Args:
+      stride: pixel frames of a latent frame.
+      given: latent frames that are there before; the scenes come behind them.
+
+    Raises:
+      ValueError: of `parse`, or for a JSON object of another form.
+    """
+    if not is_switched(prompt):
+        parse_string = parse_published if rules.published else parse
+        return parse_string(prompt, layout.block, fps, stride)
+    texts, switches = _read_switched(prompt)
+    if switches and switches[-1] > LONGEST * fps / stride:
+        raise ValueError(f"switch_frames has {switches[-1]}, more than a day; give latent frames")
+    # enough blocks for the last scene to begin, as each begins in a block of its own
+    frames = given + max(switches, default=0) + layout.block * (len(texts) + 1)
+    starts = [block.start for block in layout.blocks(frames) if block.start >= given]
+    scene_of = scenes_by_frame(switches, starts)
+    counts = [scene_of.count(scene) for scene in range(len(texts))]
+    if 0 in counts:
+        raise ValueError(
+            f"prompt {counts.index(0) + 1} gets no block: switch_frames is {switches}, and blocks "
+            f"begin at the latent frames {starts[:3]} ...; give later switches"
+        )
+    seconds = stride * layout.block / fps
+    return [
+        Scene(text, count * seconds, count, False)
+        for text, count in zip(texts, counts, strict=True)
+    ]
+
+
+def literal(prompt: str) -> Scene:
+    """Return the one scene of a whole video: its prompt is text, but for the backslashes.
+
+    Raises ValueError for a JSON object that has several prompts.
+    """
+    if is_switched(prompt):
+        texts, _ = _read_switched(prompt)
+        if len(texts) > 1:
+            raise ValueError(
+                f"{len(texts)} prompts follow each other, and whole videos are trained, which have "
+                "one; set config.streaming.window, or give one prompt a line"
+            )
+        return Scene(texts[0], 0.0, 0, False)
+    return Scene(_ESCAPED.sub(r"\1", prompt) if "\\" in prompt else prompt, 0.0, 0, False)
+
+
+def _read_switched(prompt: str) -> tuple[list[str], list[int]]:
+    """Return texts and switch frames of a JSON object; ValueError if it is of another form."""
+    try:
+        content = parse_json(prompt)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    texts = content.get("prompts")
+    if not _is_list_of(texts, str) or not texts or not all(text.strip() for text in texts):
+        raise ValueError(
+            f'expected {{"prompts": ["...", ...], "switch_frames": [40, ...]}}, got {prompt[:60]}'
+        )
+    # a video of one prompt may leave them out
+    switches = content.get("switch_frames", [] if len(texts) == 1 else None)
+    if (
+        not _is_list_of(switches, int)
+        or sorted(set(switches)) != switches
+        or len(switches) != len(texts) - 1
+    ):
+        raise ValueError(
+            f"switch_frames is {switches!r}; expected {len(texts) - 1} latent frames in ascending "
+            "order, one for each change of the prompt; or give them once for all lines, "
+            "--switch_frames=40,80 (sample) or config.prompts.switch_frames (training)"
+        )
+    return [text.strip() for text in texts], switches
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def parse(text: str, block: int, fps: int, stride: int) -> list[Scene]:
+    """Return the scenes of a scene string; `block` latent frames last stride * block / fps seconds.
 
     A duration is cut to whole blocks, at least one; without one a scene has 10.5 s. Only the # of a
     duration is a cut.
@@ -45,9 +136,12 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
       ValueError: with the character at fault, for an empty scene, a second duration, and a bracket
         that looks like a duration but is none.
     """
+    if is_plain(text) and text.strip():
+        blocks = _blocks(DEFAULT_SECONDS, block, fps, stride)
+        return [Scene(literal(text.strip()).prompt, DEFAULT_SECONDS, blocks, False)]
     scenes = []
     start = 0
-    for part in text.split("|"):
+    for part in _BAR.split(text):
         tags = list(_TAG.finditer(part))
         for found in _LOOKS_LIKE_A_TAG.finditer(part):
             if not _TAG.fullmatch(found.group()):
@@ -55,7 +149,7 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
                     text,
                     start + found.start(),
                     found.group(),
-                    "is no duration; write [5s], [2.5s] or [10s#]",
+                    "is no duration; write [5s], [2.5s] or [10s#], or \\[ where it is text",
                 )
         if len(tags) > 1:
             raise _error(
@@ -64,10 +158,13 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
                 tags[1].group(),
                 "is a second duration of one scene; give one",
             )
-        prompt = _without_tags(part)
+        prompt = literal(_TAG.sub("", part.strip()).strip()).prompt
         if not prompt:
             raise _error(
-                text, start, part, "is a scene without a prompt; write one, or take a | away"
+                text,
+                start,
+                part,
+                "is a scene without a prompt; write one, or \\| where the bar is text",
             )
         seconds = float(tags[0][1]) if tags else DEFAULT_SECONDS
         if not 0 < seconds <= LONGEST:
@@ -84,37 +181,47 @@ def parse(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
     return scenes
 
 
-def parse_published(text: str, block: int, fps: int, stride: int = 4) -> list[Scene]:
+def parse_published(text: str, block: int, fps: int, stride: int) -> list[Scene]:
     """Return the scenes as the published command line reads them (docs/published.md).
 
-    No text is refused. The first duration counts, all are taken out; one that is misspelt stays in
-    the text; a # anywhere is a cut; a scene without a duration has 14 blocks.
+    No text is refused, a duration of more than a day is a day, and a backslash is text. The first
+    duration counts, all are taken out; one that is misspelt stays in the text; a # anywhere is a
+    cut; a scene without a duration has 14 blocks.
     """
     scenes = []
     for part in text.split("|"):
-        tag = _TAG.search(part)
-        blocks = _blocks(float(tag[1]), block, fps, stride) if tag else DEFAULT_BLOCKS
-        scenes.append(
-            Scene(_without_tags(part), blocks * stride * block / fps, blocks, "#" in part)
-        )
+        tag = _PUBLISHED_TAG.search(part)
+        blocks = DEFAULT_BLOCKS
+        if tag:
+            blocks = _blocks(min(float(tag[1]), LONGEST), block, fps, stride)
+        prompt = _PUBLISHED_TAG.sub("", part.strip()).strip()
+        scenes.append(Scene(prompt, blocks * stride * block / fps, blocks, "#" in part))
     return scenes
 
 
 def is_plain(text: str) -> bool:
     """Return whether a prompt has neither scenes nor durations, nor what looks like one."""
-    return "|" not in text and not _LOOKS_LIKE_A_TAG.search(text)
+    if "|" not in text and "[" not in text:  # almost all of a list of millions
+        return True
+    return not (is_switched(text) or _BAR.search(text) or _LOOKS_LIKE_A_TAG.search(text))
+
+
+def is_switched(prompt: str) -> bool:
+    """Return whether a prompt is a JSON object with prompts and switch frames."""
+    return prompt.startswith("{") and bool(_SWITCHED.match(prompt))
 
 
 def _blocks(seconds: float, block: int, fps: int, stride: int) -> int:
     return max(1, int(seconds * fps / (stride * block)))
 
 
-def _without_tags(part: str) -> str:
-    return _TAG.sub("", part.strip()).strip()
-
-
 def _error(text: str, at: int, what: str, why: str) -> ValueError:
-    return ValueError(f"character {at + 1} of {text!r}: {what!r} {why}")
+    """Return the error about `what` at a character of a text; long ones are cut around it."""
+    first = max(at - _SHOWN, 0) if len(text) > 2 * _SHOWN else 0
+    shown = text[first : first + 2 * _SHOWN]
+    before = "..." if first else ""
+    after = "..." if first + len(shown) < len(text) else ""
+    return ValueError(f"character {at + 1} of {before}{shown!r}{after}: {what[:_SHOWN]!r} {why}")
 
 
 def scenes_by_length(scenes: Sequence[Scene], blocks: int) -> list[int]:
@@ -160,7 +267,7 @@ def shots(
     layout: Layout,
     rules: Rules,
     fps: int,
-    stride: int = 4,
+    stride: int,
     frames: int = 0,
     given: int = 0,
 ) -> list[Shot]:
@@ -170,6 +277,7 @@ def shots(
     shot has all its seconds to the frame.
 
     Args:
+      stride: pixel frames of a latent frame.
       frames: pixel frames of the whole video; 0 for what the durations give.
       given: latent frames that the first shot begins with.
 
@@ -194,7 +302,10 @@ def shots(
                 f"all of the {shown} frames are given, {1 + stride * (before - 1)} frames are "
                 f"there before; ask for at least {1 + stride * (before + layout.block - 1)}"
             )
-        layout.check_frames(count)
+        try:
+            layout.check_frames(count)
+        except ValueError as error:
+            raise ValueError(f"{shown} frames ({shown / fps:g} s): {error}") from None
         own_blocks = len(layout.blocks(count)) - len(layout.blocks(before))
         if shown < 1 or own_blocks <= sum(scene.blocks for scene in part[:-1]):
             raise ValueError(

@@ -70,10 +70,7 @@ def encode_videos(
       stream, epoch: of the keys.
       frames: latent frames of the timelines.
     """
-    timelines = {
-        text: timeline_of(run.config, run.layout, text, frames)
-        for text in dict.fromkeys(batch.texts)
-    }
+    timelines = {text: timeline_of(run, text, frames) for text in dict.fromkeys(batch.texts)}
     distinct = dict.fromkeys(
         prompt for timeline in timelines.values() for prompt in timeline.prompts
     )

@@ -83,7 +83,7 @@ def sample(directory: Path, frames: int, steps: tuple[int, ...], dtype: str) -> 
     layout = Layout(block=3)
     sampler = Sampler(warp(steps, Schedule()))
     policy = Policy(net.params, None, net.graphdef, net.config, layout, sampler)
-    (shot,) = shots([Scene("", 0.0, 0, False)], layout, Rules(), 16, frames=frames)
+    (shot,) = shots([Scene("", 0.0, 0, False)], layout, Rules(), 16, 4, frames=frames)
     text = np.random.default_rng(0).standard_normal((1, 512, net.config.text_dim))
     text[:, 40:] = 0  # a prompt of 40 tokens
     zero = np.zeros(1, np.int32)

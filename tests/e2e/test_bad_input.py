@@ -1,5 +1,6 @@
 """Whatever is wrong is said before anything is compiled, with its name and the next step."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from astrolabe_jax import run
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.run import prepare
+from astrolabe_jax.run import prepare, timeline_of
 from configs import published
 from tests.e2e import runs
 from tests.models import tiny
@@ -37,7 +38,7 @@ def refusal(config, workdir) -> str:
         (GOOD + b"\na dog\n", "config.prompts.test: .*list.txt, line 2 is empty"),
         (
             GOOD + b"red " * 16,
-            "config.prompts.test: .*list.txt, line 2 has 17 tokens, the text encoder takes 16",
+            "config.prompts.test: .*list.txt, line 2: '.* has 17 tokens, the text encoder takes 16",
         ),
         (
             GOOD + GOOD + b"a red cat moving left on a grey background\n",
@@ -57,6 +58,70 @@ def test_prompt_files(base, tmp_path, content, expected, split):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", b'{"prompt": "a red', "config.prompts.train: .*a.jsonl, line 1: is not JSON"),
+        (
+            "a.jsonl",
+            b'{"prompts": ["a", "b"], "switch_frames": [1]}\n' * 2,
+            "config.prompts.train: .*a.jsonl, line 1: 2 prompts follow each other, .*"
+            "config.streaming.window",
+        ),
+        (
+            "a.txt",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3a\nsize 145875068\n",
+            "config.prompts.train: .*a.txt is a git-lfs pointer, not the file itself",
+        ),
+    ],
+)
+def test_files_that_are_no_prompts(base, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    config = runs.small_config(base, **{"prompts.train": str(tmp_path / name)})
+    assert re.search(expected, refusal(config, tmp_path / "run"))
+
+
+def test_lists_have_one_reading_and_are_warned_of(base, tmp_path, monkeypatch, capsys):
+    """In whole videos a bar is text, with a backslash and without."""
+    monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | {"any": rewards.Reward("math:fsum")})
+    lines = [{"tag": 1, "prompt": r"a red circle \| wide"}, {"prompt": "a cat | a dog"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "a.txt").write_text("a red circle \\| wide\na cat[5s]\na cat[5s]\n")
+    config = runs.small_config(
+        base,
+        **{"prompts.train": str(tmp_path / "a.jsonl"), "prompts.test": str(tmp_path / "a.txt")},
+    )
+    config.rewards = {"any": 1.0}
+    run = prepare(config, tmp_path / "run")
+    assert run.train_prompts == (r"a red circle \| wide", "a cat | a dog")
+    assert timeline_of(run, run.train_prompts[0], 2).prompts == ("a red circle | wide",)
+    assert timeline_of(run, run.train_prompts[1], 2).prompts == ("a cat | a dog",)
+    said = capsys.readouterr().out
+    for expected in (
+        "a.jsonl: 1 of 2 prompts have a . or a duration, which is text where whole videos",
+        "a.jsonl, line 2: the tokenizer of this base does not know most words",
+        "a.txt: 1 of 3 prompts stand there more than once, line 3 that of line 2",
+        "config.prompts.test: 1 of 3 held-out prompts are training prompts, 'a red",
+    ):
+        assert re.search(f"warning: .*{expected}", said)
+
+
+def test_lines_of_json_where_windows_are_trained(base, tmp_path):
+    """The same list as text with durations; the VAE says how many frames a latent frame is."""
+    scenes = {"prompts": [GOOD[:-1].decode()] * 2}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(scenes)}\n" * 2)
+    changes = {"prompts.train": str(tmp_path / "a.jsonl"), "prompts.switch_frames": (4,)}
+    config = runs.small_config(base, **runs.WINDOWS, **changes)
+    config.scenes.transition = "recache"
+    run = prepare(config, tmp_path / "run")
+    assert timeline_of(run, run.train_prompts[0], 6).changes == [4]
+    text = f"{GOOD[:-1].decode()}[1s] | {GOOD[:-1].decode()}"
+    assert timeline_of(run, text, 6).changes == [4]
+    half = dataclasses.replace(run.base.vae.config, temporal_downsample=(False, False, True))
+    run = run._replace(base=run.base._replace(vae=run.base.vae._replace(config=half)))
+    assert timeline_of(run, text, 12).changes == [8]
+
+
 def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | {"any": rewards.Reward("math:fsum")})
     (tmp_path / "list.txt").write_text("a cat\n")
@@ -68,14 +133,21 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"video.frames": 6}, "config.video.frames: 6 pixel frames: expected 1 modulo 4"),
+        (
+            {"video.frames": 6},
+            "config.video.frames is 6; whole blocks of 1 latent frames make 5 or 9 frames",
+        ),
+        (
+            {"video.frames": 4101, "model.positions": "absolute"},
+            "config.video.frames is 4101: 1026 latent frames exceed the 1024 absolute positions",
+        ),
         (
             {"model.block": 3},
-            "config.video.frames and config.model: 2 frames are not a whole number of blocks of 3",
+            "config.video.frames is 5; whole blocks of 3 latent frames make 9 frames",
         ),
         (
             {"loss.mask_block": 3},
-            "config.loss.mask_block: 2 frames are not a whole number of blocks of 3",
+            "config.loss.mask_block: 2 latent frames are not a whole number of blocks of 3",
         ),
         (
             {"model.window": 1, "loss.mask_block": 2},
@@ -90,7 +162,7 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
         ),
         (
             {"video.height": 40},
-            "config.video.height is 40; this model takes multiples of 16 pixels",
+            "config.video.height is 40; this model takes multiples of 16 pixels, 32 or 48",
         ),
         (
             {"model.window": 2, "model.sink": 2},
@@ -206,10 +278,10 @@ LEFT, RIGHT = (TOLD.format(way) for way in ("left", "right"))
             {"model.block": 2, "model.window": 4, "model.sink": 0, "streaming.window": 3},
             r"config.streaming has a window of 3 and starts \(\); expected whole blocks of 2",
         ),
-        ({"eval.frames": 14}, "config.eval.frames: 14 pixel frames: expected 1 modulo 4"),
+        ({"eval.frames": 14}, "config.eval.frames is 14; whole blocks .* make 13 or 17 frames"),
         (
             {"model.block": 2, "model.window": 4, "model.sink": 0, "eval.frames": 17},
-            "config.eval.frames: 5 frames are not a whole number of blocks of 2",
+            "config.eval.frames is 17; whole blocks of 2 latent frames make 13 or 21 frames",
         ),
     ],
 )
@@ -225,7 +297,7 @@ def test_windows(base, tmp_path, changes, expected):
         (
             [LEFT, f"{LEFT}[9s] | {RIGHT}"],
             {},
-            "line 2: the 6 latent frames of a video are over before its last scene",
+            "line 2: the 21 frames of a video are over before its last scene",
         ),
         (
             [LEFT, f"{LEFT}[0.5s] | {RIGHT}"],

@@ -19,7 +19,7 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.run import layout_of, rules_of
+from astrolabe_jax.run import layout_of, open_base, rules_of
 from astrolabe_jax.runtime import preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from astrolabe_jax.sample import __main__ as program
@@ -34,6 +34,8 @@ RED, GREEN = (
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
+    "switch_frames": None,
+    "overwrite": False,
     "lora": None,
     "candidates": 1,
     "frames": 0,
@@ -171,11 +173,42 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     calls.clear()
     moved = tmp_path.rename(tmp_path.with_name("moved"))  # paths in the results are for people
     assert len(ask(base, moved, prompt_file=listed)) == 3 and not calls
-    ask(base, moved, {"seed": 5}, prompt_file=listed)
+    ask(base, moved, {"seed": 5}, prompt_file=listed, overwrite=True)
     assert len(calls) == 3
     # fewer prompts: the rest are not its results
-    (row,) = ask(base, moved, {"seed": 5}, prompt=RED)
+    (row,) = ask(base, moved, {"seed": 5}, prompt=RED, overwrite=True)
     assert row["sample_id"] == "00000"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"seed": 5}, {"prompt_file": True}),  # known when the model is loaded
+        ({}, {"prompt": RED}),  # fewer videos
+        ({"base": "moving_shapes"}, {"prompt": GREEN}),  # known before: this base does not fit
+    ],
+)
+def test_the_results_of_another_command_are_kept(base, made, listed, capsys, changes, options):
+    directory, rows = made
+    if "prompt_file" in options:
+        options = {"prompt_file": listed}
+    with pytest.raises(SystemExit) as ended:
+        ask(base, directory, changes, **options)
+    assert ended.value.code == 2 and rows_of(directory) == rows
+    assert re.search(
+        r"error: .*out holds \d videos of another command, 0000\d.mp4 first; give another "
+        "--output_dir, or --overwrite",
+        capsys.readouterr().err,
+    )
+
+
+def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/00000.mp4").write_bytes(b"holidays")
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path, prompt=RED)
+    assert "holds 1 video of another command, 00000.mp4 first" in capsys.readouterr().err
+    assert (tmp_path / "videos/00000.mp4").read_bytes() == b"holidays"
 
 
 def test_an_adapter_is_merged(base, tmp_path, capsys):
@@ -193,11 +226,8 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     np.testing.assert_array_equal(frames_of(whole), frames_of(adapted))
     assert whole["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
-    (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"))
-    assert (
-        weaker["key"] != adapted["key"]
-        and "1 videos of other settings are replaced" in capsys.readouterr().out
-    )
+    (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"), overwrite=True)
+    assert weaker["key"] != adapted["key"] and "1 videos are replaced" in capsys.readouterr().out
     adapter["self_attn.q"]["a"][:] = np.nan
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     with pytest.raises(SystemExit) as ended:
@@ -273,7 +303,7 @@ def test_switched_prompts(base, tmp_path):
             {"prompt": RED},
             "--prompt: config.video.frames is 7; whole blocks .* 5 or 9",
         ),
-        ({}, {"prompt": "red " * 16}, "--prompt: scene 1 has 17 tokens, the text encoder takes 16"),
+        ({}, {"prompt": "red " * 16}, "--prompt: 'red .* has 17 tokens, the text encoder takes 16"),
         (
             {},
             {"prompt": f"{RED} | a cat", "score": True},
@@ -287,7 +317,7 @@ def test_switched_prompts(base, tmp_path):
         (
             {"model.positions": "absolute"},
             {"prompt": f"{RED}[300s]"},
-            "--prompt: 1201 frames exceed the 1024 absolute positions; use positions='relative'",
+            r"--prompt: 4800 frames \(300 s\): 1201 latent frames exceed the 1024 absolute",
         ),
         ({}, {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
         ({}, {"prompt": RED, "lora": "nowhere"}, "nowhere"),
@@ -317,18 +347,18 @@ def test_bad_input_is_refused_by_name(base, tmp_path, capsys, changes, options, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
+        ("{", "line 2: is not JSON"),
         ('{"prompts": []}', 'line 2: expected {"prompts"'),
         ('{"prompts": ["a", " "], "switch_frames": [3]}', 'line 2: expected {"prompts"'),
-        ('{"prompts": ["a"], "switch": 1}', 'line 2: expected {"prompts"'),
-        ('{"prompts": ["a", "b"]}', "line 2: switch_frames is None; expected 1 latent frames"),
+        ('{"prompts": ["a"], "switch": 1}', 'line 2: expected {"prompt"'),
+        ('{"prompts": ["a", "b"]}', r"line 2: switch_frames is \[\]; expected 1 latent frames"),
         (
             '{"prompts": ["a", "b", "c"], "switch_frames": [3, 3]}',
             "line 2: switch_frames is .*ascending",
         ),
         (
             '{"prompts": ["a", "b"], "switch_frames": [30]}',
-            "line 2: prompt 2 gets no block of the 5 frames",
+            "line 2: 5 frames are over before scene 2 begins",
         ),
     ],
 )
@@ -373,13 +403,54 @@ def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, c
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
+def asked_for(base, **options):
+    """The requests of a command, as the program reads them."""
+    config = runs.small_config(base)
+    sizes, tokenizer = open_base(config)
+    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 16)
+    return requests.read_requests(config, DEFAULTS | options, limits)
+
+
+def test_lines_of_json_and_switch_frames_for_all(base, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        {"prompt": RED, "id": 7},
+        {"prompts": [RED, GREEN]},
+        {"prompts": [GREEN, "three dragons"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    plain, first, _ = asked_for(
+        base, prompt_file=str(path), frames=21, switch_frames=["4", "8"], candidates=1
+    )
+    assert plain.prompt == RED and plain.shots[0].timeline.changes == []
+    assert first.prompt == f"{RED} | {GREEN}" and first.frames == 21
+    assert [shot.timeline.prompts for shot in first.shots] == [(RED,), (GREEN,)]  # cut, no sink
+    assert [shot.frames for shot in first.shots] == [16, 5]
+    assert "a.jsonl, line 3: the tokenizer of this base does not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["4"], "--switch_frames: .*a.txt has no list of prompts"),
+        (["4", "x"], "--switch_frames is '4,x'; expected"),
+    ],
+)
+def test_switch_frames_for_nothing_are_refused(base, tmp_path, capsys, flag, message):
+    (tmp_path / "a.txt").write_text(RED)
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path / "out", prompt_file=str(tmp_path / "a.txt"), switch_frames=flag)
+    assert re.search(f"error: {message}", capsys.readouterr().err)
+
+
 def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     """Without a | a duration is text; with one, all prompts are read, and the length is that of the
     config.
     """
     config = runs.small_config(base, **{"scenes.published": True})
     path = tmp_path / "a.txt"
-    limits = requests.Limits(layout_of(config), rules_of(config), 4, 0, len, 1000)
+    sizes, tokenizer = open_base(config)
+    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 1000)
 
     def read():
         asked = DEFAULTS | {"prompt_file": str(path), "frames": 21}

@@ -287,7 +287,7 @@ def _changing_plans(scenario: dict, layout: Layout) -> list[BlockPlan]:
         cuts = [False] * (len(scenario["switch"]) + 1)
         return _planned(scenario, layout, scene_of, cuts, "recache")
     prompt = scenario["prompts"] if isinstance(scenario["prompts"], str) else scenario["prompts"][0]
-    parsed = scenes.parse_published(prompt, scenario["block"], scenario.get("fps", 16))
+    parsed = scenes.parse_published(prompt, scenario["block"], scenario.get("fps", 16), 4)
     scene_of = scenes.scenes_by_length(parsed, len(blocks))
     return _planned(scenario, layout, scene_of, [scene.cut for scene in parsed])
 

@@ -24,7 +24,7 @@ def entries(file: GoldenFile) -> Iterator[Entry]:
 
 
 def _described(prompt: str, block: int, fps: int) -> str:
-    scenes = parse_published(str(prompt), block, fps)
+    scenes = parse_published(str(prompt), block, fps, 4)
     columns = {"texts": "prompt", "blocks": "blocks", "hard_cut": "cut"}
     return json.dumps(
         {name: [getattr(scene, field) for scene in scenes] for name, field in columns.items()}

@@ -1,6 +1,9 @@
 """Scene strings and the timeline that follows from them: text and whole numbers."""
 
+import contextlib
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ from astrolabe_jax.streaming.scenes import (
     Rules,
     Scene,
     is_plain,
+    literal,
     parse,
     parse_published,
+    read,
     scenes_by_frame,
     shots,
     timeline_of,
@@ -25,22 +30,24 @@ NO_SINK = Layout(block=3, window=9, positions="relative")
 
 
 def test_durations_and_cuts():
-    assert parse("a cat[5s] | a dog[10s#]|a [2.5 s] bird", 3, 16) == [
+    assert parse("a cat[5s] | a dog[10s#]|a [2.5 s] bird", 3, 16, 4) == [
         Scene("a cat", 5.0, 6, False),
         Scene("a dog", 10.0, 13, True),
         Scene("a  bird", 2.5, 3, False),
     ]
-    assert parse("a | b", 1, 16)[0] == Scene("a", 10.5, 42, False)  # of blocks of any size
-    assert parse("a #1 fan [at work] | b", 3, 16)[0] == Scene("a #1 fan [at work]", 10.5, 14, False)
+    assert parse("a | b", 1, 16, 4)[0] == Scene("a", 10.5, 42, False)  # of blocks of any size
+    assert parse("a #1 fan [at work] | b", 3, 16, 4)[0] == Scene(
+        "a #1 fan [at work]", 10.5, 14, False
+    )
 
 
 def test_published_strings_are_read_as_published():
-    assert parse_published("a #1 fan | [5S] b", 1, 16) == [
+    assert parse_published("a #1 fan | [5S] b", 1, 16, 4) == [
         Scene("a #1 fan", 3.5, 14, True),
         Scene("[5S] b", 3.5, 14, False),
     ]
-    assert [scene.blocks for scene in parse_published("a[5s][6s] | b[5.s#]", 3, 16)] == [6, 6]
-    assert parse_published("|", 3, 16)[1].prompt == ""
+    assert [scene.blocks for scene in parse_published("a[5s][6s] | b[5.s#]", 3, 16, 4)] == [6, 6]
+    assert parse_published("|", 3, 16, 4)[1].prompt == ""
 
 
 @pytest.mark.parametrize(
@@ -64,8 +71,88 @@ def test_published_strings_are_read_as_published():
 )
 def test_faults_are_found_with_their_place(text, at, what, why):
     with pytest.raises(ValueError) as error:
-        parse(text, 3, 16)
+        parse(text, 3, 16, 4)
     assert str(error.value).startswith(f"character {at} of {text!r}: {what!r} {why}")
+
+
+def test_a_backslash_makes_bars_and_brackets_text():
+    text = r"a tin robot \| soft light \[5s] [2s] | a \[#] boat \\ c"
+    assert parse(text, 3, 16, 4) == [
+        Scene("a tin robot | soft light [5s]", 2.0, 2, False),
+        Scene(r"a [#] boat \\ c", 10.5, 14, False),
+    ]
+    plain = r"a \| b \[5s], \ c"
+    assert is_plain(plain)
+    assert literal(plain).prompt == parse(plain, 3, 16, 4)[0].prompt == r"a | b [5s], \ c"
+    for text, way in ((r"a || b", r"or \| where the bar is text"), ("a [5]", r"or \[ where it is")):
+        with pytest.raises(ValueError, match=re.escape(way)):
+            parse(text, 3, 16, 4)
+    # the published code knows no escape
+    assert [scene.prompt for scene in parse_published(r"a \| b\[5s]", 3, 16, 4)] == ["a \\", "b\\"]
+
+
+@pytest.mark.parametrize("fill", ["9", "9.", " ", "[", "[5", "[5s#]", "|", "\\", "[ 5 s "])
+def test_no_scene_string_takes_long(fill):
+    """Each takes milliseconds, where the time once grew with the square of the digits."""
+    start = time.process_time()
+    for text in ("a[5" + fill * 30_000, "a[" + fill * 30_000 + "s]", fill * 30_000 + "x"):
+        is_plain(text)
+        parse_published(text, 3, 16, 4)
+        with contextlib.suppress(ValueError):
+            parse(text, 3, 16, 4)
+    assert time.process_time() - start < 2
+
+
+def test_a_fault_of_a_long_text_is_shown_with_what_stands_around_it():
+    text = "a cat " * 1000 + "[5] | " + "a dog " * 1000
+    with pytest.raises(ValueError) as error:
+        parse(text, 3, 16, 4)
+    assert "character 6001 of ...'" in str(error.value) and "'[5]' is no dur" in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def switched(texts, switches, given=0, layout=RELATIVE):
+    prompt = json.dumps({"prompts": texts, "switch_frames": switches})
+    assert not is_plain(prompt)
+    return read(prompt, layout, Rules(), 16, 4, given)
+
+
+def test_prompts_with_switch_frames_are_scenes():
+    found = switched(["a | b", "c [5s]", "d"], [6, 7])
+    assert [scene.prompt for scene in found] == ["a | b", "c [5s]", "d"]
+    assert [scene.blocks for scene in found[:2]] == [2, 1]
+    timeline = timeline_of(found, 18, RELATIVE, Rules())
+    assert [plan.scene for plan in timeline.blocks] == [0, 0, 1, 2, 2, 2]
+    assert timeline.changes == [6, 9]
+    # given frames come first
+    assert [scene.blocks for scene in switched(["a", "b"], [12], given=6)][0] == 2
+    # their texts are taken as they are
+    assert switched([r"a \| b"], [])[0].prompt == r"a \| b"
+    assert literal(json.dumps({"prompts": [r"a \| b"]})).prompt == r"a \| b"
+
+
+@pytest.mark.parametrize(
+    ("texts", "switches", "message"),
+    [
+        ([], [], 'expected {"prompts": '),
+        (["a", " "], [3], 'expected {"prompts": '),
+        (["a", 1], [3], 'expected {"prompts": '),
+        (["a", "b"], None, "switch_frames is None; expected 1 latent frames"),
+        (["a", "b"], [3, 6], "switch_frames is [3, 6]; expected 1 latent frames"),
+        (["a", "b", "c"], [6, 3], "switch_frames is [6, 3]; expected 2 latent frames in ascending"),
+        (["a", "b"], [3.5], "switch_frames is [3.5]"),
+        (["a", "b"], [0], "prompt 1 gets no block"),
+        (["a", "b"], [10**15], "more than a day"),
+    ],
+)
+def test_bad_switch_frames_are_refused(texts, switches, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        switched(texts, switches)
+
+
+def test_whole_videos_have_one_prompt():
+    with pytest.raises(ValueError, match="2 prompts follow each other, .* config.streaming.window"):
+        literal('{"prompts": ["a", "b"], "switch_frames": [3]}')
 
 
 def test_plain_prompts():
@@ -82,9 +169,9 @@ def test_videos_are_as_long_as_they_say(parts, block):
     text = " | ".join(
         f"scene {i}[{seconds:.2f}s{'#' * cut}]" for i, (seconds, cut) in enumerate(parts)
     )
-    scenes = parse(text, block, 16)
+    scenes = parse(text, block, 16, 4)
     layout = Layout(block=block, window=3 * block, positions="relative")
-    video = shots(scenes, layout, Rules(), 16)
+    video = shots(scenes, layout, Rules(), 16, 4)
     prompts = [prompt for shot in video for prompt in shot.timeline.prompts]
     assert prompts == [scene.prompt for scene in scenes]
     assert len(video) == 1 + sum(scene.cut for scene in scenes[:-1])
@@ -102,7 +189,7 @@ def test_videos_are_as_long_as_they_say(parts, block):
 
 def video(layout, rules, *lengths, cut=False, **options):
     scenes = [Scene(str(i), blocks * 0.75, blocks, cut) for i, blocks in enumerate(lengths)]
-    return shots(scenes, layout, rules, 16, **options)
+    return shots(scenes, layout, rules, 16, 4, **options)
 
 
 def blocks_of(layout, rules, *lengths, cut=False):
@@ -183,7 +270,7 @@ def test_a_recache_makes_the_keys_of_the_window_anew():
 
 def test_a_recache_behind_a_cut_knows_which_frames_the_cache_holds():
     scenes = [Scene("a", 4.5, 6, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
-    (shot,) = shots(scenes, RELATIVE, Rules("recache"), 16)
+    (shot,) = shots(scenes, RELATIVE, Rules("recache"), 16, 4)
     change = shot.timeline.blocks[8].change
     assert change.frames == (0, 1, 2, 18, 19, 20, 21, 22, 23)
     assert change.positions == tuple(range(9))
@@ -196,7 +283,7 @@ def test_a_timeline_of_so_many_frames_leaves_the_rest_to_its_last_scene():
     assert [plan.scene for plan in timeline.blocks] == [0, 0, 1, 1, 2, 2]
     assert timeline.changes == [6, 12]
     assert timeline.prompts == ("a", "b", "c")
-    (shot,) = shots(scenes, RELATIVE, Rules(), 16, frames=1 + 4 * 17)
+    (shot,) = shots(scenes, RELATIVE, Rules(), 16, 4, frames=1 + 4 * 17)
     assert shot.timeline == timeline
 
 
@@ -247,7 +334,9 @@ def test_timelines_are_plain_data():
 @pytest.mark.parametrize("frames", [1, 4, 7])
 def test_an_independent_first_frame_is_a_block(frames):
     layout = Layout(block=3, window=9, independent_first_frame=True, positions="relative")
-    (shot,) = shots([Scene("a", 0.0, 0, False)], layout, Rules(), 16, frames=1 + 4 * (frames - 1))
+    (shot,) = shots(
+        [Scene("a", 0.0, 0, False)], layout, Rules(), 16, 4, frames=1 + 4 * (frames - 1)
+    )
     counts = [plan.count for plan in shot.timeline.blocks]
     assert counts == [1, 3, 3][: 1 + frames // 3]
     assert shot.latent_frames == frames
@@ -256,4 +345,4 @@ def test_an_independent_first_frame_is_a_block(frames):
 def test_a_recache_of_places_that_hold_nothing_is_refused():
     scenes = [Scene("a", 1.5, 2, True), Scene("b", 1.5, 2, False), Scene("c", 1.5, 2, False)]
     with pytest.raises(ValueError, match="a re-cache behind a published flush"):
-        shots(scenes, RELATIVE, Rules("recache", published=True), 16)
+        shots(scenes, RELATIVE, Rules("recache", published=True), 16, 4)

@@ -214,7 +214,7 @@ def shot_of(layout, *lengths, cut=False, rules=None, given=0):
     fps = 4 * layout.block  # a block a second
     scenes = [Scene(str(i), float(count), count, cut) for i, count in enumerate(lengths)]
     frames = 1 + 4 * (given + layout.block * sum(lengths) - 1)
-    (shot,) = shots(scenes, layout, rules or Rules(), fps, frames=frames, given=given)
+    (shot,) = shots(scenes, layout, rules or Rules(), fps, 4, frames=frames, given=given)
     return shot
 
 

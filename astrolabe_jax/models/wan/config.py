@@ -242,7 +242,7 @@ class Layout:
         _refuse(
             (
                 frames < 1 or self.whole(frames) != frames,
-                f"{frames} frames are not a whole number of blocks of {self.block}"
+                f"{frames} latent frames are not a whole number of blocks of {self.block}"
                 f"{' after the independent first frame' if self.lead else ''}; the next that fits "
                 f"is {self.whole(max(frames, 1), up=True)}",
             ),
@@ -253,7 +253,7 @@ class Layout:
             ),
             (
                 self.positions == "absolute" and frames > ABSOLUTE_LIMIT,
-                f"{frames} frames exceed the {ABSOLUTE_LIMIT} absolute positions; "
-                "use positions='relative' for longer videos",
+                f"{frames} latent frames exceed the {ABSOLUTE_LIMIT} absolute positions; use "
+                "positions='relative' for longer videos",
             ),
         )
