@@ -105,6 +105,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     """Do all of `prepare` but for the working directory, without the other processes."""
     validate(config, registry.TABLE, jax.device_count(), jax.default_backend())
     registry.validate(config.rewards)
+    registry.reach(config.rewards)
     sizes, tokenizer = open_base(config)
     layout, sampler, latent_shape = geometry(config, sizes)
     lists = {

@@ -91,6 +91,7 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     try:
         frames = media.read_video(path, config.video.fps)
         registry.validate(config.rewards)
+        registry.reach(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
         began = time.monotonic()
         setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)

@@ -86,6 +86,7 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         raise ValueError("give either --prompt or --prompt_file")
     if options["score"]:
         rewards.validate(config.rewards)
+        rewards.reach(config.rewards)
     requests = []
     for index, (where, text, scenes, frames) in enumerate(_videos(config, options, limits)):
         with error_prefix(where):
