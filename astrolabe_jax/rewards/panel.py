@@ -14,9 +14,14 @@ from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
 from astrolabe_jax.types import Scores
 
+LAST_SECONDS = 5.0  # that a program which ends waits for a reward that no device computes
+
 
 class RewardRunner:
     """The rewards of a run.
+
+    Of several processes, the first one alone scores with rewards without weights on the mesh: a
+    server is asked once about each video, and what no device computes need not be equal twice.
 
     Args:
       loaded: what registry.load returns.
@@ -82,28 +87,32 @@ class RewardRunner:
             0.
 
         Returns:
-          A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, or raises
-          RewardError, as registry.score does.
+          A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, of the rewards that
+          this process scores with, or raises RewardError, as registry.score does.
 
         Raises:
           RewardError: for a reward that may not be under way when this returns.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         self.settle()
-        later = [group for group in self._loaded if self._may_overlap(group)]
-        now = [group for group in self._loaded if not self._may_overlap(group)]
+        mine = [g for g in self._loaded if jax.process_index() == 0 or g.scorer.params is not None]
+        later = [group for group in mine if self._may_overlap(group)]
+        now = [group for group in mine if not self._may_overlap(group)]
         under_way = self._begin(later, frames, prompts, numbers)
         self._under_way = under_way
         scores = self._await(self._begin(now, frames, prompts, numbers), now, numbers)
         return lambda: scores | self._await(under_way, later, numbers)
 
-    def settle(self) -> None:
+    def settle(self, last: bool = False) -> None:
         """Wait until nothing is under way.
 
-        A program that ends while a thread of its own computes may crash.
+        A program that ends while a thread of its own computes may crash. So the `last` call waits
+        for what devices compute, but not for long for what hangs elsewhere, such as a server.
         """
         if self._under_way:
-            concurrent.futures.wait([self._under_way], self._timeout)
+            on_devices = any(group.scorer.params is not None for group in self._loaded)
+            brief = last and not (on_devices and self._overlap == "all")
+            concurrent.futures.wait([self._under_way], LAST_SECONDS if brief else self._timeout)
             self._under_way = None
 
     def _may_overlap(self, group: Loaded) -> bool:
