@@ -328,3 +328,22 @@ def test_blend_and_reset_copy():
         for leaf in jax.tree.leaves((state.current, state.reference, state.old))
     ]
     assert len(set(pointers)) == len(pointers)  # or donation would overwrite one through the other
+
+
+def test_samples_that_are_all_alike_move_nothing():
+    """All optimalities are 1/2: of the rounding in their gradient AdamW would make full steps."""
+    config = make_config()
+    train_step = compiled(config.to_json(), ONE)
+    samples = make_samples()
+    params = sharding.shard_params(ONE, tiny.model()[1])
+    before = jax.device_get(make_state(config))
+    for r, moves in ((np.full(SAMPLES, 0.5, np.float32), False), (samples.r, True)):
+        given = samples._replace(r=r)
+        assert update.teaches(given) == moves
+        with jax.set_mesh(ONE):
+            ((state, metrics),) = update.update(train_step, make_state(config), params, given, 0)
+        changed = [
+            not np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (before, jax.device_get(state))), strict=True)
+        ]
+        assert any(changed) == moves and metrics["grad_norm"] > 0 and metrics["kl_loss"] > 0
