@@ -63,7 +63,7 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
             fail(f"config.{field} is now config.{new}", 2)
     recipe = flags.FLAGS["config"]
     read = recipe.parser.parse
-    recipe.parser.parse = lambda path: _with_rewards_of_flags(read(path), argv)
+    recipe.parser.parse = lambda argument: _with_rewards_of_flags(read(argument), argv)
     try:
         left = flags.FLAGS(argv)
     except ERRORS as error:
@@ -84,8 +84,10 @@ def _with_rewards_of_flags(recipe: Any, argv: list[str]) -> Any:
 
     Raises ValueError for one to take out that is not there, and for a weight in place of options.
     """
-    rewards: Any = recipe.get("rewards") if isinstance(recipe, ConfigDict) else None
-    for flag, value in _given(argv) if rewards is not None else []:
+    if not isinstance(recipe, ConfigDict) or "rewards" not in recipe:
+        return recipe
+    rewards = recipe.rewards
+    for flag, value in _given(argv):
         place, _, name = flag.partition(".rewards.")
         name, dot, _ = name.partition(".")
         has_options = isinstance(rewards.get(name), ConfigDict)
