@@ -89,7 +89,7 @@ def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 
     """Return the advantages [N] = (score - mean of its group) / (std + 1e-4).
 
     See docs/objective.md, Advantages. Where every group has one member, mean and standard deviation
-    are those of the whole epoch.
+    are those of the whole epoch. Equal scores have the advantage 0, not that of rounding.
 
     Args:
       score: [N].
@@ -102,12 +102,13 @@ def normalise(score: np.ndarray, groups: np.ndarray, std: str, min_std: float = 
     overall_std = score.std()
     members_by_group = _members(groups)
     if all(len(members) == 1 for members in members_by_group):
-        return (score - score.mean()) / (max(overall_std, min_std) + STD_FLOOR)
-    advantage = np.empty_like(score)
+        members_by_group = [np.arange(len(score))]
+    advantage = np.zeros_like(score)
     for members in members_by_group:
         group = score[members]
         spread = overall_std if std == "global" else group.std()
-        advantage[members] = (group - group.mean()) / (max(spread, min_std) + STD_FLOOR)
+        if np.ptp(group):
+            advantage[members] = (group - group.mean()) / (max(spread, min_std) + STD_FLOOR)
     return advantage
 
 

@@ -17,6 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 WEIGHT = "weight"  # option of a reward: its weight, where it has other options, too
+LOAD = "load"  # option of a reward that is none of ours: its function, "module:name"
 
 
 class Constraint(NamedTuple):
@@ -258,7 +259,9 @@ FIELDS: dict[str, Field] = {
     "rewards": Field(
         {},
         "Weights of the rewards, NAME = WEIGHT, or {'weight': WEIGHT, OPTION: VALUE, ...} for one "
-        "with options. A video's total is the weighted sum of its scores (docs/rewards.md).",
+        "with options, of which each is a field, too. NAME = 0 on the command line takes a reward "
+        "out; a weight of 0 only watches it. A video's total is the weighted sum of its scores "
+        "(docs/rewards.md).",
     ),
     "scoring.overlap": Field(
         "host",
@@ -566,9 +569,9 @@ def samples(config: ConfigDict) -> int:
 
 
 def reward_weights(config: ConfigDict) -> dict[str, float]:
-    """Return the weight of each reward by its name."""
+    """Return the weight of each reward by its name; 1 for one that has options alone."""
     return {
-        name: value.get(WEIGHT) if isinstance(value, ConfigDict) else value
+        name: value.get(WEIGHT, 1.0) if isinstance(value, ConfigDict) else value
         for name, value in config.rewards.items()
     }
 

@@ -12,7 +12,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import FIELDS, WEIGHT, piece, repeats, reward_weights, rounds, samples
+from astrolabe_jax.config import (
+    FIELDS,
+    LOAD,
+    WEIGHT,
+    piece,
+    repeats,
+    reward_weights,
+    rounds,
+    samples,
+)
 
 
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
@@ -100,11 +109,13 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
         )
     )
     for name, weight in weights.items():
-        option = f".{WEIGHT}" if isinstance(config.rewards[name], ConfigDict) else ""
+        options = config.rewards[name] if isinstance(config.rewards[name], ConfigDict) else {}
+        option = f".{WEIGHT}" if WEIGHT in options else ""
         yield from _broken(
             (
-                name not in reward_names,
-                f"config.rewards.{name}: unknown reward; expected one of {known}",
+                name not in reward_names and LOAD not in options,
+                f"config.rewards.{name}: unknown reward; expected one of {known}, or the function "
+                f"of another, config.rewards.{name}.{LOAD}=module:name",
             ),
             (
                 not _is_finite(weight),

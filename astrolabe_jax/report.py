@@ -73,16 +73,29 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 
 def warnings(run: Run) -> list[str]:
     """Return what a run says once, at its start, about settings that are seldom meant."""
-    count = samples(run.config)
-    tuned_for = run.config.prompts.tuned_for
-    if tuned_for in (0, count):
-        return []
-    return [
-        f"warning: an epoch has {count} videos, the recipe's {tuned_for}: its learning rate and KL "
-        "weight were chosen for those; go back to them (config.prompts.prompts_per_epoch x "
-        f"samples_per_prompt), or choose rates for {count} and say so with "
-        f"--config.prompts.tuned_for={count}"
-    ]
+    config = run.config
+    count = samples(config)
+    tuned_for = config.prompts.tuned_for
+    told = []
+    if tuned_for not in (0, count):
+        told.append(
+            f"warning: an epoch has {count} videos, the recipe's {tuned_for}: its learning rate "
+            "and KL weight were chosen for those; go back to them "
+            f"(config.prompts.prompts_per_epoch x samples_per_prompt), or choose rates for {count} "
+            f"and say so with --config.prompts.tuned_for={count}"
+        )
+    vae = run.base.vae.config
+    reached = run.latent_shape[0]
+    asked = vae.latent_frames(config.video.frames)
+    if reached < asked and config.streaming.mode == "progressive":
+        window = config.streaming.window
+        told.append(
+            f"warning: config.video.frames is {config.video.frames}, {asked} latent frames, of "
+            f"which windows of {window} reach {reached}: the frames from "
+            f"{vae.pixel_frames(reached)} on are neither sampled nor trained; expected "
+            f"{vae.pixel_frames(reached)} or {vae.pixel_frames(reached + window)}"
+        )
+    return told
 
 
 def describe(run: Run, devices: str) -> dict[str, str]:

@@ -157,6 +157,8 @@ def check(config: ConfigDict, workdir: Path) -> Checked:
         faults.attempt(registry.validate, config.rewards)
     for line in registry.directory_faults(config.rewards):
         faults.found.append(ValueError(line))
+    if sensible:
+        faults.attempt(registry.reach, config.rewards)
     opened = faults.attempt(open_base, config) if sensible else None
     checked = opened and _check_model(config, *opened, faults)
     told = ("config.rewards", "config.base") if sensible else ("config.rewards",)

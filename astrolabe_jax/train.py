@@ -41,6 +41,7 @@ from astrolabe_jax.update import (
     init_state,
     old_decay,
     reset_reference,
+    teaches,
     update,
 )
 
@@ -88,7 +89,7 @@ def epoch(
     with progress.phase("update"):
         learn_from = samples_of(run, segment, result, mask, number)
         train, reset, metrics = learn(run, state, step, learn_from, segment, progress.check)
-        following = windows.continue_streams(run, train.old, segment, result.total, number)
+        following = windows.continue_streams(run, train.old, segment, result.advantage, number)
     # checkpoint: `train` saves the state that comes back
     record = {
         "kind": "epoch",
@@ -221,6 +222,11 @@ def learn(
         )
         train = reset_reference(train) if due else train
         figures["reference_reset"] = int(due)
+    if not teaches(learn_from):
+        log(
+            f"warning: epoch {state.epoch + 1}: no video is scored higher than another of its "
+            "prompt; nothing was learnt, the policies stay as they are"
+        )
     steps = []
     for after, metrics in update(
         step,
@@ -233,10 +239,12 @@ def learn(
         train = after
         reset = advantages.after_step(reset, metrics["kl_loss"])
         steps.append(metrics)
-    settings = config.optimizer
-    decay = old_decay(settings.old_decay, int(train.step), settings.old_decay_constant)
     means = {name: float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
-    return blend_old(train, decay), reset, means | figures
+    if teaches(learn_from):
+        settings = config.optimizer
+        decay = old_decay(settings.old_decay, int(train.step), settings.old_decay_constant)
+        train = blend_old(train, decay)
+    return train, reset, means | figures
 
 
 def reward_figures(
@@ -346,13 +354,13 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
             spare = None if saved == state.epoch else jax.tree.map(np.array, state.train)
             try:
                 state, record = epoch(run, state, step, progress)
-            except preemption.Stopped:
+            except (preemption.Stopped, *REFUSED):
                 state = state._replace(train=spare and sharding.replicate(run.mesh, spare))
                 raise
             metrics.add(record)
             evaluations = sum(_due(run, number) for number in range(state.epoch, count + 1))
             progress.epoch(record, count, evaluations * progress.lasted.get("evaluation", 0.0))
-            if _to_be_saved(run.config, state):
+            if to_be_saved(run, state):
                 with progress.phase("checkpoint"):
                     saved = _save(run, state, progress)
             _evaluate_if_due(run, state.epoch, state.train, metrics, progress)
@@ -360,14 +368,31 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         log(report.closing(run.workdir, summary))
         return summary
     except preemption.Stopped as stopped:
-        if saved != state.epoch:
-            _save(run, state, progress)
-        log(f"{stopped}: saved after epoch {state.epoch} of {count}; run the same command to go on")
+        saved = _save_the_last(run, state, saved, progress)
+        log(f"{stopped}: saved after epoch {saved} of {count}; run the same command to go on")
         return None
+    except REFUSED:
+        # what comes before the update, such as a reward server, leaves the state whole
+        try:
+            if _save_the_last(run, state, saved, progress) != saved:
+                log(f"saved after epoch {state.epoch} of {count}; run the same command to go on")
+        except REFUSED as error:
+            log(f"the state after epoch {state.epoch} could not be saved either: {error}")
+        raise
     finally:
         metrics.close()
-        run.reward_runner.settle()
+        run.reward_runner.settle(last=True)
         checkpoint.release(run.workdir)
+
+
+def _save_the_last(run: Run, state: RunState, saved: int, progress: Progress) -> int:
+    """Save a run that ends early, if that was not done, and return the epoch of its checkpoint.
+
+    A state whose memory an update has taken cannot be saved.
+    """
+    arrays = jax.tree.leaves((state.train, state.streams))
+    taken = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in arrays)
+    return saved if saved == state.epoch or taken else _save(run, state, progress)
 
 
 def _save(run: Run, state: RunState, progress: Progress) -> int:
@@ -388,14 +413,18 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
     return state.epoch
 
 
-def _to_be_saved(config: ConfigDict, state: RunState) -> bool:
-    """Return whether a checkpoint follows.
+def to_be_saved(run: Run, state: RunState) -> bool:
+    """Return whether a checkpoint follows: one is due every train.checkpoint_every epochs.
 
-    Progressive streams are saved at their end, with streaming.save 'full' always.
+    Where progressive streams are saved at their end alone, it follows at the next end.
     """
-    held_back = state.streams and config.streaming.save == "sequence_end"
-    due = state.epoch % config.train.checkpoint_every == 0 and not held_back
-    return due or state.epoch == config.train.epochs
+    streaming = run.config.streaming
+    at_ends = streaming.mode == "progressive" and streaming.save == "sequence_end"
+    if at_ends and state.streams and state.epoch != run.config.train.epochs:
+        return False
+    every = run.config.train.checkpoint_every
+    before = state.epoch - (len(run.starts) if at_ends else 1)
+    return state.epoch // every > before // every or state.epoch == run.config.train.epochs
 
 
 def _due(run: Run, number: int) -> bool:

@@ -249,7 +249,7 @@ class TrainStep:
 
     metrics are the means of `sample_terms` over the step, `grad_norm` before clipping,
     `adapter_norm` of the new `current`, and `sample_loss` [m B]. If any of these is not finite, the
-    returned state equals the given one.
+    returned state equals the given one, as it does unless the step is to be `taken`.
     """
 
     def __init__(self, config: ConfigDict, graphdef: Any, layout: Layout, mesh: sharding.AnyMesh):
@@ -266,7 +266,7 @@ class TrainStep:
         )
         self.finish = jax.jit(partial(_finish, config), donate_argnums=0, out_shardings=whole)
 
-    def __call__(self, state: TrainState, params, text, batch: StepBatch, parts=None):
+    def __call__(self, state: TrainState, params, text, batch: StepBatch, parts=None, taken=True):
         grads = self._zeros(state.current)
         terms = []
         for i in range(batch.r.shape[0]):
@@ -277,7 +277,7 @@ class TrainStep:
                 # `parts` may end the run, and must not be far ahead of the devices
                 of_parts.append(jax.block_until_ready(new))
             terms.append(reduce(partial(jax.tree.map, jnp.add), of_parts))
-        return self.finish(state, self._scalars, grads, terms)
+        return self.finish(state, self._scalars, grads, terms, taken)
 
 
 class PartArrays(NamedTuple):
@@ -330,8 +330,8 @@ def _accumulate(objective: Objective, total, state, params, text, batch: StepBat
     return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), terms
 
 
-def _finish(config: ConfigDict, state: TrainState, scalars: Scalars, grads, terms):
-    """Take the step of accumulated gradients: (state, metrics)."""
+def _finish(config: ConfigDict, state: TrainState, scalars: Scalars, grads, terms, taken):
+    """Take the step of accumulated gradients, if it is to be taken: (state, metrics)."""
     norm = optax.tree.norm(grads)
     terms = jax.tree.map(lambda *parts: jnp.concatenate(parts), *terms)
     optimizer = make_optimizer(config, scalars.learning_rate)
@@ -340,7 +340,8 @@ def _finish(config: ConfigDict, state: TrainState, scalars: Scalars, grads, term
     metrics = {name: values.mean() for name, values in terms.items()}
     metrics |= {"grad_norm": norm, "adapter_norm": moved, "sample_loss": terms["total_loss"]}
     finite = jnp.isfinite(norm) & jnp.isfinite(moved) & jnp.isfinite(terms["total_loss"]).all()
-    return jax.tree.map(lambda after, old: jnp.where(finite, after, old), new, state), metrics
+    taken = taken & finite
+    return jax.tree.map(lambda after, old: jnp.where(taken, after, old), new, state), metrics
 
 
 def sample_terms(
@@ -461,6 +462,15 @@ def reset_reference(state: TrainState) -> TrainState:
     return state._replace(reference=jax.tree.map(jnp.copy, state.current))
 
 
+def teaches(samples: Samples) -> bool:
+    """Return whether something can be learnt from an epoch: some sample is better than another.
+
+    Otherwise all optimalities are 1/2, and the gradient is that of rounding errors, of which AdamW
+    would make full steps.
+    """
+    return bool(np.any(samples.r != 0.5))
+
+
 def update(
     train_step: TrainStep,
     state: TrainState,
@@ -471,7 +481,8 @@ def update(
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """Take the optimizer steps of an epoch: give the state and the metrics (floats) after each.
 
-    `state` is donated. Follow the last step by `blend_old`.
+    `state` is donated. Follow the last step by `blend_old`. Samples that do not teach are measured,
+    and leave the state as it was.
 
     Args:
       params: of the base, on the mesh.
@@ -485,6 +496,7 @@ def update(
     config = train_step.config
     devices = train_step.mesh.size
     text = sharding.replicate(train_step.mesh, samples.text)
+    taken = teaches(samples)
     for turn in range(config.optimizer.inner_epochs):
         plan = minibatches.plan_pass(config, epoch, turn, samples.mask, devices)
         for number, (order, t, kl_weight) in enumerate(
@@ -492,7 +504,9 @@ def update(
             1 + turn * config.optimizer.steps_per_pass,
         ):
             batch = _step_batch(samples, order, t, kl_weight, turn)
-            state, metrics = train_step(state, params, text, batch, parts and partial(parts, order))
+            state, metrics = train_step(
+                state, params, text, batch, parts and partial(parts, order), taken
+            )
             place = f"epoch {epoch + 1}, step {number}"
             yield state, _checked(jax.device_get(metrics), order.reshape(-1), place)
 

@@ -60,6 +60,17 @@ def test_a_small_spread_counts_as_the_least():
     np.testing.assert_allclose(alone, [-0.1, 0.1], rtol=2e-3)
 
 
+@pytest.mark.parametrize("std", ["global", "prompt"])
+@pytest.mark.parametrize(
+    "score", [np.full(6, 0.1), np.full(6, 1e8 + 0.3), np.repeat([0.1, 1e8 + 0.3], 3)], ids=str
+)
+def test_equal_scores_of_a_prompt_have_no_advantage(score, std):
+    """Exactly: rounding in a mean of 1e8 would be 1e-4 deviations."""
+    assert not adv.normalise(score, np.repeat([0, 1], 3), std).any()
+    if np.ptp(score) == 0:
+        assert not adv.normalise(score, np.arange(6), std).any()
+
+
 def test_single_candidates_are_compared_with_the_whole_epoch():
     score = np.array([1.0, 2.0, 6.0])
     want = (score - 3) / (score.std() + 1e-4)

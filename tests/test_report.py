@@ -1,6 +1,8 @@
 """Figures and files that a run reports: exact statistics, a sheet of all strips, curves."""
 
 import json
+import re
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from astrolabe_jax import report
 from astrolabe_jax.config import get_config
 from astrolabe_jax.runtime import media
 from astrolabe_jax.types import PromptBatch
+from tests.tiny_base import VAE
 
 
 def evaluation(seed, shift=0.0, n=40):
@@ -44,6 +47,30 @@ def test_summary_pairs_the_videos_and_measures_the_way_to_the_ceiling(tmp_path):
     assert without["share_of_ceiling"] is None and "ceiling" not in report.closing(
         tmp_path, without
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "reached", "told"),
+    [
+        (
+            "progressive",
+            6,
+            "29, 8 latent frames, of which windows of 3 reach 6: .* 21 on .* 21 or 33",
+        ),
+        ("progressive", 8, None),
+        ("epoch", 6, None),
+    ],
+)
+def test_frames_that_no_window_of_a_progressive_video_reaches_are_told(mode, reached, told):
+    config = get_config()
+    fields = {"video.frames": 29, "streaming.window": 3, "streaming.mode": mode}
+    config.update_from_flattened_dict(fields)
+    base = types.SimpleNamespace(vae=types.SimpleNamespace(config=VAE))
+    run = types.SimpleNamespace(config=config, latent_shape=(reached, 4, 2, 2), base=base)
+    lines = report.warnings(run)
+    assert len(lines) == (told is not None)
+    if told:
+        assert re.search(f"warning: config.video.frames is {told}", lines[0])
 
 
 def test_counts_are_for_people():

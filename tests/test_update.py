@@ -350,6 +350,25 @@ def test_a_sweep_over_the_scalars_compiles_once():
             arguments = (state.current, state, params, samples.text, make_batch(samples), part)
             gradient = step.accumulate.lower(*arguments)
             _, terms = gradient.out_info
-            finish = step.finish.lower(state, scalars, state.current, [terms])
+            finish = step.finish.lower(state, scalars, state.current, [terms], True)
         programs.add((gradient.as_text(), finish.as_text()))
     assert len(programs) == 1
+
+
+def test_samples_that_are_all_alike_move_nothing():
+    """All optimalities are 1/2: of the rounding in their gradient AdamW would make full steps."""
+    config = make_config()
+    train_step = compiled(config.to_json(), ONE)
+    samples = make_samples()
+    params = sharding.shard_params(ONE, tiny.model()[1])
+    before = jax.device_get(make_state(config))
+    for r, moves in ((np.full(SAMPLES, 0.5, np.float32), False), (samples.r, True)):
+        given = samples._replace(r=r)
+        assert update.teaches(given) == moves
+        with jax.set_mesh(ONE):
+            ((state, metrics),) = update.update(train_step, make_state(config), params, given, 0)
+        changed = [
+            not np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (before, jax.device_get(state))), strict=True)
+        ]
+        assert any(changed) == moves and metrics["grad_norm"] > 0 and metrics["kl_loss"] > 0

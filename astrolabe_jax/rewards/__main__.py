@@ -93,6 +93,7 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     path = Path(holders["video"].value)
     try:
         registry.validate(config.rewards)
+        registry.reach(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
         # as training gives them to the rewards
         size = (config.video.width, config.video.height)

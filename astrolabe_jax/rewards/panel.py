@@ -17,10 +17,14 @@ from astrolabe_jax.types import Scores
 
 POLL_SECONDS = 0.5  # between two looks whether a wait is to end
 GRACE_SECONDS = 2.0  # that a scorer under way gets when the run ends
+LAST_SECONDS = 5.0  # that a program which ends waits for a reward that no device computes
 
 
 class RewardRunner:
     """The rewards of a run.
+
+    Of several processes, the first one alone scores with rewards without weights on the mesh: a
+    server is asked once about each video, and what no device computes need not be equal twice.
 
     Args:
       loaded: what registry.load returns.
@@ -92,16 +96,17 @@ class RewardRunner:
             wait for different times, and do not call it.
 
         Returns:
-          A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, or raises
-          RewardError, as registry.score does.
+          A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, of the rewards that
+          this process scores with, or raises RewardError, as registry.score does.
 
         Raises:
           RewardError: for a reward that may not be under way when this returns.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         self.settle(check)
-        later = [group for group in self._loaded if self._may_overlap(group)]
-        now = [group for group in self._loaded if not self._may_overlap(group)]
+        mine = [g for g in self._loaded if jax.process_index() == 0 or g.scorer.params is not None]
+        later = [group for group in mine if self._may_overlap(group)]
+        now = [group for group in mine if not self._may_overlap(group)]
         under_way = self._begin(later, frames, prompts, numbers)
         self._under_way = under_way
         self._wait(started := self._begin(now, frames, prompts, numbers), check)
@@ -113,13 +118,18 @@ class RewardRunner:
 
         return wait
 
-    def settle(self, check: Callable[[], None] = lambda: None) -> None:
+    def settle(self, check: Callable[[], None] = lambda: None, last: bool = False) -> None:
         """Wait until nothing is under way; `check` is as in `score_async`.
 
-        A program that ends while a thread of its own computes may crash.
+        A program that ends while a thread of its own computes may crash. So the `last` call waits
+        for what devices compute, but not for long for what hangs elsewhere, such as a server.
         """
         if self._under_way:
-            self._wait(self._under_way, check)
+            on_devices = any(group.scorer.params is not None for group in self._loaded)
+            if last and not (on_devices and self._overlap == "all"):
+                concurrent.futures.wait([self._under_way], LAST_SECONDS)
+            else:
+                self._wait(self._under_way, check)
             self._under_way = None
 
     def _wait(self, future: concurrent.futures.Future, check: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The registry of rewards. To add one, write a function, and add a line to TABLE in this file.
+"""The registry of rewards. To add one, write a function, and name it in a config or in TABLE.
 
 A reward without weights
 ------------------------
@@ -15,7 +15,10 @@ Add the line
 
     "brightness": Reward("astrolabe_jax.rewards.brightness:score"),
 
-to TABLE, and give it a weight in a config: `config.rewards.brightness = 1.0`.
+to TABLE, and give it a weight in a config: `config.rewards.brightness = 1.0`. A module that is not
+in this package, wherever Python finds it, needs no line:
+
+    config.rewards.brightness = {"weight": 1.0, "load": "my.brightness:score"}
 
 The function must depend on its arguments alone, because runs are resumed and repeated. Numbers must
 be finite: anything else ends the run with the name of the reward and the sample.
@@ -44,12 +47,14 @@ Name a loader instead, `"taste": Reward(load="astrolabe_jax.rewards.taste:load")
         params = ...  # read once, placed on setting.mesh
         return Scorer(score, params, identity)
 
-The options are what `config.rewards.taste` has besides `weight`. Their names, and which of them are
+(`load` in a config names such a loader, too.) The options are what `config.rewards.taste` has
+besides `weight` and `load`. Their names, and which of them are
 needed, are read from the dataclass that `options` is annotated with; a loader that has no parameter
 `options` takes none. `names` are the rewards of the run that have this loader and equal options:
 one call of `score(params, frames, prompts)` computes them all, and returns what the function of a
 reward without weights returns. Raise ValueError or OSError for options that cannot be; the registry
-adds the name of the reward.
+adds the name of the reward. Options that have a method `reach` are asked before anything is loaded
+whether what they need from elsewhere is there; it raises OSError if not.
 
 Keep net, tensor names and scorers of a model in one folder, as rewards/clip does. A line's `net`
 names the NetSpec of the directory that its option `path` gives, so that `plan` knows how large the
@@ -61,10 +66,13 @@ Modules are imported when their reward is first used, so that nobody needs the d
 rewards that they do not use.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import pkgutil
 import traceback
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +82,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import WEIGHT
+from astrolabe_jax.config import LOAD, WEIGHT
 from astrolabe_jax.rewards import directory
 
 
@@ -173,23 +181,74 @@ def validate(settings: Mapping[str, Any]) -> None:
       settings: config.rewards.
 
     Raises:
-      ValueError: naming the reward, and the options that are unknown or missing.
+      ValueError: naming the reward, and the options that are unknown, missing, or of another type.
     """
     known = f"known rewards: {', '.join(sorted(TABLE))}"
     if not settings:
         raise ValueError(f"no reward is configured; {known}")
-    if unknown := [name for name in settings if name not in TABLE]:
+    if unknown := [
+        name for name in settings if name not in TABLE and LOAD not in options(settings[name])
+    ]:
         raise ValueError(
             f"unknown reward{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; {known}"
         )
     for name, value in settings.items():
-        line = TABLE[name]
+        line = _line(name, value)
         if line.check:
             _imported(name, line.check)
         function = _imported(name, line.load or line.score)
         kind = _options_class(name, function) if line.load else None
         fields = {field.name: field for field in dataclasses.fields(kind)} if kind else {}
-        _check_options(name, options(value), fields)
+        _check_options(name, _given(name, value), fields)
+
+
+def reach(settings: Mapping[str, Any]) -> None:
+    """Ask whether what rewards need from elsewhere, such as servers, is there.
+
+    Nothing is loaded. Only process 0 asks, as only it will score with them.
+
+    Raises:
+      ValueError, OSError: naming the reward, and what is not there.
+    """
+    for names in _groups(settings) if jax.process_index() == 0 else []:
+        with _error_prefix(names[0]):
+            chosen = _options(names[0], settings[names[0]])
+            if hasattr(chosen, "reach"):
+                chosen.reach()
+
+
+def _line(name: str, value: Any) -> Reward:
+    """Return the line of a reward: of TABLE, or of the function that its option `load` names."""
+    if name in TABLE:
+        return TABLE[name]
+    target = options(value)[LOAD]
+    function = _imported(name, target)
+    if not inspect.isfunction(function):
+        raise ValueError(f"config.rewards.{name}.{LOAD} is {target!r}; expected module:function")
+    loads = {"names", "setting"} <= set(inspect.signature(function).parameters)
+    return Reward(load=target) if loads else Reward(target)
+
+
+def _given(name: str, value: Any) -> dict[str, Any]:
+    """Return the options that a value of config.rewards has for the loader."""
+    return {key: option for key, option in options(value).items() if name in TABLE or key != LOAD}
+
+
+def _options(name: str, value: Any) -> Any:
+    """Return the options of a reward as its loader takes them; None if it takes none."""
+    line = _line(name, value)
+    kind = _options_class(name, _imported(name, line.load)) if line.load else None
+    return kind(**_given(name, value)) if kind else None
+
+
+@contextlib.contextmanager
+def _error_prefix(name: str) -> Iterator[None]:
+    """Put the reward in front of the message of an error of its options or files."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"config.rewards.{name}: {error}") from error
 
 
 def _options_class(name: str, load: Callable) -> Any:
@@ -222,6 +281,24 @@ def _check_options(
             f"config.rewards.{name} needs the options {', '.join(missing)} beside its weight; "
             f"{expected}"
         )
+    for option, value in given.items():
+        kind = fields[option].type
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if not any(_fits(value, kind) for kind in kinds):
+            expected = " or ".join(_KINDS.get(kind, str(kind)) for kind in kinds)
+            raise ValueError(f"config.rewards.{name}.{option} is {value!r}; expected {expected}")
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type; a whole number is a number, True is none."""
+    if kind not in _KINDS:
+        return not isinstance(kind, type) or isinstance(value, kind)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def directory_faults(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -242,7 +319,10 @@ def check_prompt(names: Iterable[str], prompt: str) -> None:
 
 def prompt_check(names: Iterable[str]) -> Callable[[str], None]:
     """Return `check_prompt` of these rewards, whose functions are imported once."""
-    checks = [(name, _imported(name, TABLE[name].check)) for name in names if TABLE[name].check]
+    checks = []
+    for name in names:
+        if target := TABLE.get(name, Reward()).check:
+            checks.append((name, _imported(name, target)))
 
     def check_all(prompt: str) -> None:
         for name, check in checks:
@@ -262,8 +342,7 @@ def load(settings: Mapping[str, Any], setting: Setting) -> tuple[Loaded, ...]:
     """
     validate(settings)
     return tuple(
-        Loaded(names, _scorer(names, options(settings[names[0]]), setting))
-        for names in _groups(settings)
+        Loaded(names, _scorer(names, settings[names[0]], setting)) for names in _groups(settings)
     )
 
 
@@ -271,22 +350,21 @@ def _groups(settings: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the names of the rewards that one call computes, for each call."""
     groups: dict[Any, list[str]] = {}
     for name, value in settings.items():
-        key = (TABLE[name].load or TABLE[name].score, repr(sorted(options(value).items())))
+        line = _line(name, value)
+        key = (line.load or line.score, repr(sorted(options(value).items())))
         groups.setdefault(key, []).append(name)
     return [tuple(names) for names in groups.values()]
 
 
-def _scorer(names: tuple[str, ...], given: Mapping[str, Any], setting: Setting) -> Scorer:
-    line = TABLE[names[0]]
+def _scorer(names: tuple[str, ...], value: Any, setting: Setting) -> Scorer:
+    line = _line(names[0], value)
     if not line.load:
         function = _imported(names[0], line.score)
         return Scorer(lambda _, frames, prompts: function(frames, prompts))
     loader = _imported(names[0], line.load)
-    kind = _options_class(names[0], loader)
-    try:
-        return loader(names, setting, kind(**given)) if kind else loader(names, setting)
-    except (ValueError, OSError) as error:
-        raise type(error)(f"config.rewards.{names[0]}: {error}") from error
+    with _error_prefix(names[0]):
+        chosen = _options(names[0], value)
+        return loader(names, setting) if chosen is None else loader(names, setting, chosen)
 
 
 def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
@@ -303,9 +381,9 @@ def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
 
 def _planned_params(name: str, settings: Mapping[str, Any], mesh: Any) -> Any:
     """Return the shapes of a reward's weights; None if it has none on the mesh."""
-    if TABLE[name].net:
+    if net := _line(name, settings[name]).net:
         path = Path(options(settings[name])["path"])
-        return directory.planned(path, _imported(name, TABLE[name].net), mesh)
+        return directory.planned(path, _imported(name, net), mesh)
 
 
 def _refuse_to_score(*_) -> None:
@@ -374,7 +452,7 @@ def _imported(name: str, target: str) -> Any:
     """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
     try:
         return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a reward is anybody's code
         raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
 
 

@@ -6,27 +6,38 @@ A program of your own answers, for each video, a POST of JSON
     ...]}
 
 with status 200 and {"scores": {"taste": 0.71}}: a number for each reward asked for, larger is
-better. In registry.TABLE the line is `"taste": Reward(load="astrolabe_jax.rewards.remote:load")`,
-in a config
+better. In a config
 
-    config.rewards.taste = {"weight": 1.0, "url": "http://127.0.0.1:8000/score"}
+    config.rewards.taste = {
+        "weight": 1.0,
+        "load": "astrolabe_jax.rewards.remote:load",
+        "url": "http://127.0.0.1:8000/score",
+    }
 
 UnifiedReward is asked through an OpenAI-compatible chat endpoint about single frames, whose scores
 are averaged. See docs/rewards.md, Remote rewards.
 """
 
 import base64
-import concurrent.futures
+import collections
+import contextlib
 import dataclasses
+import email.utils
+import functools
 import http.client
 import io
 import json
+import math
 import os
+import queue
+import random
 import re
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +46,14 @@ from PIL import Image
 
 from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
+from astrolabe_jax.runtime.progress import log
 
-FIRST_PAUSE = 0.5  # seconds before the first retry
+FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
+LONGEST_PAUSE = 30.0
+LONGEST_WAIT = 600.0  # seconds that a server may ask for (Retry-After)
+FALLBACK_SPAN = 64  # last videos of which a share may have the fallback
 ANSWER_LIMIT = 1 << 20  # bytes that are read of an answer
+QUOTED = 200  # characters of an answer in an error
 FORMATS = {"png": {}, "jpeg": {"quality": 95}}
 UNIFIEDREWARD_TEXT = PublishedText(
     "rewards.py",  # Astrolabe or Flow-GRPO
@@ -45,6 +61,17 @@ UNIFIEDREWARD_TEXT = PublishedText(
 )
 UNIFIEDREWARD_SIZE = (512, 512)  # of the frames that it sees
 _FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
+
+# Asks a server once: the scores of a video or a part of it, or an error.
+Question = Callable[[], dict[str, float]]
+
+
+class Away(OSError):
+    """A server did not answer, and may another time; `wait`: the seconds that it asks for."""
+
+    def __init__(self, reason: str, wait: float = 0.0):
+        super().__init__(reason)
+        self.wait = wait
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,16 +83,21 @@ class RequestOptions:
 
     url: str
     timeout: float = 60.0  # seconds that the server may be silent
-    # of a request that met no server, silence, or a status 429 or 5xx; each waits twice as long
-    retries: int = 3
+    # rounds of questions in a row that may all fail: no server, silence, or a status 429 or 5xx
+    retries: int = 8
     concurrency: int = 8  # requests at once
     fallback: float | None = None  # score of a video that could not be had; None: an error
+    fallback_share: float = 0.2  # of the last FALLBACK_SPAN videos; with more it is an error
     # environment variable with the server's key, which is sent as a bearer token and nowhere shown
     key_variable: str = ""
 
     def __post_init__(self):
-        if not self.url.startswith(("http://", "https://")):
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not (self.url.isascii() and parts.hostname):
             raise ValueError(f"url is {self.url!r}; expected http://... or https://...")
+        if "@" in parts.netloc:
+            raise ValueError("url holds a name or password; expected them in key_variable")
+        parts.port  # noqa: B018  (raises ValueError for one that cannot be)
         if self.timeout <= 0 or self.retries < 0:
             raise ValueError(
                 f"timeout is {self.timeout} and retries {self.retries}; expected a positive number "
@@ -73,10 +105,52 @@ class RequestOptions:
             )
         if self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}; expected at least 1")
+        if not math.isfinite(self.fallback or 0) or not 0 <= self.fallback_share <= 1:
+            raise ValueError(
+                f"fallback is {self.fallback} and fallback_share {self.fallback_share}; expected a "
+                "finite score and a share in [0, 1]"
+            )
         if self.key_variable and self.key_variable not in os.environ:
             raise OSError(
                 f"key_variable is {self.key_variable!r}, which is not set in the environment"
             )
+        if self.key_variable and not (self.key.isascii() and self.key.isprintable() and self.key):
+            raise ValueError(
+                f"key_variable is {self.key_variable!r}, whose value is no key: it is empty or has "
+                "characters that a header cannot hold"
+            )
+
+    @property
+    def key(self) -> str:
+        """The server's key, without the newline that a file may end in; empty if it has none."""
+        return os.environ.get(self.key_variable, "").strip()
+
+    @property
+    def target(self) -> str:
+        """The URL that is asked."""
+        return self.url
+
+    @property
+    def shown(self) -> str:
+        """The URL for messages: a query may hold a secret."""
+        return self.target.partition("?")[0]
+
+    def reach(self) -> None:
+        """Raise OSError unless the server is there, takes the key, and does not redirect.
+
+        It is asked with a HEAD, which is no question: whatever else it answers is well.
+        """
+        try:
+            _OPENER.open(_request(self, None), timeout=self.timeout).close()
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403) or error.code // 100 == 3:
+                raise _refusal(self, error) from None
+        except urllib.error.URLError as error:
+            raise OSError(
+                f"{self.shown} cannot be reached ({error.reason}); start the server, or set url"
+            ) from None
+        except (OSError, http.client.HTTPException):
+            pass  # it is there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,23 +175,31 @@ class UnifiedRewardOptions(RequestOptions):
     model: str = "UnifiedReward-7b-v1.5"
     frames: int = 8  # how many are scored, evenly spaced
 
+    @property
+    def target(self) -> str:
+        """The URL that is asked."""
+        return f"{self.url.rstrip('/')}/chat/completions"
+
 
 def load(names: tuple[str, ...], setting: Setting, options: ServerOptions) -> Scorer:
     """Return the scorer of a program of your own."""
 
-    def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
-        body = {
-            "rewards": list(names),
-            "prompt": prompt,
-            "fps": float(setting.fps),
-            "frames": [
-                _encoded(frame, options.format)
-                for frame in video[_evenly_spaced(len(video), options.frames)]
-            ],
-        }
-        return _scores(names, ask(options.url, options, body))
+    def questions(video: np.ndarray, prompt: str) -> Iterator[Question]:
+        def question() -> dict[str, float]:
+            body = {
+                "rewards": list(names),
+                "prompt": prompt,
+                "fps": float(setting.fps),
+                "frames": [
+                    _encoded(frame, options.format)
+                    for frame in video[_evenly_spaced(len(video), options.frames)]
+                ],
+            }
+            return _scores(names, ask(options, body))
 
-    return _scorer(names, ask_about, options)
+        yield question
+
+    return _scorer(names, questions, options)
 
 
 def load_unified(names: tuple[str, ...], setting: Setting, options: UnifiedRewardOptions) -> Scorer:
@@ -125,94 +207,259 @@ def load_unified(names: tuple[str, ...], setting: Setting, options: UnifiedRewar
 
     Raises ValueError or OSError for another template.
     """
-    question = read_template(Path(options.template), UNIFIEDREWARD_TEXT)
-    url = f"{options.url.rstrip('/')}/chat/completions"
+    template = read_template(Path(options.template), UNIFIEDREWARD_TEXT)
 
-    def ask_about(video: np.ndarray, prompt: str) -> dict[str, float]:
-        text = {"type": "text", "text": question.replace("{prompt}", prompt)}
-        scores = []
+    def question(frame: np.ndarray, prompt: str) -> dict[str, float]:
+        picture = Image.fromarray(frame).resize(UNIFIEDREWARD_SIZE, Image.Resampling.BICUBIC)
+        image = f"data:image;base64,{_encoded(np.asarray(picture), 'png')}"
+        text = {"type": "text", "text": template.replace("{prompt}", prompt)}
+        content = [{"type": "image_url", "image_url": {"url": image}}, text]
+        body = {
+            "model": options.model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": content}],
+        }
+        return dict.fromkeys(names, _final_score(ask(options, body)))
+
+    def questions(video: np.ndarray, prompt: str) -> Iterator[Question]:
         for frame in video[_evenly_spaced(len(video), options.frames)]:
-            picture = Image.fromarray(frame).resize(UNIFIEDREWARD_SIZE, Image.Resampling.BICUBIC)
-            image = f"data:image;base64,{_encoded(np.asarray(picture), 'png')}"
-            content = [{"type": "image_url", "image_url": {"url": image}}, text]
-            body = {
-                "model": options.model,
-                "temperature": 0,
-                "messages": [{"role": "user", "content": content}],
-            }
-            scores.append(_final_score(ask(url, options, body)))
-        return dict.fromkeys(names, float(np.mean(scores)))
+            yield functools.partial(question, frame, prompt)
 
-    return _scorer(names, ask_about, options)
+    return _scorer(names, questions, options)
 
 
-def ask(url: str, options: RequestOptions, body: dict[str, Any]) -> Any:
-    """Return the JSON that the server of a URL answers to a POST of `body`.
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Ends a redirect in an HTTPError.
+
+    To follow one would take the key to another host, and make a GET without the video of a POST.
+    """
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
+    """Return the JSON that a server answers to one POST of `body`.
 
     Raises:
-      OSError: naming the server, when all tries have failed.
+      Away: if it may answer another time.
+      OSError: naming the server, if it refuses, or does not answer in JSON.
     """
+    try:
+        with _OPENER.open(_request(options, body), timeout=options.timeout) as answer:
+            text = _text(answer, options)
+            if answer.length and not answer.read(1):
+                raise Away(f"an answer that ends {answer.length} bytes early")
+    except urllib.error.HTTPError as error:
+        if error.code != 429 and error.code < 500:
+            raise _refusal(options, error) from None
+        raise Away(_reason(options, error), _seconds(error.headers["Retry-After"])) from None
+    except Away:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        raise Away(str(error) or type(error).__name__) from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{options.shown} does not answer in JSON: {error}") from None
+
+
+def _request(options: RequestOptions, body: dict[str, Any] | None) -> urllib.request.Request:
+    """Return the POST of `body` to the server, or a HEAD."""
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(options.key_variable):
-        headers["Authorization"] = f"Bearer {key}"
-    reason = ""
-    for attempt in range(options.retries + 1):
-        if attempt:
-            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
-        try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=options.timeout) as answer:
-                return json.loads(answer.read(ANSWER_LIMIT))
-        except urllib.error.HTTPError as error:
-            reason = f"status {error.code}: {error.read(200).decode(errors='replace')!r}"
-            if error.code != 429 and error.code < 500:
-                raise OSError(f"{url} refuses the request with {reason}") from None
-        except ValueError as error:
-            raise OSError(f"{url} does not answer in JSON: {error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-    raise OSError(
-        f"{url} cannot be had after {options.retries + 1} tries, the last one with {reason}"
+    if options.key:
+        headers["Authorization"] = f"Bearer {options.key}"
+    content = None if body is None else json.dumps(body).encode()
+    return urllib.request.Request(
+        options.target, content, headers, method="HEAD" if body is None else "POST"
     )
+
+
+def _text(answer: Any, options: RequestOptions) -> str:
+    """Return what a server has written, up to ANSWER_LIMIT bytes, with *** in place of the key."""
+    text = answer.read(ANSWER_LIMIT).decode(errors="replace")
+    for key in {options.key, json.dumps(options.key)[1:-1]} - {""}:
+        text = text.replace(key, "***")
+    return text
+
+
+def _reason(options: RequestOptions, error: urllib.error.HTTPError) -> str:
+    """Return the status of an answer and the beginning of its text."""
+    try:
+        text = _text(error, options)
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return f"status {error.code}: {text[:QUOTED]!r}"
+
+
+def _refusal(options: RequestOptions, error: urllib.error.HTTPError) -> OSError:
+    """Return the error of a server that will not answer another time either."""
+    if error.code // 100 != 3:
+        return OSError(f"{options.shown} refuses the request with {_reason(options, error)}")
+    parts = urllib.parse.urlsplit(error.headers["Location"] or "")
+    return OSError(
+        f"{options.shown} redirects to {parts.scheme}://{parts.hostname}, which is not followed: "
+        "videos and keys go to the url alone; set url to the server that answers"
+    )
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Return the seconds that a Retry-After asks for, a number or a date; at most LONGEST_WAIT."""
+    text = (retry_after or "0").strip()
+    try:
+        wait = float(text)
+    except ValueError:
+        try:
+            wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            wait = 0.0
+    return min(max(wait, 0.0), LONGEST_WAIT) if math.isfinite(wait) else 0.0
 
 
 def _scorer(
     names: Sequence[str],
-    ask_about: Callable[[np.ndarray, str], dict[str, float]],
+    questions: Callable[[np.ndarray, str], Iterable[Question]],
     options: RequestOptions,
 ) -> Scorer:
-    """Return a scorer that calls `ask_about(video, prompt)` for several videos at once.
+    """Return a scorer that asks questions(video, prompt) about every video, and takes their mean.
 
-    It raises SampleError as soon as one of them has failed.
+    It raises SampleError for a video that could not be had. With a fallback that score stands for
+    it, and REWARD/fallback is 1 for the video, else 0.
     """
-
-    def scores_of(video: np.ndarray, prompt: str) -> dict[str, float]:
-        try:
-            return ask_about(video, prompt)
-        except OSError:
-            if options.fallback is None:
-                raise
-            return dict.fromkeys(names, float(options.fallback))
+    recent = collections.deque[bool](maxlen=FALLBACK_SPAN)  # which videos had the fallback
 
     def score(params: None, frames: Any, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
-        try:
-            futures = [
-                pool.submit(scores_of, video, prompt)
-                for video, prompt in zip(np.asarray(frames), prompts, strict=True)
+        asked = [
+            (row, question)
+            for row, (video, prompt) in enumerate(zip(np.asarray(frames), prompts, strict=True))
+            for question in questions(video, prompt)
+        ]
+        faults: dict[int, OSError] = {}
+        found: list[list[dict[str, float]]] = [[] for _ in prompts]
+        answers = _answers([question for _, question in asked], options)
+        for (row, _), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, OSError):
+                faults.setdefault(row, answer)
+            else:
+                found[row].append(answer)
+        lost = [row in faults for row in range(len(prompts))]
+        recent.extend(lost)
+        if faults:
+            _refuse_or_warn(names, options, faults, recent)
+        scores = {}
+        for name in names:
+            means = [
+                options.fallback if gone else np.mean([answer[name] for answer in of_video])
+                for gone, of_video in zip(lost, found, strict=True)
             ]
-            done, _ = concurrent.futures.wait(
-                futures, return_when=concurrent.futures.FIRST_EXCEPTION
-            )
-            for row, future in enumerate(futures):
-                if future in done and (error := future.exception()):
-                    raise SampleError(row, str(error)) from error
-            scores = [future.result() for future in futures]
-            return {name: np.array([row[name] for row in scores], np.float32) for name in names}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            scores[name] = np.array(means, np.float32)
+            if options.fallback is not None:
+                scores[f"{name}/fallback"] = np.array(lost, np.float32)
+        return scores
 
     return Scorer(score)
+
+
+def _refuse_or_warn(
+    names: Sequence[str],
+    options: RequestOptions,
+    faults: dict[int, OSError],
+    recent: Collection[bool],
+) -> None:
+    """Log which videos have the fallback; raise SampleError if none may have it, or too many had.
+
+    Args:
+      faults: row of the batch -> why it could not be had.
+      recent: of the last videos, whether they had the fallback.
+    """
+    row = min(faults)
+    if options.fallback is None:
+        raise SampleError(row, str(faults[row])) from faults[row]
+    told = f"fallback {options.fallback:g} in place of a score (one: {faults[row]})"
+    if sum(recent) > options.fallback_share * FALLBACK_SPAN:
+        raise SampleError(
+            row,
+            f"{sum(recent)} of the last {len(recent)} videos have the {told}; a share of "
+            f"{options.fallback_share:g} of {FALLBACK_SPAN} may (fallback_share)",
+        ) from faults[row]
+    log(f"warning: reward {', '.join(names)}: {len(faults)} more videos have the {told}")
+
+
+def _answers(questions: Sequence[Question], options: RequestOptions) -> list[Any]:
+    """Return what each question is answered, or the OSError that is there in place of an answer.
+
+    Questions without an answer are asked again, in rounds. What was answered is kept. After
+    options.retries + 1 rounds in a row without any answer those that are left have failed. Without
+    a fallback the first refusal ends it, and what follows is None.
+    """
+    answers: list[Any] = [None] * len(questions)
+    left = list(range(len(questions)))
+    tries = 0  # rounds in a row without an answer
+    while left:
+        away = []
+        for number, answer in _round(questions, left, options.concurrency):
+            if isinstance(answer, Away):
+                away.append(answer)
+                continue
+            answers[number] = answer
+            if isinstance(answer, OSError) and options.fallback is None:
+                return answers
+        before = len(left)
+        left = [number for number in left if answers[number] is None]
+        tries = tries + 1 if len(left) == before else 0
+        if tries > options.retries:
+            fault = OSError(
+                f"{options.shown} cannot be had after {tries} tries, the last one with {away[-1]}"
+            )
+            return [fault if answer is None else answer for answer in answers]
+        if left:
+            pause = min(FIRST_PAUSE * 2 ** min(tries, 16) / 2, LONGEST_PAUSE)
+            # runs that failed together do not come back together
+            asked_for = max(error.wait for error in away)
+            time.sleep(max(pause * random.uniform(1, 2), asked_for))
+    return answers
+
+
+def _round(
+    questions: Sequence[Question], numbers: Iterable[int], concurrency: int
+) -> Iterator[tuple[int, Any]]:
+    """Ask these questions, several at once: give number and answer, or OSError, as they come.
+
+    A thread that finds the server away asks no more, so not every question need come. The threads
+    do not keep the program from its end, as those of concurrent.futures would.
+    """
+    waiting = collections.deque(numbers)
+    given: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        answer: Any = None
+        while waiting and not isinstance(answer, Away):
+            with contextlib.suppress(IndexError):  # another thread has taken the last one
+                number = waiting.popleft()
+                try:
+                    answer = questions[number]()
+                except Exception as error:
+                    answer = error
+                given.put((number, answer))
+        given.put(None)
+
+    threads = min(concurrency, len(waiting))
+    for _ in range(threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        while threads:
+            item = given.get()
+            if item is None:
+                threads -= 1
+            elif isinstance(item[1], Exception) and not isinstance(item[1], OSError):
+                raise item[1]
+            else:
+                yield item
+    finally:
+        waiting.clear()
 
 
 def _evenly_spaced(frames: int, count: int) -> np.ndarray:
@@ -228,13 +475,14 @@ def _encoded(frame: np.ndarray, format: str) -> str:
 
 
 def _scores(names: Sequence[str], answer: Any) -> dict[str, float]:
-    match answer:
-        case {"scores": dict(found)} if all(
-            isinstance(found.get(name), int | float) for name in names
-        ):
-            return {name: float(found[name]) for name in names}
+    with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
+        match answer:
+            case {"scores": dict(found)} if all(
+                type(found.get(name)) in (int, float) for name in names
+            ):
+                return {name: float(found[name]) for name in names}
     raise OSError(
-        f'the answer is {json.dumps(answer)[:200]}; expected {{"scores": ...}} with numbers '
+        f'the answer is {json.dumps(answer)[:QUOTED]}; expected {{"scores": ...}} with numbers '
         f"for {', '.join(names)}"
     )
 

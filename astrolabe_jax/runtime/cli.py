@@ -8,11 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from astrolabe_jax import config
 from astrolabe_jax.runtime import multihost
@@ -77,10 +77,16 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
     loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
     if loose and "config" not in given and not positional:
         fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
+    recipe = flags.FLAGS["config"]
+    read = recipe.parser.parse
+    recipe.parser.parse = lambda argument: _with_rewards_of_flags(read(argument), argv)
     try:
         left = flags.FLAGS(argv)
     except ERRORS as error:
         fail(message(error), 2)
+    finally:
+        recipe.parser.parse = read
+    _take_rewards_out(recipe.value)
     if len(left) > 1 and not positional:
         fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
     return left
@@ -126,6 +132,59 @@ def _question(field: str) -> str:
     alike = difflib.get_close_matches(last, lasts, 1, 0.8)
     names = close or [name for word in alike for name in lasts[word]]
     return f": did you mean {' or '.join(f'config.{name}' for name in names)}?" if names else ""
+
+
+def _with_rewards_of_flags(recipe: Any, argv: list[str]) -> Any:
+    """Return a recipe's config, ready for flags that ml_collections would refuse.
+
+    An option, config.rewards.NAME.OPTION, may be of a reward that the recipe has as a weight alone,
+    or not at all; and config.rewards.NAME=0 takes out one that it has with options.
+
+    Raises ValueError for one to take out that is not there, and for a weight in place of options.
+    """
+    if not isinstance(recipe, ConfigDict) or "rewards" not in recipe:
+        return recipe
+    rewards = recipe.rewards
+    for flag, value in _given(argv):
+        place, _, name = flag.partition(".rewards.")
+        name, dot, _ = name.partition(".")
+        has_options = isinstance(rewards.get(name), ConfigDict)
+        if place != "config" or (dot and has_options):
+            continue
+        if dot:
+            weight = rewards.get(name)
+            if weight is not None:
+                del rewards[name]
+            rewards[name] = {} if weight is None else {config.WEIGHT: weight}
+        elif _is_zero(value) and name not in rewards:
+            raise ValueError(
+                f"config.rewards.{name}=0 takes a reward out that the recipe has not; it has "
+                f"{', '.join(rewards)}"
+            )
+        elif has_options and _is_zero(value):
+            del rewards[name]
+        elif has_options and not value.lstrip().startswith("{"):
+            raise ValueError(
+                f"config.rewards.{name} has options; give its weight as config.rewards.{name}."
+                f"{config.WEIGHT}={value}"
+            )
+    return recipe
+
+
+def _is_zero(value: Any) -> bool:
+    """Return whether a weight, or the text of one, is 0."""
+    try:
+        return float(value) == 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _take_rewards_out(recipe: Any) -> None:
+    """Remove the rewards that are a 0 alone; one with the option weight=0 stays, to be watched."""
+    rewards: Any = recipe.get("rewards") if isinstance(recipe, ConfigDict) else None
+    for name, value in list(rewards.items()) if rewards else []:
+        if value is not False and _is_zero(value):
+            del rewards[name]
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str]]:

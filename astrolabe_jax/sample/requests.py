@@ -80,6 +80,7 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         raise ValueError("give either --prompt or --prompt_file")
     if options["score"]:
         rewards.validate(config.rewards)
+        rewards.reach(config.rewards)
     source, texts = _texts(config, options)
 
     def judge(text: str) -> None:

@@ -214,7 +214,8 @@ def score_async(
 ) -> WaitForScores:
     """Begin to score B videos; the function that comes back waits for their scores [B].
 
-    This call and the returned function raise RewardError.
+    This call and the returned function raise RewardError. All processes have the scores of process
+    0.
 
     numbers: of the videos in their epoch or evaluation, for errors.
     """
@@ -226,10 +227,15 @@ def score_async(
             except RewardError as error:
                 raise RewardError(f"{error}; nothing was learnt from these videos") from error
 
+    def shared() -> Scores:
+        own = measured(wait)
+        scores = multihost.on_primary(lambda: {name: own[name].tolist() for name in own})
+        return {name: np.array(values, np.float32) for name, values in scores.items()}
+
     wait = measured(
         lambda: run.reward_runner.score_async(frames, texts, list(numbers), progress.check)
     )
-    return lambda: measured(wait)
+    return shared
 
 
 def split(frames: int, length: int) -> list[tuple[int, int]]:
@@ -311,7 +317,7 @@ def _prefix_context(run: Run, segment: Segment, number: int) -> PrefixContext:
 
 
 def continue_streams(
-    run: Run, adapter: dict, segment: Segment, total: np.ndarray, epoch: int
+    run: Run, adapter: dict, segment: Segment, advantage: np.ndarray, epoch: int
 ) -> list[StreamState]:
     """Return progressive streams behind an epoch's window, each with one of its candidates.
 
@@ -319,12 +325,12 @@ def continue_streams(
 
     Args:
       adapter: the policy that will sample next.
-      total: [N] rewards.
+      advantage: [N], by which the best one is found: of what is maximised.
     """
     if not _progressive(run) or segment.start == run.starts[-1]:
         return []
     videos = segment.videos
-    chosen = continuations(run, videos.batch, total, epoch)
+    chosen = continuations(run, videos.batch, advantage, epoch)
     policy = run.policy(adapter)
     blocks = streams.blocks_between(videos, segment.start, segment.start + run.window)
     after = []
@@ -350,7 +356,9 @@ def cache_blocks(
     return state
 
 
-def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -> dict[int, int]:
+def continuations(
+    run: Run, batch: PromptBatch, advantage: np.ndarray, epoch: int
+) -> dict[int, int]:
     """Return which video each prompt goes on with: line of the prompt -> place in the batch."""
     lines = list(dict.fromkeys(batch.index.tolist()))
     chosen = {}
@@ -359,7 +367,7 @@ def continuations(run: Run, batch: PromptBatch, total: np.ndarray, epoch: int) -
         places = np.flatnonzero(batch.index == line)
         picks = {
             "first": 0,
-            "best": np.argmax(total[places]),
+            "best": np.argmax(advantage[places]),
             "uniform": int(bits % np.uint64(len(places))),
         }
         chosen[line] = int(places[picks[run.config.streaming.continuation]])

@@ -2,7 +2,10 @@
 runs.
 """
 
+import ast
 import csv
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -125,6 +128,27 @@ def test_a_scorer_that_fails_on_its_third_call_loses_nothing(
     runs.assert_same_run(made, workdir, tmp_path / "run")
 
 
+def test_a_reward_that_is_away_loses_no_epoch(straight, base, tmp_path, monkeypatch, capsys):
+    """No checkpoint is due, but the state before the epoch is whole, and saved."""
+    whole, workdir, _ = straight
+    score, calls = rewards.score, []
+    changes = {"train.checkpoint_every": whole.train.epochs}
+
+    def failing(*given):
+        calls.append(None)
+        if len(calls) == 5:  # the evaluation before, and an epoch each
+            raise rewards.RewardError("reward 'shapes_vq' failed on sample 3: no route to host")
+        return score(*given)
+
+    monkeypatch.setattr(rewards, "score", failing)
+    with pytest.raises(train.REFUSED, match="no route to host"):
+        runs.start(runs.small_config(base, **changes), tmp_path / "run")
+    assert "saved after epoch 3 of 4; run the same command to go on" in capsys.readouterr().out
+    assert runs.resumed(prepare(runs.small_config(base, **changes), tmp_path / "run")).epoch == 3
+    runs.start(runs.small_config(base, **changes), tmp_path / "run")
+    runs.assert_same_run(whole, workdir, tmp_path / "run")
+
+
 def test_a_run_does_not_go_on_with_other_weights(whole, base, directory, tmp_path, monkeypatch):
     made, workdir = whole
     other = tmp_path / "reward"
@@ -154,6 +178,45 @@ def test_the_program_takes_it_with_options_and_refuses_what_is_not_there(
         and "error: config.rewards.hpsv3: no nowhere" in errors
         and "convert reward hpsv3" in errors
     )
+
+
+SHAPES = {"shapes_vq": 1.0, "shapes_mq": 1.0, "shapes_ta": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "outcome"),
+    [
+        (
+            ["hpsv3.path=here", "hpsv3.dtype=float32"],
+            {"hpsv3": {"path": "here", "dtype": "float32"}},
+        ),
+        (["shapes_vq=0", "shapes_mq=2"], {"shapes_vq": None, "shapes_mq": 2.0}),
+        (["shapes_vq.weight=0"], {"shapes_vq": {"weight": 0.0}}),
+        (
+            ["shapes_vqq=0"],
+            "config.rewards.shapes_vqq=0 takes a reward out that the recipe has not",
+        ),
+        (["mine.load=a:b", "mine.weight=2"], {"mine": {"load": "a:b", "weight": 2}}),
+    ],
+)
+def test_flags_add_take_out_and_watch_rewards(flags, outcome, environment):
+    program = (
+        "import sys, absl.flags; from astrolabe_jax.runtime import cli; recipe = cli.define(); "
+        "cli.parse(sys.argv); print(recipe.value.rewards.to_dict())"
+    )
+    given = [f"--config.rewards.{flag}" for flag in flags]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config=configs/moving_shapes.py", *given],
+        cwd=runs.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if isinstance(outcome, str):
+        assert done.returncode == 2 and outcome in done.stderr and done.stderr.count("\n") == 1
+    else:
+        expected = {name: value for name, value in (SHAPES | outcome).items() if value is not None}
+        assert ast.literal_eval(done.stdout) == expected, done.stderr
 
 
 @SLOW

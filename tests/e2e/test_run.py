@@ -314,6 +314,39 @@ def test_the_published_behaviour_runs(base, tmp_path):
     }
 
 
+def same_reward(frames, prompts):
+    """It differs between prompts, never within one."""
+    return [len(prompt) / 7 for prompt in prompts]
+
+
+def test_an_epoch_in_which_nothing_differs_moves_nothing_and_is_told(
+    base, tmp_path, monkeypatch, capsys
+):
+    table = dict(rewards.TABLE, same=rewards.Reward("tests.e2e.test_run:same_reward"))
+    monkeypatch.setattr(rewards, "TABLE", table)
+    config = runs.small_config(base, **{"train.epochs": 2})
+    config.rewards = {"same": 1.0}
+    chosen_by = []
+    go_on = windows.continue_streams
+
+    def spied(run, adapter, segment, score, number):
+        chosen_by.extend(score)
+        return go_on(run, adapter, segment, score, number)
+
+    monkeypatch.setattr(windows, "continue_streams", spied)
+    summary = runs.start(config, tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(told) == 2 and "epoch 2: no video is scored higher than another" in told[1]
+    assert summary["gain"]["total"]["mean"] == 0
+    run = prepare(config, tmp_path / "run")
+    train_state = jax.device_get(runs.resumed(run).train)
+    for policy in train_state[:4]:
+        jax.tree.map(np.testing.assert_array_equal, policy, run.adapter)
+    assert train_state.step == 0
+    # the best video goes on by what is maximised, the advantage, not by the total of raw rewards
+    assert chosen_by == [0] * 16
+
+
 def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, monkeypatch):
     table = dict(rewards.TABLE, odd=rewards.Reward("tests.e2e.test_run:odd_reward"))
     monkeypatch.setattr(rewards, "TABLE", table)

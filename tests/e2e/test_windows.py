@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -541,6 +542,29 @@ def test_streams_go_on_on_other_devices(go, undisturbed, tmp_path):
     assert_same_state(*(jax.device_get(point.train) for point in points), atol=2e-5)
     for a, b in zip(*(jax.tree.leaves(point.streams) for point in points), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("save", "every", "saved"),
+    [
+        ("sequence_end", 1, [3, 6, 9, 12, 14]),
+        ("sequence_end", 4, [6, 9, 12, 14]),  # not where 3 and 4 meet, at 12
+        ("sequence_end", 10, [12, 14]),
+        ("full", 4, [4, 8, 12, 14]),
+    ],
+)
+def test_checkpoints_that_fall_due_in_the_middle_of_streams_follow_at_their_end(
+    base, save, every, saved
+):
+    fields = {"streaming.save": save, "train.epochs": 14, "train.checkpoint_every": every}
+    run = types.SimpleNamespace(
+        config=window_config(base, **runs.PROGRESSIVE | fields), starts=(0, 2, 4)
+    )
+    states = [
+        train.RunState(epoch, *(None,) * 3, {}, [] if epoch % 3 == 0 else [None])
+        for epoch in range(1, 15)
+    ]
+    assert [state.epoch for state in states if train.to_be_saved(run, state)] == saved
 
 
 @pytest.mark.slow

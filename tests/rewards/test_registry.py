@@ -205,6 +205,7 @@ def test_the_shipped_rewards_score_their_world():
 class TintOptions:
     path: str
     gain: float = 1.0
+    limit: int | None = None
 
 
 @pytest.fixture
@@ -245,10 +246,13 @@ def test_options_reach_the_loader_and_equal_ones_share_a_call(loader):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (1.0, "config.rewards.tint needs the options path beside its weight; it takes path, gain"),
+        (
+            1.0,
+            "config.rewards.tint needs the options path beside its weight; it takes path, gain",
+        ),
         (
             {"weight": 1.0, "paht": "a", "path": "a"},
-            "config.rewards.tint has unknown options paht; it takes path, gain",
+            "config.rewards.tint has unknown options paht; it takes path, gain, limit",
         ),
         (
             {"weight": 1.0, "path": "nowhere"},
@@ -259,6 +263,53 @@ def test_options_reach_the_loader_and_equal_ones_share_a_call(loader):
 def test_wrong_options_are_named(loader, value, message):
     with pytest.raises((ValueError, OSError), match=message):
         rewards.load({"tint": value}, rewards.Setting(None, 16.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("path", 7, "7; expected text"),
+        ("gain", "much", "'much'; expected a number"),
+        ("gain", True, "True; expected a number"),
+        ("limit", "none", "'none'; expected a whole number or "),
+    ],
+)
+def test_an_option_of_another_type_is_named(loader, option, value, expected):
+    with pytest.raises(ValueError, match=f"config.rewards.tint.{option} is {expected}"):
+        rewards.validate({"tint": {"path": "a", option: value}})
+    rewards.validate({"tint": {"path": "a", "gain": 2, "limit": None}})
+
+
+def test_a_reward_may_come_from_outside_of_the_package(loader, monkeypatch):
+    """With a function of frames and prompts, or a loader; `load` is no option of the loader."""
+    module = types.ModuleType("fake_outside")
+    module.score = lambda frames, prompts: frames.mean((1, 2, 3, 4))
+    monkeypatch.setitem(sys.modules, "fake_outside", module)
+    settings = {
+        "mine": {"weight": 2.0, "load": "fake_outside:score"},
+        "toned": {"load": "fake_loader:load", "path": "a"},
+    }
+    rewards.validate(settings)
+    rewards.check_prompt(settings, "a cat")
+    setting = rewards.Setting(None, 16.0)
+    mine, toned = rewards.load(settings, setting)
+    scores = rewards.score(mine, FRAMES, PROMPTS, range(3))
+    np.testing.assert_allclose(scores["mine"], FRAMES.reshape(3, -1).mean(1))
+    assert loader == [(("toned",), setting, TintOptions("a"))] and toned.names == ("toned",)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_such_module_here:score", "'mine': cannot import 'no_such_module_here:score'"),
+        ("fake_loader:gone", "'mine': cannot import 'fake_loader:gone'"),
+        ("fake_loader", "config.rewards.mine.load is 'fake_loader'; expected module:function"),
+        ("a b", "'mine': cannot import 'a b'"),
+    ],
+)
+def test_a_function_from_outside_that_is_not_there_is_named(loader, target, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.validate({"mine": {"load": target}})
 
 
 def test_a_reward_without_options_refuses_them():

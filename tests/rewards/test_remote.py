@@ -1,10 +1,16 @@
 """Remote rewards against a real HTTP server in this process."""
 
 import base64
+import collections
 import contextlib
+import email.utils
 import http.server
 import io
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -22,8 +28,8 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 
 @contextlib.contextmanager
 def serving(answer):
-    """Its URL, and what it was asked: answer(number, path, headers, body) -> (status, JSON-able or
-    bytes).
+    """Its URL, and what it was asked: answer(number, body) -> (status, JSON-able or bytes, headers
+    if any).
     """
     asked, busy, lock = [], {"now": 0, "most": 0}, threading.Lock()
 
@@ -35,13 +41,14 @@ def serving(answer):
                 asked.append((self.path, dict(self.headers), body))
                 busy["now"] += 1
                 busy["most"] = max(busy.values())
-            status, content = answer(number, body)
+            status, content, *headers = answer(number, body)
             with lock:
                 busy["now"] -= 1
             content = content if isinstance(content, bytes) else json.dumps(content).encode()
             with contextlib.suppress(OSError):  # who asked has gone
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                for name, value in {"Content-Length": len(content), **dict(*headers)}.items():
+                    self.send_header(name, str(value))
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -137,6 +144,9 @@ def test_what_may_pass_is_tried_again(status):
         (200, b"<html>", "/score does not answer in JSON", 1),
         (200, {"score": 1}, "the answer is .*; expected .*with numbers for taste", 1),
         (200, {"scores": {"taste": "good"}}, "expected .* with numbers for taste", 1),
+        (200, {"scores": {"taste": True}}, "true.* with numbers for taste", 1),
+        (200, {"scores": {"taste": 10**400}}, "expected .* with numbers for taste", 1),
+        (200, b"[" * 100_000, "/score does not answer in JSON", 1),
     ],
 )
 def test_a_failure_names_reward_sample_and_server(status, content, message, asked):
@@ -172,27 +182,217 @@ def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
         remote.load(("taste",), SETTING, options).score(None, FRAMES[:1], PROMPTS[:1])
 
 
-def test_a_fallback_stands_for_a_video_that_cannot_be_had():
+def test_an_answer_that_ends_early_is_asked_for_again():
+    def answer(number, body):
+        status, content = brightness(number, body)
+        return status, content, {} if number else {"Content-Length": 10_000, "Connection": "close"}
+
+    with serving(answer) as server:
+        scores = scorer(server, concurrency=1).score(None, FRAMES[:1], PROMPTS[:1])
+        assert len(server.asked) == 2 and list(scores["smell"]) == [5]
+
+
+def test_many_failures_end_nothing_and_no_score_is_asked_for_twice():
+    """A third of the answers are 503s, with the default retries."""
+    draws = np.random.default_rng(7).random(10_000)
     with serving(
-        lambda number, body: brightness(number, body) if "dog" in body["prompt"] else (400, b"")
+        lambda number, body: (503, b"busy") if draws[number] < 0.3 else brightness(number, body)
+    ) as server:
+        prompts = [f"a cat {i}" for i in range(96)]
+        scores = scorer(server).score(None, np.repeat(FRAMES, 32, 0), prompts)
+        counts = collections.Counter(body["prompt"] for _, _, body in server.asked)
+    assert list(scores["smell"]) == [len(prompt) for prompt in prompts]
+    failed = sum(draws[: counts.total()] < 0.3)
+    assert failed > 20 and counts.total() == 96 + failed
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ({}, 0.005, 0.01),
+        ({"Retry-After": "3"}, 3, 3),
+        ({"Retry-After": email.utils.formatdate(time.time() + 300, usegmt=True)}, 100, 300),
+        ({"Retry-After": "1e9"}, remote.LONGEST_WAIT, remote.LONGEST_WAIT),
+        ({"Retry-After": "nan"}, 0.005, 0.01),
+        ({"Retry-After": "soon"}, 0.005, 0.01),
+    ],
+)
+def test_a_server_says_when_to_come_again_and_else_pauses_grow_and_differ(
+    monkeypatch, header, least, most
+):
+    pauses = []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    with serving(
+        lambda number, body: brightness(number, body) if number > 7 else (503, b"", header)
+    ) as server:
+        scorer(server).score(None, FRAMES[:1], PROMPTS[:1])
+    assert len(pauses) == 8
+    if most <= 0.01:
+        bounds = remote.FIRST_PAUSE * 2.0 ** np.arange(8)
+        assert all(bounds / 1.01 <= pauses) and all(pauses <= 2.01 * bounds)
+        assert len({pause / bound for pause, bound in zip(pauses, bounds, strict=True)}) == 8
+    else:
+        assert all(least <= pause <= most for pause in pauses)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(monkeypatch, status):
+    """It would take the key to another host, and a GET would have no video."""
+    monkeypatch.setenv("TASTE_KEY", "sesame")
+    with serving(brightness) as other:
+        location = {"Location": f"{other.url}/score?sesame"}
+        with serving(lambda number, body: (status, b"", location)) as server:
+            with pytest.raises(
+                rewards.SampleError, match="/score redirects to http://127.0.0.1, .*not followed"
+            ) as caught:
+                scorer(server, key_variable="TASTE_KEY").score(None, FRAMES[:1], PROMPTS[:1])
+        assert len(server.asked) == 1 and not other.asked and "sesame" not in str(caught.value)
+
+
+def test_a_fallback_stands_for_a_video_that_cannot_be_had_and_is_told(capsys):
+    with serving(
+        lambda number, body: brightness(number, body) if "dog" in body["prompt"] else (400, b"no")
     ) as server:
         scores = scorer(server, fallback=-1.0).score(None, FRAMES, PROMPTS)
     assert list(scores["smell"]) == [-1, 5, -1]
+    assert list(scores["smell/fallback"]) == list(scores["taste/fallback"]) == [1, 0, 1]
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told.startswith(
+        "warning: reward taste, smell: 2 more videos have the fallback -1 in place of a score"
+    )
+    assert "status 400: 'no'" in told
 
 
-def test_the_key_is_sent_and_not_told(monkeypatch):
-    monkeypatch.setenv("TASTE_KEY", "sesame")
-    with serving(lambda number, body: (401, b"who are you")) as server:
-        with pytest.raises(rewards.SampleError) as caught:
-            scorer(server, key_variable="TASTE_KEY").score(None, FRAMES[:1], PROMPTS[:1])
-        assert server.asked[0][1]["Authorization"] == "Bearer sesame"
+def test_a_fallback_ends_above_a_share():
+    prompts = PROMPTS[:1] * 10
+    frames = np.repeat(FRAMES[:1], 10, 0)
+    with serving(lambda number, body: (400, b"no")) as server:
+        taste = scorer(server, fallback=0.0)  # a fifth of 64 videos, 12
+        assert list(taste.score(None, frames, prompts)["taste"]) == [0] * 10
+        with pytest.raises(
+            rewards.SampleError, match="20 of the last 20 videos have the fallback 0 .*'no'"
+        ):
+            taste.score(None, frames, prompts)
+
+
+@pytest.mark.parametrize(("key", "sent"), [("sesame", "sesame"), ("sesame\n", "sesame")])
+def test_the_key_is_sent_and_not_told(monkeypatch, key, sent):
+    """Nor where the server repeats it, at the border of what is quoted."""
+    monkeypatch.setenv("TASTE_KEY", key)
+    echo = b"x" * (remote.QUOTED - 3) + b"sesame"
+    for status, retries in ((401, 0), (503, 1), (200, 0)):
+        content = {"scores": "x" * 178 + "sesame"} if status == 200 else echo
+        with serving(lambda number, body, answer=(status, content): answer) as server:
+            with pytest.raises(rewards.SampleError) as caught:
+                taste = scorer(server, key_variable="TASTE_KEY", retries=retries)
+                taste.score(None, FRAMES[:1], PROMPTS[:1])
+            assert server.asked[0][1]["Authorization"] == f"Bearer {sent}"
+        assert "sesa" not in str(caught.value) and "**" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["open\nsesame", "\u00e9sesame", " "])
+def test_a_key_that_no_header_can_hold_is_refused_untold(monkeypatch, key):
+    monkeypatch.setenv("TASTE_KEY", key)
+    with pytest.raises(ValueError, match="key_variable is 'TASTE_KEY', whose value") as caught:
+        remote.ServerOptions(url="http://127.0.0.1:1", key_variable="TASTE_KEY")
     assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (200, None),
+        (404, None),
+        (501, None),
+        (401, "refuses the request with status 401"),
+        (301, "redirects to https://elsewhere, which is not followed"),
+    ],
+)
+def test_a_server_is_asked_before_anything_is_loaded_whether_it_is_there(status, message):
+    """With a HEAD, which many do not know: only what would also fail a question is an error."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.send_header("Location", "https://elsewhere/score")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    setting = {"taste": {"weight": 1.0, "url": f"http://127.0.0.1:{server.server_port}/score"}}
+    if message is None:
+        rewards.reach(setting)
+    else:
+        with pytest.raises(OSError, match=f"^config.rewards.taste: http://.*/score {message}"):
+            rewards.reach(setting)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(OSError, match="/score cannot be reached .*refused.*; start the server"):
+        rewards.reach(setting)
+
+
+def test_a_server_that_drips_ends_at_the_timeout_and_nobody_waits_for_it():
+    """In a program of its own: at its end, too, it waits for no thread that listens."""
+    script = """
+        import sys, numpy as np
+        from astrolabe_jax.rewards import panel, registry
+        value = {"load": "astrolabe_jax.rewards.remote:load", "url": sys.argv[1]}
+        runner = panel.RewardRunner(registry.load({"taste": value}, registry.Setting(None, 16.0)),
+                                    "host", timeout=0.5)
+        try:
+            runner.score_async(np.zeros((2, 1, 4, 4, 3), np.uint8), ["a", "b"])()
+        except registry.RewardError as error:
+            print(error)
+        runner.settle(last=True)
+    """
+    free = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not free.wait(0.1):
+                    self.wfile.write(b" ")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(script),
+                f"http://127.0.0.1:{server.server_port}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ,
+        )
+    finally:
+        free.set()
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rewards 'taste' did not answer within 0.5 s for samples 0 to 1")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"url": "127.0.0.1:8000"}, "url is '127.0.0.1:8000'; expected http://"),
+        ({"url": "http://"}, "url is 'http://'; expected http://"),
+        ({"url": "http://here:99999"}, "Port out of range"),
+        ({"url": "http://me:sesame@here"}, "^url holds a name or password; expected them in key"),
+        ({"fallback": float("nan")}, "fallback is nan"),
+        ({"fallback": 0.0, "fallback_share": 2.0}, "fallback_share 2.0; expected .* share"),
         ({"timeout": 0}, "timeout is 0"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"format": "gif"}, "format is 'gif'; expected one of png, jpeg"),
@@ -221,7 +421,9 @@ def test_unified_reward_asks_about_frames_and_reads_the_score(template):
         return 200, {"choices": [{"message": {"content": replies[number % 3]}}]}
 
     with serving(answer) as server:
-        options = remote.UnifiedRewardOptions(template=template, url=f"{server.url}/v1", frames=3)
+        options = remote.UnifiedRewardOptions(
+            template=template, url=f"{server.url}/v1", frames=3, concurrency=1
+        )
         unified = remote.load_unified(("unifiedreward",), SETTING, options)
         scores = unified.score(None, FRAMES[:1], ["a {cat}"])
         path, _, body = server.asked[0]

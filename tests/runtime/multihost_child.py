@@ -4,9 +4,13 @@ python -m tests.runtime.multihost_child PORT PROCESS CASE
 """
 
 import os
+import random
 import signal
 import sys
 import time
+import types
+
+import numpy as np
 
 from astrolabe_jax.runtime import multihost, preemption
 
@@ -47,6 +51,35 @@ def one_fails(me):
         if me == 1:
             raise ValueError("process 1 has no more to say")
         return multihost.on_primary(lambda: "nobody hears this")
+
+
+def scores(me):
+    """Those of a reward that gives another number each time, and what it was asked and raised."""
+    # after joining: no array may exist before it
+    from astrolabe_jax.rewards.panel import RewardRunner
+    from astrolabe_jax.rewards.registry import Loaded, RewardError, Scorer
+    from astrolabe_jax.runtime.progress import Progress
+    from astrolabe_jax.streaming import windows
+
+    asked = []
+
+    def draw(params, frames, prompts):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise ValueError("away")
+        return [random.Random(me).random() for _ in prompts]
+
+    results = []
+    for overlap in ("none", "host", "none"):
+        run = types.SimpleNamespace(
+            reward_runner=RewardRunner([Loaded(("a",), Scorer(draw))], overlap)
+        )
+        given = (np.zeros((2, 1, 2, 2, 3), np.uint8), ["b", "c"], range(2), Progress())
+        try:
+            results.append(windows.score_async(run, *given)()["a"].tolist())
+        except (RewardError, OSError) as error:
+            results.append("away" in str(error))
+    return [results, len(asked) == (0 if me else 3)]
 
 
 if __name__ == "__main__":

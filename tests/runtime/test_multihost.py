@@ -1,6 +1,7 @@
 """What one process knows, all of them do: texts, results, errors, signals, the end."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from astrolabe_jax.runtime import multihost, roll_call
@@ -72,6 +74,13 @@ def both(case: str) -> list[tuple[int, str, str]]:
 def test_all_know_what_one_knows(case, first, second):
     results = both(case)
     for (status, result, errors), expected in zip(results, (first, second or first), strict=True):
+        assert status == 0 and result == str(expected), errors
+
+
+def test_one_asks_a_reward_and_all_believe_the_same_scores():
+    value = float(np.float32(random.Random(0).random()))
+    expected = [[[value, value], [value, value], True], True]
+    for status, result, errors in both("scores"):
         assert status == 0 and result == str(expected), errors
 
 
