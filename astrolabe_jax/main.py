@@ -11,17 +11,13 @@ WORKDIR = flags.DEFINE_string(
 CHECK = flags.DEFINE_bool("check", False, "print its files, and what is wrong or missing, and end")
 flags.mark_flag_as_required("config")
 
-# Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the other three.
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "join the other processes of this TPU pod or cluster"
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, elsewhere than on a pod or cluster"
-)
-PROCESSES = flags.DEFINE_integer("processes", None, "how many there are, with --coordinator")
-PROCESS = flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator")
-JOIN_TIMEOUT = flags.DEFINE_float(
-    "join_timeout", 300.0, "seconds in which all processes must have come", lower_bound=0
+# Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the next three.
+JOIN = (
+    flags.DEFINE_bool("distributed", False, "join the others of this TPU pod or cluster"),
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where that is not known"),
+    flags.DEFINE_integer("processes", None, "how many there are, with --coordinator"),
+    flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator"),
+    flags.DEFINE_float("join_timeout", 300.0, "seconds in which all must have come", lower_bound=0),
 )
 
 
@@ -31,13 +27,8 @@ def main(_: list[str]) -> None:
     Ends with status 2 for what cannot be done, before anything is compiled, and with status 1 for a
     run that could not go on.
     """
-
-    def join() -> None:
-        flags = (COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN_TIMEOUT.value)
-        multihost.join(DISTRIBUTED.value, *flags)
-
     with multihost.exit_together():
-        cli.set_up(join)
+        cli.set_up(lambda: multihost.join(*(flag.value for flag in JOIN)))
         # after joining: no array may exist before it
         import jax
 

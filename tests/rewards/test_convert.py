@@ -145,7 +145,8 @@ def test_another_net_is_refused(tmp_path, capsys):
     told = refusal(capsys, *arguments(VIDEOALIGN.name, given, to, weights=weights, tokenizer=words))
     assert (
         f"error: {weights[0]}: " in told
-        and "missing tensor: rm_head.weight" in told
+        and "missing tensor: " in told
+        and len(told.splitlines()) == 12  # cut short
         and not to.exists()
     )
 
