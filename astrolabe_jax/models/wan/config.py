@@ -197,7 +197,7 @@ class Layout:
     def visible(self, end: int) -> tuple[tuple[int, int], ...]:
         """Return the frame ranges that the block ending at `end` sees.
 
-        This is V(c) of docs/streaming.md, Windows.
+        This is V(e) of docs/streaming.md, Notation.
         """
         if end <= self.capacity:
             return ((0, end),)
