@@ -90,6 +90,10 @@ MAY_DIFFER_OPTION = re.compile(
 )
 
 
+class SaveError(files.WriteError):
+    """A checkpoint could not be written; other processes may still wait for their part of it."""
+
+
 class Snapshot(NamedTuple):
     """The state of a run between two epochs, or the samples of the epoch that follows."""
 
@@ -110,7 +114,11 @@ def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
         )
     saved = _record_of(workdir)
     if saved and fingerprint:
-        saved = {name: value for name, value in saved.items() if name in fingerprint}
+        saved = {
+            name: value
+            for name, value in saved.items()
+            if name in fingerprint or renamed(name.removeprefix("config."))
+        }
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
 
 
@@ -495,7 +503,7 @@ def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: in
         code = _system_error(error)
         if not code:
             raise
-        raise files.WriteError(path, os.strerror(code)) from error
+        raise SaveError(path, os.strerror(code)) from error
     return multihost.on_primary(
         lambda: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     )

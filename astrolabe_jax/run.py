@@ -155,9 +155,10 @@ def check(config: ConfigDict, workdir: Path) -> Checked:
     sensible = not faults.found
     if sensible:
         faults.attempt(registry.validate, config.rewards)
+    rewards_fit = not faults.found
     for line in registry.directory_faults(config.rewards):
         faults.found.append(ValueError(line))
-    if sensible:
+    if rewards_fit:
         faults.attempt(registry.reach, config.rewards)
     opened = faults.attempt(open_base, config) if sensible else None
     checked = opened and _check_model(config, *opened, faults)
@@ -229,7 +230,7 @@ def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
         try:
             path = bases.weights_of(given, part)
             size = sum(file.stat().st_size for file in bases.files_of(path))
-        except OSError:
+        except (OSError, ValueError):
             path = Path(given)
             size = None
         yield f"{field}, {part}", path, size
@@ -237,7 +238,7 @@ def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
         "config.lora.init": config.lora.init,
         **{f"config.prompts.{name}": config.prompts[name] for name in ("train", "test")},
         **{
-            f"config.rewards.{name}": registry.options(value).get("path", "")
+            f"config.rewards.{name}": str(registry.options(value).get("path", ""))
             for name, value in config.rewards.items()
         },
     }

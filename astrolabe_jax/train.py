@@ -58,8 +58,8 @@ class RunState(NamedTuple):
     streams: list[StreamState] = []
 
 
-# A number that is not finite, named with its sample, or a file that cannot be read or written, such
-# as on a full disk: the run ends, its last checkpoint stays as it is.
+# A number that is not finite, named with its sample, a reward that failed, or a file that cannot be
+# read or written, such as on a full disk: the run ends.
 REFUSED = (FloatingPointError, RewardError, OSError)
 
 
@@ -225,7 +225,7 @@ def learn(
     if not teaches(learn_from):
         log(
             f"warning: epoch {state.epoch + 1}: no video is scored higher than another of its "
-            "prompt; nothing was learnt, the policies stay as they are"
+            "prompt; nothing was learnt, no step is taken"
         )
     steps = []
     for after, metrics in update(
@@ -371,7 +371,9 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         saved = _save_the_last(run, state, saved, progress)
         log(f"{stopped}: saved after epoch {saved} of {count}; run the same command to go on")
         return None
-    except REFUSED:
+    except checkpoint.SaveError:
+        raise  # the other processes wait in what this one could not save
+    except (RewardError, OSError):
         # what comes before the update, such as a reward server, leaves the state whole
         try:
             if _save_the_last(run, state, saved, progress) != saved:

@@ -305,6 +305,7 @@ def test_a_run_of_the_old_form_is_refused_by_name(tmp_path):
     checkpoint.save(workdir, Snapshot(2, make_state(2), PROGRESS), OLD_FORM, keep=2)
     before = contents(workdir)
     for refused in (
+        lambda: checkpoint.check_workdir(workdir, NEW_FORM),
         lambda: checkpoint.claim(workdir, NEW_FORM),
         lambda: checkpoint.restore(workdir, lambda epoch: make_state(0), NEW_FORM),
     ):

@@ -104,16 +104,20 @@ class RewardRunner:
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         self.settle(check)
-        mine = [g for g in self._loaded if jax.process_index() == 0 or g.scorer.params is not None]
+        # first those that all processes compute together: an error of another would keep one away
+        mine = [group for group in self._loaded if _on_devices([group])]
+        if jax.process_index() == 0:
+            mine += [group for group in self._loaded if not _on_devices([group])]
         later = [group for group in mine if self._may_overlap(group)]
         now = [group for group in mine if not self._may_overlap(group)]
         under_way = self._begin(later, frames, prompts, numbers)
         self._under_way = under_way
-        self._wait(started := self._begin(now, frames, prompts, numbers), check)
+        started = self._begin(now, frames, prompts, numbers)
+        self._wait(started, check, _on_devices(now))
         scores = self._result(started, now, numbers)
 
         def wait() -> Scores:
-            self._wait(under_way, check)
+            self._wait(under_way, check, _on_devices(later))
             return scores | self._result(under_way, later, numbers)
 
         return wait
@@ -125,15 +129,19 @@ class RewardRunner:
         for what devices compute, but not for long for what hangs elsewhere, such as a server.
         """
         if self._under_way:
-            on_devices = any(group.scorer.params is not None for group in self._loaded)
-            if last and not (on_devices and self._overlap == "all"):
+            computes = _on_devices(self._loaded) and self._overlap == "all"
+            if last and not computes:
                 concurrent.futures.wait([self._under_way], LAST_SECONDS)
             else:
-                self._wait(self._under_way, check)
+                self._wait(self._under_way, check, computes)
             self._under_way = None
 
-    def _wait(self, future: concurrent.futures.Future, check: Callable[[], None]) -> None:
-        """Wait until a future is done, at most the timeout."""
+    def _wait(
+        self, future: concurrent.futures.Future, check: Callable[[], None], computes: bool
+    ) -> None:
+        """Wait until a future is done, at most the timeout; also if `check` raises, where devices
+        compute for it.
+        """
         end = time.monotonic() + self._timeout
         try:
             while not future.done() and time.monotonic() < end:
@@ -141,7 +149,7 @@ class RewardRunner:
                 if jax.process_count() == 1:
                     check()
         except BaseException:
-            concurrent.futures.wait([future], GRACE_SECONDS)
+            concurrent.futures.wait([future], self._timeout if computes else GRACE_SECONDS)
             self._under_way = None  # nobody waits for it again
             raise
 
@@ -197,6 +205,11 @@ class RewardRunner:
             return registry.score(_with_params(group, params), *videos)
         finally:
             jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def _on_devices(groups: Sequence[Loaded]) -> bool:
+    """Return whether one of the groups has weights on the mesh, and so computes there."""
+    return any(group.scorer.params is not None for group in groups)
 
 
 def _with_params(group: Loaded, params: Any) -> Loaded:

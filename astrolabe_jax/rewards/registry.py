@@ -305,7 +305,7 @@ def directory_faults(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the directory of each reward that has one; no weights are read."""
     for name, value in settings.items():
         path = options(value).get("path")
-        if name in TABLE and TABLE[name].net and path:
+        if name in TABLE and TABLE[name].net and isinstance(path, str) and path:
             try:
                 directory.check(Path(path), _imported(name, TABLE[name].net))
             except (ValueError, OSError) as error:

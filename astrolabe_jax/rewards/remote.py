@@ -93,10 +93,10 @@ class RequestOptions:
 
     def __post_init__(self):
         parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not (self.url.isascii() and parts.hostname):
-            raise ValueError(f"url is {self.url!r}; expected http://... or https://...")
         if "@" in parts.netloc:
             raise ValueError("url holds a name or password; expected them in key_variable")
+        if parts.scheme not in ("http", "https") or not (self.url.isascii() and parts.hostname):
+            raise ValueError(f"url is {self.url!r}; expected http://... or https://...")
         parts.port  # noqa: B018  (raises ValueError for one that cannot be)
         if self.timeout <= 0 or self.retries < 0:
             raise ValueError(

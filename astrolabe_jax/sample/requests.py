@@ -80,20 +80,17 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         raise ValueError("give either --prompt or --prompt_file")
     if options["score"]:
         rewards.validate(config.rewards)
+        for line in rewards.directory_faults(config.rewards):
+            raise ValueError(line)
         rewards.reach(config.rewards)
     source, texts = _texts(config, options)
-
-    def judge(text: str) -> None:
-        if options["score"]:
-            rewards.check_prompt(config.rewards, text)
-
     prompts.check(
         source,
         texts,
         lambda text: [scene.prompt for scene in _scenes(text, texts, config, limits)],
         limits.tokenizer,
         limits.max_tokens,
-        judge,
+        rewards.prompt_check(config.rewards if options["score"] else ()),
     )
     requests = []
     for index, text in enumerate(texts):

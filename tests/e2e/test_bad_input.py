@@ -490,3 +490,16 @@ def test_unwritable_and_foreign_directories(base, tmp_path):
         config, tmp_path / "file" / "run"
     )
     assert "holds 'file' but no run of astrolabe_jax" in refusal(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"hpsv3": 1.0}, "config.rewards.hpsv3 needs the options path"),
+        ({"hpsv3": {"weight": 1.0, "path": 5}}, "config.rewards.hpsv3.path is 5; expected text"),
+    ],
+)
+def test_options_that_a_reward_lacks_are_named(base, tmp_path, settings, expected):
+    config = runs.small_config(base)
+    config.rewards = settings
+    assert expected in refusal(config, tmp_path / "run")
