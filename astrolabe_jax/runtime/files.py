@@ -336,12 +336,7 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
                     functools.partial(_read_tensor, path, name, shape, DTYPES[kind]),
                 )
     except safetensors.SafetensorError as error:
-        fault = stand_in(path) or _shortfall(path)
-        if fault:
-            raise ValueError(f"{path} is {fault}") from None
-        raise ValueError(
-            f"{path} cannot be read: {str(error)[:200]}; expected a whole safetensors file"
-        ) from None
+        raise _unreadable(path, error) from None
     return tensors
 
 
@@ -381,9 +376,13 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, "np") as file:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a whole safetensors file"
-        ) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    fault = stand_in(path) or _shortfall(path)
+    text = f"cannot be read: {str(error)[:200]}; expected a whole safetensors file"
+    return ValueError(f"{path} is {fault}" if fault else f"{path} {text}")
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -211,7 +211,7 @@ def test_many_failures_end_nothing_and_no_score_is_asked_for_twice():
     [
         ({}, 0.005, 0.01),
         ({"Retry-After": "3"}, 3, 3),
-        ({"Retry-After": email.utils.formatdate(time.time() + 300, usegmt=True)}, 100, 300),
+        ({"Retry-After": "in 300 s, as a date"}, 100, 300),
         ({"Retry-After": "1e9"}, remote.LONGEST_WAIT, remote.LONGEST_WAIT),
         ({"Retry-After": "nan"}, 0.005, 0.01),
         ({"Retry-After": "soon"}, 0.005, 0.01),
@@ -222,6 +222,8 @@ def test_a_server_says_when_to_come_again_and_else_pauses_grow_and_differ(
 ):
     pauses = []
     monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    if "date" in header.get("Retry-After", ""):
+        header = {"Retry-After": email.utils.formatdate(time.time() + 300, usegmt=True)}
     with serving(
         lambda number, body: brightness(number, body) if number > 7 else (503, b"", header)
     ) as server:

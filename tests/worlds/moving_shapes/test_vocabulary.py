@@ -107,7 +107,7 @@ def test_scene_strings_are_those_of_the_sampler(split, count):
     prompts, listed = vocabulary.prompts(split), vocabulary.long_scenes(split)
     assert len(set(prompts)) == len(prompts) == len(listed) == count
     for prompt, video in zip(prompts, listed, strict=True):
-        read = scenes.parse(prompt, block=3, fps=vocabulary.FPS)
+        read = scenes.parse(prompt, block=3, fps=vocabulary.FPS, stride=4)
         assert [scene.prompt for scene in read] == [plain for plain, _ in video]
         assert not any(scene.cut for scene in read)
         ends = list(itertools.accumulate(scene.blocks for scene in read[:-1]))
