@@ -369,7 +369,8 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         return summary
     except preemption.Stopped as stopped:
         saved = _save_the_last(run, state, saved, progress)
-        log(f"{stopped}: saved after epoch {saved} of {count}; run the same command to go on")
+        done = f"saved after epoch {saved} of {count}" if saved else "no epoch was finished"
+        log(f"{stopped}: {done}; run the same command to go on")
         return None
     except checkpoint.SaveError:
         raise  # the other processes wait in what this one could not save

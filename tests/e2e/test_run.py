@@ -226,7 +226,8 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_happened(
 
     monkeypatch.setattr(rewards, "score", interrupted)
     assert runs.start(runs.small_config(base), tmp_path / "run") is None
-    assert f"saved after epoch {max(0, call - 2)} of 4" in capsys.readouterr().out
+    said = "no epoch was finished" if call == 1 else f"saved after epoch {call - 2} of 4"
+    assert said in capsys.readouterr().out
     assert runs.start(runs.small_config(base), tmp_path / "run") is not None
     runs.assert_same_run(config, workdir, tmp_path / "run")
 
