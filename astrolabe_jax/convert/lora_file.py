@@ -5,7 +5,6 @@ may be among the tensors, in a PEFT config or in a header. See docs/checkpoints.
 """
 
 import collections
-import json
 import logging
 import math
 import re
@@ -20,7 +19,7 @@ from astrolabe_jax.convert import engine, nets, parts, wan
 from astrolabe_jax.convert.engine import ConversionError
 from astrolabe_jax.convert.weights import CONTAINERS, open_weights
 from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
-from astrolabe_jax.runtime.files import Lazy, read_json, safetensors_metadata
+from astrolabe_jax.runtime.files import Lazy, parse_json, read_json, safetensors_metadata
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -81,8 +80,8 @@ def _with_strength(weights: Path) -> LoraFiles:
 def _diffusers_config(path: Path, content: str) -> dict:
     """Return the PEFT config in the header of a file that diffusers wrote."""
     try:
-        fields = json.loads(content).items()
-    except (ValueError, AttributeError, RecursionError) as error:
+        fields = parse_json(content).items()
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: {DIFFUSERS_METADATA} in its header is no JSON object: {error}"
         ) from None
