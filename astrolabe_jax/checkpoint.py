@@ -120,6 +120,19 @@ def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
             if name in fingerprint or renamed(name.removeprefix("config."))
         }
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
+    with _in_use(workdir):
+        files.refuse_locked(workdir / _LOCK)
+
+
+@contextlib.contextmanager
+def _in_use(workdir: Path) -> Iterator[None]:
+    """Name the directory, and what to do, in front of the error of a lock that another holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"workdir {workdir} {error}; wait for its end, stop it, or give another --workdir"
+        ) from None
 
 
 def _record_of(workdir: Path) -> Fingerprint | None:
@@ -169,12 +182,8 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> str:
         ) from None
     if saved is not None:
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")
-    try:
+    with _in_use(workdir):
         holder = files.lock(workdir / _LOCK)
-    except ValueError as error:
-        raise ValueError(
-            f"workdir {workdir} {error}; wait for its end, stop it, or give another --workdir"
-        ) from None
     for pattern in (
         "*.partial.*",
         "samples/**/*.partial.*",

@@ -250,18 +250,39 @@ def lock(path: Path) -> str:
     unlock(path)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "a+b", buffering=0))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"is in use by {_holder(file)}") from None
-            logging.warning("%s cannot be locked (%s): use it in one run at a time", path, error)
+        fault = _take(file, fcntl.LOCK_EX)
+        if fault:
+            logging.warning("%s cannot be locked (%s): use it in one run at a time", path, fault)
         file.truncate(0)
         now = datetime.datetime.now().astimezone().isoformat(sep=" ")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}".encode())
         stack.pop_all()
     _LOCKS[key] = file
     return _holder(file)
+
+
+def refuse_locked(path: Path) -> None:
+    """Raise ValueError if another process holds the file `path`, as `lock` would; nothing is kept.
+
+    A lock of this process, which would end with any descriptor of the file, is not looked at.
+    """
+    if path.resolve() not in _LOCKS and path.exists():
+        with open(path, "rb") as file:
+            _take(file, fcntl.LOCK_SH)  # several may look at once
+
+
+def _take(file: IO[bytes], kind: int) -> OSError | None:
+    """Lock a file, and return the error of a file system that has no locks.
+
+    Raises:
+      ValueError: if another process holds it, naming that.
+    """
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"is in use by {_holder(file)}") from None
+        return error
 
 
 def _holder(file: IO[bytes]) -> str:

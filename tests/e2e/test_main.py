@@ -16,6 +16,7 @@ from astrolabe_jax import checkpoint
 from astrolabe_jax.run import prepare
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
+from tests.tiny_base import write_tiny_base
 
 
 def kill_while_saving(process, checkpoints: Path) -> None:
@@ -142,8 +143,10 @@ def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment,
 
 @pytest.mark.slow
 def test_a_second_run_in_a_workdir_is_refused_by_the_name_of_the_first(base, tmp_path, environment):
+    """Before weights are read: those of the second are others, which the message does not know."""
     workdir = tmp_path / "run"
-    arguments = [*runs.flags(base), f"--workdir={workdir}"]
+    other = write_tiny_base(tmp_path / "other", seed=1)
+    arguments = [*runs.flags(other), f"--workdir={workdir}"]
     config = runs.small_config(base)
     prepare(config, workdir)
     half_written = workdir / f"summary.json.partial.{os.getpid()}"

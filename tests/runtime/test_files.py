@@ -255,11 +255,16 @@ def test_a_lock_is_held_by_one_process_and_goes_with_it(tmp_path):
         assert other.stdout and other.stdout.readline().startswith(f"process {other.pid} on ")
         with pytest.raises(ValueError, match=f"is in use by process {other.pid} on .*, since 20"):
             files.lock(path)
+        with pytest.raises(ValueError, match=f"is in use by process {other.pid} on .*, since 20"):
+            files.refuse_locked(path)
     finally:
         other.kill()
         other.wait()
     mine = files.lock(path)
     assert mine == files.lock(path) and mine.startswith(f"process {os.getpid()} on ")
+    files.refuse_locked(path)
+    refused = subprocess.run([*command[:2], program, str(path)], capture_output=True, text=True)
+    assert f"in use by process {os.getpid()} on" in refused.stderr  # a look does not give it up
     path.unlink()  # with the directory it lay in, for example
     files.lock(path)
     assert path.exists()
