@@ -3,21 +3,34 @@ wants them.
 """
 
 import concurrent.futures
+import dataclasses
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
+from astrolabe_jax.runtime import multihost
 from astrolabe_jax.types import Scores
 
 POLL_SECONDS = 0.5  # between two looks whether a wait is to end
 GRACE_SECONDS = 2.0  # that a scorer under way gets when the run ends
 LAST_SECONDS = 5.0  # that a program which ends waits for a reward that no device computes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Some rewards of a batch of videos, which a thread computes."""
+
+    groups: list[Loaded]
+    numbers: Sequence[int]  # of the videos
+    end: float  # of its time, on the clock of time.monotonic
+    future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
 class RewardRunner:
@@ -50,7 +63,7 @@ class RewardRunner:
         }
         self._swapped = place == "host"
         self._loaded = list(map(_moved_to_host, loaded)) if self._swapped else list(loaded)
-        self._under_way: concurrent.futures.Future | None = None
+        self._under_way: _Call | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,117 +98,113 @@ class RewardRunner:
         """Begin to score B videos, and return a function that waits for the scores.
 
         The scores of the call before are waited for first, so that the frames of two batches are
-        held at most.
+        held at most. All processes call this, and what comes back; an error on one of them is an
+        error on all.
 
         Args:
           frames: decoded videos, uint8 `[B, T, height, width, 3]`.
           prompts: B prompts.
           numbers: B numbers of the videos among those of their epoch, for errors; by default from
             0.
-          check: called while scores are waited for; may raise to end the wait. Several processes
-            wait for different times, and do not call it.
+          check: called while scores are waited for, equally often on all processes; may raise to
+            end the wait.
 
         Returns:
           A function that returns `REWARD` and `REWARD/PART` -> float32 `[B]`, of the rewards that
           this process scores with, or raises RewardError, as registry.score does.
 
         Raises:
-          RewardError: for a reward that may not be under way when this returns.
+          RewardError: for a reward that may not be under way when this returns, and for the call
+            before, if it takes longer than the timeout.
         """
-        numbers = range(len(prompts)) if numbers is None else numbers
+        videos = (frames, prompts, range(len(prompts)) if numbers is None else numbers)
         self.settle(check)
-        # first those that all processes compute together: an error of another would keep one away
-        mine = [group for group in self._loaded if _on_devices([group])]
-        if jax.process_index() == 0:
-            mine += [group for group in self._loaded if not _on_devices([group])]
-        later = [group for group in mine if self._may_overlap(group)]
-        now = [group for group in mine if not self._may_overlap(group)]
-        under_way = self._begin(later, frames, prompts, numbers)
-        self._under_way = under_way
-        started = self._begin(now, frames, prompts, numbers)
-        self._wait(started, check, _on_devices(now))
-        scores = self._result(started, now, numbers)
-
-        def wait() -> Scores:
-            self._wait(under_way, check, _on_devices(later))
-            return scores | self._result(under_way, later, numbers)
-
-        return wait
+        on_devices = [group for group in self._loaded if _on_devices([group])]
+        elsewhere = [group for group in self._loaded if not _on_devices([group])]
+        if jax.process_index() > 0:
+            elsewhere = []
+        later = self._begin(filter(self._may_overlap, on_devices + elsewhere), videos)
+        self._under_way = later
+        scores: Scores = {}
+        # What all processes compute together ends before they talk about what is waited for.
+        for groups in (on_devices, elsewhere):
+            call = self._begin(itertools.filterfalse(self._may_overlap, groups), videos)
+            scores = {**scores, **self._result(call, check)}
+        return lambda: {**scores, **self._result(later, check)}
 
     def settle(self, check: Callable[[], None] = lambda: None, last: bool = False) -> None:
-        """Wait until nothing is under way; `check` is as in `score_async`.
+        """Wait until nothing is under way; `check` and errors are as in `score_async`.
 
         A program that ends while a thread of its own computes may crash. So the `last` call waits
         for what devices compute, but not for long for what hangs elsewhere, such as a server.
         """
-        if self._under_way:
-            computes = _on_devices(self._loaded) and self._overlap == "all"
-            if last and not computes:
-                concurrent.futures.wait([self._under_way], LAST_SECONDS)
-            else:
-                self._wait(self._under_way, check, computes)
-            self._under_way = None
-
-    def _wait(
-        self, future: concurrent.futures.Future, check: Callable[[], None], computes: bool
-    ) -> None:
-        """Wait until a future is done, at most the timeout; also if `check` raises, where devices
-        compute for it.
-        """
-        end = time.monotonic() + self._timeout
-        try:
-            while not future.done() and time.monotonic() < end:
-                concurrent.futures.wait([future], min(POLL_SECONDS, self._timeout))
-                if jax.process_count() == 1:
-                    check()
-        except BaseException:
-            concurrent.futures.wait([future], self._timeout if computes else GRACE_SECONDS)
-            self._under_way = None  # nobody waits for it again
-            raise
+        call = self._under_way
+        if call and last:
+            computes = _on_devices(call.groups)
+            concurrent.futures.wait([call.future], self._timeout if computes else LAST_SECONDS)
+        elif call:
+            self._wait(call, check)
+        self._under_way = None
 
     def _may_overlap(self, group: Loaded) -> bool:
         on_host = group.scorer.params is None
         return self._overlap == "all" or (self._overlap == "host" and on_host)
 
-    def _begin(self, groups: Sequence[Loaded], *videos: Any) -> concurrent.futures.Future:
+    def _begin(self, groups: Iterable[Loaded], videos: tuple[Any, ...]) -> _Call:
         """Score with these groups, one after the other, on a thread of its own.
 
         The thread does not keep the program from its end.
 
         Args:
           groups: of rewards.
-          *videos: frames, prompts and numbers, as registry.score takes them.
+          videos: frames, prompts and numbers, as registry.score takes them.
         """
-        future = concurrent.futures.Future()
+        call = _Call(list(groups), videos[-1], time.monotonic() + self._timeout)
 
         def work() -> None:
             try:
-                future.set_result(
+                call.future.set_result(
                     {
                         name: values
-                        for group in groups
+                        for group in call.groups
                         for name, values in self._score(group, *videos).items()
                     }
                 )
             except BaseException as error:
-                future.set_exception(error)
+                call.future.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()
-        return future
+        return call
 
-    def _result(
-        self, future: concurrent.futures.Future, groups: Sequence[Loaded], numbers: Sequence[int]
-    ) -> Scores:
+    def _result(self, call: _Call, check: Callable[[], None]) -> Scores:
+        self._wait(call, check)
+        return multihost.on_all(call.future.result)
+
+    def _wait(self, call: _Call, check: Callable[[], None]) -> None:
+        """Wait until a call is done on all processes; RewardError if it takes too long.
+
+        If `check` raises, what devices compute is waited for nevertheless.
+        """
         try:
-            return future.result(0)
-        except concurrent.futures.TimeoutError:
+            while _goes_on(call):
+                check()
+        except BaseException:
+            computes = _on_devices(call.groups)
+            concurrent.futures.wait([call.future], self._timeout if computes else GRACE_SECONDS)
             self._under_way = None  # nobody waits for it again
-            names = ", ".join(repr(name) for group in groups for name in group.names)
-            raise RewardError(
-                f"rewards {names} did not answer within {self._timeout:g} s for samples "
-                f"{numbers[0]} to {numbers[-1]}; look whether a scorer hangs, or raise "
-                "config.scoring.timeout"
-            ) from None
+            raise
+        multihost.on_all(lambda: self._refuse_late(call))
+
+    def _refuse_late(self, call: _Call) -> None:
+        if call.future.done():
+            return
+        self._under_way = None  # nobody waits for it again
+        names = ", ".join(repr(name) for group in call.groups for name in group.names)
+        raise RewardError(
+            f"rewards {names} did not answer within {self._timeout:g} s for samples "
+            f"{call.numbers[0]} to {call.numbers[-1]}; look whether a scorer hangs, or raise "
+            "config.scoring.timeout"
+        )
 
     def _score(self, group: Loaded, *videos: Any) -> Scores:
         if not self._swapped or group.scorer.params is None:
@@ -205,6 +214,16 @@ class RewardRunner:
             return registry.score(_with_params(group, params), *videos)
         finally:
             jax.tree.map(lambda leaf: leaf.delete(), params)
+
+
+def _goes_on(call: _Call) -> bool:
+    """Wait a while for a call, and return whether it goes on, within its time, on any process."""
+    left = max(call.end - time.monotonic(), 0.0)
+    # the processes talk by a program of their own, which must not come between those of rewards
+    apart = jax.process_count() == 1 or not _on_devices(call.groups)
+    concurrent.futures.wait([call.future], min(POLL_SECONDS, left) if apart else left)
+    late = time.monotonic() >= call.end
+    return bool(multihost.first_nonempty("" if call.future.done() or late else "goes on"))
 
 
 def _on_devices(groups: Sequence[Loaded]) -> bool:

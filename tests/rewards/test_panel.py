@@ -102,6 +102,14 @@ def test_a_scorer_that_hangs_is_named(overlap):
     assert time.monotonic() - began < 0.1
 
 
+def test_a_scorer_that_hangs_is_waited_for_once():
+    """Not once a batch."""
+    runner = RewardRunner([group("slow", threading.Event().wait)], "host", timeout=0.2)
+    runner.score_async(FRAMES, PROMPTS, range(5, 7))
+    with pytest.raises(RewardError, match="for samples 5 to 6;"):
+        runner.score_async(FRAMES, PROMPTS, range(7, 9))
+
+
 @pytest.mark.parametrize("overlap", ["none", "host"])
 def test_an_error_comes_from_the_call_that_made_it(overlap):
     calls = []

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import types
 
@@ -80,6 +81,24 @@ def scores(me):
         except (RewardError, OSError) as error:
             results.append("away" in str(error))
     return [results, len(asked) == (0 if me else 3)]
+
+
+def silent(me):
+    """What ends the wait for a reward of process 0 that never answers; process 1 has a signal."""
+    from astrolabe_jax.rewards.panel import RewardRunner
+    from astrolabe_jax.rewards.registry import Loaded, Scorer
+
+    def never(params, frames, prompts):
+        threading.Event().wait()
+
+    runner = RewardRunner([Loaded(("a",), Scorer(never))])
+    with preemption.listening() as check:
+        if me == 1:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            runner.score_async(np.zeros((2, 1, 2, 2, 3), np.uint8), ["b", "c"], check=check)
+        except preemption.Stopped as stopped:
+            return [str(stopped)]
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def both(case: str) -> list[tuple[int, str, str]]:
             ],
         ),
         ("signals", ["SIGTERM", 4], None),
+        ("silent", ["SIGTERM"], None),
     ],
 )
 def test_all_know_what_one_knows(case, first, second):
