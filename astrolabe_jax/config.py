@@ -554,13 +554,18 @@ def with_reference(config: ConfigDict, *switches: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Return every field by its full name, {'optimizer.b1': 0.9, ...}; tuples become lists, so that
-    the result survives JSON.
+    """Return every field by its full name, {'optimizer.b1': 0.9, ...}, for records in JSON.
+
+    Tuples become lists. The url of a reward ends before its query, which may hold a secret.
     """
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items()
-    }
+    fields = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    return {name: _for_records(name, value) for name, value in fields.items()}
+
+
+def _for_records(name: str, value: Any) -> Any:
+    if name.startswith("rewards.") and name.endswith(".url"):
+        return str(value).partition("?")[0]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def samples(config: ConfigDict) -> int:

@@ -353,11 +353,12 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
             # An update takes the memory of the state that it begins with.
             spare = None if saved == state.epoch else jax.tree.map(np.array, state.train)
             try:
-                state, record = epoch(run, state, step, progress)
+                after, record = epoch(run, state, step, progress)
+                metrics.add(record)
             except (preemption.Stopped, *REFUSED):
                 state = state._replace(train=spare and sharding.replicate(run.mesh, spare))
                 raise
-            metrics.add(record)
+            state = after
             evaluations = sum(_due(run, number) for number in range(state.epoch, count + 1))
             progress.epoch(record, count, evaluations * progress.lasted.get("evaluation", 0.0))
             if to_be_saved(run, state):

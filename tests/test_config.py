@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from astrolabe_jax.config import (
     FIELDS,
@@ -96,6 +97,12 @@ def test_flatten_survives_json_and_is_flat():
     flat = flatten(moving_shapes.get_config())
     assert json.loads(json.dumps(flat)) == flat
     assert flat["sampler.steps"] == [1000, 750, 500, 250]
+
+
+def test_no_secret_of_an_address_is_recorded():
+    config = moving_shapes.get_config()
+    config.rewards.taste = ConfigDict({"url": "https://host/score?key=secret", "weight": 1.0})
+    assert flatten(config)["rewards.taste.url"] == "https://host/score"
 
 
 def test_old_names_are_known_and_gone():

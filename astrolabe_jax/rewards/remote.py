@@ -46,6 +46,7 @@ from PIL import Image
 
 from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
+from astrolabe_jax.runtime.files import parse_json
 from astrolabe_jax.runtime.progress import log
 
 FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
@@ -262,8 +263,8 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
     except (OSError, http.client.HTTPException) as error:
         raise Away(str(error) or type(error).__name__) from None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise OSError(f"{options.shown} does not answer in JSON: {error}") from None
 
 
@@ -475,12 +476,11 @@ def _encoded(frame: np.ndarray, format: str) -> str:
 
 
 def _scores(names: Sequence[str], answer: Any) -> dict[str, float]:
-    with contextlib.suppress(OverflowError):  # of a whole number beyond all floats
-        match answer:
-            case {"scores": dict(found)} if all(
-                type(found.get(name)) in (int, float) for name in names
-            ):
-                return {name: float(found[name]) for name in names}
+    match answer:
+        case {"scores": dict(found)} if all(
+            type(found.get(name)) in (int, float) for name in names
+        ):
+            return {name: float(found[name]) for name in names}
     raise OSError(
         f'the answer is {json.dumps(answer)[:QUOTED]}; expected {{"scores": ...}} with numbers '
         f"for {', '.join(names)}"

@@ -18,6 +18,8 @@ from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.qwen2_vl import hpsv3
 from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3
 from astrolabe_jax.run import prepare
+from astrolabe_jax.runtime import files
+from astrolabe_jax.runtime.metrics import Metrics
 from tests.e2e import runs
 from tests.e2e.runs import finish, launch
 from tests.e2e.test_processes import assert_close, both, environment_of
@@ -129,7 +131,9 @@ def test_a_scorer_that_fails_on_its_third_call_loses_nothing(
 
 
 def test_a_reward_that_is_away_loses_no_epoch(straight, base, tmp_path, monkeypatch, capsys):
-    """No checkpoint is due, but the state before the epoch is whole, and saved."""
+    """No checkpoint is due, but the state before the epoch is whole, and saved. Nor is an epoch
+    counted whose record could not be written.
+    """
     whole, workdir, _ = straight
     score, calls = rewards.score, []
     changes = {"train.checkpoint_every": whole.train.epochs}
@@ -144,6 +148,14 @@ def test_a_reward_that_is_away_loses_no_epoch(straight, base, tmp_path, monkeypa
     with pytest.raises(train.REFUSED, match="no route to host"):
         runs.start(runs.small_config(base, **changes), tmp_path / "run")
     assert "saved after epoch 3 of 4; run the same command to go on" in capsys.readouterr().out
+    assert runs.resumed(prepare(runs.small_config(base, **changes), tmp_path / "run")).epoch == 3
+
+    def full(self, record):
+        raise files.WriteError(tmp_path / "run" / "metrics.jsonl", "no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(files.WriteError):
+        patched.setattr(Metrics, "add", full)
+        runs.start(runs.small_config(base, **changes), tmp_path / "run")
     assert runs.resumed(prepare(runs.small_config(base, **changes), tmp_path / "run")).epoch == 3
     runs.start(runs.small_config(base, **changes), tmp_path / "run")
     runs.assert_same_run(whole, workdir, tmp_path / "run")
