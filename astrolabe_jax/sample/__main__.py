@@ -11,12 +11,14 @@ file holds one prompt a line, or, named .jsonl, one object a line, {"prompt": ..
 OUTPUT_DIR/videos/00000.mp4     the video of prompt 0; meanwhile 00000.partial.mp4 can be watched
 OUTPUT_DIR/results.jsonl        one line a video: prompt, scenes, seed, length, path, and scores if
                                 asked for, whose means are in average_scores.json
+OUTPUT_DIR/results.lock         who writes there now
 
 The same command goes on where it was stopped: videos that are there and were made with the same
 settings stay. A directory with other results is refused, unless --overwrite is given.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,8 +29,7 @@ from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert import lora
 from astrolabe_jax.plan import naming_memory
-from astrolabe_jax.runtime import cli
-from astrolabe_jax.runtime.files import local_directory
+from astrolabe_jax.runtime import cli, files
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
@@ -75,16 +76,32 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         changes = lora.read_changes(path, sizes["transformer"])
         change = lora.leaf_changer(changes, sizes["transformer"])
         adapter = (change, lora.fingerprint(path))
-    directory = local_directory(options["output_dir"])
-    prompts_of = {request.name: request.prompt for request in requests}
+    directory = files.local_directory(options["output_dir"])
     if not options["overwrite"]:
-        videos.refuse_others(directory, "prompt", prompts_of)
-    (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
+        settings = videos.settings(config, adapter, given)
+        keys = {request.name: videos.settings_key(settings, request) for request in requests}
+        videos.refuse_others(directory, "settings", keys)
+    claim(directory)
     run = videos.load(config, adapter, given, directory, score=options["score"])
     if not options["overwrite"]:
         keys = {request.name: videos.key_of(run, request) for request in requests}
         videos.refuse_others(directory, "key", keys)
     return run, videos.given_latents(run, given), requests
+
+
+def claim(directory: Path) -> None:
+    """Make the directory of the results, for this process alone until it ends.
+
+    Raises:
+      ValueError, OSError: if another process writes there, or it cannot be written.
+    """
+    (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
+    try:
+        files.lock(directory / videos.LOCK)
+    except ValueError as error:
+        raise ValueError(
+            f"--output_dir {directory} {error}; wait for its end, or give another --output_dir"
+        ) from None
 
 
 def main(given: Mapping[str, flags.FlagHolder]) -> None:

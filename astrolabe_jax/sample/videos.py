@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ from astrolabe_jax.types import PromptBatch, RngStream, Scores, VideoBatch
 CONTENT = ("seed", "model.", "sampler.", "video.", "scenes.")
 NO_CONTENT = ("sampler.batch", "model.remat", "video.decode_chunk")
 VIDEOS = "videos"  # folder of the results
+LOCK = "results.lock"  # held by the process that writes there
+_NAME = re.compile(r"\d{5,}(-\d+)?")  # Request.name
 GIVEN_TIMESTEP = 0.0  # at which given frames are read into the cache, whatever context_noise is
 
 
@@ -72,21 +75,10 @@ def load(
     mesh = sharding.make_mesh(config.mesh)
     base = runs.load_base(config, mesh, lora and lora[0])
     net = base.transformer
-    fingerprint: dict[str, Any] = {"base": base.fingerprint}
-    if lora:
-        fingerprint["lora"] = lora[1]
-    for first in (given.latents, given.pixels):
-        if first is not None:
-            fingerprint["given"] = _hash([first])
-    fingerprint |= {
-        name: value
-        for name, value in flatten(config).items()
-        if name.startswith(CONTENT) and name not in NO_CONTENT
-    }
     return runs.Run(
         config=config,
         workdir=directory,
-        fingerprint=fingerprint,
+        fingerprint={"base": base.fingerprint} | settings(config, lora, given),
         base=base,
         layout=runs.layout_of(config),
         sampler=runs.sampler_of(config),
@@ -101,6 +93,22 @@ def load(
         starts=(0,),
         reward_runner=runs.load_rewards(config, mesh) if score else RewardRunner([]),
     )
+
+
+def settings(
+    config: ConfigDict, lora: tuple[PlaceLeaf, str] | None, given: GivenFrames
+) -> dict[str, Any]:
+    """Return all that videos depend on but requests and weights of the base; it survives JSON."""
+    first = given.pixels if given.latents is None else given.latents
+    return {
+        **({"lora": lora[1]} if lora else {}),
+        **({} if first is None else {"given": _hash([first])}),
+        **{
+            name: value
+            for name, value in flatten(config).items()
+            if name.startswith(CONTENT) and name not in NO_CONTENT
+        },
+    }
 
 
 def given_latents(run: runs.Run, given: GivenFrames) -> np.ndarray | None:
@@ -287,6 +295,7 @@ def _row(run: runs.Run, request: Request, path: Path, scores: dict) -> dict[str,
                 }
             )
         begin += shot.frames
+    without_weights = {name: run.fingerprint[name] for name in run.fingerprint if name != "base"}
     return {
         "sample_id": request.name,
         "prompt": request.prompt,
@@ -300,6 +309,7 @@ def _row(run: runs.Run, request: Request, path: Path, scores: dict) -> dict[str,
         },
         "scores": _means([scene.get("scores", {}) for scene in shown]),
         "video_path": str(path),
+        "settings": settings_key(without_weights, request),
         "key": key_of(run, request),
     }
 
@@ -308,19 +318,23 @@ def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in scores])) for name in scores[0]}
 
 
+def settings_key(of_all: Mapping[str, Any], request: Request) -> str:
+    """Return a hash of what a video depends on without weights; `of_all` is what `settings` gives.
+
+    So it is known before anything is loaded.
+    """
+    asked = [request.index, request.candidate, request.prompt, request.shots]
+    content = json.dumps([of_all, asked], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def key_of(run: runs.Run, request: Request) -> str:
     """Return a hash of all that a row of results depends on."""
-    settings = sorted((name, rewards.options(value)) for name, value in run.config.rewards.items())
-    scored = [*settings, ("identity", run.reward_runner.identity)]
-    asked = [
-        request.index,
-        request.candidate,
-        request.prompt,
-        request.shots,
-        scored if run.reward_runner.names else None,
-    ]
-    content = json.dumps([run.fingerprint, asked], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    scored: dict[str, Any] = {}
+    if run.reward_runner.names:
+        options = {name: rewards.options(value) for name, value in run.config.rewards.items()}
+        scored = {"rewards": options, "identity": run.reward_runner.identity}
+    return settings_key({**run.fingerprint, **scored}, request)
 
 
 def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None:
@@ -334,7 +348,9 @@ def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None
     results = directory / "results.jsonl"
     rows = {str(row.get("sample_id")): row for row in read_jsonl(results)}
     others = [
-        name for name, row in rows.items() if name not in asked or row.get(field) != asked[name]
+        name
+        for name, row in rows.items()
+        if name not in asked or row.get(field, asked[name]) != asked[name]
     ]
     # rows are written before the first video is, so these are not ours
     if not results.exists():
@@ -363,6 +379,9 @@ def sample(
         if name in before and before[name].get("key") == key and (videos / f"{name}.mp4").is_file()
     }
     left = [request for request in requests if request.name not in rows]
+    for name in before.keys() - keys.keys():  # of another command, whose rows go, too
+        if isinstance(name, str) and _NAME.fullmatch(name):
+            (videos / f"{name}.mp4").unlink(missing_ok=True)
     if rows:
         log(f"{len(rows)} of {counted(len(requests), 'video')} made before")
     others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]

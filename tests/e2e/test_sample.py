@@ -20,11 +20,12 @@ from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.run import layout_of, open_base, rules_of
-from astrolabe_jax.runtime import preemption
+from astrolabe_jax.runtime import files, preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from astrolabe_jax.sample import __main__ as program
 from astrolabe_jax.sample import requests, videos
 from tests.e2e import runs
+from tests.tiny_base import write_tiny_base
 
 RED, GREEN = (
     "a red circle moving left on a grey background",
@@ -87,6 +88,7 @@ def test_videos_and_results(made):
         "00002.mp4",
         "average_scores.json",
         "results.jsonl",
+        "results.lock",
     ]
     assert [row["prompt"] for row in rows[:2]] == [RED, GREEN]
     for row, count in zip(rows, (5, 5, 20), strict=True):
@@ -178,20 +180,41 @@ def test_going_on_where_it_was_stopped(base, made, listed, tmp_path, monkeypatch
     # fewer prompts: the rest are not its results
     (row,) = ask(base, moved, {"seed": 5}, prompt=RED, overwrite=True)
     assert row["sample_id"] == "00000"
+    assert [path.name for path in moved.rglob("*.mp4")] == ["00000.mp4"]
+
+
+def test_two_programs_do_not_write_to_one_directory(base, tmp_path, capsys, monkeypatch):
+    def in_use(path):
+        raise ValueError("is in use by process 7 on here, since today")
+
+    monkeypatch.setattr(files, "lock", in_use)
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path, prompt=RED)
+    assert (
+        f"error: --output_dir {tmp_path} is in use by process 7 on here, since today; wait for its "
+        "end, or give another --output_dir" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
-        ({"seed": 5}, {"prompt_file": True}),  # known when the model is loaded
+        ({"base": True}, {"prompt_file": True}),  # known when the model is loaded
+        ({"seed": 5}, {"prompt_file": True}),  # known before
         ({}, {"prompt": RED}),  # fewer videos
-        ({"base": "moving_shapes"}, {"prompt": GREEN}),  # known before: this base does not fit
+        ({"base": "moving_shapes"}, {"prompt": GREEN}),
     ],
 )
-def test_the_results_of_another_command_are_kept(base, made, listed, capsys, changes, options):
+def test_the_results_of_another_command_are_kept(
+    base, made, listed, tmp_path, capsys, monkeypatch, changes, options
+):
     directory, rows = made
     if "prompt_file" in options:
         options = {"prompt_file": listed}
+    if changes.get("base") is True:
+        changes = {"base": str(write_tiny_base(tmp_path / "other", seed=1))}
+    else:  # nothing is loaded
+        monkeypatch.setattr(videos, "load", None)
     with pytest.raises(SystemExit) as ended:
         ask(base, directory, changes, **options)
     assert ended.value.code == 2 and rows_of(directory) == rows
