@@ -32,6 +32,7 @@ def open_part(
         return _open_store(path, part or path.name)
     tensors = open_weights(path, entry).tensors
     with nets.naming_files(path):
+        parts.refuse_lora(tensors)
         if part:
             form = nets.format_of(parts.PARTS[part], tensors)
         else:

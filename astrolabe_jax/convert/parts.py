@@ -154,7 +154,7 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
       ValueError: if less than half of the names are those of one part.
     """
-    _refuse_lora(tensors)
+    refuse_lora(tensors)
     counts = {
         (part, form): nets.overlap(spec, form, tensors)
         for part, spec in PARTS.items()
@@ -169,7 +169,8 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     return best
 
 
-def _refuse_lora(tensors: Mapping[str, Any]) -> None:
+def refuse_lora(tensors: Mapping[str, Any]) -> None:
+    """Raise ConversionError for the tensors of a LoRA, where those of a whole net belong."""
     if any(".lora_" in name for name in tensors):
         raise engine.ConversionError(
             "it is a LoRA, not a whole net; give it as --lora of sample, as config.lora.init, or "
@@ -228,7 +229,7 @@ def load_net(
       ConversionError: listing every missing, unused and misshapen tensor.
     """
     spec = PARTS[part]
-    _refuse_lora(tensors)
+    refuse_lora(tensors)
     tensors = spec.prepare(tensors)
     form = nets.format_of(spec, tensors)
     if part == "transformer":

@@ -123,12 +123,28 @@ def open_leaves(directory: Path) -> dict[str, Leaf]:
             "driver": "zarr3" if described.get("use_zarr3") else "zarr",
             "kvstore": {"driver": "ocdbt", "base": folder} if described["use_ocdbt"] else folder,
         }
-        return {
+        leaves = {
             name: Leaf(tensorstore.open(spec | {"path": f"{name}/"}, read=True).result())
             for name in names
         }
+        _check_size(directory, leaves)
+        return leaves
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(error) from None
+
+
+def _check_size(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Raise ValueError if the files of a store are smaller than its arrays, as when one is lost.
+
+    What is compressed tells nothing.
+    """
+    arrays = [leaf.array for leaf in leaves.values()]
+    if any(array.spec().to_json()["metadata"].get("compressor", True) for array in arrays):
+        return
+    content = sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays)
+    held = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if held < content:
+        raise ValueError(f"its files hold {held:,} bytes in place of {content:,} at least")
 
 
 def _unreadable(error: Exception) -> StoreError:

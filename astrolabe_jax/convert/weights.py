@@ -168,6 +168,14 @@ def _plain_names(state: Mapping[str, Lazy], path: Path) -> tuple[dict[str, str],
     return {plain: stored for plain, (stored,) in names.items()}, unique
 
 
+def _tensor_of(name: Any, value: Any) -> Any:
+    """Return the alpha of a LoRA, which some programs store as a plain number, as a tensor."""
+    if type(value) not in (int, float) or not str(name).endswith(".alpha"):
+        return value
+    number = np.array(value, np.float64)
+    return Lazy((), number.dtype, lambda: number)
+
+
 def _listed(names: Iterable[Any]) -> str:
     """Return the first six keys of a file, as a short line whatever they are."""
     return ", ".join(repr(str(name)[:40])[1:-1][:40] for name in itertools.islice(names, 6))
@@ -184,6 +192,7 @@ def _state_dict(
         raise ValueError(
             f"{path} holds a {type(tree).__name__}; expected a state dict, with names and tensors"
         )
+    tree = {name: _tensor_of(name, value) for name, value in tree.items()}
     others = [
         name for name, value in tree.items() if type(name) is not str or not isinstance(value, Lazy)
     ]

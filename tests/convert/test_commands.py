@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from astrolabe_jax import checkpoint
 from astrolabe_jax.convert import base as bases
-from astrolabe_jax.convert import lora, nets, parts, store
+from astrolabe_jax.convert import engine, lora, nets, parts, store
 from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.runtime.files import DTYPES, read_safetensors, write_safetensors
+from astrolabe_jax.runtime.files import DTYPES, Lazy, read_safetensors, write_safetensors
 from astrolabe_jax.update import TrainState
 from tests import tiny_base
 from tests.adapters import to_peft
@@ -265,6 +265,10 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
             ["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors", "--format", "x"],
             "argument --format: invalid",
         ),
+        (
+            ["merge", "{tmp}/lora.safetensors", "{base}", "--to", "{tmp}/m.safetensors"],
+            "lora.safetensors: it is a LoRA, not a whole net; .* or to convert merge after a base",
+        ),
         ([], "required: command"),
     ],
 )
@@ -272,6 +276,8 @@ def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, ar
     plain = read_safetensors(base / "transformer.safetensors")
     write_safetensors(tmp_path / "plain.safetensors", plain)
     write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
+    halves = {"a.lora_A.weight": np.ones((1, 3)), "a.lora_B.weight": np.ones((3, 1))}
+    write_safetensors(tmp_path / "lora.safetensors", halves)
     (tmp_path / "wan").mkdir()
     (tmp_path / "wan" / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
     before = sorted(tmp_path.rglob("*"))
@@ -303,6 +309,18 @@ def test_a_damaged_store_is_named(capsys, base, tmp_path):
         capsys, "export", tmp_path / "x", "--to", tmp_path / "a.safetensors", "--part", "vae"
     )
     assert status == 2 and f"error: {tmp_path}/x/vae: it cannot be read: " in err
+
+
+def test_a_store_that_lost_a_file_is_not_opened(tmp_path):
+    content = np.ones((4, 1 << 20), np.float32)
+    piece = Lazy(content.shape, content.dtype, lambda: content)
+    stack = engine.Stack(content.shape, content.dtype, False, (piece,))
+    store.save(tmp_path / "x", {("a",): stack})
+    assert np.asarray(store.open_leaves(tmp_path / "x")["a"]).sum() == content.sum()
+    files = [path for path in (tmp_path / "x").rglob("*") if path.is_file()]
+    max(files, key=lambda path: path.stat().st_size).unlink()
+    with pytest.raises(ValueError, match="its files hold .* bytes in place of 16,777,216 at least"):
+        store.open_leaves(tmp_path / "x")
 
 
 class Policies:

@@ -4,6 +4,7 @@ adapter tree takes what fits it, and everything else is refused in one sentence.
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.runtime.files import read_safetensors
 from tests import tiny_base
+from tests.convert import torch_files
 
 NET = tiny_base.TRANSFORMER
 SHAPES = nets.source_shapes(parts.PARTS["transformer"], NET)
@@ -225,6 +227,19 @@ def test_all_of_it_is_applied(base, tmp_path, kind):
     leaves = engine.flatten(again.transformer.params)
     for where, leaf in engine.flatten(sampled.transformer.params).items():
         np.testing.assert_array_equal(leaf, leaves[where])
+
+
+@pytest.mark.parametrize("alpha", [1, 1.0])
+def test_alpha_may_be_a_plain_number_in_a_torch_file(tmp_path, alpha):
+    writer, path = made(underscores, tmp_path)
+    tree = {
+        name: alpha if name.endswith(".alpha") else torch_files.whole(tensor)
+        for name, tensor in writer.tensors.items()
+    }
+    numbers = torch_files.write(tmp_path / "numbers.pt", tree)
+    (tensors, scale), (others, other) = lora.load_lora(path, NET), lora.load_lora(numbers, NET)
+    assert scale == other == 1.0 / RANK
+    jax.tree.map(np.testing.assert_array_equal, tensors, others)
 
 
 @pytest.mark.parametrize("kind", FIT_A_TREE)
