@@ -12,6 +12,8 @@ weights.py): vae.pth may be Wan2.1_VAE.pth, transformer.pt may be self_forcing_d
 """
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +62,8 @@ def _safetensors(stem: str) -> tuple[str, ...]:
 _VARYING = frozenset(
     {"dim", "dim_attn", "dim_ffn", "ffn_dim", "num_layers", "num_heads", "vocab_size", "z_dim"}
 )
+# In the path of a transformer whose shapes are those of Wan 2.1.
+_ONE_OF_TWO = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 # The layout of a directory is the first whose mark is there.
 LAYOUTS = {
@@ -323,8 +327,15 @@ def check_net(part: str, path: Path, config: Any) -> None:
 def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:
     """Read a part from a file of weights or an Orbax directory, in config.param_dtype.
 
-    Raises engine.ConversionError or store.StoreError, which name the file.
+    A warning says what a name tells that no tensor does. Raises engine.ConversionError or
+    store.StoreError, which name the file.
     """
+    if _ONE_OF_TWO.search(path.as_posix()):
+        logging.warning(
+            "%s is by its name one of the two transformers of Wan 2.2, which take half of the "
+            "noise levels each; here it takes all of them",
+            path,
+        )
     try:
         if not path.is_dir():
             return load_net(part, read_weights(path), config, place)

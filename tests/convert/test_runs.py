@@ -41,7 +41,7 @@ def framewise(path, seed):
     return torch_files.write(path, {"generator_ema": tree}), net
 
 
-def test_another_transformer_takes_the_place_of_the_bases(base, tmp_path):
+def test_another_transformer_takes_the_place_of_the_bases(base, tmp_path, caplog):
     plain = prepared(tmp_path / "plain", base)
     path, want = framewise(tmp_path / "a.pt", 9)
     run = prepared(tmp_path / "other", base, transformer=str(path))
@@ -49,9 +49,11 @@ def test_another_transformer_takes_the_place_of_the_bases(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run.base.vae.params, plain.base.vae.params)
     shutil.move(path, tmp_path / "moved.pt")
     prepared(tmp_path / "other", base, transformer=str(tmp_path / "moved.pt"))  # the same run
-    path, _ = framewise(tmp_path / "b.pt", 10)
+    assert "Wan 2.2" not in caplog.text
+    path, _ = framewise(tmp_path / "high_noise_model.pt", 10)
     with pytest.raises(ValueError, match="belongs to another run"):
         prepared(tmp_path / "other", base, transformer=str(path))
+    assert "high_noise_model.pt is by its name one of the two transformers of Wan" in caplog.text
 
 
 def test_an_imported_base_is_placed_as_any_other(base, tmp_path):
