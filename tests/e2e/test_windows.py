@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import evaluate, prompts, sharding, train
+from astrolabe_jax import advantages, evaluate, prompts, sharding, train
 from astrolabe_jax.config import flatten
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime.preemption import Stopped
@@ -44,12 +44,19 @@ def contrast(frames, prompts):
     return frames.std(axis=(1, 2, 3, 4)) / 128
 
 
+def lack_of_red(frames, prompts):
+    """A reward whose scale is a hundred times that of the other."""
+    return -100 * frames[..., 0].mean(axis=(1, 2, 3)) / 256
+
+
 @pytest.fixture(scope="module", autouse=True)
-def contrast_is_a_reward():
+def rewards_of_pixels():
     """For tests of many clips: each length would compile the rewards of the world anew."""
-    reward = rewards.Reward("tests.e2e.test_windows:contrast")
+    here = {
+        name: rewards.Reward(f"tests.e2e.test_windows:{name}") for name in ("contrast", "lack_of_red")
+    }
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | {"contrast": reward})
+        monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | here)
         yield
 
 
@@ -275,7 +282,13 @@ def test_devices_and_pieces_do_not_change_an_epoch(made, changes, devices):
 def progressive(made):
     return functools.cache(
         lambda continuation: made(
-            {"streaming.mode": "progressive", "streaming.continuation": continuation}, epochs=3
+            {
+                "streaming.mode": "progressive",
+                "streaming.continuation": continuation,
+                "advantages.standardise": True,
+            },
+            epochs=3,
+            rewards=CONTRAST | {"lack_of_red": 1.0},
         )
     )
 
@@ -294,6 +307,8 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
     ] and not epochs.point.streams
     run, weights = epochs.run, dict(epochs.run.config.rewards)
     before = [np.zeros((2, 0, *run.latent_shape[1:]), np.float32)]
+    taken = []
+    best_by_sum = []
     for epoch, drawn in enumerate(epochs.segments):
         batch = prompts.draw(
             run.train_prompts, run.config.seed, windows.prompt_draw(run, epoch), 2, 4, 1
@@ -301,16 +316,19 @@ def test_a_progressive_stream_goes_on_with_one_of_its_videos(made, progressive, 
         assert (
             batch.index[0] == prompts.draw(run.train_prompts, run.config.seed, 0, 2, 4, 1).index[0]
         )
-        total = sum(
-            weight * drawn.scores[name].astype(np.float64) for name, weight in weights.items()
-        )
-        chosen = windows.continuations(run, batch, total, epoch)
+        scores = {name: drawn.scores[name] for name in weights}
+        maximised = advantages.total_reward(advantages.standardise(scores), weights)
+        chosen = windows.continuations(run, batch, maximised, epoch)
         places = [chosen[int(batch.index[first])] for first in (0, 4)]
+        total = advantages.total_reward(scores, weights)
+        best_by_sum += [int(np.argmax(total[:4])), 4 + int(np.argmax(total[4:]))]
         if continuation == "best":
-            assert places == [int(np.argmax(total[:4])), 4 + int(np.argmax(total[4:]))]
+            assert places == [int(np.argmax(maximised[:4])), 4 + int(np.argmax(maximised[4:]))]
         elif continuation == "first":
             assert places == [0, 4]
+        taken += places
         before.append(np.asarray(drawn.latents)[places])
+    assert continuation != "best" or taken != best_by_sum  # which the larger reward decides alone
     video = np.concatenate(before, axis=1)
     assert video.shape[1] == 6
     (last,) = epochs.prefixes[-1]
