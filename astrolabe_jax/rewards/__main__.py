@@ -110,9 +110,12 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
         f"{setting.mesh.size} x {jax.devices()[0].device_kind}"
     )
     found: dict[str, tuple[str, float]] = {}
-    for group in groups:
+    try:
         with naming_memory(config, ("rewards",)):
-            found |= _print_scores(group, frames, prompt)
+            for group in groups:
+                found |= _print_scores(group, frames, prompt)
+    except registry.RewardError as error:
+        cli.fail(error, 1)
     if holders["golden"].value:
         golden = Path(holders["golden"].value)
         recorded = read_json(golden) if golden.exists() else {}
@@ -125,12 +128,12 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
 def _print_scores(
     group: registry.Loaded, frames: np.ndarray, prompt: str
 ) -> dict[str, tuple[str, float]]:
-    """Print what one call scores and takes; return {golden_key: (reward, score)}."""
-    try:
-        _, first = timed(group, frames, prompt)
-        scores, again = timed(group, frames, prompt)
-    except registry.RewardError as error:
-        cli.fail(error, 1)
+    """Print what one call scores and takes; return {golden_key: (reward, score)}.
+
+    Raises RewardError.
+    """
+    _, first = timed(group, frames, prompt)
+    scores, again = timed(group, frames, prompt)
     print(
         f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights "
         f"{RewardRunner([group]).weights / MIB:,.0f} MiB, peak {peak_bytes() / MIB:,.0f}"

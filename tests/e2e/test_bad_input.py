@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from astrolabe_jax import run
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.run import prepare, timeline_of
+from astrolabe_jax.run import check, prepare, timeline_of
 from configs import published
 from tests.e2e import runs
 from tests.models import tiny
@@ -503,3 +504,14 @@ def test_options_that_a_reward_lacks_are_named(base, tmp_path, settings, expecte
     config = runs.small_config(base)
     config.rewards = settings
     assert expected in refusal(config, tmp_path / "run")
+
+
+def test_one_process_checks_the_prompts_for_all(base, tmp_path, monkeypatch):
+    """Lists of millions take seconds; its error is one of all (multihost.on_all)."""
+    path = tmp_path / "list.txt"
+    path.write_text("red " * 16 + "\n" + "red\n" * 9)
+    config = runs.small_config(base, **{"prompts.test": str(path)})
+    with pytest.raises(ValueError, match="list.txt, line 1: .* has 17 tokens"):
+        check(config, tmp_path / "run")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert len(check(config, tmp_path / "run").prompts["test"]) == 10

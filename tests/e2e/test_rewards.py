@@ -283,3 +283,13 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
     with pytest.raises(SystemExit) as error:
         run(record=False)
     assert error.value.code == 1 and "DIFFERS from" in capsys.readouterr().out
+
+    def full(*_):
+        raise MemoryError("RESOURCE_EXHAUSTED: 9 GiB")
+
+    monkeypatch.setattr(hpsv3, "top_mean", full)
+    with pytest.raises(SystemExit) as error:
+        run(record=False)
+    told = capsys.readouterr().err
+    assert error.value.code == 1 and told.startswith("error: out of memory: ")
+    assert "in MiB and besides activations, rewards " in told

@@ -234,6 +234,19 @@ def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys):
     assert (tmp_path / "videos/00000.mp4").read_bytes() == b"holidays"
 
 
+@pytest.mark.parametrize("place", ["load", "make_videos"])
+def test_too_little_memory_is_one_line(base, tmp_path, capsys, monkeypatch, place):
+    def full(*_, **__):
+        raise MemoryError("9 GiB")
+
+    monkeypatch.setattr(videos, place, full)
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path, prompt=RED)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith("error: out of memory: 9 GiB; a device holds")
+    assert "adapters" not in told and "config.model.param_dtype=bfloat16" in told
+
+
 def test_an_adapter_is_merged(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
     net = bases.configs(str(base))["transformer"]

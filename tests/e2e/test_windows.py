@@ -53,7 +53,8 @@ def lack_of_red(frames, prompts):
 def rewards_of_pixels():
     """For tests of many clips: each length would compile the rewards of the world anew."""
     here = {
-        name: rewards.Reward(f"tests.e2e.test_windows:{name}") for name in ("contrast", "lack_of_red")
+        name: rewards.Reward(f"tests.e2e.test_windows:{name}")
+        for name in ("contrast", "lack_of_red")
     }
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(rewards, "TABLE", rewards.TABLE | here)
