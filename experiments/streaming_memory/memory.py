@@ -141,7 +141,8 @@ def measure(
             for name, call in programs(run).items():
                 if name in (only or (name,)):
                     phase = "update" if name == "update" else "sampling"
-                    peaks[name] = Peak(held[phase], compiled(call, execute))
+                    start = config.streaming.starts[0] if execute else None
+                    peaks[name] = Peak(held[phase], compiled(call, start))
     return peaks
 
 
@@ -283,22 +284,25 @@ def stored(run: Run) -> dict[str, int]:
     }
 
 
-def compiled(call: Call, execute: bool = False) -> Program:
-    """The compiler's own figures; with `execute` also the device's."""
+def compiled(call: Call, start: int | None = None) -> Program:
+    """The compiler's own figures; where `start` is given also the device's, with that place."""
     began = time.monotonic()
     program = call.lower().compile()
     seconds, found = time.monotonic() - began, program.memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    ran = executed(program, call.arguments) if execute else None
+    ran = None if start is None else executed(program, call.arguments, start)
     return Program(found.temp_size_in_bytes, found.argument_size_in_bytes, fresh, seconds, ran)
 
 
-def executed(program: Any, shapes: tuple, times: int = 3) -> Execution:
-    """Calls it on random numbers, 1 + `times` times; arguments that were donated are made anew."""
-    arguments, seconds = jax.tree.map(_random, shapes), []
+def executed(program: Any, shapes: tuple, start: int, times: int = 3) -> Execution:
+    """Calls it behind `start` frames, 1 + `times` times; donated arguments are made anew."""
+    fill = functools.partial(filled, start)
+    arguments, seconds = jax.tree_util.tree_map_with_path(fill, shapes), []
     for _ in range(1 + times):
-        arguments = jax.tree.map(
-            lambda shape, leaf: _random(shape) if leaf.is_deleted() else leaf, shapes, arguments
+        arguments = jax.tree_util.tree_map_with_path(
+            lambda path, shape, leaf: fill(path, shape) if leaf.is_deleted() else leaf,
+            shapes,
+            arguments,
         )
         jax.block_until_ready(arguments)
         began = time.monotonic()
@@ -309,13 +313,19 @@ def executed(program: Any, shapes: tuple, times: int = 3) -> Execution:
     )
 
 
-def _random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Random numbers of that shape, small ones; zeros of integers."""
+def filled(start: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an argument of that shape: small random numbers, and zeros of integers.
+
+    Where a block or a window stands (types.Place, types.PrefixContext) it is behind `start` frames:
+    at frame 0 there would be nothing in sight.
+    """
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    return _normal(leaf.shape, leaf.dtype, leaf.sharding)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return _normal(leaf.shape, leaf.dtype, leaf.sharding)
+    here = getattr(path[-1], "name", "") in ("start", "positions")
+    numbers = start + np.arange(leaf.size).reshape(leaf.shape) if here else np.zeros(leaf.shape)
+    return jnp.asarray(numbers, leaf.dtype, device=leaf.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -3,6 +3,8 @@ does.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from astrolabe_jax import plan, sharding
@@ -51,6 +53,26 @@ def test_what_a_window_behind_a_past_takes_does_not_depend_on_where_it_begins(ba
             calls = memory.programs(run).values()
             programs.add("".join(call.lower().as_text() for call in calls))
     assert len(programs) == 1
+
+
+def test_programs_run_behind_the_start_and_not_at_frame_0(base):
+    run = plan.abstract_run(tiny(base, "clip_detach", 3), 1)
+    run = run._replace(mesh=sharding.make_mesh(run.config.mesh, jax.devices()[:1]))
+    with jax.set_mesh(run.mesh):
+        calls = memory.programs(run)
+    places = {}
+    for name in ("block", "update"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(calls[name].arguments):
+            field = getattr(path[-1], "name", "")
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                places[name, field] = np.asarray(memory.filled(39, path, leaf)).tolist()
+    block = run.layout.block
+    window = run.config.streaming.window
+    assert places["block", "start"] == places["update", "start"] == 39
+    assert places["block", "positions"] == list(range(39, 39 + block))
+    assert places["update", "positions"] == list(range(39, 39 + window))
+    others = [np.max(value) for (_, field), value in places.items() if field != "start"]
+    assert 0 in others  # of prompts, and of microbatches
 
 
 def test_a_program_runs_as_it_is_compiled(base):
