@@ -273,7 +273,7 @@ FIELDS: dict[str, Field] = {
         "device", "Where the rewards' weights are between two batches.", one_of("device", "host")
     ),
     "scoring.timeout": Field(
-        3600.0, "Seconds that a reward may take for a batch, with compilation."
+        3600.0, "Seconds that a reward may take for a batch, with compilation.", POSITIVE
     ),
     "advantages.std": Field(
         "global",

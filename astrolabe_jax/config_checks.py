@@ -53,7 +53,9 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
 
     Arguments and errors are those of validate().
     """
-    _refuse(*_field_faults(config), *_attention_faults(config, backend))
+    given = bool(config.lora.init)
+    told = "config.lora.init is where training starts; videos take an adapter as --lora"
+    _refuse(*_field_faults(config), *_attention_faults(config, backend), *_broken((given, told)))
     _refuse(*_mesh_faults(config, devices))
 
 

@@ -239,8 +239,9 @@ def sample_keys(batch: PromptBatch, seed: int, stream: RngStream, epoch: int) ->
 def _lines(path: Path) -> list[str]:
     """Return the lines of a text file; raise ValueError or OSError, naming it."""
     if not path.is_file():
+        fault = "is no file" if path.exists() else "does not exist"
         raise FileNotFoundError(
-            f"prompt file {path} does not exist; give a text file or {WORLD_PREFIX}NAME/SPLIT"
+            f"prompt file {path} {fault}; give a text file or {WORLD_PREFIX}NAME/SPLIT"
         )
     content = path.read_bytes()
     if not content.strip():

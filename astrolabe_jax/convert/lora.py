@@ -269,7 +269,17 @@ def merged(weight: Lazy, changes: Sequence[Lazy], dtype: str = "") -> Lazy:
     target = jnp.dtype(dtype) if dtype else weight.dtype
     if not changes:
         return weight.map(lambda w: w.astype(target, copy=False), dtype=target)
-    return weight.map(lambda w: _sum(w, map(np.asarray, changes)).astype(target), dtype=target)
+
+    def add(tensor: np.ndarray) -> np.ndarray:
+        total = _sum(tensor, map(np.asarray, changes))
+        if not np.isfinite(total).all():
+            raise ValueError(
+                "a merged weight is not finite: the LoRA or the base holds numbers that are none, "
+                "or too large; take another file"
+            )
+        return total.astype(target)
+
+    return weight.map(add, dtype=target)
 
 
 def _sum(weight: np.ndarray, changes: Iterable[np.ndarray]) -> np.ndarray:

@@ -64,7 +64,7 @@ def agrees(
     path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]], tolerance: float
 ) -> bool:
     """Print each score beside its recorded one, and return whether none differs."""
-    same = True
+    same = bool(recorded.keys() & scores.keys())  # nothing compared is no agreement
     for key, (name, score) in scores.items():
         if key in recorded:
             golden = recorded[key]["score"]
@@ -89,6 +89,8 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     cli.set_up()
     compilation()  # says when it is long
     config = holders["config"].value
+    if holders["record"].value and not holders["golden"].value:
+        cli.fail("--record takes --golden, the file to record in", 2)
     prompt = holders["prompt"].value
     path = Path(holders["video"].value)
     try:

@@ -131,6 +131,7 @@ class RewardError(ValueError):
     """A reward failed, or is no finite number; the message names it and the sample."""
 
 
+LARGEST_SCORE = 1e30  # sums over an epoch stay finite in float32
 _REWARDS = "astrolabe_jax.rewards"
 _WORLD = "astrolabe_jax.worlds.moving_shapes"
 TABLE = {
@@ -427,6 +428,9 @@ def _call(
     """Return what a scorer returns, in float32; RewardError for whatever it raises."""
     names = loaded.names
     subject = f"reward{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+    if isinstance(frames, np.ndarray):  # which other rewards see, too
+        frames = frames.view()
+        frames.flags.writeable = False
     try:
         returned = loaded.scorer.score(loaded.scorer.params, frames, prompts)
         if not isinstance(returned, Mapping):
@@ -439,7 +443,7 @@ def _call(
             f"{subject} failed on sample {numbers[error.row]} (prompt {prompts[error.row]!r}): "
             f"{error}"
         ) from error
-    except Exception as error:  # a reward is anybody's code
+    except (Exception, SystemExit) as error:  # a reward is anybody's code
         place = traceback.extract_tb(error.__traceback__)[-1]
         span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         raise RewardError(
@@ -465,12 +469,12 @@ def _checked(
             f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} "
             f"videos; expected [{len(prompts)}]"
         )
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(~(np.abs(values) < LARGEST_SCORE))
     if not len(bad):
         return values
     index = int(bad[0])
     others = f" and for {len(bad) - 1} more" if len(bad) > 1 else ""
     raise RewardError(
         f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt "
-        f"{prompts[index]!r}){others}"
+        f"{prompts[index]!r}){others}; expected a number below {LARGEST_SCORE:g}"
     )

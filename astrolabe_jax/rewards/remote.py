@@ -300,7 +300,8 @@ def _refusal(options: RequestOptions, error: urllib.error.HTTPError) -> OSError:
     """Return the error of a server that will not answer another time either."""
     if error.code // 100 != 3:
         return OSError(f"{options.shown} refuses the request with {_reason(options, error)}")
-    parts = urllib.parse.urlsplit(error.headers["Location"] or "")
+    there = urllib.parse.urljoin(options.target, error.headers["Location"] or "")
+    parts = urllib.parse.urlsplit(there)
     return OSError(
         f"{options.shown} redirects to {parts.scheme}://{parts.hostname}, which is not followed: "
         "videos and keys go to the url alone; set url to the server that answers"

@@ -86,6 +86,12 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
         fail(message(error), 2)
     finally:
         recipe.parser.parse = read
+    if not isinstance(recipe.value, ConfigDict) and "config" in given:
+        fail(
+            f"--config={given['config']}: get_config returns a {type(recipe.value).__name__}; "
+            "expected a ConfigDict: begin with astrolabe_jax.config.get_config()",
+            2,
+        )
     _take_rewards_out(recipe.value)
     if len(left) > 1 and not positional:
         fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
@@ -106,6 +112,12 @@ def _find_recipe(path: Path) -> None:
         question = f"did you mean {folder / close[0]}? " if close else ""
         there = f"there are {', '.join(recipes)}" if recipes else f"there are none in {folder}"
         fail(f"no recipe {path}; {question}{there}", 2)
+    if path.suffix != ".py" or "get_config" not in path.read_text(errors="replace"):
+        fail(
+            f"--config: {path} has no get_config; expected a recipe, a Python file with a function "
+            "get_config that returns a config (docs/config.md)",
+            2,
+        )
     directory = path.resolve().parent
     if directory.name == "configs":
         sys.path.insert(0, str(directory.parent))

@@ -95,9 +95,13 @@ def claim(directory: Path) -> None:
     Raises:
       ValueError, OSError: if another process writes there, or it cannot be written.
     """
-    (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
     try:
+        (directory / videos.VIDEOS).mkdir(parents=True, exist_ok=True)
         files.lock(directory / videos.LOCK)
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {directory} cannot be written ({error.strerror}); give another"
+        ) from None
     except ValueError as error:
         raise ValueError(
             f"--output_dir {directory} {error}; wait for its end, or give another --output_dir"

@@ -311,6 +311,7 @@ def _row(run: runs.Run, request: Request, path: Path, scores: dict) -> dict[str,
         "video_path": str(path),
         "settings": settings_key(without_weights, request),
         "key": key_of(run, request),
+        "bytes": path.stat().st_size,
     }
 
 
@@ -376,7 +377,8 @@ def sample(
     rows = {
         name: before[name]
         for name, key in keys.items()
-        if name in before and before[name].get("key") == key and (videos / f"{name}.mp4").is_file()
+        if name in before and before[name].get("key") == key
+        if _is_whole(videos / f"{name}.mp4", before[name].get("bytes"))
     }
     left = [request for request in requests if request.name not in rows]
     for name in before.keys() - keys.keys():  # of another command, whose rows go, too
@@ -401,6 +403,11 @@ def sample(
             json.dumps(means, indent=1, allow_nan=False).encode(),
         )
     log(f"  {videos}, {directory / 'results.jsonl'}")
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    """Return whether a video is there with the bytes that it was written with."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def _write_rows(directory: Path, rows: dict[str, dict]) -> None:

@@ -23,10 +23,11 @@ CUT_FRAMES = (45, 46, 47)
 # Possessive where a text could repeat what matches: no text takes longer than its length.
 _PUBLISHED_TAG = re.compile(r"\[(\d++(?:\.\d*+)?)\s*+s(#?)\]")
 _TAG = re.compile(r"(?<!\\)" + _PUBLISHED_TAG.pattern)
-# A number of seconds in brackets, however it is written: [5s], [5 sec], [.5S #], [5], and one that
-# is not closed.
+# A number of seconds in brackets, however it is written: [5s], [5 sec], [.5S #], [2,5s], [5m], [5],
+# and one that is not closed. [16:9] is none.
 _LOOKS_LIKE_A_TAG = re.compile(
-    r"(?<!\\)\[\s*+(?:[-+]?[\d.]++\s*+(?:s(?:ec(?:ond)?s?)?)?\s*+#?|#)\s*+(?:\]|(?=\||$))",
+    r"(?<!\\)\[\s*+(?:[-+~]?(?:[\d.]++|\d[\d.,:/e+~-]*+(?=\s*+[sm]))"
+    r"\s*+(?:s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?|s)?)?\s*+#?|#)\s*+(?:\]|(?=\||$))",
     re.IGNORECASE,
 )
 _BAR = re.compile(r"(?<!\\)\|")
@@ -151,6 +152,13 @@ def parse(text: str, block: int, fps: int, stride: int) -> list[Scene]:
                     found.group(),
                     "is no duration; write [5s], [2.5s] or [10s#], or \\[ where it is text",
                 )
+        if tags and part[tags[0].end() :].lstrip().startswith("#"):
+            raise _error(
+                text,
+                start + tags[0].start(),
+                tags[0].group(),
+                "is followed by #; a hard cut is written in the bracket, [10s#]",
+            )
         if len(tags) > 1:
             raise _error(
                 text,

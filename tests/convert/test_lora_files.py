@@ -229,6 +229,17 @@ def test_all_of_it_is_applied(base, tmp_path, kind):
         np.testing.assert_array_equal(leaf, leaves[where])
 
 
+def test_numbers_that_are_none_are_not_merged(base, tmp_path, capsys):
+    writer = Writer()
+    attention_alone(writer)
+    next(iter(writer.tensors.values()))[0, 0] = np.nan
+    path = writer.write(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["merge", str(base), str(path), "--to", str(tmp_path / "merged.safetensors")])
+    assert "a merged weight is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
 @pytest.mark.parametrize("alpha", [1, 1.0])
 def test_alpha_may_be_a_plain_number_in_a_torch_file(tmp_path, alpha):
     writer, path = made(underscores, tmp_path)

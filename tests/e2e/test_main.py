@@ -78,6 +78,10 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
                 "bounce_ta"
             ),
         ),
+        (
+            ["--config=docs/api.md"],
+            "docs/api.md has no get_config; expected a recipe, a Python file",
+        ),
         (["--config=configs/nowhere.py"], "no recipe configs/nowhere.py; there are configs/"),
         (
             ["--config=configs/moving_shapes.py:refrence"],

@@ -276,9 +276,13 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
         and "recorded 4 scores" in told
     )
     assert "agrees with the recorded" in run(record=False)
-    assert "has no score of these weights, frames and prompt" in run(
-        record=False, prompt="a red circle moving right on a blue background"
-    )
+    with pytest.raises(SystemExit) as error:  # nothing is compared
+        run(record=False, prompt="a red circle moving right on a blue background")
+    assert error.value.code == 1
+    assert "has no score of these weights, frames and prompt" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(golden="")
+    assert "--record takes --golden, the file to record in" in capsys.readouterr().err
     monkeypatch.setattr(hpsv3, "top_mean", lambda scores: scores.max(axis=1) + 1)
     with pytest.raises(SystemExit) as error:
         run(record=False)

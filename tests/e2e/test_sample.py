@@ -247,6 +247,23 @@ def test_too_little_memory_is_one_line(base, tmp_path, capsys, monkeypatch, plac
     assert "adapters" not in told and "config.model.param_dtype=bfloat16" in told
 
 
+def test_a_video_that_is_not_whole_is_made_again(base, tmp_path):
+    (row,) = ask(base, tmp_path, prompt=RED)
+    video = Path(row["video_path"])
+    content = video.read_bytes()
+    video.write_bytes(content[:300])
+    ask(base, tmp_path, prompt=RED)
+    assert video.read_bytes() == content
+
+
+def test_an_output_dir_that_cannot_be_one_is_named(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        ask(base, tmp_path / "file", prompt=RED)
+    told = capsys.readouterr().err
+    assert f"--output_dir {tmp_path / 'file'} cannot be written (Not a directory)" in told
+
+
 def test_an_adapter_is_merged(base, tmp_path, capsys):
     rng = np.random.default_rng(0)
     net = bases.configs(str(base))["transformer"]

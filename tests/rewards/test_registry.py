@@ -328,3 +328,28 @@ def test_whatever_a_scorer_raises_names_reward_samples_and_place(add):
         rewards.RewardError, match=r"'bad' failed on samples 4 to 6: KeyError: .*test_registry"
     ):
         score(["bad"], numbers=range(4, 7))
+
+
+def test_a_reward_cannot_change_what_others_see():
+    def black(params, frames, prompts):
+        frames[:] = 0
+        return np.zeros(len(frames))
+
+    loaded = rewards.Loaded(("a",), rewards.Scorer(black))
+    frames = np.ones((1, 1, 2, 2, 3), np.uint8)
+    with pytest.raises(rewards.RewardError, match="'a' failed .*destination is read-only"):
+        rewards.score(loaded, frames, ["a cat"], [0])
+    assert frames.all()
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: sys.exit(0), "'a' failed on samples 0: SystemExit: 0"),
+        (lambda: [1e38], "'a' is .* for sample 0 .*; expected a number below 1e.30"),
+    ],
+)
+def test_neither_an_exit_nor_an_endless_score_goes_unnamed(act, message):
+    loaded = rewards.Loaded(("a",), rewards.Scorer(lambda *_: np.array(act())))
+    with pytest.raises(rewards.RewardError, match=message):
+        rewards.score(loaded, np.ones((1, 1, 2, 2, 3), np.uint8), ["a cat"], [0])

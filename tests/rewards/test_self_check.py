@@ -18,7 +18,8 @@ PROMPT = "a red circle moving left on a blue background"
 def check(video, **changes):
     config = moving_shapes.get_config()
     config.update_from_flattened_dict(changes)
-    given = {"config": config, "video": str(video), "prompt": PROMPT, "golden": None}
+    given = {"config": config, "video": str(video), "prompt": PROMPT}
+    given |= {"golden": None, "record": False}
     program.main({name: SimpleNamespace(value=value) for name, value in given.items()})
 
 

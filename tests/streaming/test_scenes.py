@@ -36,8 +36,8 @@ def test_durations_and_cuts():
         Scene("a  bird", 2.5, 3, False),
     ]
     assert parse("a | b", 1, 16, 4)[0] == Scene("a", 10.5, 42, False)  # of blocks of any size
-    assert parse("a #1 fan [at work] | b", 3, 16, 4)[0] == Scene(
-        "a #1 fan [at work]", 10.5, 14, False
+    assert parse("a #1 fan [at work] [16:9] | b", 3, 16, 4)[0] == Scene(
+        "a #1 fan [at work] [16:9]", 10.5, 14, False
     )
 
 
@@ -65,6 +65,14 @@ def test_published_strings_are_read_as_published():
         ("a | b[#]", 6, "[#]", "is no duration"),
         ("a[5s] [6s] | b", 7, "[6s]", "is a second duration"),
         ("a | b[5]", 6, "[5]", "is no duration"),
+        ("a | b[2,5s]", 6, "[2,5s]", "is no duration"),
+        ("a | b[5m]", 6, "[5m]", "is no duration"),
+        ("a | b[3ms]", 6, "[3ms]", "is no duration"),
+        ("a | b[1/2s]", 6, "[1/2s]", "is no duration"),
+        ("a | b[3-5s]", 6, "[3-5s]", "is no duration"),
+        ("a | b[1e3s]", 6, "[1e3s]", "is no duration"),
+        ("a | b[~5s]", 6, "[~5s]", "is no duration"),
+        ("a[1s]# | b", 2, "[1s]", "is followed by #; a hard cut is written in the bracket"),
         ("a | b[0s]", 6, "[0s]", "is no time between 0 and a day"),
         ("a[99999s] | b", 2, "[99999s]", "is no time between 0 and a day"),
     ],
