@@ -210,7 +210,7 @@ def test_a_store_that_lost_content_is_one_line(capsys, own, tmp_path):
             path.unlink()
     target = tmp_path / "a.safetensors"
     error = refusal(capsys, "export", tmp_path / "x" / "vae", "--part", "vae", "--to", target)
-    assert error.splitlines()[-1].startswith("error: it cannot be read: ") and not target.exists()
+    assert "it cannot be read: " in error.splitlines()[-1] and not target.exists()
 
 
 NASTY = "blocks.\x1b[2J\x1b]0;owned\x07\n\rerror: all is well"
