@@ -104,7 +104,8 @@ def merge(
         name: lora.merged(tensor, changes.get(name, ()), dtype)
         for name, tensor in opened.tensors.items()
     }
-    _write(to, opened, tensors, form)
+    with nets.naming_files(adapter):
+        _write(to, opened, tensors, form)
 
 
 def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> None:

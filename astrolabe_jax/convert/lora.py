@@ -264,20 +264,22 @@ def product(down: Lazy, up: Lazy, scale: float) -> Lazy:
 def merged(weight: Lazy, changes: Sequence[Lazy], dtype: str = "") -> Lazy:
     """Return a weight with changes (see `read_changes`) added.
 
-    The sum is computed in float32 and rounded once, to `dtype` or to that of the weight.
+    The sum is computed in float32 and rounded once, to `dtype` or to that of the weight. Reading it
+    raises ConversionError if it is not finite.
     """
     target = jnp.dtype(dtype) if dtype else weight.dtype
     if not changes:
         return weight.map(lambda w: w.astype(target, copy=False), dtype=target)
 
     def add(tensor: np.ndarray) -> np.ndarray:
-        total = _sum(tensor, map(np.asarray, changes))
-        if not np.isfinite(total).all():
-            raise ValueError(
-                "a merged weight is not finite: the LoRA or the base holds numbers that are none, "
-                "or too large; take another file"
+        with np.errstate(over="ignore"):  # what overflows is refused
+            total = _sum(tensor, map(np.asarray, changes)).astype(target)
+        if not np.isfinite(total.astype(np.float32)).all():
+            raise engine.ConversionError(
+                f"a merged weight is not finite in {target}: the LoRA or the base holds numbers "
+                "that are none, or too large; take another file, or a wider --dtype"
             )
-        return total.astype(target)
+        return total
 
     return weight.map(add, dtype=target)
 

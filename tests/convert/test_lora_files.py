@@ -14,7 +14,7 @@ from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands, engine, lora, nets, parts
 from astrolabe_jax.convert.__main__ import main
 from astrolabe_jax.models.lora import TARGETS
-from astrolabe_jax.runtime.files import read_safetensors
+from astrolabe_jax.runtime.files import Lazy, read_safetensors
 from tests import tiny_base
 from tests.convert import torch_files
 
@@ -236,8 +236,18 @@ def test_numbers_that_are_none_are_not_merged(base, tmp_path, capsys):
     path = writer.write(tmp_path)
     with pytest.raises(SystemExit):
         main(["merge", str(base), str(path), "--to", str(tmp_path / "merged.safetensors")])
-    assert "a merged weight is not finite" in capsys.readouterr().err
+    assert f"error: {path}: a merged weight is not finite in float32" in capsys.readouterr().err
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_a_sum_too_large_for_its_dtype_is_not_merged():
+    weight, change = (
+        Lazy((1,), np.dtype(dtype), lambda dtype=dtype: np.array([6e4], dtype))
+        for dtype in ("float16", "float32")
+    )
+    with pytest.raises(engine.ConversionError, match="not finite in float16"):
+        np.asarray(lora.merged(weight, [change]))
+    assert np.asarray(lora.merged(weight, [change], "float32")) == 12e4
 
 
 @pytest.mark.parametrize("alpha", [1, 1.0])

@@ -97,6 +97,8 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         ),
         (["--process=1"], "--coordinator, --processes missing; several processes take"),
         (["surplus"], "unexpected argument 'surplus'; flags start with --"),
+        (["--config.scoring.timeout=nan"], "config.scoring.timeout is nan; expected a positive"),
+        (["--config.prompts.train=docs"], "prompt file docs is no file; give a text file"),
         (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
         (
             ["--workdir=gs://bucket/run"],
@@ -143,6 +145,14 @@ def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment,
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert expected in process.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_returns_no_config_is_named(tmp_path, environment):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text('def get_config(variant=""):\n    return {"train": {"epochs": 1}}\n')
+    status, _, errors = finish(launch(environment, [f"--config={recipe}", "--workdir=x"]))
+    assert status == 2 and errors.count("\n") == 1
+    assert f"error: --config={recipe}: get_config returns a dict; expected a ConfigDict" in errors
 
 
 @pytest.mark.slow

@@ -356,6 +356,7 @@ def test_switched_prompts(base, tmp_path):
             {"prompt": RED},
             "--prompt: config.video.frames is 7; whole blocks .* 5 or 9",
         ),
+        ({"lora.init": "x"}, {"prompt": RED}, "config.lora.init is .*; videos take an adapter as"),
         ({}, {"prompt": "red " * 16}, "--prompt: 'red .* has 17 tokens, the text encoder takes 16"),
         (
             {},

@@ -253,6 +253,12 @@ def test_no_redirect_is_followed(monkeypatch, status):
         assert len(server.asked) == 1 and not other.asked and "sesame" not in str(caught.value)
 
 
+def test_a_redirect_within_a_server_is_told_with_its_host():
+    with serving(lambda number, body: (302, b"", {"Location": "/other"})) as server:
+        with pytest.raises(rewards.SampleError, match="redirects to http://127.0.0.1, which is"):
+            scorer(server).score(None, FRAMES[:1], PROMPTS[:1])
+
+
 def test_a_fallback_stands_for_a_video_that_cannot_be_had_and_is_told(capsys):
     with serving(
         lambda number, body: brightness(number, body) if "dog" in body["prompt"] else (400, b"no")
