@@ -409,7 +409,7 @@ BIG = bases.WanConfig(dim=1536, ffn_dim=8960, num_layers=3, num_heads=12)
 
 
 def big_transformer(path, config):
-    """Write random weights in bfloat16, tensor by tensor.
+    """Write random weights in bfloat16, tensor by tensor, and a config.json beside them.
 
     Return the bytes of the largest tensor, and of all.
     """
@@ -422,6 +422,8 @@ def big_transformer(path, config):
         for name, shape in shapes.items()
     }
     write_safetensors(path, tensors)
+    config_file = path.with_name("config.json")
+    config_file.write_text(json.dumps({"transformer": nets.sizes_of(config)}))
     sizes = [tensor.nbytes for tensor in tensors.values()]
     return max(sizes), sum(sizes)
 
@@ -464,6 +466,41 @@ def test_memory_stays_near_one_tensor(base, tmp_path):
         print(arguments[0], peak / 1e6, "MB; largest tensor", largest / 1e6, "file", total / 1e6)
         assert peak < tensors * largest < 0.6 * total, (arguments[0], peak, largest, total)
     assert (tmp_path / "out.safetensors").read_bytes()[-(10**6) :] == path.read_bytes()[-(10**6) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "begun"),
+    [
+        (["import", "{path}", "--to", "{to}"], "to/*/*/d/*"),
+        (["merge", "{path}", "{lora}", "--to", "{to}.safetensors"], "to.safetensors.partial.*"),
+    ],
+)
+def test_what_is_stopped_with_ctrl_c_leaves_nothing(tmp_path, command, begun):
+    places = {name: tmp_path / name for name in ("path", "lora", "to")}
+    places["path"] = tmp_path / "big.safetensors"
+    big_transformer(places["path"], BIG)
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), adapter_shapes(BIG, 4))
+    lora.save_peft(adapter, places["lora"], 4, 4.0)
+    there = {*tmp_path.rglob("*")}
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "astrolabe_jax.convert",
+            *(each.format(**places) for each in command),
+        ],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(begun)) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.endswith("SIGINT: ended\n"), err
+    assert {*tmp_path.rglob("*")} - there <= {places["to"]}
 
 
 @pytest.mark.slow
