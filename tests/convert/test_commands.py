@@ -301,6 +301,31 @@ def test_the_number_of_heads_may_be_given(capsys, base, tmp_path):
     assert json.loads((tmp_path / "x" / "config.json").read_text())["transformer"]["num_heads"] == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.safetensors", b"<!DOCTYPE html>\n", "is a web page"),
+        ("a.pt", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("a.pt", b"", "is an empty file; download the file again"),
+        ("a.pt", b"PK\3\4" + bytes(range(200)), "its end is missing or damaged: download or copy"),
+        (
+            "a.bin",
+            b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+            "before 1.6: read it with torch and wr",
+        ),
+        ("a.pth", b"\x09" + bytes(7) + b"{}       ", "it is a safetensors file: let its name end"),
+        ("a.pth", b"nothing known", "download it again, or take it as a safetensors file"),
+        ("a.safetensors", b"PK\3\4" + bytes(200), "is a zip archive; if torch.save wrote it, give"),
+    ],
+)
+def test_inspect_of_what_cannot_be_read_ends_with_status_2(
+    capsys, tmp_path, name, content, expected
+):
+    (tmp_path / name).write_bytes(content)
+    status, out, err = run(capsys, "inspect", tmp_path / name)
+    assert (status, out) == (2, "") and f"error: {tmp_path / name} " in err and expected in err
+
+
 def test_a_damaged_store_is_named(capsys, base, tmp_path):
     run(capsys, "import", base, "--to", tmp_path / "x")
     manifest = tmp_path / "x" / "vae" / "manifest.ocdbt"
