@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import glob
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from astrolabe_jax.convert.engine import Stack, flatten, nested
-from astrolabe_jax.runtime.files import listed, read_json
+from astrolabe_jax.runtime.files import WriteError, listed, read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once
@@ -118,11 +119,19 @@ def save(
             except BaseException as error:
                 writer.fault = writer.fault or error
         if writer.fault:
-            raise writer.fault
+            raise _refused(directory, writer.fault)
         os.rename(begun, directory)
     finally:
         for left in begun.parent.glob(f"{glob.escape(begun.name)}*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _refused(directory: Path, fault: BaseException) -> BaseException:
+    """Return a WriteError in place of an error of tensorstore for what the system refused, such as
+    a full disk; any other fault as it is.
+    """
+    refused = re.search(r": ([^:]+) \[os_error_code", str(fault))
+    return WriteError(directory, refused[1]) if refused else fault
 
 
 def _save(directory: Path, stacks: Mapping[tuple, Stack], writer: _StackHandler) -> None:

@@ -5,6 +5,7 @@ no half results.
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -324,6 +325,20 @@ def test_inspect_of_what_cannot_be_read_ends_with_status_2(
     (tmp_path / name).write_bytes(content)
     status, out, err = run(capsys, "inspect", tmp_path / name)
     assert (status, out) == (2, "") and f"error: {tmp_path / name} " in err and expected in err
+
+
+def test_an_import_without_room_is_one_line_and_leaves_nothing(capsys, base, tmp_path):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        status, out, err = run(capsys, "import", base, "--to", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert (status, out) == (2, "") and not list((tmp_path / "x").iterdir())
+    assert err == (
+        f"error: {tmp_path}/x/transformer cannot be written: File too large; make room for it, "
+        "then run the same command again\n"
+    )
 
 
 def test_a_damaged_store_is_named(capsys, base, tmp_path):
