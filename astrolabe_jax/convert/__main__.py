@@ -74,7 +74,7 @@ def _inspect(path: Path, as_json: bool) -> list[Path]:
         if first.endswith(":") and others:  # the opening of a list
             first = f"{first} {others.pop(0).strip()}"
         more = f" (and {len(others)} more)" if others else ""
-        raise ValueError(f"{path} cannot be used: {first}{more}")
+        raise ValueError(f"{path} cannot be used as it is: {first}{more}")
     return []
 
 

@@ -77,7 +77,7 @@ def test_inspect_says_what_is_missing(capsys, base, tmp_path):
     status, out, err = run(capsys, "inspect", tmp_path / "a.safetensors")
     assert status == 2 and "complete: no, 2 faults" in out
     assert err == (
-        f"error: {tmp_path}/a.safetensors cannot be used: missing tensor: "
+        f"error: {tmp_path}/a.safetensors cannot be used as it is: missing tensor: "
         "blocks.0.ffn.0.weight [32, 24] (and 1 more)\n"
     )
     assert (
@@ -366,8 +366,8 @@ def test_inspect_of_a_base_with_a_broken_part_tells_all_and_ends_with_status_2(
     status, out, err = run(capsys, "inspect", whole)
     assert status == 2 and out.count("complete: yes") == 2 and "[text_encoder]" in out
     assert err == (
-        f"error: {whole} cannot be used: vae: {path} is cut short, 100 bytes of its content are "
-        "missing; download the file again\n"
+        f"error: {whole} cannot be used as it is: vae: {path} is cut short, 100 bytes of its "
+        "content are missing; download the file again\n"
     )
     status, out, _ = run(capsys, "inspect", whole, "--json")
     assert status == 2 and not json.loads(out)["parts"]["vae"]["complete"]

@@ -45,7 +45,9 @@ def inspect(capsys, path):
         assert status == 0 and not told[0].err
     else:
         assert status == 2 and "complete: no" in text
-        assert re.fullmatch(f"error: {path} cannot be used: .+[^:]\\n", told[0].err), told[0].err
+        assert re.fullmatch(f"error: {path} cannot be used as it is: .+[^:]\\n", told[0].err), told[
+            0
+        ].err
     return found
 
 
