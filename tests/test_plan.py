@@ -181,7 +181,7 @@ def refusal(config, devices, capsys):
 @pytest.mark.parametrize(
     ("changes", "devices", "expected"),
     [
-        ({"base": "nowhere"}, 1, "error: base 'nowhere': no nowhere/config.json; expected"),
+        ({"base": "nowhere"}, 1, "error: base 'nowhere': nothing is at "),
         ({"video.frames": 6}, 1, "error: config.video.frames is 6; whole blocks"),
         (
             {"model.size": "wan_2b"},

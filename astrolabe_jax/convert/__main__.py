@@ -5,6 +5,7 @@ Checkpoints in and out (docs/checkpoints.md, Commands).
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from astrolabe_jax.convert import commands, describe, lora, parts
+from astrolabe_jax.convert import commands, describe, lora, parts, store
+from astrolabe_jax.convert.open import POLICIES
 from astrolabe_jax.rewards import convert as rewards
-from astrolabe_jax.rewards.directory import PublishedFiles
+from astrolabe_jax.rewards.directory import WEIGHTS, PublishedFiles
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.files import local_directory, read_safetensors
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +31,8 @@ _Argument = tuple[str, dict[str, Any]]  # what add_argument takes
 
 class _Command(NamedTuple):
     about: str
-    run: Callable[..., object]  # takes the arguments by their names
+    # takes the arguments by their names, and returns the files and stores that it wrote
+    run: Callable[..., list[Path]]
     arguments: list[_Argument]
 
 
@@ -36,8 +40,17 @@ def _argument(name: str, **options: Any) -> _Argument:
     return name, options
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return local_directory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _to(metavar: str) -> _Argument:
-    return _argument("--to", type=Path, required=True, metavar=metavar)
+    return _argument("--to", type=_path, required=True, metavar=metavar)
 
 
 def _dtype(default: str) -> _Argument:
@@ -52,22 +65,36 @@ _NUM_HEADS = _argument(
 )
 
 
-def _inspect(path: Path, as_json: bool) -> None:
+def _inspect(path: Path, as_json: bool) -> list[Path]:
     described = describe.describe(path)
     text = describe.text(described)
-    print(json.dumps(described, indent=1) if as_json else cli.printable(text))
+    print(json.dumps(described, indent=1) if as_json else cli.printable(text), flush=True)
+    if not described["complete"]:
+        first, *others = describe.faults_of(described)
+        if first.endswith(":") and others:  # the opening of a list
+            first = f"{first} {others.pop(0).strip()}"
+        more = f" (and {len(others)} more)" if others else ""
+        raise ValueError(f"{path} cannot be used as it is: {first}{more}")
+    return []
 
 
-def _reward(kind: str, to: Path, weights: list[Path], **options: Any) -> None:
-    rewards.convert(kind, PublishedFiles(tuple(weights), **options), to)
+def _reward(kind: str, to: Path, weights: list[Path], **options: Any) -> list[Path]:
+    return [rewards.convert(kind, PublishedFiles(tuple(weights), **options), to) / WEIGHTS]
+
+
+def _report(path: Path) -> None:
+    """Print what was written: a file, or an Orbax store."""
+    tensors = store.open_leaves(path) if path.is_dir() else read_safetensors(path)
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    print(cli.printable(f"wrote {path}: {len(tensors)} tensors, {size:,} bytes"))
 
 
 _COMMANDS = {
     "inspect": _Command(
-        "Say what a file or directory is, and whether it is complete; read headers only.",
+        "Say what a file or directory is; end with status 2 if it is not whole. Headers only.",
         _inspect,
         [
-            _argument("path", type=Path, metavar="FILE|DIR"),
+            _argument("path", type=_path, metavar="FILE|DIR"),
             _argument("--json", dest="as_json", action="store_true", help="for machines"),
         ],
     ),
@@ -75,7 +102,7 @@ _COMMANDS = {
         "Write a published file, or all parts of a base, as Orbax directories with a config.json.",
         commands.import_,
         [
-            _argument("path", type=Path, metavar="FILE|DIR"),
+            _argument("path", type=_path, metavar="FILE|DIR"),
             _to("DIR"),
             _argument(
                 "--entry",
@@ -90,7 +117,7 @@ _COMMANDS = {
         "Write a part of a base, or of what import made, as one safetensors file.",
         commands.export,
         [
-            _argument("path", type=Path, metavar="DIR"),
+            _argument("path", type=_path, metavar="DIR"),
             _to("FILE"),
             _argument("--part", choices=parts.PARTS, required=True),
             _FORMAT,
@@ -102,21 +129,23 @@ _COMMANDS = {
         [
             _argument(
                 "path",
-                type=Path,
+                type=_path,
                 metavar="CHECKPOINT",
                 help="workdir, workdir/checkpoints/EPOCH, or a LoRA",
             ),
-            _to("DIR"),
+            _to("DIR|FILE"),
             _argument("--format", dest="form", choices=lora.SAVERS, default="peft"),
-            _argument("--policy", choices=commands.POLICIES, default="ema", help="of a checkpoint"),
+            _argument(
+                "--policy", choices=POLICIES, default="", help="of a checkpoint; default: ema"
+            ),
         ],
     ),
     "merge": _Command(
         "Write a transformer with a LoRA added to its weights.",
         commands.merge,
         [
-            _argument("path", type=Path, metavar="BASE"),
-            _argument("adapter", type=Path, metavar="LORA"),
+            _argument("path", type=_path, metavar="BASE"),
+            _argument("adapter", type=_path, metavar="LORA"),
             _to("FILE"),
             _FORMAT,
             _dtype("the base's"),
@@ -130,7 +159,7 @@ _COMMANDS = {
             _argument("kind", choices=rewards.KINDS),
             _argument(
                 "--weights",
-                type=Path,
+                type=_path,
                 nargs="+",
                 required=True,
                 metavar="FILE",
@@ -138,13 +167,13 @@ _COMMANDS = {
             ),
             _argument(
                 "--tokenizer",
-                type=Path,
+                type=_path,
                 metavar="FILE|DIR",
                 help="tokenizer.json, or the folder that holds it",
             ),
             _argument(
                 "--template",
-                type=Path,
+                type=_path,
                 metavar="FILE|DIR",
                 help="module of the official package, or its folder",
             ),
@@ -178,8 +207,11 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command = _COMMANDS[arguments.pop("command")]
     try:
-        command.run(**arguments)
-    except (ValueError, OSError) as error:
+        for path in command.run(**arguments):
+            _report(path)
+    except OSError as error:
+        cli.fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
+    except ValueError as error:
         cli.fail(error, 2)
 
 

@@ -29,7 +29,7 @@ from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import WanConfig
 from astrolabe_jax.models.wan.vae import VaeConfig
-from astrolabe_jax.runtime.files import INDEX, read_json
+from astrolabe_jax.runtime.files import INDEX, local_directory, read_json, what_is_at
 
 SHIPPED = {"moving_shapes": Path(__file__).parents[1] / "worlds" / "moving_shapes" / "base"}
 
@@ -101,17 +101,25 @@ def _locate(base: str) -> tuple[Path, BaseLayout]:
 
     Raises FileNotFoundError, which says what is expected, for a directory that is no base.
     """
-    directory = SHIPPED.get(base, Path(base))
+    directory = place_of(base)
     layout = layout_of(directory)
     if layout is None:
         raise FileNotFoundError(
-            f"base {base!r}: no {directory / 'config.json'}; "
-            f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with {_marks()}"
+            f"base {base!r}: {what_is_at(directory)}; "
+            f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with {marks()}"
         )
     return directory, layout
 
 
-def _marks() -> str:
+def place_of(base: str | Path) -> Path:
+    """Return the path of what a user gives: the name of a shipped base, or a path, perhaps with
+    `~`. Raises ValueError for an address.
+    """
+    return SHIPPED.get(str(base)) or local_directory(base)
+
+
+def marks() -> str:
+    """Return the files by which the directory of a base is known, for people."""
     return " or ".join(f"{layout.mark} ({name})" for name, layout in reversed(LAYOUTS.items()))
 
 
@@ -357,13 +365,13 @@ def weights_of(base: str | Path, part: str) -> Path:
     `base` is a base, or a file of weights or a store, which is returned as it is. Raises
     FileNotFoundError, which says what is expected.
     """
-    path = SHIPPED.get(str(base), Path(base))
+    path = place_of(base)
     if path.is_file() or store.is_store(path):
         return path
     layout = layout_of(path)
     if layout is None:
         raise FileNotFoundError(
-            f"no {path}; expected a file of weights or a directory with {_marks()}"
+            f"{what_is_at(path)}; expected a file of weights or a directory with {marks()}"
         )
     if part == "transformer" and (relative := _two_transformers(path)):
         raise FileNotFoundError(relative)

@@ -3,22 +3,20 @@
 One tensor is in memory at a time.
 """
 
+import contextlib
 import functools
 import json
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import jax
-
 from astrolabe_jax.convert import base, lora, nets, parts, store
-from astrolabe_jax.convert.open import open_part
-from astrolabe_jax.models.lora import TARGETS
+from astrolabe_jax.convert.open import POLICIES, find_checkpoint, open_part, open_policy
+from astrolabe_jax.convert.weights import suffix_of
 from astrolabe_jax.models.tokenizer import load_tokenizer
 from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
 from astrolabe_jax.runtime.progress import Progress, log
-
-POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
 def import_(
@@ -26,8 +24,9 @@ def import_(
 ) -> list[Path]:
     """Write a file's part, or all parts and the tokenizer of a base, as Orbax directories.
 
-    Nothing is written before all content is checked. The sizes of each part are written to
-    `to`/config.json when it is whole.
+    Nothing is written before all names and shapes are checked. Numbers are as they are read: of an
+    import that fails, or is stopped, no part stays. The sizes of the parts are written to
+    `to`/config.json when all are whole.
 
     Args:
       path: a file of weights, an imported part, or a base.
@@ -42,7 +41,7 @@ def import_(
     Raises:
       ValueError, OSError: the content is no whole part, or a part is there already.
     """
-    directory = base.SHIPPED.get(str(path), path)
+    directory = base.place_of(path)
     is_part = directory.is_file() or store.is_store(directory)
     layout = None if is_part else base.layout_of(directory)
     if layout is None:
@@ -54,7 +53,8 @@ def import_(
         opened = [open_part(path, part, "", num_heads) for part in parts.PARTS]
         tokenizer_files = [directory / layout.tokenizer / name for name in base.TOKENIZERS]
     for net in opened:
-        _check_free(to / net.spec.name)
+        for name in base.LAYOUTS["own"].weights[net.spec.name]:
+            _check_free(to / name)  # beside another file of the part it would make a base of two
     config_path = to / "config.json"
     content = read_json(config_path) if config_path.exists() else {}
     if not set(content) <= set(parts.PARTS):
@@ -62,27 +62,28 @@ def import_(
     if layout is not None:
         load_tokenizer(directory / layout.tokenizer)
     leaves = [nets.stacks(net, dtype) for net in opened]
-    to.mkdir(parents=True, exist_ok=True)
-    for file in tokenizer_files:
-        if file.is_file():
+    written = [to / net.spec.name for net in opened]
+    _make(to)
+    with _removing(*written):
+        for net, stacks, directory in zip(opened, leaves, written, strict=True):
+            name = net.spec.name
+            size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
+            store.save(directory, stacks, byte_counter(name, size))
+            content[name] = nets.sizes_of(net.config)
+        for file in filter(Path.is_file, tokenizer_files):
             write_atomic(to / file.name, file.read_bytes())
-    for net, stacks in zip(opened, leaves, strict=True):
-        name = net.spec.name
-        size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
-        store.save(to / name, stacks, byte_counter(name, size))
-        content[name] = nets.sizes_of(net.config)
         write_atomic(config_path, json.dumps(content, indent=2).encode())
-    return [to / net.spec.name for net in opened]
+    return written
 
 
-def export(path: Path, to: Path, part: str, form: str) -> None:
-    """Write a part as one safetensors file, `to`, under the names of a format.
+def export(path: Path, to: Path, part: str, form: str) -> list[Path]:
+    """Write a part as one safetensors file, `to`, under the names of a format; return its path.
 
     `path` is what `open_part` takes.
     """
     _check_file(to)
     opened = open_part(path, part)
-    _write(to, opened, opened.tensors, form)
+    return _write(to, opened, opened.tensors, form)
 
 
 def merge(
@@ -92,7 +93,7 @@ def merge(
     form: str,
     dtype: str = "",
     num_heads: int | None = None,
-) -> None:
+) -> list[Path]:
     """Write a transformer, as `export` does, with all that a LoRA changes added to its weights.
 
     Products and sums are computed in float32 and rounded once, to `dtype` or that of the weight.
@@ -101,62 +102,47 @@ def merge(
     opened = open_part(path, "transformer", num_heads=num_heads)
     changes = lora.read_changes(adapter, opened.config)
     tensors = {
-        name: lora.merged(tensor, changes.get(name, ()), dtype)
+        name: lora.merged(tensor, changes.get(name, ()), dtype, f"{adapter}: merged {name}")
         for name, tensor in opened.tensors.items()
     }
-    with nets.naming_files(adapter):
-        _write(to, opened, tensors, form)
+    return _write(to, opened, tensors, form)
 
 
-def export_lora(path: Path, to: Path, form: str, policy: str = "ema") -> None:
-    """Write an adapter as a directory of PEFT or diffusers.
+def export_lora(path: Path, to: Path, form: str, policy: str = "") -> list[Path]:
+    """Write an adapter for PEFT or diffusers; return the path of its tensors.
 
     Args:
       path: the working directory of a run (its newest checkpoint is read), checkpoints/EPOCH in
         it, or what `open_lora` takes.
-      to: the directory, which must not be there.
+      to: the directory, which must not be there, or of diffusers a file NAME.safetensors.
       form: a name of lora.SAVERS.
-      policy: which of a checkpoint's adapters, one of POLICIES.
+      policy: which of a checkpoint's adapters, one of open.POLICIES; by default ema.
+
+    Raises:
+      ValueError, OSError: before anything is written, for what is no adapter or cannot be `to`.
     """
     _check_free(to)
-    checkpoint = _checkpoint(path)
-    if checkpoint is None:
+    if suffix_of(to) and (form, to.suffix) != ("diffusers", ".safetensors"):
+        raise ValueError(
+            f"--to is {to}; --format peft writes a directory, diffusers a directory or one file "
+            "NAME.safetensors"
+        )
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        adapter, rank, alpha = open_policy(checkpoint, policy or POLICIES[0])
+    elif policy:
+        raise ValueError(
+            f"--policy {policy} is of a run's checkpoint; {path} is none and has one adapter: "
+            "leave --policy out"
+        )
+    else:
         adapter, scale = lora.open_lora(path)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
-    else:
-        adapter, rank, alpha = _policy(checkpoint, policy)
-    lora.SAVERS[form](adapter, to, rank, int(alpha) if float(alpha).is_integer() else alpha)
-
-
-def _checkpoint(path: Path) -> Path | None:
-    """Return the directory of an epoch: `path`, or the newest of a run's working directory.
-
-    None comes back for any other path.
-    """
-    if (path / "state").is_dir() and (path / "progress").is_dir():
-        return path
-    epochs = [epoch for epoch in (path / "checkpoints").glob("*") if epoch.name.isdigit()]
-    return max(epochs, key=lambda epoch: int(epoch.name), default=None)
-
-
-def _policy(checkpoint: Path, policy: str) -> tuple[dict, int, float]:
-    """Return (adapter, rank, alpha) of a policy in a run's checkpoint; no leaf is read yet."""
-    record = read_json(checkpoint / "progress" / "metadata").get("identity", {})
-    try:
-        rank = record["config.lora.rank"]
-        alpha = record["config.lora.alpha"]
-        leaves = store.open_leaves(checkpoint / "state")
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{checkpoint} is no whole checkpoint of a run: {error}") from None
-    names = {
-        module: {half: f"train.{policy}.{module}.{half}" for half in ("a", "b")}
-        for module in TARGETS
-    }
-    missing = [module for module, pair in names.items() if not leaves.keys() >= {*pair.values()}]
-    if missing:
-        raise ValueError(f"{checkpoint} has no adapter {policy!r} of {', '.join(missing)}")
-    return jax.tree.map(leaves.__getitem__, names), rank, alpha
+    _make(to.parent)
+    with _removing(to):
+        whole = int(alpha) if float(alpha).is_integer() else alpha
+        return [lora.SAVERS[form](adapter, to, rank, whole)]
 
 
 def _check_free(to: Path) -> None:
@@ -170,14 +156,39 @@ def _check_file(to: Path) -> None:
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _write(to: Path, net: nets.NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> None:
-    """Write tensors, which have the original names of a part, under those of a format."""
+def _make(directory: Path) -> None:
+    """Make a directory; raise OSError, which says what to do, where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--to: no directory {directory} can be made ({error.strerror}); give another --to"
+        ) from None
+
+
+@contextlib.contextmanager
+def _removing(*paths: Path) -> Iterator[None]:
+    """Remove files and directories that were begun inside, on an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _write(to: Path, net: nets.NetCheckpoint, tensors: Mapping[str, Lazy], form: str) -> list[Path]:
+    """Write tensors, which have the original names of a part, under those of a format.
+
+    The path of the file comes back.
+    """
     names = nets.source_shapes(net.spec, net.config, form)
     original = nets.source_shapes(net.spec, net.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
-    to.parent.mkdir(parents=True, exist_ok=True)
+    _make(to.parent)
     write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
+    return [to]
 
 
 def byte_counter(what: str, total: int) -> Callable[[int], None]:

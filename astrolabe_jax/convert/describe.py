@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astrolabe_jax.convert import base, engine, lora_file, nets, parts, store
-from astrolabe_jax.convert.open import config_beside, config_of, open_part
-from astrolabe_jax.convert.weights import CONTAINERS, Weights, open_weights
+from astrolabe_jax.convert.open import (
+    POLICIES,
+    config_beside,
+    config_of,
+    find_checkpoint,
+    open_part,
+    open_policy,
+)
+from astrolabe_jax.convert.weights import CONTAINERS, READERS, Weights, open_weights
 from astrolabe_jax.models.lora import TARGETS
+from astrolabe_jax.runtime.files import read_json, what_is_at
 
 
 class Family(NamedTuple):
@@ -38,21 +46,47 @@ FAMILIES = (
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return a description, as JSON has it, of a file, an imported part, a LoRA directory, or a
-    base with all its parts.
+    """Return a description, as JSON has it, of a file, or of a directory of any kind that is known.
 
     Raises:
       ValueError: naming a file that cannot be read.
-      OSError: there is nothing at `path`.
+      OSError: there is nothing at `path`, or a directory of no known kind.
     """
-    directory = base.SHIPPED.get(str(path), path)
-    if not directory.exists():
-        raise FileNotFoundError(f"no {path}; expected a file of weights or a directory")
+    directory = base.place_of(path)
     if directory.is_file() or store.is_store(directory):
         return _describe_file(directory)
+    if _is_reward(directory):
+        return _describe_reward(directory)
     layout = base.layout_of(directory)
-    if layout is None:
+    if layout is not None and not _is_foreign(directory, layout):
+        return _describe_base(path, directory, layout)
+    if lora_file.is_adapter(directory):
         return _describe_lora(directory)
+    if checkpoint := find_checkpoint(directory):
+        return _describe_checkpoint(checkpoint)
+    raise FileNotFoundError(
+        f"{what_is_at(directory)}; expected a file of weights or of a LoRA ({', '.join(READERS)}), "
+        f"a base (a directory with {base.marks()}), a part of one that import made, a LoRA (with "
+        f"{lora_file.PEFT_CONFIG} or {lora_file.DIFFUSERS_WEIGHTS}), a run (with lora/ or "
+        "checkpoints/), or a reward model that convert reward made"
+    )
+
+
+def faults_of(described: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with what was described, a line each, with the names of parts."""
+    inner = described.get("parts", {}).items()
+    of_parts = [f"{part}: {fault}" for part, content in inner for fault in content["faults"]]
+    return [*described["faults"], *of_parts]
+
+
+def _is_foreign(directory: Path, layout: base.BaseLayout) -> bool:
+    """Return whether a config.json is that of another model, with none of our parts beside it."""
+    names = [name for part in layout.weights.values() for name in part]
+    is_own = layout is base.LAYOUTS["own"]
+    return is_own and not any((directory / name).exists() for name in names)
+
+
+def _describe_base(path: Path, directory: Path, layout: base.BaseLayout) -> dict[str, Any]:
     has_tokenizer = any((directory / layout.tokenizer / name).is_file() for name in base.TOKENIZERS)
     faults = base.faults_of(str(directory))
     described = {}
@@ -93,6 +127,39 @@ def _describe_store(path: Path) -> dict[str, Any]:
         "part": net.spec.name,
         "format": "import",
         "sizes": nets.sizes_of(net.config),
+        "families": [],
+        "complete": True,
+        "faults": [],
+    }
+
+
+def _is_reward(directory: Path) -> bool:
+    return store.is_store(directory / "weights") and (directory / "config.json").is_file()
+
+
+def _describe_reward(directory: Path) -> dict[str, Any]:
+    """Return the description of what convert reward made."""
+    content = read_json(directory / "config.json")
+    weights = directory / "weights"
+    with nets.naming_files(weights):
+        leaves = store.open_leaves(weights)
+    return _counts(directory, leaves) | {
+        "part": "reward model",
+        "families": [str(content.get("kind"))],
+        "sizes": content.get("net"),
+        "complete": True,
+        "faults": [],
+    }
+
+
+def _describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return the description of an epoch of a run."""
+    adapters = {name: open_policy(checkpoint, name) for name in POLICIES}
+    averaged = adapters["ema"]
+    return _counts(checkpoint, store.open_leaves(checkpoint / "state")) | {
+        "part": "checkpoint of a run",
+        "policies": list(adapters),
+        "sizes": {"rank": averaged.rank, "scale": averaged.alpha / averaged.rank},
         "families": [],
         "complete": True,
         "faults": [],

@@ -89,28 +89,32 @@ PEFT = table(PEFT_PREFIX)
 DIFFUSERS = table(DIFFUSERS_PREFIX, "diffusers")
 
 
-def save_peft(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
-    """Write adapter_model.safetensors and adapter_config.json.
+def save_peft(adapter: dict, directory: Path, rank: int, alpha: float) -> Path:
+    """Write adapter_model.safetensors and adapter_config.json; return the path of the first.
 
     Each is replaced atomically, the config last. Leaves of `adapter` may be arrays or engine.Stack.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / PEFT_WEIGHTS[0], engine.tensors(_rules(PEFT, adapter), adapter))
+    path = directory / PEFT_WEIGHTS[0]
+    write_safetensors(path, engine.tensors(_rules(PEFT, adapter), adapter))
     config = _PEFT_FIELDS | {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": _module_names(PEFT, PEFT_PREFIX, adapter),
     }
     write_atomic(directory / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    return path
 
 
-def save_diffusers(adapter: dict, directory: Path, rank: int, alpha: float) -> None:
-    """Write pytorch_lora_weights.safetensors for diffusers' load_lora_weights and
-    load_lora_adapter; atomic.
+def save_diffusers(adapter: dict, to: Path, rank: int, alpha: float) -> Path:
+    """Write one file for diffusers' load_lora_weights and load_lora_adapter, and return its path.
 
-    Rank and alpha are in its header, without which diffusers takes alpha to be the rank.
+    It is `to` where that ends in .safetensors, or pytorch_lora_weights.safetensors in the directory
+    `to`, and is replaced atomically. Rank and alpha are in its header, without which diffusers
+    takes alpha to be the rank.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    path = to if to.suffix == ".safetensors" else to / DIFFUSERS_WEIGHTS
+    path.parent.mkdir(parents=True, exist_ok=True)
     config = {
         f"{DIFFUSERS_PREFIX}r": rank,
         f"{DIFFUSERS_PREFIX}lora_alpha": alpha,
@@ -118,7 +122,8 @@ def save_diffusers(adapter: dict, directory: Path, rank: int, alpha: float) -> N
     }
     metadata = {DIFFUSERS_METADATA: json.dumps(config, indent=2, sort_keys=True)}
     tensors = engine.tensors(_rules(DIFFUSERS, adapter), adapter)
-    write_safetensors(directory / DIFFUSERS_WEIGHTS, tensors, metadata)
+    write_safetensors(path, tensors, metadata)
+    return path
 
 
 SAVERS = {"peft": save_peft, "diffusers": save_diffusers}
@@ -169,7 +174,7 @@ def open_lora(
       engine.ConversionError: naming the file and the tensors that do not fit, with the way out.
       FileNotFoundError: there is no such file.
     """
-    lora = read(Path(path))
+    lora = read(path)
     with nets.naming_files(lora.path):
         fit(lora, net)
         beyond = [name for name in lora.shapes() if not _in_tree(name, lora)]
@@ -239,7 +244,7 @@ def read_changes(path: Path | str, net: WanConfig) -> dict[str, list[Lazy]]:
     Each is float32, of the shape of its tensor, and made anew when it is read. Raises as
     `open_lora`, but for what an adapter tree cannot hold.
     """
-    lora = read(Path(path))
+    lora = read(path)
     with nets.naming_files(lora.path):
         fit(lora, net)
     changes = {name: [product(*pair)] for name, pair in lora.pairs.items()}
@@ -261,11 +266,13 @@ def product(down: Lazy, up: Lazy, scale: float) -> Lazy:
     return Lazy(shape, np.dtype(np.float32), read)
 
 
-def merged(weight: Lazy, changes: Sequence[Lazy], dtype: str = "") -> Lazy:
+def merged(
+    weight: Lazy, changes: Sequence[Lazy], dtype: str = "", name: str = "a merged weight"
+) -> Lazy:
     """Return a weight with changes (see `read_changes`) added.
 
     The sum is computed in float32 and rounded once, to `dtype` or to that of the weight. Reading it
-    raises ConversionError if it is not finite.
+    raises ConversionError, with `name`, if it is not finite.
     """
     target = jnp.dtype(dtype) if dtype else weight.dtype
     if not changes:
@@ -274,10 +281,10 @@ def merged(weight: Lazy, changes: Sequence[Lazy], dtype: str = "") -> Lazy:
     def add(tensor: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # what overflows is refused
             total = _sum(tensor, map(np.asarray, changes)).astype(target)
-        if not np.isfinite(total.astype(np.float32)).all():
+        if not nets.is_finite(total):
             raise engine.ConversionError(
-                f"a merged weight is not finite in {target}: the LoRA or the base holds numbers "
-                "that are none, or too large; take another file, or a wider --dtype"
+                f"{name} is not finite in {target}: the LoRA or the base holds numbers "
+                "that are too large; take another file, or a wider --dtype"
             )
         return total
 
@@ -323,7 +330,7 @@ def leaf_changer(changes: Mapping[str, Sequence[Lazy]], net: WanConfig) -> parts
 
 def fingerprint(path: Path | str) -> str:
     """Return a hash of the files of an adapter."""
-    files = find(Path(path))
+    files = find(path)
     config = [files.config_path] if files.config_path not in (None, files.weights) else []
     digest = hashlib.sha256()
     for file in (*nets.with_shards(files.weights), *config):

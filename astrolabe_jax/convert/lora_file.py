@@ -17,9 +17,16 @@ import numpy as np
 
 from astrolabe_jax.convert import engine, nets, parts, wan
 from astrolabe_jax.convert.engine import ConversionError
-from astrolabe_jax.convert.weights import CONTAINERS, open_weights
+from astrolabe_jax.convert.weights import CONTAINERS, open_weights, suffix_of
 from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
-from astrolabe_jax.runtime.files import Lazy, parse_json, read_json, safetensors_metadata
+from astrolabe_jax.runtime.files import (
+    Lazy,
+    local_directory,
+    parse_json,
+    read_json,
+    safetensors_metadata,
+    what_is_at,
+)
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -38,27 +45,41 @@ class LoraFiles(NamedTuple):
     alpha: Any = None  # in the header of other programs
 
 
-def find(path: Path) -> LoraFiles:
+def is_adapter(path: Path) -> bool:
+    """Return whether `find` knows a path, or would if no file were missing."""
+    return any(
+        (directory / name).is_file()
+        for directory in (path, path / "lora")
+        for name in (DIFFUSERS_WEIGHTS, PEFT_CONFIG, *PEFT_WEIGHTS)
+    )
+
+
+def find(path: Path | str) -> LoraFiles:
     """Return the files of an adapter, given what `open_lora` takes.
 
     Raises FileNotFoundError, which says what is expected, and ValueError for a config that is no
     JSON object.
     """
+    path = local_directory(path)
     for weights in (path, path / DIFFUSERS_WEIGHTS, path / "lora" / DIFFUSERS_WEIGHTS):
         if weights.is_file():
             return _with_strength(weights)
     in_run = (path / "lora").is_dir() and not (path / PEFT_CONFIG).is_file()
     directory = path / "lora" if in_run else path
     config_path = directory / PEFT_CONFIG
-    for weights in map(directory.joinpath, PEFT_WEIGHTS):
-        if config_path.is_file() and weights.is_file():
-            return _with_strength(weights)
-    raise _missing(directory / PEFT_WEIGHTS[0] if config_path.is_file() else config_path)
+    present = [weights for name in PEFT_WEIGHTS if (weights := directory / name).is_file()]
+    if present and config_path.is_file():
+        return _with_strength(present[0])
+    if present:
+        raise _missing(f"no {config_path}")
+    raise _missing(
+        f"no {directory / PEFT_WEIGHTS[0]}" if config_path.is_file() else what_is_at(path)
+    )
 
 
-def _missing(path: Path) -> FileNotFoundError:
+def _missing(found: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"no {path}; expected a PEFT directory with {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} (or "
+        f"{found}; expected a PEFT directory with {PEFT_CONFIG} and {PEFT_WEIGHTS[0]} (or "
         f".bin), one of diffusers with {DIFFUSERS_WEIGHTS}, the working directory of a run, or a "
         "file"
     )
@@ -66,7 +87,7 @@ def _missing(path: Path) -> FileNotFoundError:
 
 def _with_strength(weights: Path) -> LoraFiles:
     """Return what tells the strength of a file: its header, or the PEFT config beside it."""
-    header = safetensors_metadata(weights) if weights.suffix == ".safetensors" else {}
+    header = safetensors_metadata(weights) if suffix_of(weights) == ".safetensors" else {}
     if DIFFUSERS_METADATA in header:
         config = _diffusers_config(weights, header[DIFFUSERS_METADATA])
         return LoraFiles(weights, config, weights)
@@ -240,7 +261,7 @@ def is_lora(names: Iterable[str]) -> bool:
     )
 
 
-def read(path: Path) -> Lora:
+def read(path: Path | str) -> Lora:
     """Open an adapter: what `find` takes, in any dialect; no tensor but alphas is read.
 
     Raises:
@@ -253,11 +274,11 @@ def read(path: Path) -> Lora:
     if files.config is not None:
         _check_config(files.config, files.config_path or files.weights)
     with nets.naming_files(files.weights):
-        lora = parse(weights.tensors, files)
+        lora = parse(nets.finite(weights.tensors, files.weights), files)
         alphas = any("alpha" in roles for roles in lora.names.values())
         told = alphas or files.config or files.alpha or weights.entry == "generator_lora"
     if lora.pairs and not told and files.weights.name in PEFT_WEIGHTS:
-        raise _missing(files.weights.with_name(PEFT_CONFIG))
+        raise _missing(f"no {files.weights.with_name(PEFT_CONFIG)}")
     return lora._replace(told=bool(told or not lora.pairs))
 
 
@@ -315,7 +336,8 @@ def _recognise(stored: Mapping[str, Lazy]) -> tuple[dict[str, dict[str, str]], l
             found[tensor][role] = name
     if not is_lora(stored):
         raise ConversionError(
-            f"it is no LoRA: expected lora_A and lora_B, it holds {some(list(stored))}"
+            f"it is no LoRA: expected lora_A and lora_B, it holds {some(list(stored))}; whole "
+            "weights are given as the base or its transformer"
         )
     return dict(found), unknown
 

@@ -30,11 +30,12 @@ from flax import nnx
 from astrolabe_jax.convert import engine
 from astrolabe_jax.convert.weights import read_weights
 from astrolabe_jax.models import layers
-from astrolabe_jax.runtime.files import INDEX, read_index
+from astrolabe_jax.runtime.files import INDEX, Lazy, read_index
 
 ORIGINAL = "original"
 # A run chooses these fields of a config; all others are sizes.
 NUMERICS = ("dtype", "param_dtype", "remat", "attention")
+_PIECE = 1 << 18  # numbers that are looked at together
 # By the annotation of a size: what to expect of its value in JSON, and whether a value is that. A
 # whole number is a float there, too.
 _FIELD_TYPES = {
@@ -116,7 +117,7 @@ def naming_files(*paths: Path) -> Iterator[None]:
 
 
 def read_tensors(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the tensors of several files by plain name; none of them is read yet.
+    """Return the tensors of several files by plain name, as `finite` does; none is read yet.
 
     Raises:
       ValueError: for a file that cannot be read, or that holds a tensor of another one again.
@@ -124,7 +125,7 @@ def read_tensors(paths: Sequence[Path]) -> dict[str, Any]:
     """
     tensors: dict[str, Any] = {}
     for path in paths:
-        content = read_weights(path)
+        content = finite(read_weights(path), path)
         if twice := sorted(set(content) & set(tensors)):
             raise ValueError(
                 f"{path} holds {twice[0]}, as does another of the files; give each file once"
@@ -166,6 +167,43 @@ def _digest(tensor: Any) -> tuple:
     content = np.ascontiguousarray(tensor)
     octets = content.reshape(-1).view(np.uint8)
     return content.shape, content.dtype, hashlib.sha256(octets.data).digest()
+
+
+def finite(tensors: Mapping[str, Any], path: Path) -> dict[str, Lazy]:
+    """Return tensors that raise ConversionError, with the names of their file and of the tensor,
+    where one is read that holds NaN or an infinite number.
+    """
+
+    def check(name: str, tensor: Any) -> np.ndarray:
+        content = np.asarray(tensor)
+        if not is_finite(content):
+            raise engine.ConversionError(
+                f"{path}: {name} holds numbers that are not finite (NaN or infinite), as a damaged "
+                "copy or a run that diverged leaves them; take another file"
+            )
+        return content
+
+    return {
+        name: Lazy(tuple(tensor.shape), tensor.dtype, functools.partial(check, name, tensor))
+        for name, tensor in tensors.items()
+    }
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether no number of an array is NaN or infinite, with no copy of the whole.
+
+    Of a float that is neither, some bit of the exponent is not set.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    bits = f"u{array.dtype.itemsize}"
+    exponent = np.array(np.inf, array.dtype).view(bits)
+    pieces = np.nditer(
+        array.view(bits),
+        ["external_loop", "buffered", "zerosize_ok"],
+        buffersize=_PIECE,
+    )
+    return all(np.bitwise_and(piece, exponent).max(initial=0) < exponent for piece in pieces)
 
 
 def overlap(spec: NetSpec, form: str, tensors: Mapping[str, Any]) -> int:

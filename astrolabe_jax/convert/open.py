@@ -1,21 +1,28 @@
-"""Open one part of a base wherever it lies: in a file, an imported directory, or a base."""
+"""Open one part of a base wherever it lies: in a file, an imported directory, or a base; and the
+adapters in a run's checkpoint.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from astrolabe_jax.convert import base, engine, nets, parts, store
+from astrolabe_jax.convert.engine import ConversionError
 from astrolabe_jax.convert.nets import NetCheckpoint
 from astrolabe_jax.convert.weights import open_weights
+from astrolabe_jax.models.lora import TARGETS
 from astrolabe_jax.runtime.files import read_json
 
 HEAD_WIDTH = 128  # of every published transformer
+POLICIES = ("ema", "current", "old")  # adapters in a checkpoint of a run
 
 
 def open_part(
     given: Path, part: str = "", entry: str = "", num_heads: int | None = None
 ) -> NetCheckpoint:
-    """Open a part of a base, and check its names and shapes.
+    """Open a part of a base, and check its names and shapes; its numbers as they are read.
 
     Args:
       given: a file of weights, a directory that `import` made of one part, or a base's directory.
@@ -33,14 +40,18 @@ def open_part(
     tensors = open_weights(path, entry).tensors
     with nets.naming_files(path):
         parts.refuse_lora(tensors)
-        if part:
-            form = nets.format_of(parts.PARTS[part], tensors)
-        else:
-            part, form = parts.recognise(tensors)
+        found, form = parts.recognise(tensors)
+        _refuse_other(part, found)
+        part = found
         spec = parts.PARTS[part]
         tensors = spec.prepare(tensors)
         config = config_of(part, form, tensors, config_beside(path, part), num_heads)
-        return nets.checked(spec, config, form, tensors)
+        return nets.checked(spec, config, form, nets.finite(tensors, path))
+
+
+def _refuse_other(part: str, found: str) -> None:
+    if part and found in parts.PARTS and found != part:
+        raise ConversionError(f"it is a {found}; expected a {part}")
 
 
 def _open_store(path: Path, part: str) -> NetCheckpoint:
@@ -51,11 +62,54 @@ def _open_store(path: Path, part: str) -> NetCheckpoint:
             f"{path}: expected a directory that import made, with its sizes in {config_file}"
         )
     spec = parts.PARTS[part]
+    with nets.naming_files(path):
+        _refuse_other(part, path.name)
     with nets.naming_files(config_file):
         config = nets.make_config(spec, content[part])
     with nets.naming_files(path):
         leaves = store.tree(store.open_leaves(path), nets.shapes(spec, config).params)
-    return NetCheckpoint(spec, config, engine.tensors(nets.rules(spec, config), leaves))
+    tensors = engine.tensors(nets.rules(spec, config), leaves)
+    return NetCheckpoint(spec, config, nets.finite(tensors, path))
+
+
+class RunAdapter(NamedTuple):
+    """An adapter in a run's checkpoint; no leaf of it is read."""
+
+    adapter: dict
+    rank: int
+    alpha: float
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Return the directory of an epoch: `path`, or the newest of a run's working directory.
+
+    None comes back for any other path.
+    """
+    if (path / "state").is_dir() and (path / "progress").is_dir():
+        return path
+    epochs = [epoch for epoch in (path / "checkpoints").glob("*") if epoch.name.isdigit()]
+    return max(epochs, key=lambda epoch: int(epoch.name), default=None)
+
+
+def open_policy(checkpoint: Path, name: str) -> RunAdapter:
+    """Open one of POLICIES in a run's checkpoint.
+
+    Raises ValueError, naming the checkpoint, where it is not whole or has no such adapter.
+    """
+    record = read_json(checkpoint / "progress" / "metadata").get("identity", {})
+    try:
+        rank = record["config.lora.rank"]
+        alpha = record["config.lora.alpha"]
+        leaves = store.open_leaves(checkpoint / "state")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{checkpoint} is no whole checkpoint of a run: {error}") from None
+    names = {
+        module: {half: f"train.{name}.{module}.{half}" for half in ("a", "b")} for module in TARGETS
+    }
+    missing = [module for module, pair in names.items() if not leaves.keys() >= {*pair.values()}]
+    if missing:
+        raise ValueError(f"{checkpoint} has no adapter {name!r} of {', '.join(missing)}")
+    return RunAdapter(jax.tree.map(leaves.__getitem__, names), rank, alpha)
 
 
 def config_beside(path: Path, part: str) -> dict[str, Any]:

@@ -163,8 +163,8 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     best = max(counts, key=lambda key: counts[key])
     if counts[best] < len(tensors) / 2:
         raise ValueError(
-            f"the names are those of no model known here ({', '.join(PARTS)}); it holds "
-            f"{', '.join(list(tensors)[:4])}"
+            f"the names are those of no model known here ({', '.join(PARTS)}; reward models are "
+            f"for convert reward); it holds {', '.join(list(tensors)[:4])}"
         )
     return best
 
@@ -173,8 +173,8 @@ def refuse_lora(tensors: Mapping[str, Any]) -> None:
     """Raise ConversionError for the tensors of a LoRA, where those of a whole net belong."""
     if any(".lora_" in name for name in tensors):
         raise engine.ConversionError(
-            "it is a LoRA, not a whole net; give it as --lora of sample, as config.lora.init, or "
-            "to convert merge after a base"
+            "it is a LoRA, not a whole net; give the base here and the LoRA where one is asked "
+            "for, or merge the two first (convert merge BASE LORA --to FILE)"
         )
 
 

@@ -6,7 +6,12 @@ if it likes.
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
+import glob
+import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from astrolabe_jax.convert.engine import Stack, flatten, nested
-from astrolabe_jax.runtime.files import listed, read_json
+from astrolabe_jax.runtime.files import WriteError, listed, read_json
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once
@@ -55,12 +60,18 @@ class Leaf:
 
 
 class _StackHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a Stack piece by piece; the pieces of different leaves take turns."""
+    """Writes a Stack piece by piece; the pieces of different leaves take turns.
+
+    Attributes:
+      fault: what ended it. It is kept, and nothing more is written, as Orbax, in whose threads this
+        runs, would print it with all its calls.
+    """
 
     def __init__(self, progress: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
         self._turn = asyncio.Lock()
+        self.fault: BaseException | None = None
 
     async def _open_and_write(
         self, value: Stack, tspec: dict[str, Any], ts_context: tensorstore.Context
@@ -71,16 +82,21 @@ class _StackHandler(ocp.type_handlers.NumpyHandler):
         chunks = (min(rows, shape[0]), *shape[1:]) if shape else ()
         tspec["metadata"]["chunks"] = (1, *chunks) if value.stacked else chunks
         async with self._turn:
-            target = await tensorstore.open(
-                tensorstore.Spec(tspec), create=True, open=True, context=ts_context
-            )
-            for i, piece in enumerate(value.pieces):
-                content = np.asarray(piece)
-                place = target[i] if value.stacked else target
-                for start in range(0, shape[0] if shape else 1, rows):
-                    part = slice(start, min(start + rows, shape[0])) if shape else ...
-                    await place[part].write(content[part])
-                self._progress(content.nbytes)
+            try:
+                target = await tensorstore.open(
+                    tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+                )
+                for i, piece in enumerate(value.pieces):
+                    if self.fault:
+                        return
+                    content = np.asarray(piece)
+                    place = target[i] if value.stacked else target
+                    for start in range(0, shape[0] if shape else 1, rows):
+                        part = slice(start, min(start + rows, shape[0])) if shape else ...
+                        await place[part].write(content[part])
+                    self._progress(content.nbytes)
+            except Exception as error:
+                self.fault = self.fault or error
 
 
 def save(
@@ -88,16 +104,44 @@ def save(
     stacks: Mapping[tuple, Stack],
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes leaves by their paths; one piece of one leaf is in memory at a time. The directory
-    appears whole.
+    """Write leaves by their paths; one piece of one leaf is in memory at a time.
+
+    The directory appears whole; on an error, or Ctrl-C, nothing is left of it.
     """
+    writer = _StackHandler(progress)
+    begun = directory.absolute().with_name(f"{directory.name}.partial.{os.getpid()}")
+    try:
+        # In a thread, so that Orbax comes to its end also where Ctrl-C is raised in this one.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            saved = pool.submit(_save, begun, stacks, writer)
+            try:
+                saved.result()
+            except BaseException as error:
+                writer.fault = writer.fault or error
+        if writer.fault:
+            raise _refused(directory, writer.fault)
+        os.rename(begun, directory)
+    finally:
+        for left in begun.parent.glob(f"{glob.escape(begun.name)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _refused(directory: Path, fault: BaseException) -> BaseException:
+    """Return a WriteError in place of an error of tensorstore for what the system refused, such as
+    a full disk; any other fault as it is.
+    """
+    refused = re.search(r": ([^:]+) \[os_error_code", str(fault))
+    return WriteError(directory, refused[1]) if refused else fault
+
+
+def _save(directory: Path, stacks: Mapping[tuple, Stack], writer: _StackHandler) -> None:
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Stack, _StackHandler(progress)),
+        (Stack, writer),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # it warns without the second
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), nested(stacks.items()))
+        checkpointer.save(directory, nested(stacks.items()))
 
 
 def is_store(path: Path) -> bool:

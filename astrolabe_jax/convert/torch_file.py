@@ -86,6 +86,18 @@ NOT_AN_ARCHIVE = (
     EOFError,
     OverflowError,
 )
+_UNREAD = 150  # characters of what they say
+# How a file begins that is no whole archive -> what would do.
+_WAYS_OUT = (
+    (rb"PK", "its end is missing or damaged: download or copy it again"),
+    (
+        rb"\x80[\x02-\x05]",
+        "it is a pickle, as torch wrote before 1.6: read it with torch and write it anew, "
+        "torch.save(torch.load(OLD, map_location='cpu', weights_only=True), NEW)",
+    ),
+    (rb"(?s).{8}\{", "by its content it is a safetensors file: let its name end in .safetensors"),
+    (rb"", "download it again, or take it as a safetensors file"),
+)
 _TOO_DEEP = f"its containers are more than {MOST_DEPTH} deep, or one is inside itself"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
 
@@ -136,14 +148,22 @@ def read_torch(path: Path | str) -> Any:
         raise TorchFileError(f"{path}: {_cut(error)}") from None
     except NOT_AN_ARCHIVE as error:
         raise TorchFileError(
-            f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): {_cut(error)}"
+            f"{path} is not a whole zip archive of torch.save (torch 1.6 or later): "
+            f"{_cut(error, _UNREAD)}; {_way_out(path)}"
         ) from None
 
 
-def _cut(error: Exception) -> str:
-    """Return the message of an error, at most MOST_MESSAGE characters of it."""
+def _cut(error: Exception, most: int = MOST_MESSAGE) -> str:
+    """Return the message of an error, at most `most` characters of it."""
     text = str(error)
-    return text if len(text) <= MOST_MESSAGE else f"{text[:MOST_MESSAGE]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _way_out(path: Path) -> str:
+    """Return what would do in place of a file that is no archive, by how it begins."""
+    with open(path, "rb") as file:
+        begins = file.read(16)
+    return next(way for pattern, way in _WAYS_OUT if re.match(pattern, begins))
 
 
 _printer = reprlib.Repr()

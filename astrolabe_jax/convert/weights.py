@@ -24,6 +24,7 @@ from astrolabe_jax.runtime.files import (
     read_safetensors,
     read_sharded,
     stand_in,
+    what_is_at,
 )
 
 # End of a file's name -> what reads it.
@@ -33,6 +34,7 @@ READERS = {
     ".pth": read_torch,
     ".pt": read_torch,
     ".bin": read_torch,
+    ".ckpt": read_torch,
 }
 # Entries that hold a state dict; the first that a file has is read.
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
@@ -60,8 +62,8 @@ class Weights(NamedTuple):
 
 
 def suffix_of(path: Path) -> str | None:
-    """Return the end of a file's name that is in READERS, or None."""
-    return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
+    """Return the end of a file's name, in lower case, that is in READERS, or None."""
+    return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), None)
 
 
 def read_weights(path: Path | str) -> dict[str, Lazy]:
@@ -88,6 +90,8 @@ def open_weights(
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{path}: expected a file of weights, {', '.join(READERS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"{what_is_at(path)}; expected a file of weights")
     if path.is_file() and (what := stand_in(path)):  # a pipe would wait for its writer
         raise ValueError(f"{path} is {what}")
     tree = READERS[suffix](path)

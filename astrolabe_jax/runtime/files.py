@@ -6,6 +6,7 @@ Files of weights are read and written one tensor at a time.
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import functools
@@ -40,6 +41,7 @@ DTYPES = {
 }
 INDEX = ".safetensors.index.json"
 MOST_FAULTS = 10  # of one kind in a message
+_MOST_NAMES = 6  # of a directory in a message
 _LONGEST_NAME = 300  # of a tensor
 _JSON_LIMIT = 1 << 25  # bytes of a document; the index of the largest published model has 9 MB
 _DIGITS = 308  # a number of so many digits is a float64
@@ -181,6 +183,33 @@ def stand_in(path: Path) -> str:
         name = path.name + "".join(beside[:1])
         return f"a download that is not finished ({name}); wait for it, or {_AGAIN}"
     return ""
+
+
+def what_is_at(path: Path) -> str:
+    """Return what is at a path where something else is expected.
+
+    For nothing its full path comes back, with a close name or the last of its folders that exists;
+    for a directory the first names that it holds.
+    """
+    if path.is_file():
+        return f"{path} is a file"
+    if path.is_dir():
+        names = sorted(child.name for child in path.iterdir())
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        held = ", ".join(names[:_MOST_NAMES]) + more
+        return f"{path} is a directory that holds {held or 'nothing'}"
+    full = path.absolute()
+    if path.is_symlink():
+        return f"{full} is a link to {os.readlink(path)}, where nothing is"
+    if path.exists():
+        return f"{full} is a device or a pipe"
+    nearest = next(parent for parent in full.parents if parent.exists())
+    names = [child.name for child in nearest.iterdir()] if nearest.is_dir() else []
+    close = difflib.get_close_matches(full.relative_to(nearest).parts[0], names, 1)
+    if close:
+        return f"nothing is at {full} (did you mean {nearest / close[0]}?)"
+    far = "" if nearest == full.parent else f" (of its folders there is {nearest})"
+    return f"nothing is at {full}{far}"
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -382,6 +411,8 @@ def _shortfall(path: Path) -> str:
     """Return how much a safetensors file lacks of what its header tells; "" if that is not it."""
     try:
         start, entries = _header(path)
+        if start > 8 + _JSON_LIMIT:  # which no writer makes
+            return ""
         ends = [entry["data_offsets"][1] for entry in entries.values() if "data_offsets" in entry]
         lacking = start + max(ends, default=0) - path.stat().st_size
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -389,6 +420,14 @@ def _shortfall(path: Path) -> str:
     if lacking <= 0:
         return ""
     return f"cut short, {lacking:,} bytes of its content are missing; {_AGAIN}"
+
+
+def _archive(path: Path) -> str:
+    """Return what a zip archive is that has the name of a safetensors file; "" for any other."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return ""
+    return "a zip archive; if torch.save wrote it, give it a name that ends in .pt"
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -401,8 +440,8 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    fault = stand_in(path) or _shortfall(path)
-    text = f"cannot be read: {str(error)[:200]}; expected a whole safetensors file"
+    fault = stand_in(path) or _shortfall(path) or _archive(path)
+    text = f"cannot be read: {str(error)[:200]}; expected a whole safetensors file: {_AGAIN}"
     return ValueError(f"{path} is {fault}" if fault else f"{path} {text}")
 
 

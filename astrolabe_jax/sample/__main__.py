@@ -73,7 +73,8 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     )
     adapter = None
     if path := options["lora"]:
-        changes = lora.read_changes(path, sizes["transformer"])
+        with runs.error_prefix("--lora"):
+            changes = lora.read_changes(path, sizes["transformer"])
         change = lora.leaf_changer(changes, sizes["transformer"])
         adapter = (change, lora.fingerprint(path))
     directory = files.local_directory(options["output_dir"])

@@ -5,6 +5,8 @@ no half results.
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,8 +74,12 @@ def test_inspect_says_what_is_missing(capsys, base, tmp_path):
     tensors = dict(read_safetensors(base / "transformer.safetensors"))
     tensors["blocks.0.ffn.0.wieght"] = tensors.pop("blocks.0.ffn.0.weight")
     write_safetensors(tmp_path / "a.safetensors", tensors)
-    _, out, _ = run(capsys, "inspect", tmp_path / "a.safetensors")
-    assert "complete: no, 2 faults" in out
+    status, out, err = run(capsys, "inspect", tmp_path / "a.safetensors")
+    assert status == 2 and "complete: no, 2 faults" in out
+    assert err == (
+        f"error: {tmp_path}/a.safetensors cannot be used as it is: missing tensor: "
+        "blocks.0.ffn.0.weight [32, 24] (and 1 more)\n"
+    )
     assert (
         "missing tensor: blocks.0.ffn.0.weight" in out
         and "unused tensor: blocks.0.ffn.0.wieght" in out
@@ -128,8 +134,11 @@ def test_an_import_says_how_far_it_is(capsys, base, tmp_path):
     write_safetensors(tmp_path / "vae.safetensors", read_safetensors(base / "vae.safetensors"))
     status, _, err = run(capsys, "import", tmp_path / "vae.safetensors", "--to", tmp_path / "x")
     assert status == 2 and "whose statistics are in no file of weights; put a config.json" in err
-    status, _, err = run(capsys, "import", base, "--to", tmp_path / "x")
+    status, out, err = run(capsys, "import", base, "--to", tmp_path / "x")
     assert status == 0
+    told = re.findall(r"^wrote (.*): (\d+) tensors, ([\d,]+) bytes$", out, re.MULTILINE)
+    assert [Path(path) for path, *_ in told] == [tmp_path / "x" / part for part in parts.PARTS]
+    assert told[0][2] == f"{4 * 19_832:,}"
     assert re.search(r"^transformer: .* GB in .* MB/s", err, re.MULTILINE), err
 
 
@@ -212,14 +221,14 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["inspect", "nowhere"], "no nowhere; expected a file of weights or a directory"),
+        (["inspect", "nowhere"], "nothing is at /.*/nowhere; expected a file of weights"),
         (
             ["inspect", "{base}/config.json"],
             "config.json: expected a file of weights, .safetensors",
         ),
         (
             ["import", "nowhere", "--to", "{tmp}/x"],
-            "no nowhere; expected a file of weights or a directory with",
+            "nothing is at /.*/nowhere; expected a file of weights or a directory with",
         ),
         (
             ["import", "{base}", "--to", "{imported}"],
@@ -257,17 +266,64 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
         (["export", "{imported}", "--to", "{tmp}/a.safetensors"], "required: --part"),
         (
             ["export-lora", "{base}", "--to", "{tmp}/x"],
-            "no .*adapter_config.json; expected a PEFT directory",
+            "base.* is a directory that holds .*config.json.*; expected a PEFT directory",
         ),
         (["export-lora", "{tmp}", "--to", "{base}"], "is there already"),
-        (["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors"], "no .*adapter_config.json"),
+        (
+            ["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors"],
+            "is a directory that holds lora.safetensors, other.*, wan; expected a PEFT directory",
+        ),
+        (
+            ["merge", "{base}", "{tmp}/lora.safetensor", "--to", "{tmp}/m.safetensors"],
+            "nothing is at .*/lora.safetensor .did you mean .*/lora.safetensors..; expected",
+        ),
+        (
+            ["export-lora", "{tmp}/far/away/lora", "--to", "{tmp}/x"],
+            "nothing is at .*/far/away/lora .of its folders there is .*; expected a PEFT",
+        ),
+        (
+            ["export-lora", "{tmp}/lora.safetensors", "--to", "{tmp}/x", "--policy", "ema"],
+            "--policy ema is of a run's checkpoint; .*lora.safetensors is none and has one",
+        ),
+        (
+            ["export-lora", "{tmp}/lora.safetensors", "--to", "{tmp}/x.safetensors"],
+            "x.safetensors; --format peft writes a directory, diffusers a directory or one file",
+        ),
+        (
+            ["export-lora", "{tmp}/lora.safetensors", "--to", "{tmp}/x.pt", "--format=diffusers"],
+            "x.pt; --format peft writes a directory",
+        ),
+        (
+            ["inspect", "{tmp}"],
+            "that holds lora.* wan; expected a file .*base .*LoRA .*run .*reward model",
+        ),
+        (["import", "{base}", "--to", "{base}"], "transformer.safetensors is there already"),
+        (
+            ["export", "{imported}/vae", "--to", "{tmp}/a.safetensors", "--part", "transformer"],
+            "imported.*/vae: it is a vae; expected a transformer",
+        ),
+        (
+            ["export", "{base}/vae.safetensors", "--to", "{tmp}/a.safetensors", "--part"]
+            + ["transformer"],
+            "vae.safetensors: it is a vae; expected a transformer",
+        ),
+        (
+            ["reward", "sea_raft", "--weights", "nowhere.pth", "--to", "{tmp}/x"],
+            "nothing is at /.*/nowhere.pth; expected a file of weights",
+        ),
+        (["inspect", ""], "the path is empty"),
+        (["inspect", "s3://bucket/a.pt"], "s3:// is not supported"),
+        (
+            ["import", "{base}", "--to", "{tmp}/plain.safetensors"],
+            "can be made .File exists.; give",
+        ),
         (
             ["merge", "{base}", "{tmp}", "--to", "{tmp}/m.safetensors", "--format", "x"],
             "argument --format: invalid",
         ),
         (
             ["merge", "{tmp}/lora.safetensors", "{base}", "--to", "{tmp}/m.safetensors"],
-            "lora.safetensors: it is a LoRA, not a whole net; .* or to convert merge after a base",
+            "lora.safetensors: it is a LoRA, not a whole net; give the base here and the LoRA",
         ),
         ([], "required: command"),
     ],
@@ -299,6 +355,112 @@ def test_the_number_of_heads_may_be_given(capsys, base, tmp_path):
         == 0
     )
     assert json.loads((tmp_path / "x" / "config.json").read_text())["transformer"]["num_heads"] == 2
+
+
+def test_inspect_of_a_base_with_a_broken_part_tells_all_and_ends_with_status_2(
+    capsys, base, tmp_path
+):
+    whole = shutil.copytree(base, tmp_path / "base")
+    path = whole / "vae.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    status, out, err = run(capsys, "inspect", whole)
+    assert status == 2 and out.count("complete: yes") == 2 and "[text_encoder]" in out
+    assert err == (
+        f"error: {whole} cannot be used as it is: vae: {path} is cut short, 100 bytes of its "
+        "content are missing; download the file again\n"
+    )
+    status, out, _ = run(capsys, "inspect", whole, "--json")
+    assert status == 2 and not json.loads(out)["parts"]["vae"]["complete"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.safetensors", b"<!DOCTYPE html>\n", "is a web page"),
+        ("a.pt", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("a.pt", b"", "is an empty file; download the file again"),
+        ("a.pt", b"PK\3\4" + bytes(range(200)), "its end is missing or damaged: download or copy"),
+        (
+            "a.bin",
+            b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+            "before 1.6: read it with torch and wr",
+        ),
+        ("a.pth", b"\x09" + bytes(7) + b"{}       ", "it is a safetensors file: let its name end"),
+        ("a.pth", b"nothing known", "download it again, or take it as a safetensors file"),
+        ("a.safetensors", b"PK\3\4" + bytes(200), "is a zip archive; if torch.save wrote it, give"),
+    ],
+)
+def test_inspect_of_what_cannot_be_read_ends_with_status_2(
+    capsys, tmp_path, name, content, expected
+):
+    (tmp_path / name).write_bytes(content)
+    status, out, err = run(capsys, "inspect", tmp_path / name)
+    assert (status, out) == (2, "") and f"error: {tmp_path / name} " in err and expected in err
+
+
+def test_inspect_knows_the_checkpoint_of_a_run_and_a_reward(capsys, workdir, tmp_path):
+    for path in (workdir, workdir / "checkpoints" / "10"):
+        status, out, _ = run(capsys, "inspect", path)
+        assert status == 0 and "checkpoint of a run" in out and "rank 2, scale 1.5" in out
+        assert f"path: {workdir}/checkpoints/10" in out and "policies: ema, current, old" in out
+    piece = Lazy((2, 3), np.dtype(np.float32), lambda: np.ones((2, 3), np.float32))
+    stack = engine.Stack(piece.shape, piece.dtype, False, (piece,))
+    store.save(tmp_path / "reward" / "weights", {("a",): stack})
+    (tmp_path / "reward" / "config.json").write_text('{"kind": "hpsv2", "net": {"dim": 3}}')
+    status, out, _ = run(capsys, "inspect", tmp_path / "reward")
+    assert status == 0 and "reward model\nfamilies: hpsv2" in out and "parameters: 6" in out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "float8_e4m3fn"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_found(dtype, value):
+    array = np.arange(600_000).reshape(300, 2000).astype(jnp.dtype(dtype))
+    if dtype == "float16":
+        array = np.minimum(array, 60_000)
+    if dtype == "float8_e4m3fn":
+        array = np.ones_like(array)
+    assert nets.is_finite(array) and nets.is_finite(array.T[::3])
+    array[299, 1999] = value
+    assert not nets.is_finite(array) and not nets.is_finite(array.T)
+    assert nets.is_finite(array[:, ::2]) and not nets.is_finite(array[-1, -1])
+    assert nets.is_finite(array[:0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
+def test_numbers_that_are_not_finite_are_not_imported(capsys, base, tmp_path, dtype):
+    broken = shutil.copytree(base, tmp_path / "base")
+    path = broken / "text_encoder.safetensors"  # the last part that is written
+    tensors = {
+        name: np.array(t).astype(jnp.dtype(dtype)) for name, t in read_safetensors(path).items()
+    }
+    tensors["norm.weight"][3] = np.inf
+    write_safetensors(path, tensors)
+    status, out, err = run(capsys, "import", broken, "--to", tmp_path / "to")
+    assert (status, out) == (2, "")
+    assert f"error: {path}: norm.weight holds numbers that are not finite" in err
+    assert not list((tmp_path / "to").iterdir())
+    path = broken / "transformer.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in read_safetensors(path).items()}
+    tensors["head.modulation"][:] = np.nan
+    write_safetensors(path, tensors)
+    command = ["export", broken, "--part", "transformer"]
+    status, _, err = run(capsys, *command, "--to", tmp_path / "a.safetensors")
+    assert status == 2 and f"{path}: head.modulation holds" in err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_import_without_room_is_one_line_and_leaves_nothing(capsys, base, tmp_path):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        status, out, err = run(capsys, "import", base, "--to", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert (status, out) == (2, "") and not list((tmp_path / "x").iterdir())
+    assert err == (
+        f"error: {tmp_path}/x/transformer cannot be written: File too large; make room for it, "
+        "then run the same command again\n"
+    )
 
 
 def test_a_damaged_store_is_named(capsys, base, tmp_path):
@@ -338,6 +500,16 @@ def workdir(tmp_path):
         whole = checkpoint.Snapshot(epoch, {"train": state}, {})
         checkpoint.save(tmp_path / "run", whole, identity, keep=2)
     return tmp_path / "run"
+
+
+def test_an_adapter_may_be_one_file_of_diffusers(capsys, workdir, tmp_path):
+    path = tmp_path / "new" / "x.safetensors"
+    status, out, _ = run(capsys, "export-lora", workdir, "--to", path, "--format", "diffusers")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(Policies.ema))
+    assert (status, out) == (0, f"wrote {path}: 40 tensors, {size:,} bytes\n")
+    got, scale = lora.load_lora(path, tiny.CONFIG, 2)
+    assert scale == 1.5
+    jax.tree.map(np.testing.assert_array_equal, got, Policies.ema)
 
 
 @pytest.mark.parametrize("form", lora.SAVERS)
@@ -409,7 +581,7 @@ BIG = bases.WanConfig(dim=1536, ffn_dim=8960, num_layers=3, num_heads=12)
 
 
 def big_transformer(path, config):
-    """Write random weights in bfloat16, tensor by tensor.
+    """Write random weights in bfloat16, tensor by tensor, and a config.json beside them.
 
     Return the bytes of the largest tensor, and of all.
     """
@@ -422,6 +594,8 @@ def big_transformer(path, config):
         for name, shape in shapes.items()
     }
     write_safetensors(path, tensors)
+    config_file = path.with_name("config.json")
+    config_file.write_text(json.dumps({"transformer": nets.sizes_of(config)}))
     sizes = [tensor.nbytes for tensor in tensors.values()]
     return max(sizes), sum(sizes)
 
@@ -464,6 +638,41 @@ def test_memory_stays_near_one_tensor(base, tmp_path):
         print(arguments[0], peak / 1e6, "MB; largest tensor", largest / 1e6, "file", total / 1e6)
         assert peak < tensors * largest < 0.6 * total, (arguments[0], peak, largest, total)
     assert (tmp_path / "out.safetensors").read_bytes()[-(10**6) :] == path.read_bytes()[-(10**6) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "begun"),
+    [
+        (["import", "{path}", "--to", "{to}"], "to/*/*/d/*"),
+        (["merge", "{path}", "{lora}", "--to", "{to}.safetensors"], "to.safetensors.partial.*"),
+    ],
+)
+def test_what_is_stopped_with_ctrl_c_leaves_nothing(tmp_path, command, begun):
+    places = {name: tmp_path / name for name in ("path", "lora", "to")}
+    places["path"] = tmp_path / "big.safetensors"
+    big_transformer(places["path"], BIG)
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), adapter_shapes(BIG, 4))
+    lora.save_peft(adapter, places["lora"], 4, 4.0)
+    there = {*tmp_path.rglob("*")}
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "astrolabe_jax.convert",
+            *(each.format(**places) for each in command),
+        ],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob(begun)) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.endswith("SIGINT: ended\n"), err
+    assert {*tmp_path.rglob("*")} - there <= {places["to"]}
 
 
 @pytest.mark.slow

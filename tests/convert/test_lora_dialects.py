@@ -280,9 +280,13 @@ def test_what_is_no_lora_is_refused(tmp_path):
     ):
         lora.load_lora(path)
     with pytest.raises(
-        FileNotFoundError, match="no .*/nothing/adapter_config.json; expected a PEFT directory with"
+        FileNotFoundError, match=f"nothing is at {tmp_path}/nothing; expected a PEFT directory with"
     ):
         lora.load_lora(tmp_path / "nothing")
+    with pytest.raises(
+        FileNotFoundError, match="is a directory that holds a.safetensors; expected"
+    ):
+        lora.load_lora(tmp_path)
 
 
 def test_another_rank_or_net_is_refused(tmp_path, adapter):

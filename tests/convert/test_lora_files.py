@@ -232,12 +232,24 @@ def test_all_of_it_is_applied(base, tmp_path, kind):
 def test_numbers_that_are_none_are_not_merged(base, tmp_path, capsys):
     writer = Writer()
     attention_alone(writer)
-    next(iter(writer.tensors.values()))[0, 0] = np.nan
+    name = next(iter(writer.tensors))
+    plain = name.removeprefix("diffusion_model.")
+    writer.tensors[name][0, 0] = np.nan
+    path = writer.write(tmp_path)
+    for command in (["merge", str(base), str(path)], ["export-lora", str(path)]):
+        with pytest.raises(SystemExit):
+            main([*command, "--to", str(tmp_path / "x.safetensors"), "--format", "diffusers"])
+        assert (
+            f"error: {path}: {plain} holds numbers that are not finite" in capsys.readouterr().err
+        )
+        assert not (tmp_path / "x.safetensors").exists()
+    writer.tensors[name][0, 0] = 3e38
     path = writer.write(tmp_path)
     with pytest.raises(SystemExit):
-        main(["merge", str(base), str(path), "--to", str(tmp_path / "merged.safetensors")])
-    assert f"error: {path}: a merged weight is not finite in float32" in capsys.readouterr().err
-    assert not (tmp_path / "merged.safetensors").exists()
+        main(["merge", str(base), str(path), "--to", str(tmp_path / "x.safetensors")])
+    assert f"error: {path}: merged blocks.0.self_attn.q.weight is not finite in float32" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_sum_too_large_for_its_dtype_is_not_merged():
@@ -436,7 +448,7 @@ def test_the_strength_is_never_1_in_silence(tmp_path, caplog):
 
 def test_a_lora_in_place_of_a_transformer_is_named(base, tmp_path, capsys):
     _, path = made(attention_alone, tmp_path)
-    with pytest.raises(engine.ConversionError, match="it is a LoRA, not a whole net; give it as"):
+    with pytest.raises(engine.ConversionError, match="it is a LoRA, not a whole net; give the"):
         bases.load_base(str(base), transformer=str(path), dtype="float32", param_dtype="float32")
     with pytest.raises(SystemExit):
         main(["import", str(path), "--to", str(tmp_path / "to")])

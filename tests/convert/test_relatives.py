@@ -3,6 +3,7 @@ named in one sentence, never complete and never loaded.
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -28,12 +29,25 @@ def directory(own, tmp_path):
 
 
 def inspect(capsys, path):
-    """What `inspect --json` prints; its text must not say "complete: yes" of what is not."""
-    main(["inspect", str(path)])
-    text = capsys.readouterr().out
-    main(["inspect", str(path), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["complete"] or "complete: no" in text
+    """What `inspect --json` prints; its text must not say "complete: yes" of what is not, and its
+    status be 2.
+    """
+    told = []
+    for options in ([], ["--json"]):
+        status = 0
+        try:
+            main(["inspect", str(path), *options])
+        except SystemExit as ended:
+            status = ended.code
+        told.append(capsys.readouterr())
+    text, found = told[0].out, json.loads(told[1].out)
+    if found["complete"]:
+        assert status == 0 and not told[0].err
+    else:
+        assert status == 2 and "complete: no" in text
+        assert re.fullmatch(f"error: {path} cannot be used as it is: .+[^:]\\n", told[0].err), told[
+            0
+        ].err
     return found
 
 
@@ -240,8 +254,9 @@ def test_a_message_of_a_file_cannot_speak_to_the_terminal(capsys, directory, tmp
     text = (directory / "config.json").read_text().replace('"dim": 24', '"dim\\u001b[2J": 24')
     whole = len(header).to_bytes(8, "little") + header
     (directory / file).write_bytes(text.encode() if file == "config.json" else whole)
-    main(["inspect", str(directory)])
-    out = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["inspect", str(directory)])
+    out = "".join(capsys.readouterr())
     assert "complete: no" in out
     if file == "vae.safetensors":
         out += refusal(capsys, "import", directory, "--to", tmp_path / "x")

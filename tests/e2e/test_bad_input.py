@@ -217,7 +217,7 @@ def test_all_faults_are_listed_before_anything_is_loaded(base, tmp_path, monkeyp
     assert [text for text in expected if text not in message] == []
     config.sampler.batch = 8
     message = refusal(config, tmp_path / "file" / "run")
-    assert "config.transformer: no no/net.pt; expected a file" in message
+    assert "config.transformer: nothing is at /" in message and "/no/net.pt (of its" in message
     assert "config.prompts.test: prompt file no/test.txt does not exist" in message
     config.base = "no/base"
     message = refusal(config, tmp_path / "file" / "run")
@@ -459,7 +459,8 @@ def test_a_truncated_record_of_the_run_is_named(base, tmp_path):
 
 def test_a_missing_or_broken_base_is_named(base, tmp_path):
     message = refusal(runs.small_config("nowhere"), tmp_path / "run")
-    assert "config.base: base 'nowhere': no nowhere/config.json; expected a shipped base" in message
+    assert "config.base: base 'nowhere': nothing is at " in message
+    assert "/nowhere; expected a shipped base" in message
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "vae.safetensors").unlink()
     assert "vae.safetensors" in refusal(runs.small_config(tmp_path / "base"), tmp_path / "run")

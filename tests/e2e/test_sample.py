@@ -374,7 +374,7 @@ def test_switched_prompts(base, tmp_path):
             r"--prompt: 4800 frames \(300 s\): 1201 latent frames exceed the 1024 absolute",
         ),
         ({}, {"prompt_file": "nowhere.txt"}, "prompt file nowhere.txt does not exist"),
-        ({}, {"prompt": RED, "lora": "nowhere"}, "nowhere"),
+        ({}, {"prompt": RED, "lora": "nowhere"}, "--lora: nothing is at /.*/nowhere; expected"),
         ({}, {"prompt": f"{RED}[9{'9' * 400}s]"}, "is no time between 0 and a day"),
         (
             {"model.window": 2, "scenes.published": True, "scenes.transition": "flush"},
