@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -135,8 +134,8 @@ class RewardRunner:
     def settle(self, check: Callable[[], None] = lambda: None, last: bool = False) -> None:
         """Wait until nothing is under way; `check` and errors are as in `score_async`.
 
-        A program that ends while a thread of its own computes may crash. So the `last` call waits
-        for what devices compute, but not for long for what hangs elsewhere, such as a server.
+        The `last` call waits for what devices compute, but not for long for what hangs elsewhere,
+        such as a server; multihost.exit_together ends a program beside it.
         """
         call = self._under_way
         if call and last:
@@ -153,7 +152,7 @@ class RewardRunner:
     def _begin(self, groups: Iterable[Loaded], videos: tuple[Any, ...]) -> _Call:
         """Score with these groups, one after the other, on a thread of its own.
 
-        The thread does not keep the program from its end.
+        The thread does not keep the program from its end (multihost.exit_together).
 
         Args:
           groups: of rewards.
@@ -173,7 +172,7 @@ class RewardRunner:
             except BaseException as error:
                 call.future.set_exception(error)
 
-        threading.Thread(target=work, daemon=True).start()
+        multihost.start_apart(work)
         return call
 
     def _result(self, call: _Call, check: Callable[[], None]) -> Scores:
@@ -199,11 +198,11 @@ class RewardRunner:
         if call.future.done():
             return
         self._under_way = None  # nobody waits for it again
-        names = ", ".join(repr(name) for group in call.groups for name in group.names)
+        names = [repr(name) for group in call.groups for name in group.names]
         raise RewardError(
-            f"rewards {names} did not answer within {self._timeout:g} s for samples "
-            f"{call.numbers[0]} to {call.numbers[-1]}; look whether a scorer hangs, or raise "
-            "config.scoring.timeout"
+            f"reward{'s' * (len(names) > 1)} {', '.join(names)} did not answer within "
+            f"{self._timeout:g} s for {registry.samples_named(call.numbers)}; look whether a "
+            "scorer hangs, or raise config.scoring.timeout"
         )
 
     def _score(self, group: Loaded, *videos: Any) -> Scores:
