@@ -26,7 +26,7 @@ from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media
-from astrolabe_jax.runtime.files import read_json, write_atomic
+from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
 from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
 
@@ -92,13 +92,13 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     if holders["record"].value and not holders["golden"].value:
         cli.fail("--record takes --golden, the file to record in", 2)
     prompt = holders["prompt"].value
-    path = Path(holders["video"].value)
     try:
         registry.validate(config.rewards)
         registry.reach(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
         # as training gives them to the rewards
         size = (config.video.width, config.video.height)
+        path = local_file(holders["video"].value, media.VIDEO)
         frames = media.read_video(path, config.video.fps, size)
         began = time.monotonic()
         setting = registry.Setting(sharding.make_mesh(config.mesh), config.video.fps)

@@ -52,9 +52,12 @@ def test_what_is_no_video_is_one_line(tmp_path, capsys):
     for content, message in (
         (b"no video", "a.mp4 cannot be read as a video"),
         (None, "no file"),
+        ("directory", "a.mp4 is a directory; expected one video file"),
     ):
         if content is None:
             (tmp_path / "a.mp4").unlink()
+        elif content == "directory":
+            (tmp_path / "a.mp4").mkdir()
         else:
             (tmp_path / "a.mp4").write_bytes(content)
         with pytest.raises(SystemExit) as ended:
