@@ -228,18 +228,27 @@ def _line(name: str, value: Any) -> Reward:
     if name in TABLE:
         return TABLE[name]
     target = options(value)[LOAD]
-    function = _imported(name, target)
-    if not inspect.isfunction(function):
-        raise ValueError(f"config.rewards.{name}.{LOAD} is {target!r}; expected module:function")
-    signature = inspect.signature(function)
-    if {"names", "setting"} <= set(signature.parameters):
-        return Reward(load=target)
-    try:
-        signature.bind("frames", "prompts")
-    except TypeError:
+    module, _, function_name = str(target).partition(":")
+    fault = f"config.rewards.{name}.{LOAD} is {target!r}"
+    if "/" in module or module.endswith(".py"):
         raise ValueError(
-            f"config.rewards.{name}.{LOAD}: {target} has the parameters {signature}; expected "
-            "(frames, prompts), or of a loader (names, setting)"
+            f"{fault}; expected a module as Python imports it, such as "
+            f"{Path(module).stem}:{function_name}, from this directory or PYTHONPATH"
+        )
+    function = _imported(name, target)
+    if not callable(function) or inspect.isclass(function):
+        raise ValueError(f"{fault}; expected module:function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ValueError(f"{fault}, which is async or yields; expected a function that returns")
+    try:
+        signature = inspect.signature(function)
+        if {"names", "setting"} <= set(signature.parameters):
+            return Reward(load=target)
+        signature.bind("frames", "prompts")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{fault}, which cannot be called with (frames, prompts), or as a loader with (names, "
+            f"setting): {error}"
         ) from None
     return Reward(target)
 

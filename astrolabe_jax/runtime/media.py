@@ -125,7 +125,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def read_video(
-    path: Path,
+    path: Path | str,
     fps: int | None = None,
     size: tuple[int, int] | None = None,
     end: bool = False,

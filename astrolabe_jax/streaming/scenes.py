@@ -313,8 +313,8 @@ def shots(
         count = layout.whole(1 - (1 - shown) // stride, up=True)
         if before and count <= before:
             raise GivenError(
-                f"gives {counted(1 + stride * (before - 1), 'frame')}, and no more than {shown} "
-                "are asked for: nothing is left to make; ask for at least "
+                f"gives {counted(1 + stride * (before - 1), 'frame')}, and the whole video is to "
+                f"have {shown}: nothing is left to make; ask for at least "
                 f"{1 + stride * (before + layout.block - 1)}, with --frames or longer scenes, or "
                 "give fewer"
             )

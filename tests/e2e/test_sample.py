@@ -345,6 +345,8 @@ def test_switched_prompts(base, tmp_path):
         ({}, {}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": RED, "prompt_file": "x"}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": " "}, "--prompt is empty"),
+        ({}, {"prompt": RED, "lora": ""}, "--lora is empty; name one, or leave the flag out"),
+        ({}, {"prompt_file": ""}, "--prompt_file is empty"),
         ({}, {"prompt": "a [5S]"}, "--prompt: character 3 of 'a .5S.': '.5S.' is no duration"),
         ({}, {"prompt": "a | | b"}, "--prompt: character 4 of 'a | | b'"),
         (
@@ -500,9 +502,9 @@ def test_what_is_no_file_is_told_apart(base, tmp_path, capsys, name, expected):
 @pytest.mark.parametrize(
     ("given", "source", "fault"),
     [
-        (5, "", "gives 5 frames, and no more than 5 are asked for"),
-        (24, "", "gives 21 frames, and no more than 5 are asked for"),
-        (5, "list.txt, line 2)", "gives 5 frames, and no more than 5 are asked for"),
+        (5, "", "gives 5 frames, and the whole video is to have 5"),
+        (24, "", "gives 21 frames, and the whole video is to have 5"),
+        (5, "list.txt, line 2)", "gives 5 frames, and the whole video is to have 5"),
     ],
 )
 def test_a_video_that_is_given_whole_is_named(base, tmp_path, capsys, given, source, fault):

@@ -270,6 +270,7 @@ def loader(monkeypatch):
 
     module = types.ModuleType("fake_loader")
     module.load = load
+    module.TintOptions = TintOptions
     monkeypatch.setitem(sys.modules, "fake_loader", module)
     for name in ("tint", "shade"):
         monkeypatch.setitem(rewards.TABLE, name, rewards.Reward(load="fake_loader:load"))
@@ -351,6 +352,10 @@ def test_a_reward_may_come_from_outside_of_the_package(loader, monkeypatch):
         ("fake_loader:gone", "'mine': cannot import 'fake_loader:gone'"),
         ("fake_loader", "config.rewards.mine.load is 'fake_loader'; expected module:function"),
         ("a b", "'mine': cannot import 'a b'"),
+        ("my/score.py:score", "is 'my/score.py:score'; .* as Python imports it, such as score:sc"),
+        ("score.py:score", "is 'score.py:score'; expected a module as Python imports it, such as"),
+        (7, "cannot import 7: "),
+        ("fake_loader:TintOptions", "is 'fake_loader:TintOptions'; expected module:function"),
     ],
 )
 def test_a_function_from_outside_that_is_not_there_is_named(loader, target, message):
@@ -445,12 +450,39 @@ def test_whatever_a_loader_or_an_import_raises_names_the_line_of_its_user(outsid
         assert outside.place("import") is None or outside.place("import") in str(raised.value)
 
 
-def test_a_function_of_other_parameters_is_refused_before_it_is_called(outside):
-    outside.write(broken="def score(frames): return [1.0]")
-    with pytest.raises(
-        ValueError, match=r"mine.load: broken:score has the parameters \(frames\); "
-    ):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def score(frames): return [1.0]",
+            ", which cannot be called with .*: too many positional",
+        ),
+        ("def score(frames, prompts, fps): return [1.0]", "missing a required argument: 'fps'"),
+        ("async def score(frames, prompts): return [1.0]", ", which is async or yields; expected"),
+        ("def score(frames, prompts): yield 1.0", ", which is async or yields; expected"),
+    ],
+)
+def test_a_function_that_cannot_score_is_refused_before_it_is_called(outside, text, message):
+    outside.write(broken=text)
+    with pytest.raises(ValueError, match=f"config.rewards.mine.load is 'broken:score'.*{message}"):
         rewards.validate({"mine": {"load": "broken:score"}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import functools\ndef f(k, frames, prompts): return [k] * len(frames)\n"
+        "score = functools.partial(f, 2)",
+        "class Two:\n    def __call__(self, frames, prompts): return [2] * len(frames)\n"
+        "score = Two()",
+        "def score(frames, prompts, gain=2): return [gain] * len(frames)",
+        "def score(*args): return [2] * len(args[0])",
+    ],
+)
+def test_whatever_can_be_called_is_a_reward(outside, text):
+    outside.write(broken=text)
+    (loaded,) = rewards.load({"mine": {"load": "broken:score"}}, rewards.Setting(None, 16.0))
+    assert rewards.score(loaded, FRAMES, PROMPTS, range(3))["mine"].tolist() == [2, 2, 2]
 
 
 def test_a_reward_cannot_change_what_others_see():
