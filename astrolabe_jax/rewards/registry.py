@@ -189,7 +189,7 @@ def validate(settings: Mapping[str, Any]) -> None:
     Raises:
       ValueError: naming the reward, and the options that are unknown, missing, or of another type.
     """
-    known = f"known rewards: {', '.join(sorted(TABLE))}"
+    known = f"known rewards: {', '.join(sorted(TABLE))}; others take {LOAD}=module:function"
     if not settings:
         raise ValueError(f"no reward is configured; {known}")
     if unknown := [

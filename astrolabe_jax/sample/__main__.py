@@ -51,7 +51,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     config = options["config"]
     for flag in ("output_dir", "lora", "prompt_file"):
         if options[flag] == "":
-            raise ValueError(f"--{flag} is empty; name one, or leave the flag out")
+            raise ValueError(f"--{flag} is empty; expected a path")
     validate_sampling(config, jax.device_count(), jax.default_backend())
     sizes, tokenizer = runs.open_base(config)
     layout = runs.layout_of(config)

@@ -345,7 +345,7 @@ def test_switched_prompts(base, tmp_path):
         ({}, {}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": RED, "prompt_file": "x"}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": " "}, "--prompt is empty"),
-        ({}, {"prompt": RED, "lora": ""}, "--lora is empty; name one, or leave the flag out"),
+        ({}, {"prompt": RED, "lora": ""}, "--lora is empty; expected a path"),
         ({}, {"prompt_file": ""}, "--prompt_file is empty"),
         ({}, {"prompt": "a [5S]"}, "--prompt: character 3 of 'a .5S.': '.5S.' is no duration"),
         ({}, {"prompt": "a | | b"}, "--prompt: character 4 of 'a | | b'"),
