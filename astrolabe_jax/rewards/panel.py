@@ -29,6 +29,7 @@ class _Call:
     groups: list[Loaded]
     numbers: Sequence[int]  # of the videos
     end: float  # of its time, on the clock of time.monotonic
+    names: list[str]  # of the rewards that are computed now; before that of all
     future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
@@ -158,17 +159,17 @@ class RewardRunner:
           groups: of rewards.
           videos: frames, prompts and numbers, as registry.score takes them.
         """
-        call = _Call(list(groups), videos[-1], time.monotonic() + self._timeout)
+        groups = list(groups)
+        names = [name for group in groups for name in group.names]
+        call = _Call(groups, videos[-1], time.monotonic() + self._timeout, names)
 
         def work() -> None:
             try:
-                call.future.set_result(
-                    {
-                        name: values
-                        for group in call.groups
-                        for name, values in self._score(group, *videos).items()
-                    }
-                )
+                scores: Scores = {}
+                for group in call.groups:
+                    call.names[:] = group.names
+                    scores |= self._score(group, *videos)
+                call.future.set_result(scores)
             except BaseException as error:
                 call.future.set_exception(error)
 
@@ -198,11 +199,10 @@ class RewardRunner:
         if call.future.done():
             return
         self._under_way = None  # nobody waits for it again
-        names = [repr(name) for group in call.groups for name in group.names]
         raise RewardError(
-            f"reward{'s' * (len(names) > 1)} {', '.join(names)} did not answer within "
-            f"{self._timeout:g} s for {registry.samples_named(call.numbers)}; look whether a "
-            "scorer hangs, or raise config.scoring.timeout"
+            f"reward{'s' * (len(call.names) > 1)} {', '.join(map(repr, call.names))} did not "
+            f"answer within {self._timeout:g} s for {registry.samples_named(call.numbers)}; look "
+            "whether a scorer hangs, or raise config.scoring.timeout"
         )
 
     def _score(self, group: Loaded, *videos: Any) -> Scores:
