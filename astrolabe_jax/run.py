@@ -25,7 +25,7 @@ from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import files, multihost
-from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
 from astrolabe_jax.types import Policy, RngStream, Timeline
@@ -392,7 +392,7 @@ def latent_length(name: str, frames: int, layout: Layout, vae: VaeConfig) -> int
     fits = [vae.pixel_frames(count) for count in whole if count > 0]
     if frames not in fits:
         raise ValueError(
-            f"{name} is {frames}; whole blocks of {layout.block} latent frames make "
+            f"{name} is {frames}; whole blocks of {counted(layout.block, 'latent frame')} make "
             f"{' or '.join(map(str, fits))} frames"
         )
     with error_prefix(f"{name} is {frames}"):
@@ -582,7 +582,7 @@ def _prompts(
         lines = prompts.load(source, config.prompts.switch_frames)
         if len(lines) < least:
             raise ValueError(
-                f"{source} has {len(lines)} prompts, an epoch takes {least} "
+                f"{source} has {counted(len(lines), 'prompt')}, an epoch takes {least} "
                 "different ones; add prompts or lower config.prompts.prompts_per_epoch"
             )
         if jax.process_index() == 0:

@@ -21,6 +21,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from astrolabe_jax.runtime.progress import counted
+
 AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 
 AXES = ("data", "fsdp")
@@ -57,7 +59,7 @@ def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
 def _mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int]:
     fsdp = config.fsdp
     if fsdp < 1 or devices % fsdp:
-        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide the {devices} devices")
+        raise ValueError(f"mesh.fsdp is {fsdp}, which does not divide {counted(devices, 'device')}")
     data = devices // fsdp if config.data == -1 else config.data
     if data * fsdp != devices:
         raise ValueError(

@@ -37,6 +37,7 @@ from astrolabe_jax.convert.lora_file import (
 from astrolabe_jax.models.lora import TARGETS, linear_sizes
 from astrolabe_jax.models.wan.config import WAN_1_3B, WanConfig
 from astrolabe_jax.runtime.files import Lazy, write_atomic, write_safetensors
+from astrolabe_jax.runtime.progress import counted
 
 # All fields of PEFT 0.10.0 and no other: it refuses files with newer ones (docs/checkpoints.md,
 # PEFT config).
@@ -180,9 +181,9 @@ def open_lora(
         beyond = [name for name in lora.shapes() if not _in_tree(name, lora)]
         if beyond:
             raise ConversionError(
-                f"it changes {len(beyond)} tensors that an adapter cannot hold: {some(beyond)}; "
-                f"merge it into the base first (convert merge BASE {lora.path} --to FILE), and "
-                "train on that (config.transformer)"
+                f"it changes {counted(len(beyond), 'tensor')} that an adapter cannot hold: "
+                f"{some(beyond)}; merge it into the base first (convert merge BASE {lora.path} "
+                "--to FILE), and train on that (config.transformer)"
             )
         found = max(pair.rank for pair in lora.pairs.values())
         if rank not in (None, found):

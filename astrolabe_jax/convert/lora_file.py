@@ -27,6 +27,7 @@ from astrolabe_jax.runtime.files import (
     safetensors_metadata,
     what_is_at,
 )
+from astrolabe_jax.runtime.progress import counted
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -503,7 +504,8 @@ def some(names: Sequence[str], most: int = 4) -> str:
 def refuse(faults: Sequence[str], most: int = 8) -> None:
     if faults:
         more = [f"and {len(faults) - most} more"] if len(faults) > most else []
-        head = f"{len(faults)} tensors that do not fit; check that the LoRA is for this model:"
+        count = counted(len(faults), "tensor that does not fit", "tensors that do not fit")
+        head = f"{count}; check that the LoRA is for this model:"
         raise ConversionError("\n  ".join([head, *faults[:most], *more]))
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,8 +26,9 @@ from astrolabe_jax import sharding
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
+from astrolabe_jax.run import error_prefix
 from astrolabe_jax.runtime import cli, media
-from astrolabe_jax.runtime.files import read_json, write_atomic
+from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
 from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
 
@@ -56,6 +58,7 @@ def golden_key(name: str, loaded: registry.Loaded, frames: np.ndarray, prompt: s
 def record(path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]]) -> None:
     """Add scores, {golden_key: (reward, score)}, to a file and what is recorded there."""
     recorded |= {key: {"reward": name, "score": score} for key, (name, score) in scores.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(recorded, indent=2) + "\n").encode())
     print(f"recorded {counted(len(scores), 'score')} in {path}")
 
@@ -92,8 +95,14 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     if holders["record"].value and not holders["golden"].value:
         cli.fail("--record takes --golden, the file to record in", 2)
     prompt = holders["prompt"].value
-    path = Path(holders["video"].value)
+    path = holders["video"].value
+    golden = holders["golden"].value and Path(holders["golden"].value).expanduser()
     try:
+        if not prompt.strip():
+            raise ValueError("--prompt is empty; write what the video should show")
+        with error_prefix("--golden"):
+            new = golden and holders["record"].value and not golden.exists()
+            recorded = _read_golden(golden) if golden and not new else {}
         registry.validate(config.rewards)
         registry.reach(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)
@@ -118,13 +127,22 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
                 found |= _print_scores(group, frames, prompt)
     except registry.RewardError as error:
         cli.fail(error, 1)
-    if holders["golden"].value:
-        golden = Path(holders["golden"].value)
-        recorded = read_json(golden) if golden.exists() else {}
-        if holders["record"].value:
+    if golden and holders["record"].value:
+        try:
             record(golden, recorded, found)
-        elif not agrees(golden, recorded, found, holders["tolerance"].value):
-            sys.exit(1)
+        except OSError as error:
+            cli.fail(f"--golden: {golden} cannot be written ({error.strerror})", 1)
+    elif golden and not agrees(golden, recorded, found, holders["tolerance"].value):
+        sys.exit(1)
+
+
+def _read_golden(path: Path) -> dict[str, Any]:
+    """Return what `record` has written; ValueError or OSError, naming the file, if it has not."""
+    recorded = read_json(local_file(path, "a file that --record has written"))
+    for entry in recorded.values():
+        if not isinstance(entry, dict) or type(entry.get("score")) not in (int, float):
+            raise ValueError(f"{path} was not written by --record; give another")
+    return recorded
 
 
 def _print_scores(

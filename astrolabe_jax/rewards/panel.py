@@ -6,7 +6,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ class _Call:
     groups: list[Loaded]
     numbers: Sequence[int]  # of the videos
     end: float  # of its time, on the clock of time.monotonic
+    names: list[str]  # of the rewards that are computed now; before that of all
     future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
@@ -135,8 +135,8 @@ class RewardRunner:
     def settle(self, check: Callable[[], None] = lambda: None, last: bool = False) -> None:
         """Wait until nothing is under way; `check` and errors are as in `score_async`.
 
-        A program that ends while a thread of its own computes may crash. So the `last` call waits
-        for what devices compute, but not for long for what hangs elsewhere, such as a server.
+        The `last` call waits for what devices compute, but not for long for what hangs elsewhere,
+        such as a server; multihost.exit_together ends a program beside it.
         """
         call = self._under_way
         if call and last:
@@ -153,27 +153,27 @@ class RewardRunner:
     def _begin(self, groups: Iterable[Loaded], videos: tuple[Any, ...]) -> _Call:
         """Score with these groups, one after the other, on a thread of its own.
 
-        The thread does not keep the program from its end.
+        The thread does not keep the program from its end (multihost.exit_together).
 
         Args:
           groups: of rewards.
           videos: frames, prompts and numbers, as registry.score takes them.
         """
-        call = _Call(list(groups), videos[-1], time.monotonic() + self._timeout)
+        groups = list(groups)
+        names = [name for group in groups for name in group.names]
+        call = _Call(groups, videos[-1], time.monotonic() + self._timeout, names)
 
         def work() -> None:
             try:
-                call.future.set_result(
-                    {
-                        name: values
-                        for group in call.groups
-                        for name, values in self._score(group, *videos).items()
-                    }
-                )
+                scores: Scores = {}
+                for group in call.groups:
+                    call.names[:] = group.names
+                    scores |= self._score(group, *videos)
+                call.future.set_result(scores)
             except BaseException as error:
                 call.future.set_exception(error)
 
-        threading.Thread(target=work, daemon=True).start()
+        multihost.start_apart(work)
         return call
 
     def _result(self, call: _Call, check: Callable[[], None]) -> Scores:
@@ -199,11 +199,10 @@ class RewardRunner:
         if call.future.done():
             return
         self._under_way = None  # nobody waits for it again
-        names = ", ".join(repr(name) for group in call.groups for name in group.names)
         raise RewardError(
-            f"rewards {names} did not answer within {self._timeout:g} s for samples "
-            f"{call.numbers[0]} to {call.numbers[-1]}; look whether a scorer hangs, or raise "
-            "config.scoring.timeout"
+            f"reward{'s' * (len(call.names) > 1)} {', '.join(map(repr, call.names))} did not "
+            f"answer within {self._timeout:g} s for {registry.samples_named(call.numbers)}; look "
+            "whether a scorer hangs, or raise config.scoring.timeout"
         )
 
     def _score(self, group: Loaded, *videos: Any) -> Scores:

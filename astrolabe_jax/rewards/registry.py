@@ -9,7 +9,7 @@ Write a module, say astrolabe_jax/rewards/brightness.py, with one function:
 
     frames    decoded videos, uint8 [B, T, height, width, 3], numpy or jax, on the host or a device
     prompts   B strings
-    returns   B numbers, in any array or list. Larger is better, on whatever scale.
+    returns   B real numbers, in any array or list. Larger is better, on whatever scale.
 
 Add the line
 
@@ -70,6 +70,7 @@ import contextlib
 import dataclasses
 import inspect
 import pkgutil
+import sysconfig
 import traceback
 import types
 import typing
@@ -78,6 +79,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -132,6 +134,9 @@ class RewardError(ValueError):
 
 
 LARGEST_SCORE = 1e30  # sums over an epoch stay finite in float32
+# Where code is that no user wrote: Python's own, and packages that are installed.
+_PYTHON = sysconfig.get_path("stdlib")
+_PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 _REWARDS = "astrolabe_jax.rewards"
 _WORLD = "astrolabe_jax.worlds.moving_shapes"
 TABLE = {
@@ -184,7 +189,7 @@ def validate(settings: Mapping[str, Any]) -> None:
     Raises:
       ValueError: naming the reward, and the options that are unknown, missing, or of another type.
     """
-    known = f"known rewards: {', '.join(sorted(TABLE))}"
+    known = f"known rewards: {', '.join(sorted(TABLE))}; others take {LOAD}=module:function"
     if not settings:
         raise ValueError(f"no reward is configured; {known}")
     if unknown := [
@@ -223,11 +228,29 @@ def _line(name: str, value: Any) -> Reward:
     if name in TABLE:
         return TABLE[name]
     target = options(value)[LOAD]
+    module, _, function_name = str(target).partition(":")
+    fault = f"config.rewards.{name}.{LOAD} is {target!r}"
+    if "/" in module or module.endswith(".py"):
+        raise ValueError(
+            f"{fault}; expected a module as Python imports it, such as "
+            f"{Path(module).stem}:{function_name}, from this directory or PYTHONPATH"
+        )
     function = _imported(name, target)
-    if not inspect.isfunction(function):
-        raise ValueError(f"config.rewards.{name}.{LOAD} is {target!r}; expected module:function")
-    loads = {"names", "setting"} <= set(inspect.signature(function).parameters)
-    return Reward(load=target) if loads else Reward(target)
+    if not callable(function) or inspect.isclass(function):
+        raise ValueError(f"{fault}; expected module:function")
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ValueError(f"{fault}, which is async or yields; expected a function that returns")
+    try:
+        signature = inspect.signature(function)
+        if {"names", "setting"} <= set(signature.parameters):
+            return Reward(load=target)
+        signature.bind("frames", "prompts")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{fault}, which cannot be called with (frames, prompts), or as a loader with (names, "
+            f"setting): {error}"
+        ) from None
+    return Reward(target)
 
 
 def _given(name: str, value: Any) -> dict[str, Any]:
@@ -244,12 +267,17 @@ def _options(name: str, value: Any) -> Any:
 
 @contextlib.contextmanager
 def _error_prefix(name: str) -> Iterator[None]:
-    """Put the reward in front of the message of an error of its options or files."""
+    """Put the reward in front of the message of an error of its options or files.
+
+    Whatever else its code raises becomes a ValueError that tells where.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"config.rewards.{name}: {error}") from error
+    except (Exception, SystemExit) as error:  # a loader is anybody's code
+        raise ValueError(f"config.rewards.{name}: {_described(error)}") from error
 
 
 def _options_class(name: str, load: Callable) -> Any:
@@ -412,7 +440,8 @@ def score(
     returned = _call(loaded, frames, prompts, numbers)
     if missing := [name for name in loaded.names if name not in returned]:
         raise RewardError(
-            f"reward {missing[0]!r}: its scorer returned only {', '.join(map(repr, returned))}"
+            f"reward {missing[0]!r}: its scorer returned only "
+            f"{', '.join(map(repr, returned)) or 'an empty mapping'}"
         )
     return {
         key: _checked(key, values, prompts, numbers)
@@ -424,8 +453,8 @@ def score(
 
 def _call(
     loaded: Loaded, frames: Any, prompts: Sequence[str], numbers: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Return what a scorer returns, in float32; RewardError for whatever it raises."""
+) -> dict[str, Any]:
+    """Return what a scorer returns, on the host; RewardError for whatever it raises."""
     names = loaded.names
     subject = f"reward{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
     if isinstance(frames, np.ndarray):  # which other rewards see, too
@@ -435,46 +464,92 @@ def _call(
         returned = loaded.scorer.score(loaded.scorer.params, frames, prompts)
         if not isinstance(returned, Mapping):
             returned = {names[0]: returned}
-        return {
-            key: np.asarray(values, np.float32) for key, values in jax.device_get(returned).items()
-        }
+        return jax.device_get(
+            {key: values for key, values in returned.items() if isinstance(key, str)}
+        )
     except SampleError as error:
         raise RewardError(
             f"{subject} failed on sample {numbers[error.row]} (prompt {prompts[error.row]!r}): "
             f"{error}"
         ) from error
     except (Exception, SystemExit) as error:  # a reward is anybody's code
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        span = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         raise RewardError(
-            f"{subject} failed on samples {span}: {type(error).__name__}: {error} "
-            f"({Path(place.filename).name}, line {place.lineno})"
+            f"{subject} failed on {samples_named(numbers)}: {_described(error)}"
         ) from error
+
+
+def samples_named(numbers: Sequence[int]) -> str:
+    """Return how messages name consecutive samples: sample 4, or samples 4 to 6."""
+    if len(numbers) == 1:
+        return f"sample {numbers[0]}"
+    return f"samples {numbers[0]} to {numbers[-1]}"
+
+
+def _described(error: BaseException) -> str:
+    """Return the type and the text of an error in one line, and where its user's code raised it.
+
+    That is the innermost line that is neither of this file, nor installed; if there is none, of a
+    package.
+    """
+    calls = [
+        call
+        for call in traceback.extract_tb(error.__traceback__)
+        if call.filename != __file__ and not call.filename.startswith("<")
+    ]
+    own = [call for call in calls if not call.filename.startswith((_PYTHON, *_PACKAGES))]
+    packaged = [call for call in calls if call.filename.startswith(_PACKAGES)]
+    place = "".join(f" ({call.filename}:{call.lineno})" for call in (own or packaged)[-1:])
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def _imported(name: str, target: str) -> Any:
     """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
     try:
         return pkgutil.resolve_name(target)
-    except Exception as error:  # a reward is anybody's code
-        raise ValueError(f"reward {name!r}: cannot import {target!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # a reward is anybody's code
+        reason = _described(error)
+        raise ValueError(f"reward {name!r}: cannot import {target!r}: {reason}") from error
 
 
-def _checked(
-    name: str, values: np.ndarray, prompts: Sequence[str], numbers: Sequence[int]
-) -> np.ndarray:
-    """Return `values` if they are B finite numbers; else raise RewardError, naming the sample."""
-    if values.shape != (len(prompts),):
+def _checked(name: str, values: Any, prompts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:
+    """Return scores as float32 [B] if they are B finite real numbers; else raise RewardError.
+
+    The error names the sample, where it is one that is wrong.
+    """
+    scores, what = _as_array(values)
+    real = jnp.issubdtype(scores.dtype, np.floating) or jnp.issubdtype(scores.dtype, np.integer)
+    if not real or scores.shape != (len(prompts),):
         raise RewardError(
-            f"reward {name!r} returned scores of shape {list(values.shape)} for {len(prompts)} "
-            f"videos; expected [{len(prompts)}]"
+            f"reward {name!r} returned {what}; expected real numbers of shape ({len(prompts)},), "
+            "one a video, all finite"
         )
-    bad = np.flatnonzero(~(np.abs(values) < LARGEST_SCORE))
+    scores = scores.astype(np.float64)
+    bad = np.flatnonzero(~(np.abs(scores) < LARGEST_SCORE))
     if not len(bad):
-        return values
+        return scores.astype(np.float32)
     index = int(bad[0])
     others = f" and for {len(bad) - 1} more" if len(bad) > 1 else ""
     raise RewardError(
-        f"reward {name!r} is {values[index]} for sample {numbers[index]} (prompt "
+        f"reward {name!r} is {scores[index]} for sample {numbers[index]} (prompt "
         f"{prompts[index]!r}){others}; expected a number below {LARGEST_SCORE:g}"
     )
+
+
+_NO_NUMBERS = {"c": "complex numbers", "b": "True and False", "U": "text", "S": "text"}
+
+
+def _as_array(values: Any) -> tuple[np.ndarray, str]:
+    """Return an array of what a reward returned, and in words what that is."""
+    if values is None:
+        return np.array(None), "None (does it end in a return?)"
+    try:
+        array = np.asarray(values)
+    except Exception:  # rows of unequal lengths, or whatever an array of others raises
+        return np.array(None), f"a {type(values).__name__} that is no array of numbers"
+    if array.dtype == object and not array.ndim:
+        return array, f"a {type(values).__name__}"
+    if array.dtype == object:
+        kinds = sorted({type(value).__name__ for value in array.flat})
+        return array, f"{type(values).__name__} of {', '.join(kinds[:3])}"
+    kind = _NO_NUMBERS.get(array.dtype.kind, str(array.dtype))
+    return array, f"{kind} of shape {array.shape}"

@@ -47,7 +47,7 @@ from PIL import Image
 from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
 from astrolabe_jax.runtime.files import parse_json
-from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.runtime.progress import counted, log
 
 FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
 LONGEST_PAUSE = 30.0
@@ -357,7 +357,7 @@ def _scorer(
                 options.fallback if gone else np.mean([answer[name] for answer in of_video])
                 for gone, of_video in zip(lost, found, strict=True)
             ]
-            scores[name] = np.array(means, np.float32)
+            scores[name] = np.array(means, np.float64)
             if options.fallback is not None:
                 scores[f"{name}/fallback"] = np.array(lost, np.float32)
         return scores
@@ -384,10 +384,11 @@ def _refuse_or_warn(
     if sum(recent) > options.fallback_share * FALLBACK_SPAN:
         raise SampleError(
             row,
-            f"{sum(recent)} of the last {len(recent)} videos have the {told}; a share of "
-            f"{options.fallback_share:g} of {FALLBACK_SPAN} may (fallback_share)",
+            f"{sum(recent)} of the last {counted(len(recent), 'video')} have the {told}; a share "
+            f"of {options.fallback_share:g} of {FALLBACK_SPAN} may (fallback_share)",
         ) from faults[row]
-    log(f"warning: reward {', '.join(names)}: {len(faults)} more videos have the {told}")
+    more = counted(len(faults), "more video has", "more videos have")
+    log(f"warning: reward {', '.join(names)}: {more} the {told}")
 
 
 def _answers(questions: Sequence[Question], options: RequestOptions) -> list[Any]:
@@ -414,7 +415,8 @@ def _answers(questions: Sequence[Question], options: RequestOptions) -> list[Any
         tries = tries + 1 if len(left) == before else 0
         if tries > options.retries:
             fault = OSError(
-                f"{options.shown} cannot be had after {tries} tries, the last one with {away[-1]}"
+                f"{options.shown} cannot be had after {counted(tries, 'try', 'tries')}, the last "
+                f"one with {away[-1]}"
             )
             return [fault if answer is None else answer for answer in answers]
         if left:

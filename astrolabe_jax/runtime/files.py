@@ -263,6 +263,27 @@ def local_directory(text: str | Path) -> Path:
         raise ValueError(f"{text}: {error}; expected a directory") from None
 
 
+def local_file(text: str | Path, what: str) -> Path:
+    """Return the file that a user names; `~` stands for the home directory, `what` for its kind.
+
+    Raises:
+      ValueError: for an address, and for what stands in the place of a file, see `stand_in`.
+      IsADirectoryError, FileNotFoundError: if there is no such file.
+    """
+    if not str(text):
+        raise ValueError(f"the name of a file is empty; expected {what}")
+    if "://" in str(text):
+        raise ValueError(f"{text} is an address; download it, and give {what}")
+    path = local_directory(text)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; expected {what}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected {what}")
+    if fault := stand_in(path):
+        raise ValueError(f"{path} is {fault}")
+    return path
+
+
 def lock(path: Path) -> str:
     """Hold the file `path` for this process alone, and return what stands in it: by whom.
 

@@ -16,8 +16,8 @@ from av.stream import Disposition
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from astrolabe_jax.runtime.files import atomic, writing
-from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.runtime.files import atomic, local_file, writing
+from astrolabe_jax.runtime.progress import counted, log
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
@@ -29,9 +29,11 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,ivf,"
     "ogg,flv,asf,mxf,nut,dv,yuv4mpegpipe,gif,apng"
 )
+VIDEO = "one video file (.mp4, .mov, .mkv, .webm, .avi, ...)"
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 MOST_BYTES = 2**31  # of the frames of a video: 1,792 of 480x832, which is 112 s
 MOST_PIXELS = 2**27  # of a picture; a camera's have up to 108 million
+MUCH_LARGER = 2.0  # a picture that is enlarged more often than this is warned of
 MOST_FRAME_PIXELS = 2**26  # of a video's frame, whose decoder keeps some 20; 8K has 35 million
 
 # RGB
@@ -123,7 +125,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def read_video(
-    path: Path,
+    path: Path | str,
     fps: int | None = None,
     size: tuple[int, int] | None = None,
     end: bool = False,
@@ -138,11 +140,10 @@ def read_video(
         error.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      OSError: if there is no such file, or it is a directory.
       ValueError: naming the file, if it cannot be read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    path = local_file(path, VIDEO)
     try:
         with av.open(
             path, options={"format_whitelist": CONTAINERS}, metadata_errors="replace"
@@ -150,8 +151,8 @@ def read_video(
             return _read_frames(container, path, fps, size, end)
     except FFmpegError as error:
         raise ValueError(
-            f"{path} cannot be read as a video: {error.strerror}; expected a whole file (.mp4, "
-            ".mov, .mkv, .webm, .avi, ...), no playlist and no picture"
+            f"{path} cannot be read as a video: {error.strerror}; expected {VIDEO}, whole, no "
+            "playlist and no picture"
         ) from None
 
 
@@ -172,15 +173,15 @@ def _read_frames(
         picture, aspect = _upright(frame, stream.sample_aspect_ratio)
         if size is not None:
             if not taken:
-                _log_cut(path, picture.shape, size, aspect)
+                _log_fit(path, picture.shape, size, aspect)
             picture = fitted(picture, size, aspect)
         taken += due
         most = MOST_BYTES // picture.nbytes
         if taken > most and not end:
             height, width = picture.shape[:2]
             raise ValueError(
-                f"{path} has more than {most} frames of {height}x{width}, which are not held in "
-                "memory at once; cut it into pieces"
+                f"{path} has more than {counted(most, 'frame')} of {height}x{width}, which are not "
+                "held in memory at once; cut it into pieces"
             )
         kept.extend([picture] * min(due, most))
         while len(kept) > most:
@@ -191,8 +192,14 @@ def _read_frames(
         raise ValueError(
             f"{path}: its frames have no times; wrap it: ffmpeg -i {path} -c copy a.mp4"
         )
+    if fps is not None and taken != decoded:
+        rate = (decoded - 1) / shown
+        log(
+            f"{path}: from {rate:.4g} to {fps} frames a second: its {counted(decoded, 'frame')} "
+            f"become {taken}"
+        )
     if taken > len(kept):
-        log(f"{path}: of its {taken} frames the last {len(kept)} are used")
+        log(f"{path}: of these {taken} frames the last {len(kept)} are used")
     frames = np.empty((len(kept), *kept[0].shape), np.uint8)
     for i in range(len(frames)):
         frames[i] = kept.popleft()  # so that they are not held twice
@@ -264,8 +271,8 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """Return a picture file [height, width, 3] uint8 at (width, height), as a viewer shows it.
 
     It is turned as its EXIF data say, 16 bits become 8, what is transparent lies on white, and it
-    is brought to its size as `fitted` does. Raises ValueError, naming the file, if it cannot be
-    read.
+    is brought to its size as `fitted` does. Of an animation the first frame is taken. Raises
+    ValueError, naming the file, if it cannot be read.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, "r", PICTURES) as image:
@@ -274,6 +281,8 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
                     f"it has {image.height}x{image.width} pixels, at most {MOST_PIXELS:,} are "
                     "read; make it smaller"
                 )
+            # MPO: a camera's JPEG with a preview or a map of brightness behind it
+            pictures = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             ImageOps.exif_transpose(image, in_place=True)
             picture = _eight_bits(image)
     except UnidentifiedImageError:
@@ -282,7 +291,9 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
         ) from None
     except Exception as error:  # whatever Pillow's decoders raise for a spoilt file
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    _log_cut(path, picture.shape, size)
+    if pictures > 1:
+        log(f"warning: {path} holds {pictures} pictures; the first alone is used")
+    _log_fit(path, picture.shape, size)
     return fitted(picture, size)
 
 
@@ -325,16 +336,25 @@ def _middle(
     return (width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2
 
 
-def _log_cut(
+def _log_fit(
     path: Path, shape: tuple[int, ...], size: tuple[int, int], aspect: float = 1.0
 ) -> None:
-    """Log what `fitted` cuts off, if that is more than a row or column at either side."""
+    """Log what `fitted` cuts off, if that is more than a row or column at either side.
+
+    And warn of a picture that it makes much larger.
+    """
     height, width = shape[:2]
     left, top, right, bottom = _middle(height, width, size, aspect)
     if left > 1 or top > 1:
         log(
             f"{path} is {height}x{width}: of it the middle, {bottom - top:.0f}x{right - left:.0f}, "
             f"is used at {size[1]}x{size[0]}"
+        )
+    factor = size[1] / (bottom - top)
+    if factor > MUCH_LARGER:
+        log(
+            f"warning: {path} is {height}x{width}: it is enlarged {factor:.3g} times, to "
+            f"{size[1]}x{size[0]}, and looks it; give one of that size"
         )
 
 

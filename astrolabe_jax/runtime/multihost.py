@@ -15,11 +15,12 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ from astrolabe_jax.runtime import roll_call
 # none lives without it.
 _GRACE = 1.0
 
-
+_APART = "apart"  # name of the threads of `start_apart`
 # Seconds that JAX may take to join processes that have met.
 _LEAST_WAIT = 60
 _PACKAGE = Path(__file__).parents[1]
@@ -148,6 +149,15 @@ def _environment() -> dict[str, str]:
     }
 
 
+def start_apart(work: Callable[[], None]) -> None:
+    """Run `work` on a thread of its own, which `exit_together` does not wait for."""
+    threading.Thread(target=work, name=_APART, daemon=True).start()
+
+
+def _works_apart() -> bool:
+    return any(thread.name == _APART for thread in threading.enumerate())
+
+
 @contextlib.contextmanager
 def exit_together() -> Iterator[None]:
     """End this process at once on an error or an exit inside, and with it the others.
@@ -156,13 +166,17 @@ def exit_together() -> Iterator[None]:
     computation. When a process is gone the others fail: those in a computation with it by an error
     (at once on CPUs), all others when jax.distributed misses it, at once if it was process 0, else
     after about 100 seconds.
+
+    One process ends as it would without this, but at once while a thread of `start_apart` works:
+    calls of JAX that go on while Python ends would crash it (status 134 or 139).
     """
+    several = jax.distributed.is_initialized
     try:
         yield
     except BaseException as error:
-        if not jax.distributed.is_initialized():
+        if not several() and not _works_apart():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if several() and isinstance(error, jax.errors.JaxRuntimeError):
             print(
                 f"error: process {jax.process_index()} cannot go on; has another process ended? "
                 f"{str(error).splitlines()[0]}",
@@ -170,10 +184,20 @@ def exit_together() -> Iterator[None]:
             )
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(2 * _GRACE if _is_primary() else _GRACE)
-        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+        _end(error.code if isinstance(error, SystemExit) else 1, _GRACE if several() else 0.0)
+    if _works_apart():
+        if several():
+            jax.distributed.shutdown()  # waits for the others
+        _end(0)
+
+
+def _end(status: Any, grace: float = 0.0) -> NoReturn:
+    """End this process without what Python does at its end; process 0 gives twice the grace."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    time.sleep(2 * grace if grace and _is_primary() else grace)
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def _is_primary() -> bool:

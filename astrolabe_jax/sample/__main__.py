@@ -29,7 +29,7 @@ from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert import lora
 from astrolabe_jax.plan import naming_memory
-from astrolabe_jax.runtime import cli, files
+from astrolabe_jax.runtime import cli, files, multihost
 from astrolabe_jax.runtime.preemption import Stopped, listening
 from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.sample import videos
@@ -49,6 +49,9 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
       ValueError, OSError: before anything is compiled; what costs most is done last.
     """
     config = options["config"]
+    for flag in ("output_dir", "lora", "prompt_file"):
+        if options[flag] == "":
+            raise ValueError(f"--{flag} is empty; expected a path")
     validate_sampling(config, jax.device_count(), jax.default_backend())
     sizes, tokenizer = runs.open_base(config)
     layout = runs.layout_of(config)
@@ -66,7 +69,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
             layout,
             runs.rules_of(config),
             sizes["vae"],
-            given.count,
+            given,
             tokenizer,
             sizes["text_encoder"].text_len,
         ),
@@ -141,13 +144,13 @@ def _opening(run: runs.Run, requests: list[Request]) -> str:
     """Return the line about what will be made."""
     config = run.config
     lengths = sorted({request.frames for request in requests})
-    spans = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
+    shortest = f"{lengths[0]} to " if len(lengths) > 1 else ""
     net = run.base.transformer.config
     texts = {request.index: request.prompt for request in requests}.values()
     scenes = sum(not is_plain(text) for text in texts)
-    strings = f", {scenes} of {len(texts)} prompts with scenes" if scenes else ""
+    strings = f", {scenes} of {counted(len(texts), 'prompt')} with scenes" if scenes else ""
     return (
-        f"{counted(len(requests), 'video')} of {spans} frames "
+        f"{counted(len(requests), 'video')} of {shortest}{counted(lengths[-1], 'frame')} "
         f"({lengths[-1] / config.video.fps:.2f} s{strings}) of "
         f"{config.video.height}x{config.video.width}, at most "
         f"{videos.batch_size(run, len(requests))} at once, on {run.mesh.size} x "
@@ -189,4 +192,9 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda _: main(flag_holders), flags_parser=cli.parse)
+
+    def run(_: list[str]) -> None:
+        with multihost.exit_together():
+            main(flag_holders)
+
+    app.run(run, flags_parser=cli.parse)

@@ -15,8 +15,11 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import error_prefix, latent_length
-from astrolabe_jax.runtime.media import read_picture, read_video
+from astrolabe_jax.runtime.files import local_file
+from astrolabe_jax.runtime.media import VIDEO, read_picture, read_video
+from astrolabe_jax.runtime.progress import counted, log
 from astrolabe_jax.streaming.scenes import (
+    GivenError,
     Rules,
     Scene,
     Shot,
@@ -52,6 +55,7 @@ class GivenFrames(NamedTuple):
     count: int = 0  # latent frames
     pixels: np.ndarray | None = None  # [T, height, width, 3] uint8
     latents: np.ndarray | None = None  # [count, C, H, W]
+    name: str = ""  # flag and file
 
 
 class Limits(NamedTuple):
@@ -60,7 +64,7 @@ class Limits(NamedTuple):
     layout: Layout
     rules: Rules  # how scenes follow each other
     vae: VaeConfig
-    given: int  # latent frames that videos begin with
+    given: GivenFrames  # that videos begin with
     tokenizer: Any
     max_tokens: int  # of a prompt
 
@@ -94,7 +98,8 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
     )
     requests = []
     for index, text in enumerate(texts):
-        with error_prefix(prompts.place(source, index + 1)):
+        place = prompts.place(source, index + 1)
+        try:
             scenes = _scenes(text, texts, config, limits)
             planned = shots(
                 scenes,
@@ -103,8 +108,13 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
                 config.video.fps,
                 limits.vae.temporal_stride,
                 _frames(text, config, options, limits),
-                limits.given,
+                limits.given.count,
             )
+        except GivenError as error:
+            where = "" if place.startswith("--") else f" ({place})"
+            raise ValueError(f"{limits.given.name} {error}{where}") from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         title = " | ".join(scene.prompt for scene in scenes) if is_switched(text) else text
         requests += [
             Request(index, candidate, title, tuple(planned))
@@ -145,7 +155,7 @@ def _scenes(text: str, texts: Sequence[str], config: ConfigDict, limits: Limits)
     if published and not any("|" in other for other in texts):
         return [Scene(text, 0.0, 0, False)]
     stride = limits.vae.temporal_stride
-    return read(text, limits.layout, limits.rules, config.video.fps, stride, limits.given)
+    return read(text, limits.layout, limits.rules, config.video.fps, stride, limits.given.count)
 
 
 def _frames(text: str, config: ConfigDict, options: Mapping[str, Any], limits: Limits) -> int:
@@ -180,48 +190,76 @@ def read_given(
     Raises:
       ValueError, OSError: naming the flag and the file.
     """
-    named = {f"--{flag}": Path(name) for flag, name in paths.items() if name is not None}
+    named = {flag: name for flag, name in paths.items() if name is not None}
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} both say how videos begin; give one")
+        flags = " and ".join(f"--{flag}" for flag in named)
+        raise ValueError(f"{flags} both say how videos begin; give one")
     if not named:
         return GivenFrames()
-    ((flag, path),) = named.items()
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag}: no file {path}")
-    if flag == "--latents":
-        return _read_latents(path, layout, latent_shape)
-    target = (config.video.width, config.video.height)
-    frames = (
-        read_picture(path, target)[None]
-        if flag == "--image"
-        else read_video(path, config.video.fps, target, end=True)
-    )
+    ((flag, text),) = named.items()
+    with error_prefix(f"--{flag}"):
+        path = local_file(text, _EXPECTED[flag])
+        if flag == "latents":
+            given = _read_latents(path, layout, latent_shape)
+        else:
+            target = (config.video.width, config.video.height)
+            if flag == "image":
+                frames = read_picture(path, target)[None]
+            else:
+                frames = read_video(path, config.video.fps, target, end=True)
+            given = _last_blocks(path, frames, layout, vae)
+    return given._replace(name=f"--{flag} {path}")
+
+
+_EXPECTED = {
+    "image": "one picture file (.png, .jpg, .webp, ...)",
+    "video": VIDEO,
+    "latents": "one .npy file",
+}
+
+
+def _last_blocks(path: Path, frames: np.ndarray, layout: Layout, vae: VaeConfig) -> GivenFrames:
+    """Return the last of the frames that are whole blocks; ValueError if there are too few."""
     count = layout.whole(1 + (len(frames) - 1) // vae.temporal_stride)
     if not count:
         raise ValueError(
-            f"{flag}: {path} has {len(frames)} frame{'s' * (len(frames) > 1)}; this model begins "
-            f"with whole blocks, of at least {vae.pixel_frames(layout.lead or layout.block)} "
-            "frames: give a video of so many, or a model with blocks of one (framewise)"
+            f"{path} has {counted(len(frames), 'frame')}; this model begins with whole blocks, of "
+            f"at least {vae.pixel_frames(layout.lead or layout.block)} frames: give a video of so "
+            "many, or a model with blocks of one (framewise)"
         )
-    return GivenFrames(count, frames[len(frames) - vae.pixel_frames(count) :])
+    used = vae.pixel_frames(count)
+    if used < len(frames):
+        log(f"{path}: videos begin with the last {used} of its {len(frames)} frames, whole blocks")
+    return GivenFrames(count, frames[len(frames) - used :])
 
 
 def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> GivenFrames:
     """Read latents [frames, C, H, W] from a .npy; ValueError if they are of another form."""
+    channels, height, width = size
+    expected = f"expected floats [frames, {channels} channels, height {height}, width {width}]"
     try:
         values = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--latents: {path} is no .npy of numbers: {error}") from None
+    except (ValueError, EOFError):
+        with open(path, "rb") as file:
+            start = file.read(6)
+        what = next(text for begin, text in _NO_NPY.items() if start.startswith(begin))
+        raise ValueError(f"{path} is {what}; {expected}, saved with np.save") from None
     if values.ndim != 4 or values.shape[1:] != size or not np.issubdtype(values.dtype, np.floating):
-        raise ValueError(
-            f"--latents: {path} is {values.dtype} {list(values.shape)}; expected float [frames, "
-            f"*{list(size)}]"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(f"--latents: {path} holds numbers that are not finite")
+        raise ValueError(f"{path} holds {values.dtype} {list(values.shape)}; {expected}")
+    with np.errstate(over="ignore"):  # what float32 does not hold is not finite
+        latents = values.astype(np.float32)
+    if not np.isfinite(latents).all():
+        raise ValueError(f"{path} holds numbers that are not finite")
     if not len(values) or layout.whole(len(values)) != len(values):
         raise ValueError(
-            f"--latents: {path} has {len(values)} frames, which are not whole blocks of "
-            f"{layout.block}"
+            f"{path} has {counted(len(values), 'frame')}; expected whole blocks of {layout.block}"
         )
-    return GivenFrames(len(values), None, values.astype(np.float32))
+    return GivenFrames(len(latents), None, latents)
+
+
+# how files begin that are no array: what they are
+_NO_NPY = {
+    b"PK": "an archive (.npz of several arrays, or .pt)",
+    b"\x93NUMPY": "a .npy that is cut short, or holds no numbers",
+    b"": "no .npy file",
+}

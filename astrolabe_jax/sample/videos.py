@@ -358,7 +358,7 @@ def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None
         others = sorted(path.stem for path in (directory / VIDEOS).glob("*.mp4"))
     if others:
         raise ValueError(
-            f"{directory} holds {len(others)} video{'s' * (len(others) > 1)} of another command, "
+            f"{directory} holds {counted(len(others), 'video')} of another command, "
             f"{others[0][:60]}.mp4 first; give another --output_dir, or --overwrite to replace them"
         )
 
@@ -388,7 +388,8 @@ def sample(
         log(f"{len(rows)} of {counted(len(requests), 'video')} made before")
     others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]
     if others:
-        log(f"{len(others)} videos are replaced in {videos}, {others[0]}.mp4 first")
+        replaced = counted(len(others), "video is", "videos are")
+        log(f"{replaced} replaced in {videos}, {others[0]}.mp4 first")
     _write_rows(directory, rows)  # so that no row tells of a video that is replaced
     add = Progress(check=check).counter(
         counted(len(left), "video"), sum(request.frames for request in left), "frames"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.runtime.files import parse_json
+from astrolabe_jax.runtime.progress import counted
 from astrolabe_jax.types import BlockPlan, CacheChange, Timeline
 
 DEFAULT_SECONDS = 10.5  # of a scene without a duration
@@ -261,6 +262,10 @@ class Rules(NamedTuple):
     published: bool = False  # reproduce the published strings and flush (docs/published.md)
 
 
+class GivenError(ValueError):
+    """Nothing of a video is left to make: what it begins with is as long."""
+
+
 class Shot(NamedTuple):
     """A part of a video that shares nothing with what came before it."""
 
@@ -290,6 +295,7 @@ def shots(
       given: latent frames that the first shot begins with.
 
     Raises:
+      GivenError: if all frames are given.
       ValueError: if the frames are over before the last scene begins, or for a video that the
         layout cannot hold.
     """
@@ -306,18 +312,21 @@ def shots(
         left -= shown
         count = layout.whole(1 - (1 - shown) // stride, up=True)
         if before and count <= before:
-            raise ValueError(
-                f"all of the {shown} frames are given, {1 + stride * (before - 1)} frames are "
-                f"there before; ask for at least {1 + stride * (before + layout.block - 1)}"
+            raise GivenError(
+                f"gives {counted(1 + stride * (before - 1), 'frame')}, and the whole video is to "
+                f"have {shown}: nothing is left to make; ask for at least "
+                f"{1 + stride * (before + layout.block - 1)}, with --frames or longer scenes, or "
+                "give fewer"
             )
         try:
             layout.check_frames(count)
         except ValueError as error:
-            raise ValueError(f"{shown} frames ({shown / fps:g} s): {error}") from None
+            raise ValueError(f"{counted(shown, 'frame')} ({shown / fps:g} s): {error}") from None
         own_blocks = len(layout.blocks(count)) - len(layout.blocks(before))
         if shown < 1 or own_blocks <= sum(scene.blocks for scene in part[:-1]):
             raise ValueError(
-                f"{frames} frames are over before scene {len(scenes)} begins; ask for more"
+                f"{counted(frames, 'frame is', 'frames are')} over before scene {len(scenes)} "
+                "begins; ask for more"
             )
         slots = cache_slots(layout, rules, count)
         shots.append(

@@ -241,7 +241,7 @@ def test_an_adapter_tree_holds_no_whole_differences(tmp_path, adapter, name, ten
     path = save(tmp_path / "a.safetensors", spelled(adapter) | {name: np.ones(2, np.float32)})
     with pytest.raises(
         ConversionError,
-        match=f"it changes 1 tensors that an adapter cannot hold: {tensor}; merge it into the base",
+        match=f"it changes 1 tensor that an adapter cannot hold: {tensor}; merge it into the base",
     ):
         lora.load_lora(path)
 

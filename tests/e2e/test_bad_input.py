@@ -136,7 +136,7 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
     [
         (
             {"video.frames": 6},
-            "config.video.frames is 6; whole blocks of 1 latent frames make 5 or 9 frames",
+            "config.video.frames is 6; whole blocks of 1 latent frame make 5 or 9 frames",
         ),
         (
             {"video.frames": 4101, "model.positions": "absolute"},
@@ -373,7 +373,7 @@ def test_stories_of_windows(base, tmp_path, lines, changes, expected):
 def test_too_few_prompts_for_an_epoch(base, tmp_path):
     (tmp_path / "list.txt").write_text("a red circle moving left on a grey background\n")
     config = runs.small_config(base, **{"prompts.train": str(tmp_path / "list.txt")})
-    assert "has 1 prompts, an epoch takes 2 different ones; add prompts" in refusal(
+    assert "has 1 prompt, an epoch takes 2 different ones; add prompts" in refusal(
         config, tmp_path / "run"
     )
 

@@ -3,6 +3,7 @@ was stopped.
 """
 
 import contextlib
+import io
 import json
 import re
 import subprocess
@@ -280,7 +281,7 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     assert whole["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"), overwrite=True)
-    assert weaker["key"] != adapted["key"] and "1 videos are replaced" in capsys.readouterr().out
+    assert weaker["key"] != adapted["key"] and "1 video is replaced" in capsys.readouterr().out
     adapter["self_attn.q"]["a"][:] = np.nan
     save_peft(adapter, tmp_path / "lora", 2, 1.0)
     with pytest.raises(SystemExit) as ended:
@@ -344,12 +345,14 @@ def test_switched_prompts(base, tmp_path):
         ({}, {}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": RED, "prompt_file": "x"}, "give either --prompt or --prompt_file"),
         ({}, {"prompt": " "}, "--prompt is empty"),
+        ({}, {"prompt": RED, "lora": ""}, "--lora is empty; expected a path"),
+        ({}, {"prompt_file": ""}, "--prompt_file is empty"),
         ({}, {"prompt": "a [5S]"}, "--prompt: character 3 of 'a .5S.': '.5S.' is no duration"),
         ({}, {"prompt": "a | | b"}, "--prompt: character 4 of 'a | | b'"),
         (
             {},
             {"prompt": RED, "frames": 6},
-            "--prompt: --frames is 6; whole blocks of 1 latent frames make 5 or 9",
+            "--prompt: --frames is 6; whole blocks of 1 latent frame make 5 or 9",
         ),
         (
             {"video.frames": 7},
@@ -424,21 +427,39 @@ def test_bad_switches_are_refused_by_line(base, tmp_path, capsys, line, message)
     assert re.search(f"error: .*a.jsonl, {message}", capsys.readouterr().err)
 
 
+def npy(values):
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+NPY = npy(np.zeros((2, 4, 2, 2), np.float32))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         (
             "latents",
             np.zeros((2, 4, 2, 3), np.float32),
-            r"is float32 \[2, 4, 2, 3\]; expected float",
+            r"--latents: .*a.npy holds float32 \[2, 4, 2, 3\]; expected floats "
+            r"\[frames, 4 channels, height 2, width 2\]",
         ),
         ("latents", np.full((1, 4, 2, 2), np.nan), "not finite"),
-        ("latents", np.zeros((3, 4, 2, 2)), "has 3 frames, which are not whole blocks of 2"),
+        ("latents", np.full((1, 4, 2, 2), 1e300), "not finite"),
+        ("latents", np.zeros((2, 4, 2, 2), int), "holds int64 .*; expected floats"),
+        ("latents", np.zeros((3, 4, 2, 2)), "has 3 frames; expected whole blocks of 2"),
         ("latents", np.zeros((0, 4, 2, 2)), "has 0 frames"),
-        ("latents", b"", "no .npy of numbers"),
-        ("latents", b"PK12345678901234567890", "no .npy of numbers"),
+        ("latents", b"", "a.npy is an empty file"),
+        ("latents", b"12345678901234567890", "a.npy is no .npy file; expected floats .frames"),
+        ("latents", b"PK12345678901234567890", r"a.npy is an archive \(.npz .*; expected floats"),
+        ("latents", NPY[:-1], "a.npy is a .npy that is cut short, or holds no numbers; expected"),
+        ("latents", NPY[:20], "a.npy is a .npy that is cut short, or holds no numbers; expected"),
+        ("latents", np.array([None]), "is a .npy that is cut short, or holds no numbers"),
         ("video", np.zeros((4, 16, 16, 3), np.uint8), "has 4 frames; .* of at least 5 frames"),
         ("video", b"no video", "a.mp4 cannot be read as a video"),
+        ("video", b"version https://git-lfs.github.com/spec/v1", "a.mp4 is a git-lfs pointer, not"),
+        ("image", b"<!doctype html>", "a.png is a web page, not the file itself"),
         ("video", b"#EXTM3U\n#EXTINF:1,\n/etc/hosts\n", "a.mp4 cannot be read as a video"),
         ("image", b"no picture", "a.png cannot be read as a picture; expected one of PNG"),
         (
@@ -457,11 +478,61 @@ def test_frames_that_cannot_be_given_are_refused(base, tmp_path, capsys, name, c
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("image", "one picture file"),
+        ("video", "one video file"),
+        ("latents", "one .npy file"),
+    ],
+)
+def test_what_is_no_file_is_told_apart(base, tmp_path, capsys, name, expected):
+    for given, message in (
+        (tmp_path, f"--{name}: {tmp_path} is a directory; expected {expected}"),
+        ("", f"--{name}: the name of a file is empty; expected {expected}"),
+        (tmp_path / "a", f"--{name}: no file {tmp_path / 'a'}; expected {expected}"),
+        ("https://there/a", f"--{name}: https://there/a is an address; download it, and give"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            ask(base, tmp_path / "out", prompt=RED, **{name: str(given)})
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and message in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "fault"),
+    [
+        (5, "", "gives 5 frames, and the whole video is to have 5"),
+        (24, "", "gives 21 frames, and the whole video is to have 5"),
+        (5, "list.txt, line 2)", "gives 5 frames, and the whole video is to have 5"),
+    ],
+)
+def test_a_video_that_is_given_whole_is_named(base, tmp_path, capsys, given, source, fault):
+    """Not the prompt, which is not at fault."""
+    path = tmp_path / "a.mp4"
+    write_mp4(path, np.zeros((given, 16, 16, 3), np.uint8), 16)
+    options = {"prompt": RED}
+    if source:
+        (tmp_path / "list.txt").write_text(f"{RED}[2s] | {GREEN}[1s]\n{RED}\n")
+        options = {"prompt_file": str(tmp_path / "list.txt")}
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path / "out", video=str(path), **options)
+    told = capsys.readouterr()
+    least = 9 if given == 5 else 25
+    assert ended.value.code == 2 and f"error: --video {path} {fault}: nothing" in told.err
+    assert f"ask for at least {least}, with --frames or longer scenes, or give fewer" in told.err
+    assert told.err.endswith(f"{source}\n") and "--prompt" not in told.err
+    cut = f"{path}: videos begin with the last 21 of its 24 frames, whole blocks\n"
+    assert told.out == (cut if given == 24 else "")
+
+
 def asked_for(base, **options):
     """The requests of a command, as the program reads them."""
     config = runs.small_config(base)
     sizes, tokenizer = open_base(config)
-    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 16)
+    limits = requests.Limits(
+        layout_of(config), rules_of(config), sizes["vae"], requests.GivenFrames(), tokenizer, 16
+    )
     return requests.read_requests(config, DEFAULTS | options, limits)
 
 
@@ -504,7 +575,9 @@ def test_published_rules_parse_all_prompts_or_none(base, tmp_path):
     config = runs.small_config(base, **{"scenes.published": True})
     path = tmp_path / "a.txt"
     sizes, tokenizer = open_base(config)
-    limits = requests.Limits(layout_of(config), rules_of(config), sizes["vae"], 0, tokenizer, 1000)
+    limits = requests.Limits(
+        layout_of(config), rules_of(config), sizes["vae"], requests.GivenFrames(), tokenizer, 1000
+    )
 
     def read():
         asked = DEFAULTS | {"prompt_file": str(path), "frames": 21}

@@ -1,5 +1,8 @@
 """Scoring beside sampling: order, waiting, hanging, and where weights live."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -89,12 +92,22 @@ def test_what_is_under_way_can_be_waited_for():
     assert finished
 
 
+@pytest.fixture
+def hang():
+    """Waits until the end of the test: a thread that works on would end this process with it."""
+    free = threading.Event()
+    yield free.wait
+    free.set()
+
+
 @pytest.mark.parametrize("overlap", ["none", "host"])
-def test_a_scorer_that_hangs_is_named(overlap):
-    runner = RewardRunner([group("slow", threading.Event().wait)], overlap, timeout=0.2)
+def test_a_scorer_that_hangs_is_named(overlap, hang):
+    """Not those before and behind it."""
+    groups = [group("fast"), group("slow", hang), group("next")]
+    runner = RewardRunner(groups, overlap, timeout=0.2)
     with pytest.raises(
         RewardError,
-        match="rewards 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout",
+        match="^reward 'slow' did not answer within 0.2 s for samples 5 to 6; .*timeout",
     ):
         runner.score_async(FRAMES, PROMPTS, range(5, 7))()
     began = time.monotonic()
@@ -102,11 +115,11 @@ def test_a_scorer_that_hangs_is_named(overlap):
     assert time.monotonic() - began < 0.1
 
 
-def test_a_scorer_that_hangs_is_waited_for_once():
+def test_a_scorer_that_hangs_is_waited_for_once(hang):
     """Not once a batch."""
-    runner = RewardRunner([group("slow", threading.Event().wait)], "host", timeout=0.2)
-    runner.score_async(FRAMES, PROMPTS, range(5, 7))
-    with pytest.raises(RewardError, match="for samples 5 to 6;"):
+    runner = RewardRunner([group("slow", hang)], "host", timeout=0.2)
+    runner.score_async(FRAMES[:1], PROMPTS[:1], range(5, 6))
+    with pytest.raises(RewardError, match="for sample 5;"):
         runner.score_async(FRAMES, PROMPTS, range(7, 9))
 
 
@@ -139,3 +152,51 @@ def test_weights_on_the_host_are_on_the_device_only_while_they_are_used():
     for _ in range(2):
         np.testing.assert_array_equal(runner.score_async(FRAMES, PROMPTS)()["a"], [10, 11])
     assert len(seen) == 2 and all(leaf.is_deleted() for leaf in seen)
+
+
+OUTLIVING = """
+import sys
+import jax, numpy as np
+from astrolabe_jax.rewards.panel import RewardRunner
+from astrolabe_jax.rewards.registry import Loaded, RewardError, Scorer
+from astrolabe_jax.runtime.multihost import exit_together
+
+def score(params, frames, prompts):
+    step = lambda i, x: jax.numpy.sin(x @ x)
+    program = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, step, x))
+    x = np.ones((64, 64), np.float32)
+    while True:
+        x = program(x)
+
+def main():
+    runner = RewardRunner([Loaded(("slow",), Scorer(score))], timeout=0.3)
+    try:
+        runner.score_async(np.zeros((1, 1, 2, 2, 3), np.uint8), ["a cat"])
+    except RewardError as error:
+        print(error)
+        {end}
+
+with exit_together():
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "told"),
+    [
+        ("sys.exit(2)", 2, ""),
+        ("pass", 0, ""),
+        pytest.param("1 / 0", 1, "ZeroDivisionError: division", marks=pytest.mark.slow),
+    ],
+)
+def test_a_program_ends_while_a_reward_computes_on(end, status, told):
+    """Python would end under the calls of JAX, which crashes (status 134 or 139)."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUTLIVING.replace("{end}", end)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert done.returncode == status and done.stdout.startswith("reward 'slow' did not answer")
+    assert told in done.stderr

@@ -1,8 +1,11 @@
 import dataclasses
+import re
 import subprocess
 import sys
 import types
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -164,9 +167,31 @@ def test_a_scorer_imports_nothing_of_the_others(scorer):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0, 2.0], r"'bad' returned scores of shape \[2\] for 3 videos; expected \[3\]"),
-        ([[1.0], [2.0], [3.0]], r"shape \[3, 1\]"),
-        (1.0, r"shape \[\]"),
+        (
+            [1.0, 2.0],
+            r"'bad' returned float64 of shape \(2,\); expected real numbers of shape \(3,\), one",
+        ),
+        ([[1.0], [2.0], [3.0]], r"float64 of shape \(3, 1\)"),
+        (1.0, r"float64 of shape \(\)"),
+        (
+            np.ones(3, np.complex64),
+            r"'bad' returned complex numbers of shape \(3,\); expected real",
+        ),
+        (jnp.ones(3, jnp.complex64), r"complex numbers of shape \(3,\); expected real"),
+        ([0.5, 1j, 1.0], "complex numbers"),
+        (["0.5", "1", "2"], r"text of shape \(3,\); expected real"),
+        (np.array([b"1", b"2", b"3"]), "text"),
+        ([0.5, "1", 2], "text"),
+        ([True, False, True], r"True and False of shape \(3,\); expected real"),
+        (None, r"'bad' returned None \(does it end in a return\?\); expected real"),
+        ({"bad": None}, "'bad' returned None"),
+        ([0.5, None, 1.0], "'bad' returned list of NoneType, float; expected"),
+        ([[1.0], [2.0, 3.0], [4.0]], "'bad' returned a list that is no array of numbers; expected"),
+        ((x for x in range(3)), "'bad' returned a generator; expected"),
+        ({1.0, 2.0, 3.0}, "'bad' returned a set; expected"),
+        (np.array(["2026-01-01"] * 3, "datetime64"), "datetime64"),
+        ([1.0, 1e300, 3.0], r"'bad' is 1e\+300 for sample 1 .*; expected a number below 1e\+30"),
+        ({}, "'bad': its scorer returned only an empty mapping"),
         ([1.0, np.nan, 3.0], r"'bad' is nan for sample 1 \(prompt 'a dog'\)"),
         ([1.0, -np.inf, np.inf], r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more"),
         (
@@ -176,10 +201,31 @@ def test_a_scorer_imports_nothing_of_the_others(scorer):
         ({"good": [1, 2, 3]}, "'bad': its scorer returned only 'good'"),
     ],
 )
-def test_scores_that_are_no_scores_are_refused(add, returned, message):
+def test_scores_that_are_no_scores_are_refused(add, recwarn, returned, message):
     add("bad", lambda frames, prompts: returned)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         score(["bad"])
+    assert "\n" not in str(raised.value)
+    # JAX's own, of a generator
+    assert not [warning for warning in recwarn if "PyTree" not in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        [np.float64(1), jnp.float32(2), 3],
+        np.array([1, 2, 3], np.uint8),
+        np.array([1, 2, 3], ">f8"),
+        jnp.array([1, 2, 3], jnp.bfloat16),
+        {"fine": [1, 2, 3], 7: "not asked for"},
+    ],
+)
+def test_real_numbers_of_any_kind_are_scores(add, returned):
+    add("fine", lambda frames, prompts: returned)
+    scores = score(["fine"])["fine"]
+    assert scores.dtype == np.float32 and scores.tolist() == [1, 2, 3]
 
 
 def test_a_sample_is_named_by_its_number_in_the_epoch(add):
@@ -224,6 +270,7 @@ def loader(monkeypatch):
 
     module = types.ModuleType("fake_loader")
     module.load = load
+    module.TintOptions = TintOptions
     monkeypatch.setitem(sys.modules, "fake_loader", module)
     for name in ("tint", "shade"):
         monkeypatch.setitem(rewards.TABLE, name, rewards.Reward(load="fake_loader:load"))
@@ -305,6 +352,10 @@ def test_a_reward_may_come_from_outside_of_the_package(loader, monkeypatch):
         ("fake_loader:gone", "'mine': cannot import 'fake_loader:gone'"),
         ("fake_loader", "config.rewards.mine.load is 'fake_loader'; expected module:function"),
         ("a b", "'mine': cannot import 'a b'"),
+        ("my/score.py:score", "is 'my/score.py:score'; .* as Python imports it, such as score:sc"),
+        ("score.py:score", "is 'score.py:score'; expected a module as Python imports it, such as"),
+        (7, "cannot import 7: "),
+        ("fake_loader:TintOptions", "is 'fake_loader:TintOptions'; expected module:function"),
     ],
 )
 def test_a_function_from_outside_that_is_not_there_is_named(loader, target, message):
@@ -319,15 +370,119 @@ def test_a_reward_without_options_refuses_them():
         rewards.validate({"shapes_vq": {"weight": 1.0, "gain": 2.0}})
 
 
-def test_whatever_a_scorer_raises_names_reward_samples_and_place(add):
-    def broken(frames, prompts):
-        raise KeyError("no such thing")
+# A user's files, and for each fault the line that is at fault.
+OUTSIDE = """
+import helper, json, sys
+import numpy as np
+def key(frames, prompts):
+    return {}[prompts[0]]  # key
+def deep(frames, prompts):
+    return helper.half(frames)
+def installed(frames, prompts):
+    return np.stack([])  # installed
+def python(frames, prompts):
+    return json.loads("{")  # python
+def leave(frames, prompts):
+    sys.exit(3)  # leave
+def lines(frames, prompts):
+    raise RuntimeError("one\\n  two")  # lines
+def load(names, setting):
+    return {}["weights"]  # load
+"""
+HELPER = """
+def half(frames):
+    return frames / "2"  # deep
+"""
 
-    add("bad", broken)
-    with pytest.raises(
-        rewards.RewardError, match=r"'bad' failed on samples 4 to 6: KeyError: .*test_registry"
-    ):
-        score(["bad"], numbers=range(4, 7))
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Writes modules of a user, where Python finds them; gives FILE:LINE of a marked line."""
+
+    def write(**modules):
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    def place(mark):
+        for path in tmp_path.glob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), start=1):
+                if line.endswith(f"# {mark}"):
+                    return f"{path}:{number}"
+
+    write(outside=OUTSIDE, helper=HELPER)
+    yield SimpleNamespace(write=write, place=place)
+    for name in ("outside", "helper", "broken"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("key", "KeyError: 'a cat'"),
+        ("deep", "TypeError: ufunc .divide. not supported .*"),
+        ("installed", "ValueError: need at least one array to stack"),
+        ("python", "JSONDecodeError: .*"),
+        ("leave", "SystemExit: 3"),
+        ("lines", "RuntimeError: one two"),
+    ],
+)
+def test_whatever_a_reward_raises_names_it_and_the_line_of_its_user(outside, function, message):
+    settings = {"mine": {"load": f"outside:{function}"}}
+    (loaded,) = rewards.load(settings, rewards.Setting(None, 16.0))
+    with pytest.raises(rewards.RewardError) as raised:
+        rewards.score(loaded, FRAMES, PROMPTS, range(4, 7))
+    text = str(raised.value)
+    assert re.match(f"reward 'mine' failed on samples 4 to 6: ({message})", text)
+    assert text.endswith(f" ({outside.place(function)})") and "\n" not in text
+
+
+def test_whatever_a_loader_or_an_import_raises_names_the_line_of_its_user(outside):
+    setting = rewards.Setting(None, 16.0)
+    with pytest.raises(ValueError, match="config.rewards.mine: KeyError: 'weights'") as raised:
+        rewards.load({"mine": {"load": "outside:load"}}, setting)
+    assert str(raised.value).endswith(f" ({outside.place('load')})")
+    for text, message in (("import sys\nsys.exit()  # import", "SystemExit: "), ("a b", "SyntaxE")):
+        outside.write(broken=text)
+        with pytest.raises(ValueError, match=f"cannot import 'broken:score': {message}") as raised:
+            rewards.validate({"mine": {"load": "broken:score"}})
+        assert outside.place("import") is None or outside.place("import") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "def score(frames): return [1.0]",
+            ", which cannot be called with .*: too many positional",
+        ),
+        ("def score(frames, prompts, fps): return [1.0]", "missing a required argument: 'fps'"),
+        ("async def score(frames, prompts): return [1.0]", ", which is async or yields; expected"),
+        ("def score(frames, prompts): yield 1.0", ", which is async or yields; expected"),
+    ],
+)
+def test_a_function_that_cannot_score_is_refused_before_it_is_called(outside, text, message):
+    outside.write(broken=text)
+    with pytest.raises(ValueError, match=f"config.rewards.mine.load is 'broken:score'.*{message}"):
+        rewards.validate({"mine": {"load": "broken:score"}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import functools\ndef f(k, frames, prompts): return [k] * len(frames)\n"
+        "score = functools.partial(f, 2)",
+        "class Two:\n    def __call__(self, frames, prompts): return [2] * len(frames)\n"
+        "score = Two()",
+        "def score(frames, prompts, gain=2): return [gain] * len(frames)",
+        "def score(*args): return [2] * len(args[0])",
+    ],
+)
+def test_whatever_can_be_called_is_a_reward(outside, text):
+    outside.write(broken=text)
+    (loaded,) = rewards.load({"mine": {"load": "broken:score"}}, rewards.Setting(None, 16.0))
+    assert rewards.score(loaded, FRAMES, PROMPTS, range(3))["mine"].tolist() == [2, 2, 2]
 
 
 def test_a_reward_cannot_change_what_others_see():
@@ -345,7 +500,7 @@ def test_a_reward_cannot_change_what_others_see():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: sys.exit(0), "'a' failed on samples 0: SystemExit: 0"),
+        (lambda: sys.exit(0), "'a' failed on sample 0: SystemExit: 0"),
         (lambda: [1e38], "'a' is .* for sample 0 .*; expected a number below 1e.30"),
     ],
 )

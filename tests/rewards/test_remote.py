@@ -145,6 +145,9 @@ def test_what_may_pass_is_tried_again(status):
         (200, {"score": 1}, "the answer is .*; expected .*with numbers for taste", 1),
         (200, {"scores": {"taste": "good"}}, "expected .* with numbers for taste", 1),
         (200, {"scores": {"taste": True}}, "true.* with numbers for taste", 1),
+        (200, {"scores": {"taste": "0.5"}}, "expected .* with numbers for taste", 1),
+        (200, {"scores": {"taste": None}}, "null.* with numbers for taste", 1),
+        (200, {"scores": {"taste": [0.5]}}, "expected .* with numbers for taste", 1),
         (200, {"scores": {"taste": 10**400}}, "does not answer in JSON: a number of 401", 1),
         (200, b"[" * 100_000, "/score does not answer in JSON", 1),
     ],
@@ -172,6 +175,13 @@ def test_a_number_that_is_none_is_refused(value):
             rewards.score(loaded, FRAMES, PROMPTS, range(3))
 
 
+def test_a_number_that_no_sum_holds_is_refused_as_one_of_a_function():
+    with serving(lambda number, body: (200, {"scores": {"taste": 1e300}})) as server:
+        (loaded,) = rewards.load({"taste": {"weight": 1.0, "url": server.url}}, SETTING)
+        with pytest.raises(rewards.RewardError, match=r"'taste' is 1e\+300 for sample 0 .*below"):
+            rewards.score(loaded, FRAMES, PROMPTS, range(3))
+
+
 def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
     with serving(lambda number, body: (time.sleep(0.5), (200, {}))[1]) as server:
         with pytest.raises(
@@ -179,7 +189,7 @@ def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
         ):
             scorer(server, timeout=0.1, retries=1).score(None, FRAMES[:1], PROMPTS[:1])
         url = server.url
-    with pytest.raises(rewards.SampleError, match="after 1 tries, the last one with .*refused"):
+    with pytest.raises(rewards.SampleError, match="after 1 try, the last one with .*refused"):
         options = remote.ServerOptions(url=url, retries=0)
         remote.load(("taste",), SETTING, options).score(None, FRAMES[:1], PROMPTS[:1])
 
@@ -391,7 +401,7 @@ def test_a_server_that_drips_ends_at_the_timeout_and_nobody_waits_for_it():
         server.shutdown()
         server.server_close()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("rewards 'taste' did not answer within 0.5 s for samples 0 to 1")
+    assert done.stdout.startswith("reward 'taste' did not answer within 0.5 s for samples 0 to 1")
 
 
 @pytest.mark.parametrize(

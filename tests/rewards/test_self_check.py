@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax.rewards import __main__ as program
+from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime.media import write_mp4
 from astrolabe_jax.worlds.moving_shapes import rewards as world
 from astrolabe_jax.worlds.moving_shapes.render import sample_scenes
@@ -15,11 +16,11 @@ from configs import moving_shapes
 PROMPT = "a red circle moving left on a blue background"
 
 
-def check(video, **changes):
+def check(video, options=(), **changes):
     config = moving_shapes.get_config()
     config.update_from_flattened_dict(changes)
     given = {"config": config, "video": str(video), "prompt": PROMPT}
-    given |= {"golden": None, "record": False}
+    given |= {"golden": None, "record": False, "tolerance": 1e-3, **dict(options)}
     program.main({name: SimpleNamespace(value=value) for name, value in given.items()})
 
 
@@ -52,12 +53,56 @@ def test_what_is_no_video_is_one_line(tmp_path, capsys):
     for content, message in (
         (b"no video", "a.mp4 cannot be read as a video"),
         (None, "no file"),
+        ("directory", "a.mp4 is a directory; expected one video file"),
     ):
         if content is None:
             (tmp_path / "a.mp4").unlink()
+        elif content == "directory":
+            (tmp_path / "a.mp4").mkdir()
         else:
             (tmp_path / "a.mp4").write_bytes(content)
         with pytest.raises(SystemExit) as ended:
             check(tmp_path / "a.mp4")
         error = capsys.readouterr().err
         assert ended.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": " "}, "--prompt is empty; write what the video should show"),
+        ({"golden": "."}, "--golden: . is a directory; expected a file that --record has written"),
+        ({"golden": ".", "record": True}, "--golden: . is a directory; expected a file that"),
+        ({"golden": "new.json"}, "--golden: no file new.json; expected a file that --record has"),
+        ({"golden": "README.md"}, "--golden: README.md is not valid JSON: "),
+        ({"golden": "other.json"}, "other.json was not written by --record; give another"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_read(
+    tmp_path, capsys, options, message
+):
+    (tmp_path / "other.json").write_text('{"model_type": "clip"}')
+    if options.get("golden") == "other.json":
+        options = options | {"golden": str(tmp_path / "other.json")}
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path / "nowhere.mp4", options)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and message in told and told.count("\n") == 1
+
+
+def test_scores_are_recorded_in_a_new_folder_and_where_that_fails_it_is_one_line(
+    tmp_path, capsys, monkeypatch
+):
+    score = rewards.Scorer(lambda params, frames, prompts: np.ones(1))
+    loaded = [rewards.Loaded(("mine",), score)]
+    monkeypatch.setattr(program.registry, "load", lambda rewards, setting: loaded)
+    write_mp4(tmp_path / "a.mp4", np.zeros((9, 48, 48, 3), np.uint8), 16)
+    golden = tmp_path / "new" / "golden.json"
+    check(tmp_path / "a.mp4", {"golden": str(golden), "record": True})
+    check(tmp_path / "a.mp4", {"golden": str(golden)})
+    assert "agrees with the recorded 1.000000" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        golden = tmp_path / "a.mp4" / "golden.json"
+        check(tmp_path / "a.mp4", {"golden": str(golden), "record": True})
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith(f"error: --golden: {golden} cannot be written")

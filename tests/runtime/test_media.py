@@ -42,13 +42,16 @@ def test_a_video_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(32, 20), (16, 40), (8, 79)])
-def test_a_video_is_read_at_another_rate(tmp_path, rate, expected):
+def test_a_video_is_read_at_another_rate(tmp_path, capsys, rate, expected):
     """Seconds stay seconds: of 40 frames at twice the rate every other one, at half the rate each
     twice.
     """
     write_mp4(tmp_path / "a.mp4", moving(40), rate)
+    capsys.readouterr()
     frames = read_video(tmp_path / "a.mp4", 16, (32, 32))
     assert frames.shape == (expected, 32, 32, 3)
+    told = f"a.mp4: from {rate} to 16 frames a second: its 40 frames become {expected}\n"
+    assert capsys.readouterr().out == (f"{tmp_path}/{told}" if rate != 16 else "")
     shown = moving(40)[(np.arange(expected) * rate / 16).astype(int)]
     assert np.abs(frames.astype(int) - shown).mean() < 5
 
@@ -183,6 +186,38 @@ def test_a_picture_of_another_shape_is_cut_and_that_is_said(tmp_path, capsys):
     ]
     Image.fromarray(CORNERS).save(tmp_path / "a.png")
     read_picture(tmp_path / "a.png", SIZE)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ((1, 1), "a.png is 1x1: it is enlarged 96 times, to 48x96"),
+        ((38, 19), "a.png is 19x38: it is enlarged 2.53 times, to 48x96"),
+        ((48, 24), ""),  # twice
+        ((96, 48), ""),
+    ],
+)
+def test_a_picture_that_is_much_too_small_is_warned_of(tmp_path, capsys, size, told):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "a.png")
+    read = read_picture(tmp_path / "a.png", SIZE)
+    assert read.shape == CORNERS.shape and (read == (10, 200, 30)).all()
+    assert capsys.readouterr().out.startswith(f"warning: {tmp_path}/{told}" if told else "")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_of_an_animation_the_first_picture_is_taken_and_that_is_said(tmp_path, capsys, name):
+    first, *others = [Image.new("RGB", SIZE, (level, level, level)) for level in (0, 100, 200)]
+    first.save(tmp_path / name, save_all=True, append_images=others)
+    assert (read_picture(tmp_path / name, SIZE) == 0).all()
+    told = f"warning: {tmp_path}/{name} holds 3 pictures; the first alone is used\n"
+    assert capsys.readouterr().out == told
+
+
+def test_the_preview_behind_a_photo_is_no_second_picture(tmp_path, capsys):
+    photo = Image.fromarray(CORNERS)
+    photo.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[photo.resize((8, 4))])
+    assert read_picture(tmp_path / "a.jpg", SIZE).shape == CORNERS.shape
     assert not capsys.readouterr().out
 
 
@@ -329,6 +364,8 @@ def test_a_file_of_sound_is_named(tmp_path):
         read_video(tmp_path / "a.mp4")
     with pytest.raises(FileNotFoundError, match=r"no file .*b\.mp4"):
         read_video(tmp_path / "b.mp4")
+    with pytest.raises(IsADirectoryError, match="is a directory; expected one video file"):
+        read_video(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +374,7 @@ def test_a_file_of_sound_is_named(tmp_path):
 def test_a_playlist_opens_no_other_file(tmp_path, text):
     write_mp4(tmp_path / "secret.mp4", moving(5), 16)
     (tmp_path / "a.mp4").write_text(text.format("secret.mp4"))
-    with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video: .*a whole file"):
+    with pytest.raises(ValueError, match=r"a\.mp4 cannot be read as a video: .*no playlist"):
         read_video(tmp_path / "a.mp4")
 
 
@@ -348,7 +385,7 @@ def test_memory_is_bounded_whatever_the_length(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"gap\.mkv has more than 3 frames of 32x32, .*cut it"):
         read_video(tmp_path / "gap.mkv", 16, (32, 32))
     assert read_video(tmp_path / "gap.mkv", 16, (32, 32), end=True).shape == (3, 32, 32, 3)
-    assert "of its 4801 frames the last 3 are used" in capsys.readouterr().out
+    assert "of these 4801 frames the last 3 are used" in capsys.readouterr().out
     record(tmp_path / "long.mkv", moving(20))
     last = read_video(tmp_path / "long.mkv", 16, (32, 32), end=True)
     assert mean_difference(last, moving(20)[-3:]) < 5

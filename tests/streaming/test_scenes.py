@@ -321,7 +321,7 @@ def test_given_frames_come_first():
             RELATIVE,
             (1,),
             {"given": 6, "frames": 21},
-            "all of the 21 frames are given, 21 frames .* at least 33",
+            "gives 21 frames, and the whole video is to have 21: .* ask for at least 33, with",
         ),
         (ABSOLUTE, (400,), {}, "exceed the 1024 absolute positions; use positions='relative'"),
     ],

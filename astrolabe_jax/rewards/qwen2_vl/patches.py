@@ -118,7 +118,7 @@ def sampled_count(frames: int, fps: float, rate: float) -> int:
       ValueError: for a video of one frame.
     """
     if frames < PATCH_FRAMES:
-        raise ValueError(f"a video of {frames} frames; expected at least {PATCH_FRAMES}")
+        raise ValueError(f"a video of one frame; expected at least {PATCH_FRAMES}")
     largest = min(768, frames) // PATCH_FRAMES * PATCH_FRAMES
     count = min(max(frames / fps * rate, 4), largest)
     return round(count / PATCH_FRAMES) * PATCH_FRAMES

@@ -140,5 +140,5 @@ def test_frames_that_are_not_there():
         ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"
     ):
         patches.frame_indices(9, 10)
-    with pytest.raises(ValueError, match="a video of 1 frames; expected at least 2"):
+    with pytest.raises(ValueError, match="a video of one frame; expected at least 2"):
         patches.sampled_count(1, 16.0, 2.0)

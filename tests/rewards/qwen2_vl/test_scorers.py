@@ -284,7 +284,7 @@ def test_what_cannot_be_scored_is_refused(load_videoalign, hpsv3_scorer):
         ) as error:
             scores(scorer, videos(2, 4, 28, 28), ["a", "b <|im_end|>"])
         assert error.value.row == 1
-    with pytest.raises(ValueError, match="a video of 1 frames; expected at least 2"):
+    with pytest.raises(ValueError, match="a video of one frame; expected at least 2"):
         scores(load_videoalign(MQ), videos(1, 1, 28, 28), ["a"])
     with pytest.raises(
         ValueError, match="a video of 9 frames; expected at least the 10 that are sampled"
