@@ -147,14 +147,6 @@ def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_returns_no_config_is_named(tmp_path, environment):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text('def get_config(variant=""):\n    return {"train": {"epochs": 1}}\n')
-    status, _, errors = finish(launch(environment, [f"--config={recipe}", "--workdir=x"]))
-    assert status == 2 and errors.count("\n") == 1
-    assert f"error: --config={recipe}: get_config returns a dict; expected a ConfigDict" in errors
-
-
 @pytest.mark.slow
 def test_a_second_run_in_a_workdir_is_refused_by_the_name_of_the_first(base, tmp_path, environment):
     """Before weights are read: those of the second are others, which the message does not know."""
