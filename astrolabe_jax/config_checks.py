@@ -28,6 +28,13 @@ _MOST_INT = 2**31 - 1
 _MOST_FLOAT = 3.4e38
 _TINY = 1.2e-38
 
+# Fields that are no text without a name in it, and what they take.
+_NAMES = {
+    "base": "the name of a shipped model, or a directory",
+    "prompts.train": "a text file, a .jsonl, or world:NAME/SPLIT",
+    "prompts.test": "a text file, a .jsonl, or world:NAME/SPLIT",
+}
+
 
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
     """Check a config for a training run.
@@ -86,6 +93,8 @@ def _field_faults(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yield the fields whose value is none that they take by themselves, and what to say of it."""
     for name, field in FIELDS.items():
         value = operator.attrgetter(name)(config)
+        if name in _NAMES and not value.strip():
+            yield name, f"config.{name} is empty; expected {_NAMES[name]}"
         bound = _bound(value)
         if bound or (field.constraint and not field.constraint.allows(value)):
             expected = field.constraint.expected if field.constraint else ""

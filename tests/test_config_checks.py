@@ -39,6 +39,9 @@ def test_every_published_list_of_steps_is_valid(steps):
             {"loss.kind": "ppo"},
             "config.loss.kind is 'ppo'; expected one of astrolabe, diffusion_nft",
         ),
+        ({"base": ""}, "config.base is empty; expected the name of a shipped model, or a dir"),
+        ({"prompts.train": " "}, "config.prompts.train is empty; expected a text file"),
+        ({"prompts.test": ""}, "config.prompts.test is empty; expected a text file"),
         ({"seed": -1}, "config.seed is -1; expected at least 0"),
         ({"train.epochs": 0}, "config.train.epochs is 0; expected at least 1"),
         (

@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from astrolabe_jax import config
-from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime import multihost, progress
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
@@ -85,6 +85,8 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
             fail(f"config.{field} is now config.{new}", 2)
         elif section == "config" and field and not _exists(field):
             fail(f"unknown config field {_unknown_field(field)}", 2)
+        elif _is_empty(flag, value):
+            fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
         elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
             fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
     loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
@@ -134,6 +136,14 @@ def _find_recipe(path: Path) -> None:
 
 def _has_recipe(file: Path) -> bool:
     return "def get_config(" in file.read_text(errors="replace")
+
+
+def _is_empty(flag: str, value: str) -> bool:
+    """Return whether a flag is a text that is there to be given, and is empty."""
+    if value or flag not in flags.FLAGS:
+        return False
+    known = flags.FLAGS[flag]
+    return known.flag_type() == "string" and known.default is None
 
 
 def _read_recipe(argument: str) -> ConfigDict:
@@ -312,6 +322,7 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
         status 2.
     """
     logging.set_verbosity(logging.WARNING)
+    progress.show_warnings()
     # it would warn that torch is missing; nothing needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
@@ -324,7 +335,7 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     )
     for name, value in _FIXED.items():
         if getattr(jax.config, name) != value:
-            print(f"{name.upper()} is not used: it would change the numbers", file=sys.stderr)
+            logging.warning("%s is not used: it would change the numbers", name.upper())
         jax.config.update(name, value)
     try:
         join()

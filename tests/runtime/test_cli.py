@@ -202,6 +202,32 @@ def test_a_value_that_a_field_cannot_have_is_named(
     assert refusal(capsys, every).startswith(expected)
 
 
+def test_an_empty_text_is_refused_by_its_flag(config_flag, capsys):
+    flags.DEFINE_string("lora", None, "an adapter", flag_values=flags.FLAGS)
+    flags.DEFINE_string("note", "", "any text", flag_values=flags.FLAGS)
+    assert refusal(capsys, ["--note=", "--lora="]) == "--lora is empty; expected: an adapter"
+    assert refusal(capsys, ["--lora", ""]) == "--lora is empty; expected: an adapter"
+
+
+def test_all_warnings_look_alike(tmp_path):
+    """Whoever says them: this package, absl, a logger, or numpy by the module warnings."""
+    program = (
+        "import logging, numpy; from absl import logging as absl;"
+        "from astrolabe_jax.runtime import cli, progress; cli.set_up(); cli.set_up();"
+        "logging.warning('%s', 'one'); absl.warning('two\\n  lines'); absl.info('nothing');"
+        "logging.getLogger('jax.x').warning('three'); numpy.float32(1e38) * numpy.float32(1e38);"
+        "progress.warn('four')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr.splitlines() == [
+        "warning: one",
+        "warning: two lines",
+        "warning: three",
+        "warning: overflow encountered in scalar multiply",
+    ]
+    assert ended.stdout == "warning: four\n"
+
+
 @pytest.mark.parametrize(
     ("environment", "status", "out", "errors"),
     [
