@@ -163,7 +163,7 @@ def _read_recipe(argument: str) -> ConfigDict:
         fault = _fault_of_call(get_config, variant)
         made = made if fault else get_config(*variant)
     except (Exception, SystemExit) as error:
-        fail(f"recipe {_raised(error, name)}", 2)
+        fail(_raised(error, name), 2)
     if isinstance(made, ConfigDict):
         return made
     if not fault:
@@ -197,6 +197,8 @@ def _raised(error: BaseException, recipe: str) -> str:
     lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(recipe)]
     text = " ".join(str(error).split())
     told = f"{type(error).__name__}: {text}"
+    if type(error) is ValueError and recipe in text:
+        return text  # it was meant for the user
     if isinstance(error, SyntaxError):
         lines = [error.lineno] if error.filename == os.path.abspath(recipe) else lines
         told = error.msg if error.filename == os.path.abspath(recipe) else text
@@ -209,7 +211,7 @@ def _raised(error: BaseException, recipe: str) -> str:
     elif isinstance(error, ERRORS) and "ml_collections" in frames[-1].filename:
         told = message(error)
     place = f", line {lines[-1]}" if lines else ""
-    return f"{recipe}{place}: {told}"
+    return f"recipe {recipe}{place}: {told}"
 
 
 def _exists(field: str) -> bool:
