@@ -105,13 +105,17 @@ class Snapshot(NamedTuple):
 def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
     """Raise what `claim` would raise, as far as can be told before the base is read.
 
-    Nothing is written. `fingerprint` may lack the hashes of weights.
+    Nothing stays that is written. `fingerprint` may lack the hashes of weights.
     """
-    there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    there = workdir
+    try:
+        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
         raise OSError(
-            f"workdir {workdir} cannot be written ({there} takes no files); give another --workdir"
-        )
+            f"workdir {workdir} cannot be written ({there} takes no files): {error.strerror}; give "
+            "another --workdir"
+        ) from None
     saved = _record_of(workdir)
     if saved and fingerprint:
         saved = {
@@ -152,6 +156,11 @@ def _record_of(workdir: Path) -> Fingerprint | None:
     others = [
         path.name for path in paths if path.name != _LOCK and not _HALF_WRITTEN.fullmatch(path.name)
     ]
+    if CHECKPOINTS in others:
+        raise ValueError(
+            f"{record} is missing, which tells whose the checkpoints beside it are; put it back, "
+            "or give a new --workdir"
+        )
     if others:
         raise ValueError(
             f"workdir {workdir} holds {sorted(others)[0]!r} but no run of astrolabe_jax; give a "

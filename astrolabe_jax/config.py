@@ -63,6 +63,10 @@ TIMESTEPS = Constraint(
     "timesteps from 1000, pure noise, strictly decreasing, after which a 0 may come",
     _are_timesteps,
 )
+FRAMES = Constraint(
+    "whole numbers from 0 on",
+    lambda frames: all(type(frame) is int and 0 <= frame < 2**31 for frame in frames),
+)
 DTYPE = one_of("float32", "bfloat16")
 
 
@@ -167,6 +171,7 @@ FIELDS: dict[str, Field] = {
         (),
         "Latent frames at which a window may begin, for the selection choices. A frame that is "
         "there twice is drawn twice as often.",
+        FRAMES,
     ),
     "streaming.sampling": Field(
         "clip",
@@ -241,6 +246,7 @@ FIELDS: dict[str, Field] = {
     "prompts.switch_frames": Field(
         (),
         "Latent frames at which the prompts of a line of a .jsonl change, where the line has none.",
+        FRAMES,
     ),
     "prompts.prompts_per_epoch": Field(6, "Prompts of an epoch, G.", at_least(1)),
     "prompts.samples_per_prompt": Field(8, "Videos of a prompt in an epoch, K.", at_least(1)),
@@ -273,7 +279,9 @@ FIELDS: dict[str, Field] = {
         "device", "Where the rewards' weights are between two batches.", one_of("device", "host")
     ),
     "scoring.timeout": Field(
-        3600.0, "Seconds that a reward may take for a batch, with compilation.", POSITIVE
+        3600.0,
+        "Seconds that a reward may take for a batch, with compilation.",
+        Constraint("a positive number, at most 1e9", lambda value: 0 < value <= 1e9),
     ),
     "advantages.std": Field(
         "global",
@@ -485,9 +493,7 @@ def get_config() -> ConfigDict:
 
 
 def describe_fields() -> str:
-    """Return all fields as markdown: a heading and a table (field, default, values, meaning) for
-    each section.
-    """
+    """Return all fields as markdown, a table (field, default, values, meaning) a section."""
     lines = []
     for section, meaning in SECTIONS.items():
         rows = [
@@ -518,7 +524,7 @@ def _values(field: Field) -> str:
     """Return the values that a field takes, in words."""
     if field.constraint:
         return field.constraint.expected
-    words = {bool: "True or False", str: "any text", float: "any number", tuple: "whole numbers"}
+    words = {bool: "True or False", str: "any text", float: "any number"}
     return words.get(type(field.default), "numbers by name")
 
 

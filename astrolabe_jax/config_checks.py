@@ -5,9 +5,9 @@ a field takes by itself is declared in config.py; here is what fields ask of eac
 devices. What depends on the base model or the prompts is checked in run.py.
 """
 
-import math
+import contextlib
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,6 +23,18 @@ from astrolabe_jax.config import (
     samples,
 )
 
+# What devices hold of numbers: int32, and float32 whose smallest are not rounded to 0.
+_MOST_INT = 2**31 - 1
+_MOST_FLOAT = 3.4e38
+_TINY = 1.2e-38
+
+# Fields that are no text without a name in it, and what they take.
+_NAMES = {
+    "base": "the name of a shipped model, or a directory",
+    "prompts.train": "a text file, a .jsonl, or world:NAME/SPLIT",
+    "prompts.test": "a text file, a .jsonl, or world:NAME/SPLIT",
+}
+
 
 def validate(config: ConfigDict, reward_names: Collection[str], devices: int, backend: str) -> None:
     """Check a config for a training run.
@@ -36,15 +48,16 @@ def validate(config: ConfigDict, reward_names: Collection[str], devices: int, ba
     Raises:
       ValueError: its message lists every field at fault: its value, what was expected, what to do.
     """
+    at_fault = dict(_field_faults(config))
+    sound = _without(config, at_fault)
+    of_devices = _device_faults(sound, devices)
     _refuse(
-        *_field_faults(config),
+        *at_fault.values(),
+        *_each((_sample_faults, _shown_faults, _window_faults, _kl_faults), sound),
         *_reward_faults(config, reward_names),
-        *_attention_faults(config, backend),
-    )
-    # these calculate, with numbers that are sensible by now
-    _refuse(
-        *_device_faults(config, devices),
-        *_kl_faults(config),
+        *_each((_attention_faults,), sound, backend),
+        *of_devices,
+        *(_fitting_devices(config, devices) if of_devices and not at_fault else ()),
     )
 
 
@@ -55,8 +68,15 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
     """
     given = bool(config.lora.init)
     told = "config.lora.init is where training starts; videos take an adapter as --lora"
-    _refuse(*_field_faults(config), *_attention_faults(config, backend), *_broken((given, told)))
-    _refuse(*_mesh_faults(config, devices))
+    at_fault = dict(_field_faults(config))
+    sound = _without(config, at_fault)
+    _refuse(
+        *at_fault.values(),
+        *_each((_window_faults,), sound),
+        *_each((_attention_faults,), sound, backend),
+        *_broken((given, told)),
+        *_each((_mesh_faults,), sound, devices),
+    )
 
 
 def _refuse(*faults: str) -> None:
@@ -69,23 +89,81 @@ def _broken(*rules: tuple[object, str]) -> Iterable[str]:
     return [message for broken, message in rules if broken]
 
 
-def _field_faults(config: ConfigDict) -> Iterator[str]:
+def _field_faults(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """Yield the fields whose value is none that they take by themselves, and what to say of it."""
     for name, field in FIELDS.items():
         value = operator.attrgetter(name)(config)
-        if field.constraint and not field.constraint.allows(value):
-            yield f"config.{name} is {value!r}; expected {field.constraint.expected}"
-    yield from _broken(
+        if name in _NAMES and not value.strip():
+            yield name, f"config.{name} is empty; expected {_NAMES[name]}"
+        bound = _bound(value)
+        if bound or (field.constraint and not field.constraint.allows(value)):
+            expected = field.constraint.expected if field.constraint else ""
+            told = [expected, bound if "at most" not in expected else ""]
+            yield name, f"config.{name} is {value!r}; expected {', '.join(filter(None, told))}"
+
+
+def _bound(value: Any) -> str:
+    """Return what a number is beyond that devices cannot hold; empty for any other value."""
+    if isinstance(value, int) and abs(value) > _MOST_INT:
+        return f"at most {_MOST_INT}"
+    if isinstance(value, float) and not abs(value) <= _MOST_FLOAT:
+        return f"at most {_MOST_FLOAT}"
+    if isinstance(value, float) and 0 < abs(value) < _TINY:
+        return f"0 or a size of at least {_TINY}"
+    return ""
+
+
+def _without(config: ConfigDict, names: Collection[str]) -> ConfigDict:
+    """Return a copy of a config that lacks the fields `names`."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        for name in names:
+            section, _, field = name.rpartition(".")
+            del (operator.attrgetter(section)(copy) if section else copy)[field]
+    return copy
+
+
+def _each(checks: Iterable[Callable[..., Iterable[str]]], *arguments: Any) -> Iterator[str]:
+    """Yield the faults that checks find, but for checks of a field that `_without` left out: what
+    they would say follows from the fault that it has.
+    """
+    for check in checks:
+        with contextlib.suppress(AttributeError):
+            yield from check(*arguments)
+
+
+def _sample_faults(config: ConfigDict) -> Iterable[str]:
+    train = config.train
+    return _broken(
         (
-            config.train.save_samples and config.train.checkpoint_every != 1,
-            "config.train.save_samples is True and train.checkpoint_every "
-            f"{config.train.checkpoint_every}: samples go with the checkpoint before them; "
-            "expected checkpoint_every 1",
-        ),
+            train.save_samples and train.checkpoint_every != 1,
+            f"config.train.save_samples is True and train.checkpoint_every "
+            f"{train.checkpoint_every}: samples go with the checkpoint before them; expected "
+            "checkpoint_every 1",
+        )
+    )
+
+
+def _shown_faults(config: ConfigDict) -> Iterable[str]:
+    shown = config.eval.shown
+    videos = config.eval.videos
+    return _broken(
+        (shown > videos, f"config.eval.shown is {shown}; expected at most eval.videos, {videos}")
+    )
+
+
+def _window_faults(config: ConfigDict) -> Iterable[str]:
+    model = config.model
+    field = "max_global" if model.window == -1 else "window"
+    capacity = getattr(model, field)
+    sink = 0 if model.faithful_sinks else model.sink
+    least = sink + model.block
+    return _broken(
         (
-            config.eval.shown > config.eval.videos,
-            f"config.eval.shown is {config.eval.shown}; expected at most eval.videos, "
-            f"{config.eval.videos}",
-        ),
+            capacity < least,
+            f"config.model.{field} is {capacity}; expected at least {least}, a block "
+            f"(model.block {model.block}) behind the sink (model.sink {model.sink})",
+        )
     )
 
 
@@ -120,66 +198,72 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
                 f"of another, config.rewards.{name}.{LOAD}=module:name",
             ),
             (
-                not _is_finite(weight),
+                not _is_weight(weight),
                 f"config.rewards.{name}{option} is {weight!r}; expected a finite weight",
             ),
         )
-    if weights and all(map(_is_finite, weights.values())) and sum(weights.values()) == 0:
+    if weights and all(map(_is_weight, weights.values())) and sum(weights.values()) == 0:
         summands = ", ".join(f"{name}={weight}" for name, weight in weights.items())
         yield f"config.rewards has a total weight of 0 ({summands}); raise a weight"
 
 
-def _is_finite(weight: Any) -> bool:
+def _is_weight(weight: Any) -> bool:
     """Return whether a weight is a finite number; the command line may give any literal."""
-    return (
-        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-    )
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and not _bound(weight)
 
 
-def _batch_faults(config: ConfigDict, devices: int) -> Iterator[str]:
+def _of_epoch(config: ConfigDict) -> str:
+    """Return the words for the videos of an epoch."""
     prompts = config.prompts
-    optimizer = config.optimizer
-    videos = samples(config)
-    epoch = (
-        f"the {videos} videos of an epoch (prompts.prompts_per_epoch x samples_per_prompt, "
-        f"{prompts.prompts_per_epoch} x {prompts.samples_per_prompt})"
+    return (
+        f"the {samples(config)} videos of an epoch (prompts.prompts_per_epoch x "
+        f"samples_per_prompt, {prompts.prompts_per_epoch} x {prompts.samples_per_prompt})"
     )
-    if videos % config.sampler.batch:
-        yield f"config.sampler.batch is {config.sampler.batch}; expected a divisor of {epoch}"
+
+
+def _batch_faults(config: ConfigDict) -> Iterator[str]:
+    batch = config.sampler.batch
+    if samples(config) % batch:
+        yield f"config.sampler.batch is {batch}; expected a divisor of {_of_epoch(config)}"
     else:
         yield from _prompt_faults(config)
-    yield from _broken(
+
+
+def _microbatch_faults(config: ConfigDict) -> Iterable[str]:
+    optimizer = config.optimizer
+    return _broken(
         (
-            videos % (optimizer.microbatch * optimizer.steps_per_pass),
-            f"config.optimizer.microbatch is {optimizer.microbatch}; expected {epoch} to be a "
-            f"whole number of them in each of the {optimizer.steps_per_pass} steps of a pass",
+            samples(config) % (optimizer.microbatch * optimizer.steps_per_pass),
+            f"config.optimizer.microbatch is {optimizer.microbatch}; expected {_of_epoch(config)} "
+            f"to be a whole number of them in each of the {optimizer.steps_per_pass} steps of a "
+            "pass",
         )
     )
-    yield from _mesh_faults(config, devices)
-    yield from _broken(
-        *(
-            (
-                size % devices,
-                f"config.{field} is {size}; expected a multiple of the {devices} devices",
-            )
-            for field, size in _batch_sizes(config).items()
-        )
-    )
+
+
+def _size_faults(config: ConfigDict, devices: int) -> Iterable[str]:
+    return [
+        f"config.{field} is {size}; expected a multiple of the {devices} devices"
+        for field, size in _batch_sizes(config).items()
+        if size % devices
+    ]
 
 
 def _device_faults(config: ConfigDict, devices: int) -> list[str]:
-    """Return what does not fit each other and the devices, and how many devices would do."""
+    """Return what does not fit each other and the devices."""
+    return [
+        *_each((_batch_faults, _microbatch_faults), config),
+        *_each((_mesh_faults, _size_faults, _streaming_faults), config, devices),
+    ]
 
-    def faults(count: int) -> list[str]:
-        return [*_batch_faults(config, count), *_streaming_faults(config, count)]
 
-    found = faults(devices)
+def _fitting_devices(config: ConfigDict, devices: int) -> list[str]:
+    """Return a line with the numbers of devices that would do, if there are any."""
     most = min(_batch_sizes(config).values())
-    fitting = [count for count in range(1, most + 1) if found and not faults(count)]
-    if fitting:
-        numbers = ", ".join(map(str, fitting))
-        found.append(f"with these fields it runs on {numbers} devices; here are {devices}")
-    return found
+    fitting = [count for count in range(1, most + 1) if not _device_faults(config, count)]
+    numbers = ", ".join(map(str, fitting))
+    told = f"with these fields it runs on {numbers} devices; here are {devices}"
+    return [told] if fitting else []
 
 
 def _prompt_faults(config: ConfigDict) -> Iterator[str]:

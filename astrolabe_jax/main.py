@@ -38,9 +38,9 @@ def main(_: list[str]) -> None:
 
         with preemption.listening() as check:
             try:
-                if CHECK.value:
-                    return run.tell(CONFIG.value, WORKDIR.value)
                 with plan.naming_memory(CONFIG.value):
+                    if CHECK.value:
+                        return run.tell(CONFIG.value, WORKDIR.value)
                     prepared = run.prepare(CONFIG.value, WORKDIR.value)
                     jax.set_mesh(prepared.mesh)
                     state = train.resume(prepared)

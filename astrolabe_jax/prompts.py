@@ -16,7 +16,7 @@ import numpy as np
 
 from astrolabe_jax.models.tokenizer import token_ids
 from astrolabe_jax.runtime.files import parse_json, stand_in
-from astrolabe_jax.runtime.progress import log
+from astrolabe_jax.runtime.progress import warn
 from astrolabe_jax.types import PromptBatch, RngStream
 from astrolabe_jax.worlds import WORLDS, World
 
@@ -27,11 +27,11 @@ _COLUMNS = {"prompt", "prompts", "caption", "captions"}  # of a table of prompts
 
 
 def load(source: str, switch_frames: Sequence[int] = ()) -> tuple[str, ...]:
-    """Return the prompts of a file or of `world:NAME/SPLIT`, in order, as they are written.
+    r"""Return the prompts of a file or of `world:NAME/SPLIT`, in order, as they are written.
 
-    A file is UTF-8: one prompt a line, or, named .jsonl, one JSON object a line. Of an object that
-    has a `prompt` that comes back, of one that has `prompts` the object itself, with its switch
-    frames (streaming/scenes.py reads it).
+    A file is UTF-8: one prompt a line, or, named .jsonl, one JSON object a line; lines end in \n,
+    \r\n or \r. Of an object that has a `prompt` that comes back, of one that has `prompts` the
+    object itself, with its switch frames (streaming/scenes.py reads it).
 
     Args:
       source: the file or the list of a world.
@@ -110,8 +110,8 @@ def check(
             raise ValueError(f"{place(source, number)}: {error}") from None
     if unknown:
         number, text = unknown[0]
-        log(
-            f"warning: {place(source, number)}: the tokenizer of this base does not know most "
+        warn(
+            f"{place(source, number)}: the tokenizer of this base does not know most "
             f"words of {text[:60]!r}; so it is with {len(unknown)} of {looked_up} texts looked at"
         )
     if len(set(prompts)) < len(prompts):
@@ -140,8 +140,8 @@ def _warn_of_equal(source: str, prompts: Sequence[str]) -> None:
         if first.setdefault(prompt, number) != number
     ]
     number, prompt = equal[0]
-    log(
-        f"warning: {source}: {len(equal)} of {len(prompts)} prompts stand there more than once, "
+    warn(
+        f"{source}: {len(equal)} of {len(prompts)} prompts stand there more than once, "
         f"line {number} that of line {first[prompt]}: {prompt[:60]!r}"
     )
 
@@ -251,11 +251,13 @@ def _lines(path: Path) -> list[str]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = len(re.findall(rb"\r*\n|\r", content[: error.start])) + 1
         raise ValueError(
             f"prompt file {path} is not UTF-8: byte {error.start} (line {line}) is "
             f"{content[error.start]:#04x}; save the file as UTF-8"
         ) from None
+    if "\r" in text:
+        text = re.sub("\r*\n|\r", "\n", text)
     if fault := _fault_of_form(text, path):
         raise ValueError(f"prompt file {path} {fault}")
     # Not splitlines: it also splits at characters that may stand inside a prompt, and line numbers

@@ -25,7 +25,7 @@ from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
 from astrolabe_jax.runtime import files, multihost
-from astrolabe_jax.runtime.progress import counted, log
+from astrolabe_jax.runtime.progress import counted, log, warn
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import scenes
 from astrolabe_jax.types import Policy, RngStream, Timeline
@@ -151,6 +151,14 @@ def check(config: ConfigDict, workdir: Path) -> Checked:
       ValueError, OSError: with all faults, each naming the field, file or line.
     """
     faults = Faults()
+    checked = _check(config, workdir, faults)
+    faults.refuse()
+    assert checked, "what was not checked has a fault"
+    return checked
+
+
+def _check(config: ConfigDict, workdir: Path, faults: Faults) -> Checked | None:
+    """Do what `check` does, and leave the faults in `faults`."""
     faults.attempt(validate, config, registry.TABLE, jax.device_count(), jax.default_backend())
     sensible = not faults.found
     if sensible:
@@ -168,8 +176,6 @@ def check(config: ConfigDict, workdir: Path) -> Checked:
             faults.found.append(FileNotFoundError(f"{field}: no {path}"))
     fingerprint = checked.fingerprint if checked else {}
     faults.attempt(checkpoint.check_workdir, workdir, fingerprint)
-    faults.refuse()
-    assert checked, "what was not checked has a fault"
     return checked
 
 
@@ -204,9 +210,32 @@ def _check_model(
 
 
 def tell(config: ConfigDict, workdir: str) -> None:
-    """Print the files of a run, and that nothing is wrong; raise what `check` does."""
+    """Print the files of a run, and that nothing is wrong; raise what `check` does.
+
+    Of the files that are missing only the number is in the error.
+    """
     log("\n".join([f"files of {config.name}:", *file_rows(config)]))
-    multihost.on_all(lambda: check(config, files.local_directory(workdir)))
+    missing = {(field, str(path)) for field, path, size in _needed_files(config) if size is None}
+
+    def is_told(error: Exception) -> bool:
+        return any(
+            str(error).startswith(field.partition(",")[0]) and path in str(error)
+            for field, path in missing
+        )
+
+    def refuse() -> None:
+        faults = Faults()
+        with error_prefix("workdir"):
+            directory = files.local_directory(workdir)
+        _check(config, directory, faults)
+        others = [error for error in faults.found if not is_told(error)]
+        if len(others) < len(faults.found):
+            count = counted(len({path for _, path in missing}), "path")
+            others.append(FileNotFoundError(f"missing: {count}, see the list above"))
+        faults.found = others
+        faults.refuse()
+
+    multihost.on_all(refuse)
     log("nothing is missing or wrong, as far as can be told before weights are read")
 
 
@@ -223,9 +252,20 @@ def file_rows(config: ConfigDict) -> list[str]:
     return rows
 
 
+def where_to_get(config: ConfigDict, error: Exception) -> str:
+    """Return what to add to an error about the base: how to get its files, if any are missing."""
+    missing = any(size is None for *_, size in _needed_files(config))
+    if not missing or not str(error).startswith(("config.base", "config.transformer")):
+        return ""
+    return (
+        "; `python -m astrolabe_jax.main --config=... --workdir=... --check` prints all files of a "
+        "recipe, and where those that are missing are published"
+    )
+
+
 def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
     """Yield field, path and bytes of what a run needs; None bytes for what is not there."""
-    for part in PARTS:
+    for part in PARTS if config.base.strip() else ():
         field, given = _weights_given(config, part)
         try:
             path = bases.weights_of(given, part)
@@ -607,8 +647,8 @@ def _log_scenes(config: ConfigDict, source: str, lines: Sequence[str]) -> None:
     if config.streaming.window:
         log(f"{source}: {count} of {len(lines)} prompts have scenes")
     else:
-        log(
-            f"warning: {source}: {count} of {len(lines)} prompts have a | or a duration, which is "
+        warn(
+            f"{source}: {count} of {len(lines)} prompts have a | or a duration, which is "
             "text where whole videos are trained, and a scene string to sample; write \\| and \\[ "
             "where it is text"
         )
@@ -621,8 +661,8 @@ def _warn_of_overlap(lists: Mapping[str, Sequence[str]]) -> None:
     trained = set(lists["train"])
     both = [prompt for prompt in lists["test"] if prompt in trained]
     if both:
-        log(
-            f"warning: config.prompts.test: {len(both)} of {len(lists['test'])} held-out prompts "
+        warn(
+            f"config.prompts.test: {len(both)} of {len(lists['test'])} held-out prompts "
             f"are training prompts, {both[0][:60]!r} first; their scores do not tell how the "
             "policy does on new ones"
         )

@@ -23,7 +23,7 @@ from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import files, multihost, preemption
 from astrolabe_jax.runtime.metrics import Metrics
-from astrolabe_jax.runtime.progress import Progress, log
+from astrolabe_jax.runtime.progress import Progress, log, warn
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
     Evaluation,
@@ -223,8 +223,8 @@ def learn(
         train = reset_reference(train) if due else train
         figures["reference_reset"] = int(due)
     if not teaches(learn_from):
-        log(
-            f"warning: epoch {state.epoch + 1}: no video is scored higher than another of its "
+        warn(
+            f"epoch {state.epoch + 1}: no video is scored higher than another of its "
             "prompt; nothing was learnt, no step is taken"
         )
     steps = []

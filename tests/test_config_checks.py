@@ -7,7 +7,7 @@ import re
 import pytest
 
 from astrolabe_jax.config import REFERENCE_SWITCHES, get_config
-from astrolabe_jax.config_checks import validate
+from astrolabe_jax.config_checks import validate, validate_sampling
 from astrolabe_jax.rewards import registry as rewards
 from configs import moving_shapes
 
@@ -39,6 +39,9 @@ def test_every_published_list_of_steps_is_valid(steps):
             {"loss.kind": "ppo"},
             "config.loss.kind is 'ppo'; expected one of astrolabe, diffusion_nft",
         ),
+        ({"base": ""}, "config.base is empty; expected the name of a shipped model, or a dir"),
+        ({"prompts.train": " "}, "config.prompts.train is empty; expected a text file"),
+        ({"prompts.test": ""}, "config.prompts.test is empty; expected a text file"),
         ({"seed": -1}, "config.seed is -1; expected at least 0"),
         ({"train.epochs": 0}, "config.train.epochs is 0; expected at least 1"),
         (
@@ -52,7 +55,27 @@ def test_every_published_list_of_steps_is_valid(steps):
             "config.optimizer.clip_norm is nan; expected a positive number",
         ),
         ({"optimizer.learning_rate": float("nan")}, "config.optimizer.learning_rate is nan"),
+        (
+            {"optimizer.learning_rate": float("inf")},
+            "config.optimizer.learning_rate is inf; expected at least 0, at most 3.4e\\+38$",
+        ),
+        ({"optimizer.learning_rate": 1e39}, "1e\\+39; expected at least 0, at most 3.4e\\+38$"),
+        ({"optimizer.eps": 1e-40}, "eps is 1e-40; expected a positive number, 0 or a size of at"),
+        ({"train.epochs": 2**31}, "epochs is 2147483648; expected at least 1, at most 2147483647$"),
+        ({"scoring.timeout": 1e10}, "scoring.timeout is 1.*; expected a positive number, at most"),
+        ({"rewards.shapes_vq": 1e39}, r"config.rewards.shapes_vq is 1e\+39; expected a finite"),
+        ({"streaming.starts": (3, 4.5)}, r"starts is \(3, 4.5\); expected whole numbers from 0 on"),
+        ({"prompts.switch_frames": ("a",)}, r"switch_frames is \('a',\); expected whole numbers"),
         ({"model.window": 0}, "config.model.window is 0; expected at least 1, or -1"),
+        (
+            {"model.window": 2},
+            r"^[^:]*:\n  config.model.window is 2; expected at least 3, a block \(model.block 3\)",
+        ),
+        (
+            {"model.window": 5, "model.sink": 3},
+            r"config.model.window is 5; expected at least 6, .* the sink \(model.sink 3\)$",
+        ),
+        ({"model.window": -1, "model.max_global": 2}, "config.model.max_global is 2; expected at"),
         (
             {"sampler.steps": (500, 750)},
             r"config.sampler.steps is \(500, 750\); expected .* strictly decreasing",
@@ -259,6 +282,43 @@ def test_prompts_of_windows_must_fit_the_devices():
         match="prompts.prompts_per_epoch is 6; expected a multiple of 8 .* each of 8 devices",
     ):
         check(devices=8, **good)
+
+
+def test_one_list_has_the_faults_of_fields_and_those_between_them():
+    """But for those that would follow from the fault of a field: 48 videos are no 0 batches."""
+    with pytest.raises(ValueError) as error:
+        check(
+            devices=5,
+            **{
+                "seed": -1,
+                "sampler.batch": 0,
+                "model.block": -2,
+                "model.window": 2,
+                "eval.shown": 200,
+                "optimizer.microbatch": 36,
+                "kl.kind": "selective",
+                "rewards.shapes_vq": float("inf"),
+            },
+        )
+    named = [line.split()[0] for line in str(error.value).splitlines()[1:]]
+    assert named == [
+        "config.seed",
+        "config.model.block",
+        "config.sampler.batch",
+        "config.eval.shown",
+        "config.kl.main_reward",
+        "config.rewards.shapes_vq",
+        "config.optimizer.microbatch",
+    ]
+
+
+def test_sampling_has_one_list_too():
+    config = moving_shapes.get_config()
+    config.update_from_flattened_dict({"seed": -1, "model.window": 2, "mesh.fsdp": 2})
+    with pytest.raises(ValueError) as error:
+        validate_sampling(config, 1, "cpu")
+    named = [line.split()[0] for line in str(error.value).splitlines()[1:]]
+    assert named == ["config.seed", "config.model.window", "config.mesh"]
 
 
 def test_unknown_and_missing_rewards_are_named():

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import resource
 
 import ftfy
 import jax
@@ -164,6 +165,27 @@ def test_a_broken_tokenizer_is_named(tmp_path, capfd, name, content, made_by):
     ) as caught:
         tokenizers.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "text", "error", "expected"),
+    [
+        (
+            16 << 20,
+            word_tokenizer(WORDS),
+            MemoryError,
+            "tokenizer.json could not be read in the 16",
+        ),
+        (1 << 30, "{}", ValueError, "tokenizer.json cannot be read: "),
+    ],
+)
+def test_too_little_memory_is_not_the_fault_of_the_file(
+    tmp_path, monkeypatch, limit, text, error, expected
+):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(error, match=expected):
+        tokenizers.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])

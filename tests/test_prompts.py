@@ -63,6 +63,9 @@ def test_world_gives_its_split(split):
         (b"one\n\nthree\n", "list.txt, line 2 is empty"),
         (b"one\n   \n", "list.txt, line 2 is empty"),
         (b"one\n\n", "list.txt, line 2 is empty"),
+        (b"one\r\rthree\r", "list.txt, line 2 is empty"),
+        (b"one\rtwo\rna\xefve\r", "list.txt is not UTF-8: byte 10 (line 3) is 0xef"),
+        (b"prompt,id\ra cat,1\r", "list.txt is a table, 'prompt,id' first"),
         (b"one\nna\xefve\n", "list.txt is not UTF-8: byte 6 (line 2) is 0xef"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0f3a\nsize 145875068\n",
@@ -80,6 +83,18 @@ def test_bad_files_are_refused_by_file_and_line(tmp_path, content, expected):
     with pytest.raises(ValueError) as error:
         prompts.load(write(tmp_path, content))
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.jsonl"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r", b"\r\r\n"])
+@pytest.mark.parametrize("last", [False, True])
+def test_lines_end_as_in_any_system(tmp_path, name, end, last):
+    """Two prompts whatever the ends are, so the fingerprint of a run is one, too."""
+    lines = [b"a cat", "a köln\u2028dome".encode()]
+    if name.endswith("l"):
+        lines = [b'{"prompt": "%b"}' % line for line in lines]
+    content = end.join(lines) + (end if last else b"")
+    assert prompts.load(write(tmp_path, content, name)) == ("a cat", "a köln\u2028dome")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])

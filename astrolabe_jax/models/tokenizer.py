@@ -1,6 +1,8 @@
 """Text to token ids, as the text encoder of Wan 2.1 takes them (docs/checkpoints.md, Tokenizer)."""
 
 import html
+import math
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,10 +23,12 @@ UNKNOWN_TOKEN = "<unk>"  # id 2
 # File of a tokenizer -> the library that reads it.
 _LIBRARIES = {"tokenizer.json": "tokenizers", "spiece.model": "sentencepiece"}
 _TRIAL_SECONDS = 60
-# A program that reads and uses the file of its argument, in at most 8 GiB.
+_TRIAL_BYTES = 8 << 30
+# A program that reads and uses the file of its argument, with so much memory at most.
 _TRIAL = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
     if sys.argv[1].endswith(".json"):
         import tokenizers
@@ -105,6 +109,8 @@ def load_tokenizer(directory: Path | str) -> Any:
         tokenizer = _read(path)
         empty_ids = tokenizer("", add_special_tokens=True)["input_ids"]
     except Exception as error:  # the tokenizers library has no class of its own
+        if isinstance(error, MemoryError) or (_limit() < _TRIAL_BYTES and _is_shortage(str(error))):
+            raise _short_of_memory(path) from None
         raise _unreadable(path, str(error)) from None
     if tokenizer.pad_token_id != 0 or empty_ids != [1]:
         raise ValueError(
@@ -118,19 +124,41 @@ def check_file(path: Path) -> None:
     """Raise ValueError, in one line, for a tokenizer.json or spiece.model that cannot be read.
 
     A damaged file may make its library end the process, or take all memory: another process tries.
+    Raises MemoryError where a limit of this process, `ulimit -v`, is too low for a file.
     """
     if what := stand_in(path):
         raise ValueError(f"{path} is {what}")
-    command = [sys.executable, "-c", _TRIAL, str(path)]
+    limit = _limit()
+    command = [sys.executable, "-c", _TRIAL, str(path), str(min(limit, _TRIAL_BYTES))]
     try:
         trial = subprocess.run(command, capture_output=True, text=True, timeout=_TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         raise _unreadable(path, f"it takes more than {_TRIAL_SECONDS} s") from None
+    told = trial.stderr.strip().rpartition("\n")[2]
+    if trial.returncode and limit < _TRIAL_BYTES and _is_shortage(told):
+        raise _short_of_memory(path)
     if trial.returncode < 0:
         name = signal.Signals(-trial.returncode).name
         raise _unreadable(path, f"its library ends in {name}")
     if trial.returncode:
-        raise _unreadable(path, trial.stderr.strip().rpartition("\n")[2])
+        raise _unreadable(path, told)
+
+
+def _limit() -> float:
+    """Return the bytes that this process may have, infinity where it is not limited."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def _is_shortage(told: str) -> bool:
+    """Return whether the words of a library are of too little memory."""
+    return any(words in told.lower() for words in ("memory", "failed to map"))
+
+
+def _short_of_memory(path: Path) -> MemoryError:
+    limit = _limit()
+    may = "" if limit == math.inf else f" in the {limit / 2**20:,.0f} MiB of ulimit -v"
+    return MemoryError(f"{path} could not be read{may}")
 
 
 def _unreadable(path: Path, reason: str) -> ValueError:

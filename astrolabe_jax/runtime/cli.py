@@ -3,9 +3,12 @@ one message where something is wrong.
 """
 
 import difflib
+import importlib.util
+import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,24 +18,34 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from astrolabe_jax import config
-from astrolabe_jax.runtime import multihost
+from astrolabe_jax.runtime import multihost, progress
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
-# Whatever config_flags raises for a recipe, or for a field, that does not exist or does not work.
-ERRORS = (
-    flags.Error,
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    TypeError,
-    ValueError,
-    SyntaxError,
-)
+# Whatever config_flags raises for a field that does not exist or for a value that it does not take.
+ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 # What a message may have.
 _LINE = 1000  # characters in a line
 _LINES = 200
+
+# What ml_collections says of a value that is not of the type of its field, and of the types.
+_OF_OTHER_TYPE = re.compile(
+    r"Could not override field '(.*)' \(reference\)\. (.*) is of original type <class '(.*)'> and "
+    r"cannot be casted to type <class '(?:.*\.)?(.*)'>",
+    re.DOTALL,
+)
+_NO_NUMBER = re.compile(
+    r"flag --(config\.[\w.]+)=(.*): (?:invalid literal for|could not convert string to) "
+    "(int|float)"
+)
+_TYPES = {
+    "bool": "True or False",
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a text",
+    "tuple": "a tuple",
+    "ConfigDict": "a section, whose fields are set one by one",
+}
 
 # Settings of JAX that change the numbers, of a run that goes on too.
 _FIXED = {
@@ -71,7 +84,9 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
         elif section == "config" and (new := config.renamed(field)):
             fail(f"config.{field} is now config.{new}", 2)
         elif section == "config" and field and not _exists(field):
-            fail(f"unknown config field {field}{_question(field)}", 2)
+            fail(f"unknown config field {_unknown_field(field)}", 2)
+        elif _is_empty(flag, value):
+            fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
         elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
             fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
     loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
@@ -79,20 +94,16 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
         fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
     recipe = flags.FLAGS["config"]
     read = recipe.parser.parse
-    recipe.parser.parse = lambda argument: _with_rewards_of_flags(read(argument), argv)
+    recipe.parser.parse = lambda argument: _with_rewards_of_flags(_read_recipe(argument), argv)
     try:
         left = flags.FLAGS(argv)
     except ERRORS as error:
         fail(message(error), 2)
     finally:
         recipe.parser.parse = read
-    if not isinstance(recipe.value, ConfigDict) and "config" in given:
-        fail(
-            f"--config={given['config']}: get_config returns a {type(recipe.value).__name__}; "
-            "expected a ConfigDict: begin with astrolabe_jax.config.get_config()",
-            2,
-        )
-    _take_rewards_out(recipe.value)
+    if isinstance(recipe.value, ConfigDict):
+        _take_rewards_out(recipe.value.get("rewards"))
+        _refuse_holes(recipe.value)
     if len(left) > 1 and not positional:
         fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
     return left
@@ -127,6 +138,82 @@ def _has_recipe(file: Path) -> bool:
     return "def get_config(" in file.read_text(errors="replace")
 
 
+def _is_empty(flag: str, value: str) -> bool:
+    """Return whether a flag is a text that is there to be given, and is empty."""
+    if value or flag not in flags.FLAGS:
+        return False
+    known = flags.FLAGS[flag]
+    return known.flag_type() == "string" and known.default is None
+
+
+def _read_recipe(argument: str) -> ConfigDict:
+    """Return the config of a recipe, FILE or FILE:VARIANT.
+
+    Whatever it raises ends the program with one message: the file, the line, what is wrong.
+    """
+    name, *variant = argument.split(":", 1)
+    made = None
+    try:
+        spec = importlib.util.spec_from_file_location("recipe", name)
+        assert spec and spec.loader, "a name that ends in .py has a loader"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look for it there
+        spec.loader.exec_module(module)
+        get_config = module.get_config
+        fault = _fault_of_call(get_config, variant)
+        made = made if fault else get_config(*variant)
+    except (Exception, SystemExit) as error:
+        fail(_raised(error, name), 2)
+    if isinstance(made, ConfigDict):
+        return made
+    if not fault:
+        what = "nothing" if made is None else f"a {type(made).__name__}"
+        fault = (
+            f"get_config returns {what}; expected a ConfigDict: begin with config = "
+            "astrolabe_jax.config.get_config(), and end with return config"
+        )
+    fail(f"recipe {name}: {fault}", 2)
+
+
+def _fault_of_call(get_config: Any, variant: list[str]) -> str:
+    """Return why get_config cannot be called with these arguments; empty if it can."""
+    if not callable(get_config):
+        return f"get_config is {get_config!r}; expected a function"
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*variant)
+    except TypeError as error:
+        given = f"with :{variant[0]} behind the file" if variant else "without a :VARIANT"
+        return (
+            f"get_config{signature} cannot be called {given} ({error}); expected "
+            'def get_config(variant: str = "")'
+        )
+    return ""
+
+
+def _raised(error: BaseException, recipe: str) -> str:
+    """Return the file of a recipe, the last of its lines that led to an error, and its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(recipe)]
+    text = " ".join(str(error).split())
+    told = f"{type(error).__name__}: {text}"
+    if type(error) is ValueError and recipe in text:
+        return text  # it was meant for the user
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno] if error.filename == os.path.abspath(recipe) else lines
+        told = error.msg if error.filename == os.path.abspath(recipe) else text
+    elif isinstance(error, SystemExit):
+        told = f"it ends the program ({text}); expected it to return a config"
+    elif isinstance(error, ModuleNotFoundError):
+        told = f"{text}; install it, or add the folder that holds it to PYTHONPATH"
+    elif type(error) is ValueError:
+        told = text
+    elif isinstance(error, ERRORS) and "ml_collections" in frames[-1].filename:
+        told = message(error)
+    place = f", line {lines[-1]}" if lines else ""
+    return f"recipe {recipe}{place}: {told}"
+
+
 def _exists(field: str) -> bool:
     """Return whether there is such a field or section, or may be (`rewards` takes any name)."""
     section = f"{field}."
@@ -141,6 +228,8 @@ def _question(field: str) -> str:
         lasts.setdefault(name.rpartition(".")[2], []).append(name)
     last = field.rpartition(".")[2]
     close = difflib.get_close_matches(field, config.FIELDS, 1, 0.8)
+    if "." not in field:
+        close = close or difflib.get_close_matches(field, config.SECTIONS, 1, 0.75)
     alike = difflib.get_close_matches(last, lasts, 1, 0.8)
     names = close or [name for word in alike for name in lasts[word]]
     return f": did you mean {' or '.join(f'config.{name}' for name in names)}?" if names else ""
@@ -191,12 +280,25 @@ def _is_zero(value: Any) -> bool:
         return False
 
 
-def _take_rewards_out(recipe: Any) -> None:
+def _take_rewards_out(rewards: Any) -> None:
     """Remove the rewards that are a 0 alone; one with the option weight=0 stays, to be watched."""
-    rewards: Any = recipe.get("rewards") if isinstance(recipe, ConfigDict) else None
     for name, value in list(rewards.items()) if rewards else []:
         if value is not False and _is_zero(value):
             del rewards[name]
+
+
+def _refuse_holes(recipe: ConfigDict) -> None:
+    """End the program if a config lacks a field, as one does of which a section was replaced."""
+    there = {"rewards", *config.flatten(recipe)}
+    missing = [name for name in config.FIELDS if name not in there]
+    if missing:
+        section, dot, _ = missing[0].partition(".")
+        fail(
+            f"config.{missing[0]} is missing; a recipe begins with astrolabe_jax.config."
+            "get_config()"
+            + (f", and the fields of config.{section} are set one by one" if dot else ""),
+            2,
+        )
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -222,6 +324,7 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
         status 2.
     """
     logging.set_verbosity(logging.WARNING)
+    progress.show_warnings()
     # it would warn that torch is missing; nothing needs it
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
@@ -234,7 +337,7 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     )
     for name, value in _FIXED.items():
         if getattr(jax.config, name) != value:
-            print(f"{name.upper()} is not used: it would change the numbers", file=sys.stderr)
+            logging.warning("%s is not used: it would change the numbers", name.upper())
         jax.config.update(name, value)
     try:
         join()
@@ -271,9 +374,15 @@ def message(error: Exception) -> str:
         return f"unknown config field {_unknown_field(text)}"
     if missing := re.findall(r"flag --(\w+)=None", text):
         return f"give {' and '.join(f'--{name}' for name in missing)}; --help tells more"
-    # With a recipe's own error comes its traceback, which ends in the message.
-    last = text.splitlines()[-1] if "Traceback (most recent call last):" in text else text
-    return last.removeprefix("ValueError: ")
+    if match := _NO_NUMBER.match(text):
+        name, value, kind = match.groups()
+        return f"{name} is {value}; expected {_TYPES[kind]}"
+    if match := _OF_OTHER_TYPE.fullmatch(text):
+        field, value, given, expected = match.groups()
+        named = [name for name in config.FIELDS if f".{name}".endswith(f".{field}")]
+        names = " or ".join(f"config.{name}" for name in named or [field])
+        return f"{names} is {value}, of type {given}; expected {_TYPES.get(expected, expected)}"
+    return text
 
 
 def _unknown_field(text: str) -> str:
@@ -291,4 +400,4 @@ def _unknown_field(text: str) -> str:
     ]
     if renames:
         return f"{name}: {'; '.join(renames)}"
-    return f"{name}{_question(name)}"
+    return f"{name}{_question(name) or ': docs/config.md lists those that there are'}"

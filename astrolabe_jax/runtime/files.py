@@ -363,7 +363,8 @@ def read_json(path: Path) -> dict:
     """Return the JSON object in a file; raise ValueError, naming the file, if there is none."""
     try:
         with open(path, "rb") as file:
-            content = parse_json(file.read(_JSON_LIMIT + 1))
+            size = os.fstat(file.fileno()).st_size  # as much is set aside as is asked for
+            content = parse_json(file.read(min(size, _JSON_LIMIT) + 1))
     except ValueError as error:
         reason = stand_in(path) or f"not valid JSON: {error}"
         raise ValueError(f"{path} is {reason}") from None

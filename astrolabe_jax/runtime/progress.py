@@ -3,16 +3,19 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import statistics
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from absl import logging as absl_logging
 
 TICK_SECONDS = 10.0  # long work reports this often
 
@@ -40,6 +43,29 @@ def log(text: str, file: TextIO | None = None) -> None:
         if error.errno in (errno.EPIPE, errno.EIO):
             # what is still in the buffer would fail again at the end of the program
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def warn(text: str) -> None:
+    """Log a warning. All warnings look like it, see `show_warnings`."""
+    log(f"warning: {text}")
+
+
+class _Look(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {' '.join(record.message.split())}"
+
+
+@functools.cache
+def show_warnings() -> None:
+    """Let the warnings of libraries, and those of ours that are logged, look like those of `warn`:
+    one line each, on standard error.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Look())
+    root = logging.getLogger()
+    root.removeHandler(absl_logging.get_absl_handler())
+    root.addHandler(handler)
+    warnings.showwarning = lambda message, *_: logging.warning("%s", message)
 
 
 class Compilation:

@@ -124,7 +124,7 @@ def main(given: Mapping[str, flags.FlagHolder]) -> None:
         with naming_memory(options["config"], SAMPLING):
             run, latents, requests = prepare(options)
     except (ValueError, OSError) as error:
-        cli.fail(error, 2)
+        cli.fail(f"{error}{runs.where_to_get(options['config'], error)}", 2)
     log(_opening(run, requests))
     with jax.set_mesh(run.mesh), listening() as check:
         try:

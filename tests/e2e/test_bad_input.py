@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -167,7 +168,7 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
         ),
         (
             {"model.window": 2, "model.sink": 2},
-            "config.model: a window of 2 frames cannot hold the sink of 2",
+            r"config.model.window is 2; expected at least \d, .* the sink \(model.sink 2\)",
         ),
         (
             {"sampler.steps": (1000, 500.5)},
@@ -273,7 +274,7 @@ LEFT, RIGHT = (TOLD.format(way) for way in ("left", "right"))
         ),
         (
             {"streaming.selection": "choices", "streaming.starts": (0.5,)},
-            r"config.streaming has a window of 2 and starts \(0.5,\); expected whole blocks of 1",
+            r"config.streaming.starts is \(0.5,\); expected whole numbers from 0 on",
         ),
         (
             {"model.block": 2, "model.window": 4, "model.sink": 0, "streaming.window": 3},
@@ -492,6 +493,39 @@ def test_unwritable_and_foreign_directories(base, tmp_path):
         config, tmp_path / "file" / "run"
     )
     assert "holds 'file' but no run of astrolabe_jax" in refusal(config, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for place in (tmp_path / "file", Path("/proc/no/run")):
+        with pytest.raises(OSError, match=f"workdir {place} cannot be written .*; give another"):
+            check(config, place)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert (
+        f"{tmp_path / 'run' / 'run.json'} is missing, which tells whose the checkpoints beside it "
+        "are; put it back, or give a new --workdir"
+    ) in refusal(config, tmp_path / "run")
+    check(config, tmp_path / "new" / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_is_missing_is_said_once(base, tmp_path, capsys):
+    """The list says how to get it; what else is wrong is said behind it."""
+    config = runs.small_config(base, seed=-1, **{"prompts.train": "no/train.txt"})
+    config.rewards.hpsv3 = {"weight": 1.0, "path": "rewards/hpsv3"}
+    with pytest.raises(ValueError) as error:
+        run.tell(config, str(tmp_path / "run"))
+    assert str(error.value).splitlines() == [
+        "2 things are wrong:",
+        "  the config does not make sense:",
+        "    config.seed is -1; expected at least 0 and at most 2147483647",
+        "  missing: 2 paths, see the list above",
+    ]
+    listed = capsys.readouterr().out
+    assert "no/train.txt: missing\n" in listed
+    assert "rewards/hpsv3: missing; hf download MizzenAI/HPSv3" in listed
+    config = runs.small_config(base)
+    config.rewards.hpsv3 = {"weight": 1.0, "path": str(tmp_path)}
+    with pytest.raises(ValueError, match="config.rewards.hpsv3: no .*config.json; expected a dire"):
+        run.tell(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
             ["--config.prompts.groups", "3"],
             "config.prompts.groups is now config.prompts.prompts_per_epoch",
         ),
-        (["--config.seed=abc"], "config.seed=abc"),
+        (["--config.seed=abc"], "error: config.seed is abc; expected a whole number"),
         (
             ["--config.rewards.beauty=1"],
             (
@@ -100,6 +100,12 @@ def test_killed_at_every_stage_it_ends_as_if_it_had_not_been(straight, base, tmp
         (["--config.scoring.timeout=nan"], "config.scoring.timeout is nan; expected a positive"),
         (["--config.prompts.train=docs"], "prompt file docs is no file; give a text file"),
         (["--config.prompts.train=no/such.txt"], "prompt file no/such.txt does not exist"),
+        (["--workdir="], "error: --workdir is empty; expected: directory of the run"),
+        (["--config.prompts.train="], "config.prompts.train is empty; expected a text file"),
+        (
+            ["--workdir=/proc/no", "--check"],
+            "workdir /proc/no cannot be written (/proc takes no files): ",
+        ),
         (
             ["--workdir=gs://bucket/run"],
             "error: workdir: gs://bucket/run: gs:// is not supported; expected a directory of a",
@@ -124,6 +130,10 @@ def test_a_mistake_on_the_command_line_is_one_clear_message(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
+        (
+            "get_config().seed = (1,)\n",
+            ": config.seed is (1,), of type tuple; expected a whole number",
+        ),
         ("", "does not know 'gadro'; expected hpsv3, "),
         (
             "get_config().prompts.groups = 3\n",
@@ -147,12 +157,13 @@ def test_a_recipe_is_read_wherever_the_program_is_started(tmp_path, environment,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_returns_no_config_is_named(tmp_path, environment):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text('def get_config(variant=""):\n    return {"train": {"epochs": 1}}\n')
-    status, _, errors = finish(launch(environment, [f"--config={recipe}", "--workdir=x"]))
-    assert status == 2 and errors.count("\n") == 1
-    assert f"error: --config={recipe}: get_config returns a dict; expected a ConfigDict" in errors
+def test_sampling_without_the_base_is_told_what_prints_where_it_is(tmp_path, environment):
+    command = [sys.executable, "-m", "astrolabe_jax.sample", "--prompt=a cat", "--output_dir=out"]
+    command.append(f"--config={runs.ROOT / 'configs' / 'longlive.py'}")
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: config.base: base 'wan_models/Wan2.1-T2V-1.3B': no ")
+    assert "; `python -m astrolabe_jax.main --config=... --workdir=... --check`" in process.stderr
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from astrolabe_jax.config import get_config
 from astrolabe_jax.runtime import cli
@@ -86,11 +88,12 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
         (["--config.optimser.b1=1"], "optimser.b1: did you mean config.optimizer.b1?"),
         (["--config.learning_rate", "1"], "did you mean config.optimizer.learning_rate?"),
         (["--config.window=1"], "did you mean config.model.window or config.streaming.window?"),
-        (["--config.wholly.other=1"], "unknown config field wholly.other\n"),
+        (["--config.wholly.other=1"], "unknown config field wholly.other: docs/config.md lists"),
         (["--confg.seed=1"], "unknown flag --confg.seed: did you mean --config.seed?"),
         (["--seed=1"], "unknown flag --seed: did you mean --config.seed?"),
         (["configs/self_forcing.py:ta"], "is given as --config=configs/self_forcing.py:ta"),
         (["--config", "configs/longlve.py"], "no recipe configs/longlve.py; did you mean configs/"),
+        (["--config.trian.epochs=1"], "did you mean config.train.epochs?"),
         (["--config=longlive:gardo"], "did you mean configs/longlive.py? there are configs/causal"),
     ],
 )
@@ -103,6 +106,126 @@ def test_a_mistake_on_the_command_line_is_told_what_was_meant(
         cli.parse(["program", *arguments])
     assert ended.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def refusal(capsys, arguments) -> str:
+    """Return the one line that parsing ends the program with, and status 2."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(["program", *arguments])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def config_flag(monkeypatch):
+    """Flags of a program that has --config, without those of the test's own."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    config_flags.DEFINE_config_file("config", None, **{"flag_values": values})
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            "c.train.epochs = (4,)",
+            "4: config.train.epochs is (4,), of type tuple; expected a whole",
+        ),
+        ("c.train.epochs = '4'", "4: config.train.epochs is 4, of type str; expected a whole numb"),
+        ("c.prompts = 'a.txt'", "4: config.prompts is a.txt, of type str; expected a section"),
+        ("c.training.epochs = 4", "4: unknown config field training: did you mean config.train?"),
+        ("c['nowhere']", "4: unknown config field nowhere: docs/config.md lists those that there"),
+        ("import nowhere", "4: No module named 'nowhere'; install it, or add the folder"),
+        ("raise RuntimeError('a\\nb')", "4: RuntimeError: a b"),
+        (
+            "open('/no/such')",
+            "4: FileNotFoundError: [Errno 2] No such file or directory: '/no/such'",
+        ),
+        ("None.seed", "4: AttributeError: 'NoneType' object has no attribute 'seed'"),
+        ("{}['seed']", "4: KeyError: 'seed'"),
+        ("raise SystemExit(3)", "4: it ends the program (3); expected it to return a config"),
+        ("c = c(", "4: '(' was never closed"),
+    ],
+)
+def test_an_error_in_a_recipe_is_its_file_line_and_what_is_wrong(
+    config_flag, capsys, tmp_path, body, expected
+):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from astrolabe_jax import config\ndef get_config(variant=''):\n"
+        f"    c = config.get_config()\n    {body}\n    return c\n"
+    )
+    assert refusal(capsys, [f"--config={recipe}"]).startswith(f"recipe {recipe}, line {expected}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variant", "expected"),
+    [
+        (
+            "def get_config():\n    pass",
+            "",
+            "get_config returns nothing; expected a ConfigDict: begin",
+        ),
+        ("def get_config():\n    return 3", "", "get_config returns a int; expected a ConfigDict"),
+        ("get_config = 3", "", "get_config is 3; expected a function"),
+        ("def get_config():\n    pass", ":a", "get_config() cannot be called with :a behind the f"),
+        ("def get_config(a):\n    pass", "", "get_config(a) cannot be called without a :VARIANT"),
+    ],
+)
+def test_a_recipe_that_gives_no_config_is_named(
+    config_flag, capsys, tmp_path, recipe, variant, expected
+):
+    path = tmp_path / "recipe.py"
+    path.write_text(recipe)
+    said = refusal(capsys, [f"--config={path}{variant}"])
+    assert said.startswith(f"recipe {path}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.seed=1e400"], "config.seed is 1e400; expected a whole number"),
+        (["--config.optimizer.b1=much"], "config.optimizer.b1 is much; expected a number"),
+        (
+            ["--config.train={'epochs': 3}"],
+            "config.train.eval_every is missing; a recipe begins with astrolabe_jax.config.",
+        ),
+    ],
+)
+def test_a_value_that_a_field_cannot_have_is_named(
+    config_flag, capsys, monkeypatch, arguments, expected
+):
+    every = [f"--config={ROOT / 'configs' / 'moving_shapes.py'}", *arguments]
+    monkeypatch.setattr(sys, "argv", ["program", *every])
+    assert refusal(capsys, every).startswith(expected)
+
+
+def test_an_empty_text_is_refused_by_its_flag(config_flag, capsys):
+    flags.DEFINE_string("lora", None, "an adapter", flag_values=flags.FLAGS)
+    flags.DEFINE_string("note", "", "any text", flag_values=flags.FLAGS)
+    assert refusal(capsys, ["--note=", "--lora="]) == "--lora is empty; expected: an adapter"
+    assert refusal(capsys, ["--lora", ""]) == "--lora is empty; expected: an adapter"
+
+
+def test_all_warnings_look_alike(tmp_path):
+    """Whoever says them: this package, absl, a logger, or numpy by the module warnings."""
+    program = (
+        "import logging, numpy; from absl import logging as absl;"
+        "from astrolabe_jax.runtime import cli, progress; cli.set_up(); cli.set_up();"
+        "logging.warning('%s', 'one'); absl.warning('two\\n  lines'); absl.info('nothing');"
+        "logging.getLogger('jax.x').warning('three'); numpy.float32(1e38) * numpy.float32(1e38);"
+        "progress.warn('four')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stderr.splitlines() == [
+        "warning: one",
+        "warning: two lines",
+        "warning: three",
+        "warning: overflow encountered in scalar multiply",
+    ]
+    assert ended.stdout == "warning: four\n"
 
 
 @pytest.mark.parametrize(
