@@ -125,7 +125,9 @@ FIELDS: dict[str, Field] = {
         "empty slots.",
     ),
     "model.remat": Field(True, "The backward pass computes each layer again, to save memory."),
-    "model.attention": Field("auto", "How attention is computed.", one_of("auto", "xla", "cudnn")),
+    "model.attention": Field(
+        "auto", "How attention is computed.", one_of("auto", "xla", "cudnn", "splash")
+    ),
     "sampler.shift": Field(5.0, "Timestep shift of the noise schedule.", POSITIVE),
     "sampler.steps": Field((1000, 750, 500, 250), "Denoising steps before the shift.", TIMESTEPS),
     "sampler.warp": Field(True, "Denoising steps go through the shifted schedule."),

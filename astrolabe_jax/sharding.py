@@ -181,6 +181,30 @@ def by_sample(x: jax.Array, axis: int = 0) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
+def per_device(samples: int) -> int:
+    """Return how many of so many samples, split as `by_sample` does, each device holds."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return samples if mesh.empty or samples % mesh.size else samples // mesh.size
+
+
+def each_device(function: Callable) -> Callable:
+    """Return the function run on every device's own samples, under a mesh.
+
+    For kernels that the compiler cannot split. Arrays have samples along their first axis, as the
+    result has; scalars are given to all. Samples that the devices do not divide are whole on each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def run(*arrays):
+        specs = [P(AXES) if x.ndim and x.shape[0] % mesh.size == 0 else P() for x in arrays]
+        split = jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+        return split(*arrays)
+
+    return run
+
+
 def to_host(tree: Any) -> Any:
     """Return the whole arrays as numpy on every process, wherever their parts live."""
 
