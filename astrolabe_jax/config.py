@@ -258,6 +258,12 @@ FIELDS: dict[str, Field] = {
         "number warns. 0: any number.",
         at_least(0),
     ),
+    "prompts.encoder": Field(
+        "auto",
+        "Where the text encoder's weights are between two batches of prompts; auto: on the host, "
+        "if devices have a memory of their own.",
+        one_of("auto", "device", "host"),
+    ),
     "rewards": Field(
         {},
         "Weights of the rewards, NAME = WEIGHT, or {'weight': WEIGHT, OPTION: VALUE, ...} for one "

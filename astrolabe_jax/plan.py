@@ -323,6 +323,7 @@ def _memory_advice(config: ConfigDict, held: Sequence[str]) -> str:
     activations = {"mesh.samples_per_device": 1, "model.remat": True, "video.decode_chunk": 1}
     others = {
         "mesh.fsdp": jax.device_count(),
+        "prompts.encoder": "host",
         "scoring.weights": "host",
         "scoring.overlap": "none",
         "model.param_dtype": "bfloat16",

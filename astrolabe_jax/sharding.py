@@ -7,9 +7,10 @@ equal on every process, and each process uploads only the parts of its own devic
 ShapeDtypeStruct they make one with a sharding.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 FSDP = "fsdp"
+HOST_MEMORY = "pinned_host"  # a memory kind of JAX
 
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all
 # others, which are vectors and small tables, and the adapters, which are trained, are replicated.
@@ -217,6 +219,39 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
+
+
+def moved_to_host(tree: Any) -> Any:
+    """Return arrays in the memory of the host, from which `on_devices` brings them back.
+
+    Those on the devices are deleted. Arrays of a run that is only planned stay.
+    """
+
+    def move(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+        leaf.delete()
+        return moved
+
+    return jax.tree.map(move, tree)
+
+
+@contextlib.contextmanager
+def on_devices(tree: Any) -> Iterator[Any]:
+    """Give the arrays on the devices; within, those of `moved_to_host` are copied there."""
+    leaves, structure = jax.tree.flatten(tree)
+    away = [getattr(leaf.sharding, "memory_kind", None) == HOST_MEMORY for leaf in leaves]
+    copies = [
+        jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if moved else leaf
+        for leaf, moved in zip(leaves, away, strict=True)
+    ]
+    try:
+        yield structure.unflatten(copies)
+    finally:
+        for copy, moved in zip(copies, away, strict=True):
+            if moved:
+                copy.delete()
 
 
 def _place(leaf, sharding):
