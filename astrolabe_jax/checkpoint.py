@@ -79,6 +79,7 @@ MAY_DIFFER = frozenset(
         "mesh.samples_per_device",
         "prompts.tuned_for",
         "model.attention",
+        "prompts.encoder",
         "scoring.overlap",
         "scoring.weights",
         "scoring.timeout",

@@ -129,7 +129,9 @@ FIELDS: dict[str, Field] = {
         "empty slots.",
     ),
     "model.remat": Field(True, "The backward pass computes each layer again, to save memory."),
-    "model.attention": Field("auto", "How attention is computed.", one_of("auto", "xla", "cudnn")),
+    "model.attention": Field(
+        "auto", "How attention is computed.", one_of("auto", "xla", "cudnn", "splash")
+    ),
     "sampler.shift": Field(5.0, "Timestep shift of the noise schedule.", POSITIVE),
     "sampler.steps": Field((1000, 750, 500, 250), "Denoising steps before the shift.", TIMESTEPS),
     "sampler.warp": Field(True, "Denoising steps go through the shifted schedule."),
@@ -261,6 +263,12 @@ FIELDS: dict[str, Field] = {
         "Videos of an epoch, G x K, that the recipe's rates were chosen for; a run with another "
         "number warns. 0: any number.",
         at_least(0),
+    ),
+    "prompts.encoder": Field(
+        "auto",
+        "Where the text encoder's weights are between two batches of prompts; auto: on the host, "
+        "if devices have a memory of their own.",
+        one_of("auto", "device", "host"),
     ),
     "rewards": Field(
         {},

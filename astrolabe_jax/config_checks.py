@@ -174,7 +174,11 @@ def _attention_faults(config: ConfigDict, backend: str) -> Iterable[str]:
             model.attention == "cudnn" and (backend != "gpu" or model.dtype != "bfloat16"),
             f"config.model.attention is 'cudnn' with model.dtype {model.dtype} on a {backend}; "
             "expected bfloat16 on a gpu; or use auto",
-        )
+        ),
+        (
+            model.attention == "splash" and backend != "tpu",
+            f"config.model.attention is 'splash' on a {backend}; expected a tpu; or use auto",
+        ),
     )
 
 

@@ -28,7 +28,8 @@ def encode_prompts(
     """Return the embeddings [G, S, E] float32 of G prompts, zero beyond each one's end token.
 
     The prompts of a call are split over all devices of the mesh; the parameters of the text encoder
-    may be split over its `fsdp` axis.
+    may be split over its `fsdp` axis, and are on the devices only meanwhile where they lie on the
+    host.
 
     Raises:
       ValueError: for a prompt of more than S tokens (the published code truncates it silently).
@@ -36,12 +37,13 @@ def encode_prompts(
     ids, mask = tokenize(tokenizer, prompts, net.config.text_len)
     size = call_size(mesh)
     embeddings = [np.zeros((0, net.config.text_len, net.config.dim), np.float32)]
-    for start in range(0, len(ids), size):
-        rows = np.arange(start, start + size)
-        rows = np.where(rows < len(ids), rows, start)  # the last call is filled up
-        batch = sharding.shard_batch(mesh, (ids[rows], mask[rows]))
-        encoded = sharding.to_host(embed(net.graphdef, net.params, *batch))
-        embeddings.append(encoded.astype(np.float32)[: len(ids) - start])
+    with sharding.on_devices(net.params) as params:
+        for start in range(0, len(ids), size):
+            rows = np.arange(start, start + size)
+            rows = np.where(rows < len(ids), rows, start)  # the last call is filled up
+            batch = sharding.shard_batch(mesh, (ids[rows], mask[rows]))
+            encoded = sharding.to_host(embed(net.graphdef, params, *batch))
+            embeddings.append(encoded.astype(np.float32)[: len(ids) - start])
     return np.concatenate(embeddings)
 
 

@@ -10,9 +10,9 @@ are checked. The memory is that of the opening summary: without activations.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,13 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     )
 
 
-# What came out of a program, and the shape that the next stage expects.
-Traced = tuple[Array, tuple[int, ...]]
+class Program(NamedTuple):
+    """A program of an epoch, and what comes out of it."""
+
+    function: Callable
+    arguments: tuple  # of shapes
+    # the array of each stage in it, and the shape that the next stage expects
+    outputs: dict[str, tuple[Array, tuple[int, ...]]]
 
 
 def trace(run: Run) -> dict[str, Array]:
@@ -104,26 +109,27 @@ def trace(run: Run) -> dict[str, Array]:
       ValueError: if its shape is not the one that the next stage expects.
     """
     with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
-        traced = dict(_trace(run))
-    for name, (output, expected) in traced.items():
+        outputs = [output for program in programs(run) for output in program.outputs.items()]
+    for name, (output, expected) in outputs:
         if output.shape != expected:
             raise ValueError(
                 f"{name}: it gives {output.shape}, expected {expected}; this is a fault of the "
                 "program"
             )
-    return {name: output for name, (output, _) in traced.items()}
+    return {name: output for name, (output, _) in outputs}
 
 
-def _trace(run: Run) -> Iterator[tuple[str, Traced]]:
-    """Yield the name of each program, and what came out of it."""
+def programs(run: Run) -> Iterator[Program]:
+    """Yield every program of an epoch; to be called under the run's mesh."""
     config = run.config
     text = run.base.text
     tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
-    embeddings = jax.eval_shape(
-        functools.partial(encode.embed, text.graphdef), text.params, tokens, tokens
-    )
     prompt = (text.config.text_len, run.base.transformer.config.text_dim)
-    yield "text encoder", (embeddings, (tokens.shape[0], *prompt))
+    embed = functools.partial(encode.embed, text.graphdef)
+    arguments = (text.params, tokens, tokens)
+    embeddings = jax.eval_shape(embed, *arguments)
+    outputs = {"text encoder": (embeddings, (tokens.shape[0], *prompt))}
+    yield Program(embed, arguments, outputs)
     adapter = sharding.replicate(run.mesh, run.adapter)
     videos = piece(config, config.sampler.batch, run.mesh.size)
     prefix = None
@@ -133,22 +139,20 @@ def _trace(run: Run) -> Iterator[tuple[str, Traced]]:
         count = piece(config, config.optimizer.microbatch, run.mesh.size)
         if shares_prefix(config):
             _, count = rounds(config, run.mesh.size)
-        past, _, after = _trace_blocks(run, adapter, prompt, count, None)
-        yield "past", past
+        past, after = _blocks(run, adapter, prompt, count, None)
+        yield past._replace(outputs={"past": past.outputs["rollout"]})
         prefix = _prefix_shapes(run, after)
         if shares_prefix(config):
             after = after._replace(decoder=after.decoder if windows.decodes(run) else None)
             state = jax.eval_shape(lambda past: streams.fork(past, videos // count), after)
-    latents, pixels, _ = _trace_blocks(run, adapter, prompt, videos, state)
-    yield "rollout", latents
-    yield "decoder", pixels
-    yield "train step", _trace_step(run, adapter, prompt, prefix)
+    yield _blocks(run, adapter, prompt, videos, state)[0]
+    yield _step(run, adapter, prompt, prefix)
 
 
-def _trace_blocks(
+def _blocks(
     run: Run, adapter: dict, prompt: tuple[int, ...], count: int, state: StreamState | None
-) -> tuple[Traced, Traced, StreamState]:
-    """Trace the sampling and decoding of `count` videos: latents, pixels, and the state after.
+) -> tuple[Program, StreamState]:
+    """Return the sampling and decoding of `count` videos, and the state after.
 
     One block stands for all where windows are trained; else every block of the video is traced.
 
@@ -177,8 +181,7 @@ def _trace_blocks(
         pixels, decoder = decode_video(vae, latents[:, :decoded], state.decoder, chunk)
         return latents, jnp.concatenate(pixels, axis=1), after._replace(decoder=decoder)
 
-    latents, pixels, after = jax.eval_shape(
-        run_blocks,
+    arguments = (
         run.base.transformer.params,
         run.base.vae.params,
         adapter,
@@ -186,14 +189,15 @@ def _trace_blocks(
         _keys(count),
         state,
     )
+    latents, pixels, after = jax.eval_shape(run_blocks, *arguments)
     vae = run.base.vae.config
     begins = state is None or state.decoder is None
     pixel_frames = vae.pixel_frames(decoded) if begins else vae.temporal_stride * decoded
-    return (
-        (latents, (count, frames, *run.latent_shape[1:])),
-        (pixels, (count, pixel_frames, video.height, video.width, 3)),
-        after,
-    )
+    outputs = {
+        "rollout": (latents, (count, frames, *run.latent_shape[1:])),
+        "decoder": (pixels, (count, pixel_frames, video.height, video.width, 3)),
+    }
+    return Program(run_blocks, arguments, outputs), after
 
 
 def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
@@ -213,10 +217,10 @@ def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
     )
 
 
-def _trace_step(
+def _step(
     run: Run, adapter: dict, prompt: tuple[int, ...], prefix: PrefixContext | None
-) -> Traced:
-    """Trace an optimizer step; ValueError if it changes the shapes of the state."""
+) -> Program:
+    """Return an optimizer step; ValueError if it changes the shapes of the state."""
     config = run.config
     state = jax.eval_shape(functools.partial(update.first_state, config), adapter)
     step = update.TrainStep(config, run.base.transformer.graphdef, run.layout, run.mesh)
@@ -227,21 +231,22 @@ def _trace_step(
     def take(state, params, texts, batch, prefix):
         return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
-    after, metrics = jax.eval_shape(
-        take,
+    arguments = (
         state,
         run.base.transformer.params,
         _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt),
         _step_batch(run),
         prefix,
     )
+    after, metrics = jax.eval_shape(take, *arguments)
     after = jax.eval_shape(update.blend_old, after, _shape())
     before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     if [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(after)] != before:
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    return metrics["sample_loss"], (samples(config) // config.optimizer.steps_per_pass,)
+    expected = (samples(config) // config.optimizer.steps_per_pass,)
+    return Program(take, arguments, {"train step": (metrics["sample_loss"], expected)})
 
 
 def _step_batch(run: Run) -> update.StepBatch:
@@ -318,6 +323,7 @@ def _memory_advice(config: ConfigDict, held: Sequence[str]) -> str:
     activations = {"mesh.samples_per_device": 1, "model.remat": True, "video.decode_chunk": 1}
     others = {
         "mesh.fsdp": jax.device_count(),
+        "prompts.encoder": "host",
         "scoring.weights": "host",
         "scoring.overlap": "none",
         "model.param_dtype": "bfloat16",

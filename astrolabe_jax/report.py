@@ -31,7 +31,7 @@ from astrolabe_jax.config import flatten, piece, repeats, reward_weights, rounds
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import empty_cache
-from astrolabe_jax.run import Run
+from astrolabe_jax.run import Run, encoder_on_host
 from astrolabe_jax.runtime import media
 from astrolabe_jax.runtime.files import write_atomic, writing
 from astrolabe_jax.runtime.progress import counted, rewards_of
@@ -215,21 +215,31 @@ def memory(run: Run) -> dict[str, int]:
         caches, decoders = _streams(run)
         split_over_devices["cache"] = _cache_bytes(run, caches, run.layout.capacity)
         split_over_devices["decoder"] = _decoder_bytes(run, decoders)
+    own_share = {name: size // run.mesh.size for name, size in split_over_devices.items()}
     rewards = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
+    nets = _on_one_device([base.transformer.params, base.vae.params])
+    encoder = _on_one_device(base.text.params)
     on_each_device = rewards | {
-        # its weights on one device
-        "base": sum(
-            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-            for leaf in jax.tree.leaves(
-                [base.transformer.params, base.vae.params, base.text.params]
-            )
-        ),
+        "base": nets if encoder_on_host(config) else nets + encoder,
         "four policies": 4 * bytes_of(run.adapter),
         "optimizer": 2 * bytes_of(run.adapter),
     }
-    return on_each_device | {
-        name: size // run.mesh.size for name, size in split_over_devices.items()
-    }
+    if encoder_on_host(config):
+        # it is there before an epoch's arrays are; but streams that go on stay
+        later = set(own_share) - (
+            {"cache", "decoder"} if streaming.mode == "progressive" else set()
+        )
+        more = encoder - sum(own_share[name] for name in later)
+        on_each_device |= {"text encoder, besides an epoch's arrays": more} if more > 0 else {}
+    return on_each_device | own_share
+
+
+def _on_one_device(params: Any) -> int:
+    """Return the bytes of weights that one device holds."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(params)
+    )
 
 
 def _streams(run: Run) -> tuple[int, int]:

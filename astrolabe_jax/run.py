@@ -382,20 +382,30 @@ def load_base(
             size=config.model.size,
             transformer=config.transformer,
             place=lambda part, path, leaf: _place(
-                mesh, part, path, change(part, path, leaf) if change else leaf
+                config, mesh, part, path, change(part, path, leaf) if change else leaf
             ),
             **numerics(config),
         )
 
 
-def _place(mesh: sharding.AnyMesh, part: str, path: tuple, leaf: np.ndarray) -> jax.Array:
+def _place(
+    config: ConfigDict, mesh: sharding.AnyMesh, part: str, path: tuple, leaf: np.ndarray
+) -> jax.Array:
     """Place a leaf of the base on the mesh.
 
     Those of the VAE are whole on every device; the large nets are split over `fsdp`.
     """
-    return (
-        sharding.replicate(mesh, leaf) if part == "vae" else sharding.shard_param(mesh, path, leaf)
-    )
+    if part == "vae":
+        return sharding.replicate(mesh, leaf)
+    placed = sharding.shard_param(mesh, path, leaf)
+    away = part == "text_encoder" and encoder_on_host(config)
+    return sharding.moved_to_host(placed) if away else placed
+
+
+def encoder_on_host(config: ConfigDict) -> bool:
+    """Return whether the text encoder is on the devices only while it encodes."""
+    place = config.prompts.encoder
+    return place == "host" or (place == "auto" and jax.default_backend() != "cpu")
 
 
 def geometry(

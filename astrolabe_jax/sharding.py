@@ -7,9 +7,10 @@ equal on every process, and each process uploads only the parts of its own devic
 ShapeDtypeStruct they make one with a sharding.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 FSDP = "fsdp"
+HOST_MEMORY = "pinned_host"  # a memory kind of JAX
 
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all
 # others, which are vectors and small tables, and the adapters, which are trained, are replicated.
@@ -183,6 +185,30 @@ def by_sample(x: jax.Array, axis: int = 0) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*[None] * axis, AXES))
 
 
+def per_device(samples: int) -> int:
+    """Return how many of so many samples, split as `by_sample` does, each device holds."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return samples if mesh.empty or samples % mesh.size else samples // mesh.size
+
+
+def each_device(function: Callable) -> Callable:
+    """Return the function run on every device's own samples, under a mesh.
+
+    For kernels that the compiler cannot split. Arrays have samples along their first axis, as the
+    result has; scalars are given to all. Samples that the devices do not divide are whole on each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def run(*arrays):
+        specs = [P(AXES) if x.ndim and x.shape[0] % mesh.size == 0 else P() for x in arrays]
+        split = jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+        return split(*arrays)
+
+    return run
+
+
 def to_host(tree: Any) -> Any:
     """Return the whole arrays as numpy on every process, wherever their parts live."""
 
@@ -195,6 +221,39 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
+
+
+def moved_to_host(tree: Any) -> Any:
+    """Return arrays in the memory of the host, from which `on_devices` brings them back.
+
+    Those on the devices are deleted. Arrays of a run that is only planned stay.
+    """
+
+    def move(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+        leaf.delete()
+        return moved
+
+    return jax.tree.map(move, tree)
+
+
+@contextlib.contextmanager
+def on_devices(tree: Any) -> Iterator[Any]:
+    """Give the arrays on the devices; within, those of `moved_to_host` are copied there."""
+    leaves, structure = jax.tree.flatten(tree)
+    away = [getattr(leaf.sharding, "memory_kind", None) == HOST_MEMORY for leaf in leaves]
+    copies = [
+        jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if moved else leaf
+        for leaf, moved in zip(leaves, away, strict=True)
+    ]
+    try:
+        yield structure.unflatten(copies)
+    finally:
+        for copy, moved in zip(copies, away, strict=True):
+            if moved:
+                copy.delete()
 
 
 def _place(leaf, sharding):

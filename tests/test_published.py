@@ -5,6 +5,7 @@ written down here a second time.
 import functools
 import re
 
+import jax
 import pytest
 
 from astrolabe_jax import plan, report
@@ -503,3 +504,34 @@ def test_every_recipe_is_planned(family, argument):
     )
     assert TRACED[key]["rollout"].shape[1:] == (latents, *run.latent_shape[1:])
     assert TRACED[key]["decoder"].shape[1:] == (frames, 480, 832, 3)
+
+
+@pytest.mark.parametrize(
+    "family, argument",
+    [
+        ("self_forcing", ""),
+        ("longlive", "streaming"),
+        pytest.param("causal_forcing", "framewise", marks=pytest.mark.slow),
+        pytest.param("longlive", "", marks=pytest.mark.slow),
+        pytest.param("causal_forcing", "", marks=pytest.mark.slow),
+        pytest.param("krea14b", "", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_program_lowers_for_a_tpu(monkeypatch, family, argument):
+    """Attention is its Pallas kernel there, in the rollout and in the update's backward pass."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    config = RECIPES[family].get_config(argument)
+    run = plan.abstract_run(config, plan.planned_devices(config))
+    kernels = {}
+    with (
+        jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh),
+        jax.default_matmul_precision("float32"),
+    ):
+        for program in plan.programs(run):
+            traced = jax.jit(program.function).trace(*program.arguments)
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+            kernels |= dict.fromkeys(program.outputs, text.count("tpu_custom_call"))
+    assert kernels.pop("text encoder") == 0  # it adds a bias to its scores
+    assert all(kernels.values()), kernels
+    assert kernels["train step"] > kernels["rollout"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from astrolabe_jax import sharding
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.registry import Loaded, RewardError
 from astrolabe_jax.runtime import multihost
@@ -57,12 +58,7 @@ class RewardRunner:
     ):
         self._overlap = overlap
         self._timeout = timeout
-        self._home = {
-            group.names: jax.tree.map(lambda leaf: leaf.sharding, group.scorer.params)
-            for group in loaded
-        }
-        self._swapped = place == "host"
-        self._loaded = list(map(_moved_to_host, loaded)) if self._swapped else list(loaded)
+        self._loaded = list(map(_moved_to_host, loaded)) if place == "host" else list(loaded)
         self._under_way: _Call | None = None
 
     @property
@@ -206,13 +202,8 @@ class RewardRunner:
         )
 
     def _score(self, group: Loaded, *videos: Any) -> Scores:
-        if not self._swapped or group.scorer.params is None:
-            return registry.score(group, *videos)
-        params = jax.device_put(group.scorer.params, self._home[group.names])
-        try:
+        with sharding.on_devices(group.scorer.params) as params:
             return registry.score(_with_params(group, params), *videos)
-        finally:
-            jax.tree.map(lambda leaf: leaf.delete(), params)
 
 
 def _goes_on(call: _Call) -> bool:
@@ -235,11 +226,4 @@ def _with_params(group: Loaded, params: Any) -> Loaded:
 
 
 def _moved_to_host(group: Loaded) -> Loaded:
-    def move(leaf: jax.Array) -> jax.Array:
-        if isinstance(leaf, jax.ShapeDtypeStruct):  # of a run that is only planned
-            return leaf
-        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
-        leaf.delete()
-        return moved
-
-    return _with_params(group, jax.tree.map(move, group.scorer.params))
+    return _with_params(group, sharding.moved_to_host(group.scorer.params))

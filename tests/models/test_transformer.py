@@ -13,7 +13,6 @@ from flax import nnx
 from astrolabe_jax.models.layers import graphdef_of, merge
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan import rope
-from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.models.wan.config import WAN_1_3B, WAN_14B, Layout, WanConfig
 from astrolabe_jax.models.wan.transformer import WanTransformer
 from tests.models import tiny
@@ -247,19 +246,6 @@ def test_bfloat16_compute_follows_float32():
     assert half.dtype == x.dtype and key.dtype == jnp.bfloat16
     error = np.abs(full - half).mean() / np.abs(full).mean()
     assert 1e-4 < error < 0.05
-
-
-def test_attention_equals_the_formula():
-    q, k, v = tiny.normal(0, 2, 3, 2, 8), tiny.normal(1, 2, 5, 2, 8), tiny.normal(2, 2, 5, 2, 8)
-    mask = np.tril(np.ones((3, 5), bool), 2)
-    logits = np.einsum("bnak,bmak->banm", q, k) / np.sqrt(8)
-    weights = np.exp(np.where(mask[None, None], logits, -np.inf))
-    weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(
-        attention(q, k, v, mask), np.einsum("banm,bmak->bnak", weights, v), atol=1e-5
-    )
-    with pytest.raises(ValueError, match="cudnn attention needs"):
-        attention(q, k, v, backend="cudnn")
 
 
 @pytest.mark.parametrize(

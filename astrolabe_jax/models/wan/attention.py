@@ -1,18 +1,17 @@
-"""Dense attention behind one function, and the block-causal attention of the uncached forward.
+"""The block-causal attention of the uncached forward, over a whole video or a window of one.
 
 Block-causal attention is run block by block on static slices of the keys, so that no mask exists
 and a fused kernel applies; the result is exact (docs/models.md, Training mask).
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astrolabe_jax.models.wan.config import Block, Layout, WanConfig
+from astrolabe_jax.models.wan.config import Block, Layout
 from astrolabe_jax.models.wan.rope import Table, rotate, take_rows
 
 
@@ -21,71 +20,6 @@ class KeyValues(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask=None,
-    backend: str = "auto",
-    length=None,
-    causal: bool = False,
-) -> jax.Array:
-    """Return softmax attention [B, N, A, K] with scale 1/sqrt(K).
-
-    Args:
-      q: queries [B, N, A, K].
-      k, v: [B, M, A, K]. They may have fewer heads, each of which then serves as many consecutive
-        heads of q.
-      mask: bool [N, M], or None.
-      backend: 'xla' (any device, any dtype), 'cudnn' (GPU, 16 bit, no mask) or 'auto'.
-      length: see the first `length` keys only; a traced scalar, or None for all.
-      causal: token i of q sees the first i + 1 keys.
-
-    Raises:
-      ValueError: for cudnn with a mask or with numbers that are not of 16 bits.
-    """
-    if length is not None:
-        length = jnp.broadcast_to(jnp.asarray(length, jnp.int32), q.shape[:1])
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=None if mask is None else jnp.asarray(mask)[None, None],
-        implementation=choose_backend(backend, q, mask),
-        is_causal=causal,
-        key_value_seq_lengths=length,
-    )
-
-
-def choose_backend(backend: str, q: jax.Array, mask) -> Literal["xla", "cudnn"]:
-    """Return the back end that runs: 'auto' takes cudnn where it can."""
-    fused = q.dtype in (jnp.bfloat16, jnp.float16) and mask is None
-    on_gpu = jax.default_backend() == "gpu" and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    if backend == "cudnn" and not fused:
-        raise ValueError(
-            f"cudnn attention needs 16-bit inputs and no mask, got {q.dtype}"
-            f"{' with a mask' if mask is not None else ''}; use attention='auto' or 'xla'"
-        )
-    return "cudnn" if backend == "cudnn" or (backend == "auto" and on_gpu and fused) else "xla"
-
-
-def attention_of(config: WanConfig) -> Callable[..., jax.Array]:
-    """Return the attention of a training forward: (q, k, v, mask, length) as in `attention`.
-
-    With config.remat the scores [B, A, N, M] are computed anew in the backward pass: 'xla' would
-    keep those of all calls of a layer at once. cudnn never keeps them.
-    """
-
-    def attend(q, k, v, mask=None, length=None):
-        backend = choose_backend(config.attention, q, mask)
-        run = functools.partial(attention, backend=backend)
-        if config.remat and backend == "xla":
-            run = jax.checkpoint(run)
-        return run(q, k, v, mask, length=length)
-
-    return attend
 
 
 def block_causal_attention(
@@ -101,7 +35,7 @@ def block_causal_attention(
     Args:
       q: [B, F L, A, K]; keys_values: two of the same shape.
       blocks: of all F frames.
-      attend: as `attention_of` returns it.
+      attend: attention(q, k, v, mask, length=...) of models/attention.py.
       context: keys and values of the clean stream, same shape. Frames before a block are then read
         from it, and only the block itself from keys_values (docs/models.md, Clean context).
       sink_tables: where the keys of the sink's frames are stored without rotation, the rotary table
@@ -155,7 +89,7 @@ def window_attention(
       q: [B, W L, A, K]; keys_values: two of the same shape. Keys are rotated but for those of a
         moving sink.
       past: b divides B; row i is the past of samples i B/b to (i + 1) B/b - 1.
-      attend: as `attention_of` returns it.
+      attend: attention(q, k, v, mask, length=...) of models/attention.py.
       context: keys and values of the clean stream, for all but the last block; earlier blocks of
         the window are then read from it.
       sink_tables: where the sink moves, the rotary table of its frames for each block; else empty.

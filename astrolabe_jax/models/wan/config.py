@@ -5,6 +5,8 @@ sees (Layout).
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from astrolabe_jax.models.attention import BACKENDS
+
 # Absolute frame positions that the models know (docs/models.md, Rotary positions).
 ABSOLUTE_LIMIT = 1024
 
@@ -33,7 +35,7 @@ class WanConfig:
     dtype: str = "bfloat16"  # compute and cache dtype; norms and softmax stay float32 inside
     param_dtype: str = "bfloat16"  # storage dtype of the base weights
     remat: bool = True  # recompute each layer in the backward pass
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: str = "auto"  # one of models/attention.py's BACKENDS
 
     def __post_init__(self):
         for name in (
@@ -72,8 +74,8 @@ class WanConfig:
                 "covers one frame",
             ),
             (
-                self.attention not in ("auto", "xla", "cudnn"),
-                f"WanConfig.attention is {self.attention!r}; use 'auto', 'xla' or 'cudnn'",
+                self.attention not in BACKENDS,
+                f"WanConfig.attention is {self.attention!r}; expected {', '.join(BACKENDS)}",
             ),
         )
 

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from astrolabe_jax.models.attention import attention
 from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm, stacked
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import (
     KeyValues,
     PastKeys,
-    attention,
-    attention_of,
     block_causal_attention,
     window_attention,
 )
@@ -414,7 +413,7 @@ class WanTransformer(nnx.Module):
                 KeyValues(k, v),
                 PastKeys(before, past.start, length),
                 layout,
-                attention_of(self.config),
+                functools.partial(attention, backend=self.config.attention),
                 context,
                 sink_tables,
             )
@@ -439,7 +438,7 @@ class WanTransformer(nnx.Module):
                 rotate(q, table),
                 KeyValues(k, v),
                 blocks,
-                attention_of(self.config),
+                functools.partial(attention, backend=self.config.attention),
                 context,
                 sink_tables,
             )

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from astrolabe_jax.models.attention import attention
+
 # The encoder's or the decoder's memory between two chunks of a video; see the module docstring.
 VaeState = tuple[jax.Array, ...]
 
@@ -320,7 +322,7 @@ class FrameAttention(nnx.Module):
         del memory  # no frame sees another
         tokens = jax.lax.collapse(jax.lax.collapse(self.norm(x), 2, 4), 0, 2)  # [B T, N, C]
         q, k, v = jnp.split(self.to_qkv.pointwise(tokens), 3, axis=-1)
-        y = jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+        y = attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
         return x + self.proj.pointwise(y).reshape(x.shape)
 
 

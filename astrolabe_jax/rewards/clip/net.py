@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from astrolabe_jax.models.attention import attention
 from astrolabe_jax.models.layers import Embedding, LayerNorm, Linear, row, scanned, stacked
-from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.sharding import by_sample
 
 AESTHETIC_WIDTHS = (1024, 128, 64, 16, 1)  # of the layers behind the image features

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from astrolabe_jax.models.attention import attention
 from astrolabe_jax.models.layers import Embedding, RMSNorm, scanned, stacked
-from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.rewards.qwen2_vl.config import Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.linear import linear
 from astrolabe_jax.rewards.qwen2_vl.rope import Table, rotate, text_table

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from astrolabe_jax.models.attention import attention
 from astrolabe_jax.models.layers import LayerNorm, Linear, scanned, stacked
-from astrolabe_jax.models.wan.attention import attention
 from astrolabe_jax.rewards.qwen2_vl.config import MERGE, PATCH_VALUES, Qwen2VLConfig
 from astrolabe_jax.rewards.qwen2_vl.linear import INIT, linear
 from astrolabe_jax.rewards.qwen2_vl.rope import Grid, Table, rotate, vision_table
