@@ -226,3 +226,16 @@ def test_a_sentencepiece_model_is_read_alone(tmp_path):
     ids, mask = tokenizers.tokenize(tokenizer, ["a red circle"], 30)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert ids[0, : mask.sum()].tolist() == [*pieces.encode("a red circle"), 1]
+
+
+def test_an_encoder_on_the_host_is_on_the_devices_only_while_it_encodes(tokenizer, model):
+    mesh = mesh_of(2, 4)
+    params = sharding.shard_params(mesh, jax.tree.map(np.asarray, model.params))
+    placed = model._replace(params=params)
+    expected = encode.encode_prompts(placed, tokenizer, PROMPTS, mesh)
+    moved = model._replace(params=sharding.moved_to_host(params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    before = {id(leaf) for leaf in jax.live_arrays() if leaf.sharding.memory_kind == "device"}
+    np.testing.assert_array_equal(encode.encode_prompts(moved, tokenizer, PROMPTS, mesh), expected)
+    left = [leaf for leaf in jax.live_arrays() if id(leaf) not in before]
+    assert not [leaf for leaf in left if leaf.sharding.memory_kind == "device"]

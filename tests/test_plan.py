@@ -26,7 +26,12 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mesh.fsdp": 4}, {"sampler.batch": 16, "mesh.samples_per_device": 1}, runs.PROGRESSIVE],
+    [
+        {},
+        {"mesh.fsdp": 4, "prompts.encoder": "host"},
+        {"sampler.batch": 16, "mesh.samples_per_device": 1},
+        runs.PROGRESSIVE,
+    ],
 )
 def test_it_describes_what_a_run_says_of_itself(base, tmp_path, changes):
     config = runs.small_config(base, **changes | {"prompts.prompts_per_epoch": 4})

@@ -96,7 +96,12 @@ def test_neither_overlap_nor_where_weights_are_change_a_run(
 ):
     """Batches of four, so that there is something to overlap with, and a stop in between."""
     made, workdir = whole
-    changes = {"scoring.overlap": overlap, "scoring.weights": weights, "mesh.samples_per_device": 4}
+    changes = {
+        "prompts.encoder": weights,
+        "scoring.overlap": overlap,
+        "scoring.weights": weights,
+        "mesh.samples_per_device": 4,
+    }
     runs.start(config(base, directory, **changes, **{"train.epochs": 1}), tmp_path / "run")
     runs.start(config(base, directory, **changes), tmp_path / "run")
     runs.assert_same_run(made, workdir, tmp_path / "run")
