@@ -2,7 +2,7 @@
 
 Each `_..._faults` gives one message for each fault: the field, its value, what was expected. What
 a field takes by itself is declared in config.py; here is what fields ask of each other and of the
-devices. What depends on the base model or the prompts is checked in run.py.
+devices. What depends on the base model or the prompts is checked in preflight.py.
 """
 
 import contextlib
@@ -12,16 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import (
-    FIELDS,
-    LOAD,
-    WEIGHT,
-    piece,
-    repeats,
-    reward_weights,
-    rounds,
-    samples,
-)
+from astrolabe_jax.arithmetic import piece, repeats, rounds, samples
+from astrolabe_jax.config import FIELDS, LOAD, WEIGHT, reward_weights
 
 # What devices hold of numbers: int32, and float32 whose smallest are not rounded to 0.
 _MOST_INT = 2**31 - 1
@@ -449,3 +441,14 @@ def _cache_faults(config: ConfigDict) -> Iterable[str]:
             "without recache_on_update, or another model.window",
         ),
     )
+
+
+@contextlib.contextmanager
+def error_prefix(field: str) -> Iterator[None]:
+    """Put the field at fault in front of an error's message."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{field}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None

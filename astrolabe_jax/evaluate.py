@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from astrolabe_jax import advantages, decode, prompts
-from astrolabe_jax.config import clip_length, eval_frames, piece, reward_weights
+from astrolabe_jax.arithmetic import clip_length, eval_frames, piece
+from astrolabe_jax.config import reward_weights
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows

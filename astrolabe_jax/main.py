@@ -34,13 +34,13 @@ def main(_: list[str]) -> None:
         # after joining: no array may exist before it
         import jax
 
-        from astrolabe_jax import plan, run, train
+        from astrolabe_jax import plan, preflight, run, train
 
         with preemption.listening() as check:
             try:
                 with plan.naming_memory(CONFIG.value):
                     if CHECK.value:
-                        return run.tell(CONFIG.value, WORKDIR.value)
+                        return preflight.tell(CONFIG.value, WORKDIR.value)
                     prepared = run.prepare(CONFIG.value, WORKDIR.value)
                     jax.set_mesh(prepared.mesh)
                     state = train.resume(prepared)

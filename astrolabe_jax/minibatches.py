@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import losses
-from astrolabe_jax.config import piece, rounds, shares_prefix
+from astrolabe_jax.arithmetic import piece, rounds, shares_prefix
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.types import RngStream
 

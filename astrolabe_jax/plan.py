@@ -21,23 +21,17 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from astrolabe_jax import encode, minibatches, report, sharding, update
-from astrolabe_jax.config import (
-    piece,
-    repeats,
-    rounds,
-    samples,
-    shares_prefix,
-    window_starts,
-)
+from astrolabe_jax.arithmetic import piece, repeats, rounds, samples, shares_prefix, window_starts
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.convert.parts import PARTS, SIZES
 from astrolabe_jax.decode import decode_video
+from astrolabe_jax.geometry import geometry_of, numerics
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
-from astrolabe_jax.run import Run, geometry, numerics, timeline_of
+from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime import cli
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
@@ -68,7 +62,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
         }
     else:
         parts = bases.configs(config.base, **chosen)
-    layout, sampler, latent_shape = geometry(config, parts)
+    layout, sampler, latent_shape = geometry_of(config, parts)
     mesh = sharding.abstract_mesh(config.mesh, devices)
     nets = {name: bases.shapes(name, sizes) for name, sizes in parts.items()}
     for name, net in nets.items():

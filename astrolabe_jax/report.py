@@ -27,7 +27,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import astrolabe_jax
-from astrolabe_jax.config import flatten, piece, repeats, reward_weights, rounds, samples
+from astrolabe_jax.arithmetic import piece, repeats, rounds, samples
+from astrolabe_jax.config import flatten, reward_weights
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import empty_cache

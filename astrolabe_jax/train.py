@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import advantages, checkpoint, evaluate, prompts, report, sharding
-from astrolabe_jax.config import repeats, samples
+from astrolabe_jax.arithmetic import repeats, samples
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run

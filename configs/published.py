@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from astrolabe_jax.config import WEIGHT, get_config, samples, with_reference
+from astrolabe_jax.arithmetic import samples
+from astrolabe_jax.config import WEIGHT, get_config, with_reference
 
 # Reward -> the reward directory that it expects (docs/rewards.md, Conversion). Published as
 # video_hpsv3_local, videoalign_mq_score and videoalign_ta_score.

@@ -5,6 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
+from astrolabe_jax.arithmetic import repeats
 from astrolabe_jax.config import (
     FIELDS,
     REFERENCE_SWITCHES,
@@ -14,7 +15,6 @@ from astrolabe_jax.config import (
     flatten,
     get_config,
     renamed,
-    repeats,
     with_reference,
 )
 from configs import moving_shapes

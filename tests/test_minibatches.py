@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astrolabe_jax.config import rounds
+from astrolabe_jax.arithmetic import rounds
 from astrolabe_jax.minibatches import cut, levels, plan_pass
 from tests.tiny_training import make_config
 

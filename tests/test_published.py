@@ -9,16 +9,8 @@ import jax
 import pytest
 
 from astrolabe_jax import plan, report
-from astrolabe_jax.config import (
-    REFERENCE_SWITCHES,
-    flatten,
-    piece,
-    repeats,
-    reward_weights,
-    samples,
-    window_starts,
-    with_reference,
-)
+from astrolabe_jax.arithmetic import piece, repeats, samples, window_starts
+from astrolabe_jax.config import REFERENCE_SWITCHES, flatten, reward_weights, with_reference
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.rewards import registry as rewards

@@ -23,10 +23,10 @@ import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import sharding
+from astrolabe_jax.config_checks import error_prefix
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
-from astrolabe_jax.run import error_prefix
 from astrolabe_jax.runtime import cli, media
 from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
 from astrolabe_jax.runtime.progress import compilation, counted

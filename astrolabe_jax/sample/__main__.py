@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from astrolabe_jax import geometry, preflight
 from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import validate_sampling
 from astrolabe_jax.convert import lora
@@ -53,21 +54,21 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         if options[flag] == "":
             raise ValueError(f"--{flag} is empty; expected a path")
     validate_sampling(config, jax.device_count(), jax.default_backend())
-    sizes, tokenizer = runs.open_base(config)
-    layout = runs.layout_of(config)
+    sizes, tokenizer = geometry.open_base(config)
+    layout = geometry.layout_of(config)
     given = read_given(
         {name: options[name] for name in ("image", "video", "latents")},
         config,
         layout,
         sizes["vae"],
-        runs.latent_size(config, sizes),
+        geometry.latent_size(config, sizes),
     )
     requests = read_requests(
         config,
         options,
         Limits(
             layout,
-            runs.rules_of(config),
+            geometry.rules_of(config),
             sizes["vae"],
             given,
             tokenizer,
@@ -124,7 +125,7 @@ def main(given: Mapping[str, flags.FlagHolder]) -> None:
         with naming_memory(options["config"], SAMPLING):
             run, latents, requests = prepare(options)
     except (ValueError, OSError) as error:
-        cli.fail(f"{error}{runs.where_to_get(options['config'], error)}", 2)
+        cli.fail(f"{error}{preflight.where_to_get(options['config'], error)}", 2)
     log(_opening(run, requests))
     with jax.set_mesh(run.mesh), listening() as check:
         try:

@@ -11,10 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import prompts
+from astrolabe_jax.config_checks import error_prefix
+from astrolabe_jax.geometry import latent_length
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
 from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.run import error_prefix, latent_length
 from astrolabe_jax.runtime.files import local_file
 from astrolabe_jax.runtime.media import VIDEO, read_picture, read_video
 from astrolabe_jax.runtime.progress import counted, log

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, prompts, sharding
+from astrolabe_jax import encode, geometry, prompts, sharding
 from astrolabe_jax import run as runs
 from astrolabe_jax.config import flatten
 from astrolabe_jax.convert.parts import PlaceLeaf
@@ -80,12 +80,12 @@ def load(
         workdir=directory,
         fingerprint={"base": base.fingerprint} | settings(config, lora, given),
         base=base,
-        layout=runs.layout_of(config),
-        sampler=runs.sampler_of(config),
+        layout=geometry.layout_of(config),
+        sampler=geometry.sampler_of(config),
         mesh=mesh,
         latent_shape=(
             0,
-            *runs.latent_size(config, {"vae": base.vae.config, "transformer": net.config}),
+            *geometry.latent_size(config, {"vae": base.vae.config, "transformer": net.config}),
         ),
         train_prompts=(),
         test_prompts=(),
@@ -250,7 +250,7 @@ def _shot_blocks(
     """Give the blocks of a shot, the given ones first."""
     policy = run.policy(None)
     count = len(videos.timelines)
-    slots = scenes.cache_slots(policy.layout, runs.rules_of(run.config), shot.latent_frames)
+    slots = scenes.cache_slots(policy.layout, geometry.rules_of(run.config), shot.latent_frames)
     state = streams.begin(policy.config, policy.layout, count, slots, run.latent_shape[1:])
     first = streams.blocks_between(videos, 0, shot.given)
     if first and given is not None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import encode, minibatches, prompts, sharding
-from astrolabe_jax.config import clip_length, piece, rounds, samples, shares_prefix
+from astrolabe_jax.arithmetic import clip_length, piece, rounds, samples, shares_prefix
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.layers import merge
 from astrolabe_jax.rewards.registry import RewardError

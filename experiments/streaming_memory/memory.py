@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from astrolabe_jax import plan, rollout, sharding, update
-from astrolabe_jax.config import piece
+from astrolabe_jax.arithmetic import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.run import Run

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from astrolabe_jax import run
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.preflight import check
 from astrolabe_jax.rewards import registry as rewards
-from astrolabe_jax.run import check, prepare, timeline_of
+from astrolabe_jax.run import prepare, timeline_of
 from configs import published
 from tests.e2e import runs
 from tests.models import tiny

@@ -19,8 +19,8 @@ import pytest
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
+from astrolabe_jax.geometry import layout_of, open_base, rules_of
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.run import layout_of, open_base, rules_of
 from astrolabe_jax.runtime import files, preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from astrolabe_jax.sample import __main__ as program

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from astrolabe_jax import plan, sharding
-from astrolabe_jax.config import rounds
+from astrolabe_jax.arithmetic import rounds
 from configs import moving_shapes
 from experiments.streaming_memory import cost, memory
 from tests.e2e.runs import SMALL
