@@ -513,6 +513,7 @@ def test_every_recipe_is_planned(family, argument):
 def test_every_program_lowers_for_a_tpu(monkeypatch, family, argument):
     """Attention is its Pallas kernel there, in the rollout and in the update's backward pass."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jax.clear_caches()  # what was traced for a CPU would be taken
     config = RECIPES[family].get_config(argument)
     run = plan.abstract_run(config, plan.planned_devices(config))
     kernels = {}

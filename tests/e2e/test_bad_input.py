@@ -10,7 +10,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from astrolabe_jax import run
+from astrolabe_jax import preflight, run
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.preflight import check
 from astrolabe_jax.rewards import registry as rewards
@@ -241,13 +241,13 @@ def test_weights_that_do_not_fit_are_refused_by_their_headers(base, tmp_path, mo
 
 def test_check_prints_the_files_and_where_they_are_published(base, tmp_path, capsys):
     config = published.recipe("longlive", "gardo")
-    rows = {row.split()[0].rstrip(","): row for row in run.file_rows(config)}
+    rows = {row.split()[0].rstrip(","): row for row in preflight.file_rows(config)}
     assert rows["config.transformer"].endswith(
         "longlive_base.pt: missing; hf download Efficient-Large-Model/LongLive-1.3B "
         "models/longlive_base.pt --local-dir checkpoints/longlive_models (5.68 GB)"
     )
     assert all(": missing; hf download " in row for row in rows.values()) and len(rows) == 6
-    (row, *_) = run.file_rows(runs.small_config(base))
+    (row, *_) = preflight.file_rows(runs.small_config(base))
     assert row.endswith(f"{base}/transformer.safetensors: 0.1 MiB")
 
 
@@ -513,7 +513,7 @@ def test_a_file_that_is_missing_is_said_once(base, tmp_path, capsys):
     config = runs.small_config(base, seed=-1, **{"prompts.train": "no/train.txt"})
     config.rewards.hpsv3 = {"weight": 1.0, "path": "rewards/hpsv3"}
     with pytest.raises(ValueError) as error:
-        run.tell(config, str(tmp_path / "run"))
+        preflight.tell(config, str(tmp_path / "run"))
     assert str(error.value).splitlines() == [
         "2 things are wrong:",
         "  the config does not make sense:",
@@ -526,7 +526,7 @@ def test_a_file_that_is_missing_is_said_once(base, tmp_path, capsys):
     config = runs.small_config(base)
     config.rewards.hpsv3 = {"weight": 1.0, "path": str(tmp_path)}
     with pytest.raises(ValueError, match="config.rewards.hpsv3: no .*config.json; expected a dire"):
-        run.tell(config, str(tmp_path / "run"))
+        preflight.tell(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

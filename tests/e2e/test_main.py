@@ -162,7 +162,9 @@ def test_sampling_without_the_base_is_told_what_prints_where_it_is(tmp_path, env
     command.append(f"--config={runs.ROOT / 'configs' / 'longlive.py'}")
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("error: config.base: base 'wan_models/Wan2.1-T2V-1.3B': no ")
+    assert process.stderr.startswith(
+        "error: config.base: base 'wan_models/Wan2.1-T2V-1.3B': nothing "
+    )
     assert "; `python -m astrolabe_jax.main --config=... --workdir=... --check`" in process.stderr
 
 

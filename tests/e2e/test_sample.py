@@ -15,6 +15,7 @@ import av
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert import commands
@@ -282,10 +283,11 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"), overwrite=True)
     assert weaker["key"] != adapted["key"] and "1 video is replaced" in capsys.readouterr().out
-    adapter["self_attn.q"]["a"][:] = np.nan
-    save_peft(adapter, tmp_path / "lora", 2, 1.0)
+    tensors = load_file(merged)
+    tensors["head.head.bias"][:] = np.nan
+    save_file(tensors, merged)
     with pytest.raises(SystemExit) as ended:
-        ask(base, tmp_path / "c", prompt=RED, lora=str(tmp_path / "lora"))
+        ask(base, tmp_path / "c", {"transformer": str(merged)}, prompt=RED)
     assert ended.value.code == 1 and not list((tmp_path / "c").rglob("*.mp4"))
     assert re.search(
         "error: the latents of video 00000 are not finite .*a red circle", capsys.readouterr().err
