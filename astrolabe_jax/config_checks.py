@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from astrolabe_jax.arithmetic import piece, repeats, rounds, samples
-from astrolabe_jax.config import FIELDS, LOAD, WEIGHT, reward_weights
+from astrolabe_jax.config import FIELDS, LOAD, WEIGHT, flatten, reward_weights
 
 # What devices hold of numbers: int32, and float32 whose smallest are not rounded to 0.
 _MOST_INT = 2**31 - 1
@@ -115,13 +115,16 @@ def _without(config: ConfigDict, names: Collection[str]) -> ConfigDict:
     return copy
 
 
-def _each(checks: Iterable[Callable[..., Iterable[str]]], *arguments: Any) -> Iterator[str]:
+def _each(
+    checks: Iterable[Callable[..., Iterable[str]]], config: ConfigDict, *more: Any
+) -> Iterator[str]:
     """Yield the faults that checks find, but for checks of a field that `_without` left out: what
     they would say follows from the fault that it has.
     """
+    lacking = () if FIELDS.keys() - {"rewards"} <= flatten(config).keys() else (AttributeError,)
     for check in checks:
-        with contextlib.suppress(AttributeError):
-            yield from check(*arguments)
+        with contextlib.suppress(*lacking):
+            yield from check(config, *more)
 
 
 def _sample_faults(config: ConfigDict) -> Iterable[str]:

@@ -47,7 +47,7 @@ from PIL import Image
 from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
 from astrolabe_jax.runtime.files import parse_json
-from astrolabe_jax.runtime.progress import counted, log
+from astrolabe_jax.runtime.progress import counted, warn
 
 FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
 LONGEST_PAUSE = 30.0
@@ -388,7 +388,7 @@ def _refuse_or_warn(
             f"of {options.fallback_share:g} of {FALLBACK_SPAN} may (fallback_share)",
         ) from faults[row]
     more = counted(len(faults), "more video has", "more videos have")
-    log(f"warning: reward {', '.join(names)}: {more} the {told}")
+    warn(f"reward {', '.join(names)}: {more} the {told}")
 
 
 def _answers(questions: Sequence[Question], options: RequestOptions) -> list[Any]:

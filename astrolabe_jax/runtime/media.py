@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from astrolabe_jax.runtime.files import atomic, local_file, writing
-from astrolabe_jax.runtime.progress import counted, log
+from astrolabe_jax.runtime.progress import counted, log, warn
 
 STRIP_FRAMES = 7  # frames of a film strip
 VIDEO_HEIGHT = 192  # smaller videos are enlarged to at least this height in mp4 files
@@ -292,7 +292,7 @@ def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     except Exception as error:  # whatever Pillow's decoders raise for a spoilt file
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
     if pictures > 1:
-        log(f"warning: {path} holds {pictures} pictures; the first alone is used")
+        warn(f"{path} holds {pictures} pictures; the first alone is used")
     _log_fit(path, picture.shape, size)
     return fitted(picture, size)
 
@@ -352,8 +352,8 @@ def _log_fit(
         )
     factor = size[1] / (bottom - top)
     if factor > MUCH_LARGER:
-        log(
-            f"warning: {path} is {height}x{width}: it is enlarged {factor:.3g} times, to "
+        warn(
+            f"{path} is {height}x{width}: it is enlarged {factor:.3g} times, to "
             f"{size[1]}x{size[0]}, and looks it; give one of that size"
         )
 

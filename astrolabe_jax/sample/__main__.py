@@ -27,7 +27,7 @@ from absl import app, flags
 
 from astrolabe_jax import geometry, preflight
 from astrolabe_jax import run as runs
-from astrolabe_jax.config_checks import validate_sampling
+from astrolabe_jax.config_checks import error_prefix, validate_sampling
 from astrolabe_jax.convert import lora
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.runtime import cli, files, multihost
@@ -77,7 +77,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     )
     adapter = None
     if path := options["lora"]:
-        with runs.error_prefix("--lora"):
+        with error_prefix("--lora"):
             changes = lora.read_changes(path, sizes["transformer"])
         change = lora.leaf_changer(changes, sizes["transformer"])
         adapter = (change, lora.fingerprint(path))
