@@ -237,7 +237,8 @@ def _line(name: str, value: Any) -> Reward:
         )
     function = _imported(name, target)
     if not callable(function) or inspect.isclass(function):
-        raise ValueError(f"{fault}; expected module:function")
+        kind = type(function).__name__
+        raise ValueError(f"{fault}, of type {kind}; expected module:function")
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise ValueError(f"{fault}, which is async or yields; expected a function that returns")
     try:

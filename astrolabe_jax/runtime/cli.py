@@ -34,9 +34,12 @@ _OF_OTHER_TYPE = re.compile(
     r"cannot be casted to type <class '(?:.*\.)?(.*)'>",
     re.DOTALL,
 )
-_NO_NUMBER = re.compile(
-    r"flag --(config\.[\w.]+)=(.*): (?:invalid literal for|could not convert string to) "
-    "(int|float)"
+# What absl says of a value that cannot be read as the type of its field.
+_UNREADABLE = re.compile(
+    r"flag --(config\.[\w.]+)=(.*): (?:invalid literal for |could not convert string to |"
+    r"Failed to parse .* as a |Error while parsing string: .* as |\('Non-)"
+    "(int|float|ConfigDict|tuple|bool)",
+    re.DOTALL,
 )
 _TYPES = {
     "bool": "True or False",
@@ -374,9 +377,9 @@ def message(error: Exception) -> str:
         return f"unknown config field {_unknown_field(text)}"
     if missing := re.findall(r"flag --(\w+)=None", text):
         return f"give {' and '.join(f'--{name}' for name in missing)}; --help tells more"
-    if match := _NO_NUMBER.match(text):
+    if match := _UNREADABLE.match(text):
         name, value, kind = match.groups()
-        return f"{name} is {value}; expected {_TYPES[kind]}"
+        return f"{name} is {value or 'empty'}; expected {_TYPES[kind]}"
     if match := _OF_OTHER_TYPE.fullmatch(text):
         field, value, given, expected = match.groups()
         named = [name for name in config.FIELDS if f".{name}".endswith(f".{field}")]

@@ -350,12 +350,13 @@ def test_a_reward_may_come_from_outside_of_the_package(loader, monkeypatch):
     [
         ("no_such_module_here:score", "'mine': cannot import 'no_such_module_here:score'"),
         ("fake_loader:gone", "'mine': cannot import 'fake_loader:gone'"),
-        ("fake_loader", "config.rewards.mine.load is 'fake_loader'; expected module:function"),
+        ("fake_loader", "mine.load is 'fake_loader', of type module; expected module:function"),
+        ("math:pi", "is 'math:pi', of type float; expected module:function"),
         ("a b", "'mine': cannot import 'a b'"),
         ("my/score.py:score", "is 'my/score.py:score'; .* as Python imports it, such as score:sc"),
         ("score.py:score", "is 'score.py:score'; expected a module as Python imports it, such as"),
         (7, "cannot import 7: "),
-        ("fake_loader:TintOptions", "is 'fake_loader:TintOptions'; expected module:function"),
+        ("fake_loader:TintOptions", "TintOptions', of type type; expected module:function"),
     ],
 )
 def test_a_function_from_outside_that_is_not_there_is_named(loader, target, message):

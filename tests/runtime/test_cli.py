@@ -188,6 +188,11 @@ def test_a_recipe_that_gives_no_config_is_named(
     [
         (["--config.seed=1e400"], "config.seed is 1e400; expected a whole number"),
         (["--config.optimizer.b1=much"], "config.optimizer.b1 is much; expected a number"),
+        (["--config.seed="], "config.seed is empty; expected a whole number"),
+        (["--config.rewards=shapes_vq"], "config.rewards is shapes_vq; expected a section, whose"),
+        (["--config.rewards=3"], "config.rewards is 3; expected a section, whose"),
+        (["--config.eval.ceiling=yes"], "config.eval.ceiling is yes; expected True or False"),
+        (["--config.sampler.steps=(1,"], "config.sampler.steps is (1,; expected a tuple"),
         (
             ["--config.train={'epochs': 3}"],
             "config.train.eval_every is missing; a recipe begins with astrolabe_jax.config.",
