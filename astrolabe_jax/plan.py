@@ -303,7 +303,9 @@ def _shortage(error: BaseException | None) -> str:
     """Return the first line of the error, or of one behind it, that tells of too little memory."""
     while error is not None:
         text = str(error) or type(error).__name__
-        if isinstance(error, MemoryError) or any(word in text.lower() for word in _SHORTAGES):
+        on_disk = "error writing" in text.lower()  # tensorstore calls a full disk so, too
+        short = any(word in text.lower() for word in _SHORTAGES) and not on_disk
+        if isinstance(error, MemoryError) or short:
             return text.splitlines()[0][:200]
         error = error.__cause__ or error.__context__
     return ""

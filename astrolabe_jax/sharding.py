@@ -243,7 +243,9 @@ def moved_to_host(tree: Any) -> Any:
 def on_devices(tree: Any) -> Iterator[Any]:
     """Give the arrays on the devices; within, those of `moved_to_host` are copied there."""
     leaves, structure = jax.tree.flatten(tree)
-    away = [getattr(leaf.sharding, "memory_kind", None) == HOST_MEMORY for leaf in leaves]
+    away = [
+        isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == HOST_MEMORY for leaf in leaves
+    ]
     copies = [
         jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if moved else leaf
         for leaf, moved in zip(leaves, away, strict=True)
