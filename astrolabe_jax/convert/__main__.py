@@ -17,7 +17,7 @@ from astrolabe_jax.convert import commands, describe, lora, parts, store
 from astrolabe_jax.convert.open import POLICIES
 from astrolabe_jax.rewards import convert as rewards
 from astrolabe_jax.rewards.directory import WEIGHTS, PublishedFiles
-from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime import cli, progress
 from astrolabe_jax.runtime.files import local_directory, read_safetensors
 
 
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = vars(parser().parse_args(argv))
     jax.config.update("jax_platforms", "cpu")  # shapes alone are traced: no accelerator is taken
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    progress.show_warnings()
     command = _COMMANDS[arguments.pop("command")]
     try:
         for path in command.run(**arguments):

@@ -63,6 +63,7 @@ def show_warnings() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Look())
     root = logging.getLogger()
+    absl_logging.use_absl_handler()  # removes those that libraries added when they were imported
     root.removeHandler(absl_logging.get_absl_handler())
     root.addHandler(handler)
     warnings.showwarning = lambda message, *_: logging.warning("%s", message)

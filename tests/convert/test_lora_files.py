@@ -3,6 +3,8 @@ adapter tree takes what fits it, and everything else is refused in one sentence.
 """
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +251,20 @@ def test_numbers_that_are_none_are_not_merged(base, tmp_path, capsys):
         main(["merge", str(base), str(path), "--to", str(tmp_path / "x.safetensors")])
     assert f"error: {path}: merged blocks.0.self_attn.q.weight is not finite in float32" in (
         capsys.readouterr().err
+    )
+
+
+def test_a_warning_looks_like_those_of_the_other_programs(tmp_path):
+    writer = Writer()
+    writer.pair(LINEARS[0], module_of(LINEARS[0]), halves=("lora_A", "lora_B"))
+    path = writer.write(tmp_path).rename(tmp_path / "a.safetensors")
+    command = ["export-lora", path, "--to", tmp_path / "out.safetensors", "--format", "diffusers"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "astrolabe_jax.convert", *command], capture_output=True, text=True
+    )
+    assert ended.returncode == 0
+    assert (
+        ended.stderr == f"warning: {path} tells no alpha; scale 1 is taken, as other programs do\n"
     )
 
 
