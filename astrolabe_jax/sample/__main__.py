@@ -28,7 +28,7 @@ from absl import app, flags
 from astrolabe_jax import geometry, preflight
 from astrolabe_jax import run as runs
 from astrolabe_jax.config_checks import error_prefix, validate_sampling
-from astrolabe_jax.convert import lora
+from astrolabe_jax.convert import lora, parts
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.runtime import cli, files, multihost
 from astrolabe_jax.runtime.preemption import Stopped, listening
@@ -47,7 +47,8 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
       the run, the latents that begin every video, if any, and the requests.
 
     Raises:
-      ValueError, OSError: before anything is compiled; what costs most is done last.
+      ValueError, OSError, FloatingPointError: before anything is compiled; what costs most is done
+        last.
     """
     config = options["config"]
     for flag in ("output_dir", "lora", "prompt_file"):
@@ -79,7 +80,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
     if path := options["lora"]:
         with error_prefix("--lora"):
             changes = lora.read_changes(path, sizes["transformer"])
-        change = lora.leaf_changer(changes, sizes["transformer"])
+        change = _blaming_lora(lora.leaf_changer(changes, sizes["transformer"]))
         adapter = (change, lora.fingerprint(path))
     directory = files.local_directory(options["output_dir"])
     if not options["overwrite"]:
@@ -92,6 +93,21 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         keys = {request.name: videos.key_of(run, request) for request in requests}
         videos.refuse_others(directory, "key", keys)
     return run, videos.given_latents(run, given), requests
+
+
+def _blaming_lora(change: parts.PlaceLeaf) -> parts.PlaceLeaf:
+    """Return `change`, whose faults are of --lora, not of the base to which it is added.
+
+    They are FloatingPointErrors, before which no other name is put.
+    """
+
+    def changed(part: str, where: tuple, leaf: np.ndarray) -> Any:
+        try:
+            return change(part, where, leaf)
+        except ValueError as error:
+            raise FloatingPointError(f"--lora: {error}") from None
+
+    return changed
 
 
 def claim(directory: Path) -> None:
@@ -124,7 +140,7 @@ def main(given: Mapping[str, flags.FlagHolder]) -> None:
     try:
         with naming_memory(options["config"], SAMPLING):
             run, latents, requests = prepare(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         cli.fail(f"{error}{preflight.where_to_get(options['config'], error)}", 2)
     log(_opening(run, requests))
     with jax.set_mesh(run.mesh), listening() as check:

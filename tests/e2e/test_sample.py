@@ -294,6 +294,24 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     )
 
 
+def test_a_broken_adapter_is_blamed_and_not_the_base(base, tmp_path, capsys):
+    net = bases.configs(str(base))["transformer"]
+    adapter = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), adapter_shapes(net, 2))
+    save_peft(adapter, tmp_path / "lora", 2, 1.0)
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[:] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path / "out", prompt=RED, lora=str(tmp_path / "lora"))
+    assert ended.value.code == 2
+    assert re.search(
+        f"^error: --lora: {path}: blocks.* holds numbers that are not finite",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
+
+
 def test_videos_begin_with_what_is_given(base, tmp_path):
     picture = np.full((16, 16, 3), (200, 60, 90), np.uint8)
     write_png(tmp_path / "a.png", picture)
