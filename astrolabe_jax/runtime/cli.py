@@ -36,7 +36,7 @@ _OF_OTHER_TYPE = re.compile(
 )
 # What absl says of a value that cannot be read as the type of its field.
 _UNREADABLE = re.compile(
-    r"flag --(config\.[\w.]+)=(.*): (?:invalid literal for |could not convert string to |"
+    r"flag --([\w.]+)=(.*): (?:invalid literal for |could not convert string to |"
     r"Failed to parse .* as a |Error while parsing string: .* as |\('Non-)"
     "(int|float|ConfigDict|tuple|bool)",
     re.DOTALL,
@@ -379,6 +379,7 @@ def message(error: Exception) -> str:
         return f"give {' and '.join(f'--{name}' for name in missing)}; --help tells more"
     if match := _UNREADABLE.match(text):
         name, value, kind = match.groups()
+        name = name if name.startswith("config.") else f"--{name}"
         return f"{name} is {value or 'empty'}; expected {_TYPES[kind]}"
     if match := _OF_OTHER_TYPE.fullmatch(text):
         field, value, given, expected = match.groups()

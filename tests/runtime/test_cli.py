@@ -207,6 +207,13 @@ def test_a_value_that_a_field_cannot_have_is_named(
     assert refusal(capsys, every).startswith(expected)
 
 
+@pytest.mark.parametrize("value", ["33.0", "1e2", "many"])
+def test_a_flag_that_is_no_whole_number_is_named(config_flag, capsys, value):
+    flags.DEFINE_integer("frames", 0, "pixel frames", flag_values=flags.FLAGS)
+    told = refusal(capsys, [f"--frames={value}"])
+    assert told == f"--frames is {value}; expected a whole number"
+
+
 def test_an_empty_text_is_refused_by_its_flag(config_flag, capsys):
     flags.DEFINE_string("lora", None, "an adapter", flag_values=flags.FLAGS)
     flags.DEFINE_string("note", "", "any text", flag_values=flags.FLAGS)
