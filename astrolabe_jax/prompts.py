@@ -55,6 +55,11 @@ def load(source: str, switch_frames: Sequence[int] = ()) -> tuple[str, ...]:
         try:
             prompts.append(_from_json(line, switch_frames))
             prompts[-1].encode()  # JSON can hold half a character
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise ValueError(
+                f"{place(source, number)}: {half} is half of a character; write it whole"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{place(source, number)}: {error}") from None
     return tuple(prompts)

@@ -132,7 +132,7 @@ def test_lines_of_json(tmp_path):
         (b'{"prompt": " "}', 'line 2: expected {"prompt"'),
         (b'{"prompt": "a", "prompts": ["b"]}', "line 2: "),
         (b'{"prompts": ["a", "b"], "switch_frame": [3]}', 'line 2: expected {"prompt"'),
-        (b'{"prompt": "\\ud800"}', "line 2: "),
+        (b'{"prompt": "\\ud800"}', r"line 2: '\ud800' is half of a character"),
         (b"", "line 2 is empty"),
     ],
 )

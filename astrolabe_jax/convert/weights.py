@@ -194,7 +194,8 @@ def _state_dict(
     """
     if not isinstance(tree, dict) or not tree:
         raise ValueError(
-            f"{path} holds a {type(tree).__name__}; expected a state dict, with names and tensors"
+            f"{path} holds {'nothing' if tree == {} else f'a {type(tree).__name__}'}; expected a "
+            "state dict, with names and tensors"
         )
     tree = {name: _tensor_of(name, value) for name, value in tree.items()}
     others = [

@@ -134,7 +134,7 @@ def test_the_average_is_read_where_there_are_several(tmp_path, caplog):
             "'critic' is no tensor; expected one state dict, or one under generator_ema",
         ),
         ([1], "holds a list; expected a state dict"),
-        ({}, "holds a dict; expected a state dict"),
+        ({}, "holds nothing; expected a state dict"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, tree, message):
