@@ -21,15 +21,17 @@ from absl import app, flags
 from scipy.stats import spearmanr
 
 from astrolabe_jax import prompts
+from astrolabe_jax.config_checks import error_prefix
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime.files import parse_json
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream
 
 _REWARD = flags.DEFINE_string("reward", "hpsv3", "a reward that has the option frame_stride")
-_OPTIONS = flags.DEFINE_string("options", None, "JSON of its other options")
+_OPTIONS = flags.DEFINE_string("options", "{}", "JSON of its other options")
 _STRIDES = flags.DEFINE_list(
     "strides", ["1", "2", "4", "8"], "the first is what the others are compared with"
 )
@@ -37,8 +39,12 @@ _STRIDES = flags.DEFINE_list(
 
 def main(config: flags.FlagHolder) -> None:
     cli.set_up()
-    with tempfile.TemporaryDirectory() as workdir:
-        run = prepare(config.value, workdir)
+    try:
+        settings = with_strides(_REWARD.value, _OPTIONS.value, _STRIDES.value)
+        with tempfile.TemporaryDirectory() as workdir:
+            run = prepare(config.value, workdir)
+    except (ValueError, OSError) as error:
+        cli.fail(error, 2)
     given = run.config.prompts
     batch = prompts.draw(
         run.train_prompts, run.config.seed, 0, given.prompts_per_epoch, given.samples_per_prompt, 1
@@ -57,8 +63,7 @@ def main(config: flags.FlagHolder) -> None:
     frames = np.concatenate(pieces)
     setting = rewards.Setting(run.mesh, run.config.video.fps)
     whole = None
-    for stride in map(int, _STRIDES.value):
-        options = json.loads(_OPTIONS.value) | {"weight": 1.0, "frame_stride": stride}
+    for stride, options in settings.items():
         (loaded,) = rewards.load({_REWARD.value: options}, setting)
         loaded.scorer.score(loaded.scorer.params, frames[:1], batch.texts[:1])  # compiles
         begin = time.perf_counter()
@@ -76,6 +81,28 @@ def main(config: flags.FlagHolder) -> None:
         print(json.dumps(counts | compared(scores, whole, batch.index)), flush=True)
 
 
+def with_strides(reward: str, options: str, strides: list[str]) -> dict[int, dict]:
+    """Return the options of a reward with each stride.
+
+    Raises ValueError, naming the flag, for what they are not, and for a reward or files that are
+    not there.
+    """
+    if not strides or not all(stride.isdecimal() and int(stride) for stride in strides):
+        raise ValueError(f"--strides is {','.join(strides)!r}; expected numbers, as in 1,2,4")
+    with error_prefix("--options"):
+        others = parse_json(options)
+        if not isinstance(others, dict):
+            raise ValueError(f"expected a JSON object, not {options!r:.40}")
+    found = {
+        int(stride): others | {"weight": 1.0, "frame_stride": int(stride)} for stride in strides
+    }
+    for given in found.values():
+        rewards.validate({reward: given})
+        for line in rewards.directory_faults({reward: given}):
+            raise ValueError(line)
+    return found
+
+
 def compared(scores: np.ndarray, whole: np.ndarray, groups: np.ndarray) -> dict[str, float]:
     """Of scores [N] against those of all frames; groups [N]: the prompt of each video."""
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
@@ -88,5 +115,5 @@ def compared(scores: np.ndarray, whole: np.ndarray, groups: np.ndarray) -> dict[
 
 if __name__ == "__main__":
     holder = cli.define()
-    flags.mark_flags_as_required(["config", "options"])
+    flags.mark_flags_as_required(["config"])
     app.run(lambda argv: main(holder), flags_parser=cli.parse)
