@@ -5,6 +5,7 @@ emitters of fusions alone they take half the time.
 """
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = (
@@ -24,6 +25,10 @@ STAGES = ("encode", "rollout", "decode", "losses")
 install_import_hook([f"astrolabe_jax.{stage}" for stage in STAGES], "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts what runs in the background with SIGINT ignored, and tests' programs would inherit
+# that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

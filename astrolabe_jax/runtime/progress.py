@@ -50,9 +50,12 @@ def warn(text: str) -> None:
     log(f"warning: {text}")
 
 
-class _Look(logging.Formatter):
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {' '.join(record.message.split())}"
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # not by `log`, which asks JAX for its processes: they may not have met yet
+        words = record.getMessage().split()
+        with contextlib.suppress(OSError):
+            print(f"{record.levelname.lower()}:", *words, file=sys.stderr, flush=True)
 
 
 @functools.cache
@@ -60,12 +63,10 @@ def show_warnings() -> None:
     """Let the warnings of libraries, and those of ours that are logged, look like those of `warn`:
     one line each, on standard error.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Look())
     root = logging.getLogger()
     absl_logging.use_absl_handler()  # removes those that libraries added when they were imported
     root.removeHandler(absl_logging.get_absl_handler())
-    root.addHandler(handler)
+    root.addHandler(_Lines())
     warnings.showwarning = lambda message, *_: logging.warning("%s", message)
 
 
