@@ -266,8 +266,8 @@ FIELDS: dict[str, Field] = {
     ),
     "prompts.encoder": Field(
         "auto",
-        "Where the text encoder's weights are between two batches of prompts; auto: on the host, "
-        "if devices have a memory of their own.",
+        "Where the text encoder's weights are between two batches of prompts; auto: in training on "
+        "the host, if devices have a memory of their own.",
         one_of("auto", "device", "host"),
     ),
     "rewards": Field(

@@ -164,7 +164,8 @@ def _read_recipe(argument: str) -> ConfigDict:
         spec.loader.exec_module(module)
         get_config = module.get_config
         fault = _fault_of_call(get_config, variant)
-        made = made if fault else get_config(*variant)
+        if not fault:
+            made = get_config(*variant)
     except (Exception, SystemExit) as error:
         fail(_raised(error, name), 2)
     if isinstance(made, ConfigDict):

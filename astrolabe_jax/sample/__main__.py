@@ -55,6 +55,8 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         if options[flag] == "":
             raise ValueError(f"--{flag} is empty; expected a path")
     validate_sampling(config, jax.device_count(), jax.default_backend())
+    if config.prompts.encoder == "auto":
+        config.prompts.encoder = "device"  # it would come for every batch and every shot
     sizes, tokenizer = geometry.open_base(config)
     layout = geometry.layout_of(config)
     given = read_given(

@@ -401,7 +401,7 @@ flags.DEFINE_string("target", "here", "here, h200, or the name of a TPU's topolo
 flags.DEFINE_enum("model", "longlive", ["longlive", "shipped"], "whose programs")
 flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
 flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
-flags.DEFINE_string("attention", "auto", "model.attention: auto takes cudnn on a GPU, else xla")
+flags.DEFINE_string("attention", "auto", "model.attention: auto takes what the target has")
 flags.DEFINE_bool("run", False, "also run what is compiled, on the device that is here")
 flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
 
