@@ -1,7 +1,7 @@
 """Times the preparation of a video for HPSv3: the way of the published code against ours, in one
 process.
 
-    python -m experiments.reward_preprocessing.measure [--frames 81] [--repeats 3] [--json]
+    python -m experiments.reward_preprocessing.measure [--frames 81] [--repeats 3] [--chunk 4]
 
 The published way takes a frame at a time: PIL resizes it, and the processor of Hugging Face scales,
 normalises and patches it, with numpy. Ours is the jitted function that the scorers run, on so many
@@ -9,7 +9,6 @@ frames at a time. Both start from the same uint8 frames of 480 x 832, and end in
 of them. Compiling is not counted.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -18,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from absl import app, flags
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -70,12 +70,9 @@ def timed(work: Callable, repeats: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    flags = argparse.ArgumentParser()
-    flags.add_argument("--frames", type=int, default=81)
-    flags.add_argument("--repeats", type=int, default=3)
-    flags.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 9])
-    given = flags.parse_args()
+def main(argv: list[str]) -> None:
+    """Print a JSON line for the published way, and for each of ours."""
+    given = flags.FLAGS
     small = np.random.default_rng(0).integers(
         0, 256, (given.frames, HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8
     )
@@ -84,7 +81,7 @@ def main() -> None:
     wanted = published(frames[:2], processor)
     lines = {"published": timed(lambda: published(frames, processor), given.repeats)}
     for rounding in ("pil", "torch"):
-        for chunk in given.chunks:
+        for chunk in given.chunk:
             name = f"ours, {rounding}, {chunk} frames at a time"
             lines[name] = timed(lambda r=rounding, c=chunk: ours(frames, r, c), given.repeats)
             levels = (
@@ -101,5 +98,9 @@ def main() -> None:
         print(json.dumps({"what": name, "frames": given.frames, **line}), flush=True)
 
 
+flags.DEFINE_integer("frames", 81, "of the video", lower_bound=1)
+flags.DEFINE_integer("repeats", 3, "how often each way is timed", lower_bound=1)
+flags.DEFINE_multi_integer("chunk", [1, 4, 9], "frames at a time; once for each", lower_bound=1)
+
 if __name__ == "__main__":
-    main()
+    app.run(main)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax import prompts, rollout, sharding
 from astrolabe_jax.run import Run, prepare
+from astrolabe_jax.runtime import cli
 from astrolabe_jax.runtime.progress import Progress
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import RngStream
@@ -144,9 +145,12 @@ def counted() -> Iterator[list[int]]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints both and their ratios."""
+    """Print both and their ratios."""
     values = flags.FLAGS
-    made = measure(setting(values.start, base=values.base), values.start)
+    try:
+        made = measure(setting(values.start, base=values.base), values.start)
+    except (ValueError, OSError) as error:
+        cli.fail(error, 2)
     made["clip / sequence"] = {
         name: clip / made["sequence"][name] for name, clip in made["clip"].items()
     }
@@ -154,7 +158,9 @@ def main(argv: list[str]) -> None:
         print(f"{kind:16} {row['passes']:10.4g} passes {row['seconds']:10.4g} s", flush=True)
 
 
-flags.DEFINE_integer("start", 219, "latent frame at which the window begins, whole blocks of 3")
+flags.DEFINE_integer(
+    "start", 219, "latent frame at which the window begins, whole blocks of 3", lower_bound=0
+)
 flags.DEFINE_string("base", "moving_shapes", "name of a shipped base, or its directory")
 
 if __name__ == "__main__":

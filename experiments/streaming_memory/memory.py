@@ -1,16 +1,13 @@
 """Peak memory of the programs of a streaming epoch, compiled from shapes alone for a device that
 need not be there.
 
-    python -m experiments.streaming_memory.memory --target=h200
-    --cells=clip_detach:39,clip_fullbp:39
-    python -m experiments.streaming_memory.memory --stored    # bytes that a sample leaves for the
-                                                              update
+    python -m experiments.streaming_memory.memory --target=h200 --cells=clip_detach:39
+    python -m experiments.streaming_memory.memory --stored    # bytes a sample leaves for the update
 
-The model is LongLive's 1.3B at 480x832, bfloat16, with remat, windows of 21 latent frames; a device
-has one prompt with
-24 candidates and works on one at a time. With --model=shipped it is the base of the moving-shapes
-world, which compiles in seconds. A cell is VARIANT:START; variants are those of Table 4a
-(docs/streaming.md, Variants).
+The model is LongLive's 1.3B at 480x832, bfloat16, with remat and windows of 21 latent frames; a
+device has one prompt with 24 candidates and works on one at a time. With --model=shipped it is the
+base of the moving-shapes world, which compiles in seconds. A cell is VARIANT:START; variants are
+those of Table 4a (docs/streaming.md, Variants).
 
 --target: here; h200, with jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cudnn-cu13 on the path; or
 a TPU's topology as v5p:2x2x1, with TPU_LIBRARY_PATH (README.md). With --target=here --run each
@@ -20,6 +17,7 @@ program also runs, on random numbers.
 import contextlib
 import functools
 import importlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +36,7 @@ from astrolabe_jax.arithmetic import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.run import Run
+from astrolabe_jax.runtime import cli
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import Place, PrefixContext
 from configs import longlive, moving_shapes_long
@@ -48,6 +47,8 @@ VARIANTS = {  # streaming.sampling, streaming.backprop
     "clip_fullbp": ("clip", "full"),
     "seq_fullbp": ("sequence", "full"),
 }
+_CELL = re.compile(rf"({'|'.join(VARIANTS)}):\d+")
+PROGRAMS = ("block", "decoder", "update")
 SIZES = {
     "lora.init": "",
     "streaming.selection": "choices",
@@ -148,20 +149,29 @@ def measure(
 
 @contextlib.contextmanager
 def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
-    """The devices that are compiled for; within, the library chooses what it would choose there."""
+    """The devices that are compiled for; within, the library chooses what it would choose there.
+
+    Raises ValueError for a target that is unknown, or whose compiler is not installed.
+    """
     if target == "here":
         yield jax.devices()[:count]
         return
-    if target == "h200":
-        importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
-        config = (Path(__file__).parent / "h200.txtpb").read_text()
-        backend, given = (
-            "gpu",
-            {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"},
-        )
-    else:
-        backend, given = "tpu", {"platform": "tpu", "topology_name": target}
-    devices = topologies.get_topology_desc(**given).devices[:count]
+    try:
+        if target == "h200":
+            importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
+            config = (Path(__file__).parent / "h200.txtpb").read_text()
+            backend = "gpu"
+            given = {"platform": "cuda", "topology_name": "", "target_config": config}
+            given["topology"] = "1x1x1"
+        else:
+            backend = "tpu"
+            given = {"platform": "tpu", "topology_name": target}
+        devices = topologies.get_topology_desc(**given).devices[:count]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--target={target}: {error}; expected here, h200 (with jax[cuda13]) or the topology "
+            "of a TPU such as v5e:2x2 (with libtpu)"
+        ) from None
     with mock.patch.object(jax, "default_backend", lambda: backend):
         yield devices
 
@@ -360,50 +370,57 @@ def _cache(run: Run, count: int) -> kv.Cache:
 
 
 def main(argv: list[str]) -> None:
-    """A line for each cell and program, in GiB; in MiB for the shipped model."""
+    """Print a line for each cell and program, in GiB; in MiB for the shipped model."""
     values = flags.FLAGS
     if values.run and values.target != "here":
         raise app.UsageError(
             f"--run runs on the device that is here, not on {values.target}; give --target=here"
         )
+    try:
+        if values.stored:
+            for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
+                print(f"{name:72} {size / 2**20:12,.6g} MiB")
+            return
+        for cell in values.cells:
+            _tell(cell, values)
+    except (ValueError, OSError) as error:
+        cli.fail(error, 2)
+
+
+def _tell(cell: str, values: flags.FlagValues) -> None:
+    """Print a line for each program of a cell."""
     unit = 20 if values.model == "shipped" else 30
-    if values.stored:
-        for name, size in stored(plan.abstract_run(setting("clip_detach", 39), 1)).items():
-            print(f"{name:72} {size / 2**20:12,.6g} MiB")
-        return
-    for cell in values.cells:
-        variant, start = cell.split(":")
-        config = setting(
-            variant, int(start), shipped(int(start)) if values.model == "shipped" else None
-        )
-        config.model.attention = values.attention
-        for name, peak in measure(
-            config, values.target, tuple(values.programs), values.run
-        ).items():
-            sizes = (
-                peak.held,
-                peak.program.arguments,
-                peak.program.temporaries,
-                peak.program.fresh,
-                peak.total,
-            )
-            row = "  ".join(f"{size / 2**unit:7.2f}" for size in sizes)
-            row += f"  {peak.program.seconds:6.0f} s"
-            if peak.program.execution:
-                row += (
-                    f"  ran: {peak.program.execution.seconds:.3f} s, "
-                    f"{peak.program.execution.peak / 2**unit:.2f}"
-                )
-            print(f"{values.target} {variant:12} {start:>4} {name:8} {row}", flush=True)
+    variant, start = cell.split(":")
+    config = shipped(int(start)) if values.model == "shipped" else None
+    config = setting(variant, int(start), config)
+    config.model.attention = values.attention
+    peaks = measure(config, values.target, tuple(values.programs), values.run)
+    for name, peak in peaks.items():
+        program = peak.program
+        sizes = (peak.held, program.arguments, program.temporaries, program.fresh, peak.total)
+        row = "  ".join(f"{size / 2**unit:7.2f}" for size in sizes) + f"  {program.seconds:6.0f} s"
+        if ran := program.execution:
+            row += f"  ran: {ran.seconds:.3f} s, {ran.peak / 2**unit:.2f}"
+        print(f"{values.target} {variant:12} {start:>4} {name:8} {row}", flush=True)
 
-
-flags.DEFINE_string("target", "here", "here, h200, or the name of a TPU's topology")
-flags.DEFINE_enum("model", "longlive", ["longlive", "shipped"], "whose programs")
-flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
-flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
-flags.DEFINE_string("attention", "auto", "model.attention: auto takes what the target has")
-flags.DEFINE_bool("run", False, "also run what is compiled, on the device that is here")
-flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
 
 if __name__ == "__main__":
+    flags.DEFINE_string("target", "here", "here, h200, or the name of a TPU's topology")
+    flags.DEFINE_enum("model", "longlive", ["longlive", "shipped"], "whose programs")
+    flags.DEFINE_list("cells", ["clip_detach:39"], "VARIANT:START, ...")
+    flags.DEFINE_list("programs", [], "block, decoder, update; all by default")
+    flags.DEFINE_string("attention", "auto", "model.attention: auto takes what the target has")
+    flags.DEFINE_bool("run", False, "also run what is compiled, on the device that is here")
+    flags.DEFINE_bool("stored", False, "instead, the bytes that a sample leaves for the update")
+
+    flags.register_validator(
+        "cells",
+        lambda cells: all(map(_CELL.fullmatch, cells)),
+        f"expected VARIANT:START, ...; a variant is one of {', '.join(VARIANTS)}",
+    )
+    flags.register_validator(
+        "programs",
+        lambda names: set(names) <= set(PROGRAMS),
+        f"expected some of {', '.join(PROGRAMS)}",
+    )
     app.run(main)
