@@ -71,6 +71,15 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
     )
 
 
+def validate_scoring(config: ConfigDict, devices: int) -> None:
+    """Check a config for scoring alone, but for its rewards (registry.validate).
+
+    Arguments and errors are those of validate().
+    """
+    at_fault = dict(_field_faults(config))
+    _refuse(*at_fault.values(), *_each((_mesh_faults,), _without(config, at_fault), devices))
+
+
 def _refuse(*faults: str) -> None:
     if faults:
         raise ValueError("\n  ".join(["the config does not make sense:", *faults]))

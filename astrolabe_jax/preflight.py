@@ -144,7 +144,11 @@ def tell(config: ConfigDict, workdir: str) -> None:
     Of the files that are missing only the number is in the error.
     """
     log("\n".join([f"files of {config.name}:", *file_rows(config)]))
-    missing = {(field, str(path)) for field, path, size in _needed_files(config) if size is None}
+    missing = {
+        (field, str(path))
+        for field, path, size in _needed_files(config)
+        if size is None and not path.exists()
+    }
 
     def is_told(error: Exception) -> bool:
         return any(
@@ -175,7 +179,8 @@ def file_rows(config: ConfigDict) -> list[str]:
     rows = []
     for field, path, size in _needed_files(config):
         source = hub.where(str(path))
-        missing = f"missing; {source}" if source else "missing"
+        state = "not what is needed" if path.exists() else "missing"
+        missing = f"{state}; {source}" if source else state
         state = missing if size is None else f"{size / 2**20:,.1f} MiB"
         rows.append(f"  {field:32} {path}: {state}")
     return rows
@@ -213,9 +218,9 @@ def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
     }
     for field, text in named.items():
         if text and not text.startswith(prompts.WORLD_PREFIX):
-            path = Path(text)
-            files = [path] if path.is_file() else path.rglob("*")
-            size = sum(file.stat().st_size for file in files if file.is_file())
+            path = files.local_directory(text)
+            found = [path] if path.is_file() else path.rglob("*")
+            size = sum(file.stat().st_size for file in found if file.is_file())
             yield field, path, size if path.exists() else None
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from astrolabe_jax.models.tokenizer import token_ids
-from astrolabe_jax.runtime.files import parse_json, stand_in
+from astrolabe_jax.runtime.files import local_directory, parse_json, stand_in
 from astrolabe_jax.runtime.progress import warn
 from astrolabe_jax.types import PromptBatch, RngStream
 from astrolabe_jax.worlds import WORLDS, World
@@ -42,7 +42,7 @@ def load(source: str, switch_frames: Sequence[int] = ()) -> tuple[str, ...]:
     """
     if world := world_of(source):
         return tuple(world.prompts(source.partition("/")[2]))
-    lines = [line.strip() for line in _lines(Path(source))]
+    lines = [line.strip() for line in _lines(local_directory(source))]
     if not all(lines):
         raise ValueError(
             f"{place(source, lines.index('') + 1)} is empty; write a prompt there or delete the "

@@ -21,8 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from astrolabe_jax.convert import engine, store
-from astrolabe_jax.convert.nets import Net, field_faults, make_config, sizes_of, with_shards
-from astrolabe_jax.convert.parts import PARTS, SIZES, PlaceLeaf, described, load_net, shapes
+from astrolabe_jax.convert.lora_file import PEFT_CONFIG
+from astrolabe_jax.convert.nets import Net, field_faults, finite, make_config, sizes_of, with_shards
+from astrolabe_jax.convert.parts import (
+    NO_NET,
+    PARTS,
+    SIZES,
+    PlaceLeaf,
+    described,
+    load_net,
+    shapes,
+)
 from astrolabe_jax.convert.parts import check_net as check_tensors
 from astrolabe_jax.convert.weights import READERS, read_weights
 from astrolabe_jax.models.tokenizer import load_tokenizer
@@ -346,10 +355,10 @@ def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:
         )
     try:
         if not path.is_dir():
-            return load_net(part, read_weights(path), config, place)
+            return load_net(part, finite(read_weights(path)), config, place)
         net = shapes(part, config)
         expected = engine.flatten(net.params)
-        stored = store.tree(store.open_leaves(path), net.params)
+        stored = store.tree(finite(store.open_leaves(path)), net.params)
         params = engine.nested(
             (where, place(part, where, np.asarray(leaf, expected[where].dtype)))
             for where, leaf in engine.flatten(stored).items()
@@ -369,6 +378,8 @@ def weights_of(base: str | Path, part: str) -> Path:
     if path.is_file() or store.is_store(path):
         return path
     layout = layout_of(path)
+    if (path / PEFT_CONFIG).is_file():
+        raise FileNotFoundError(f"{path}: {NO_NET}")
     if layout is None:
         raise FileNotFoundError(
             f"{what_is_at(path)}; expected a file of weights or a directory with {marks()}"

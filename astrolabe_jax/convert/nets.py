@@ -169,16 +169,17 @@ def _digest(tensor: Any) -> tuple:
     return content.shape, content.dtype, hashlib.sha256(octets.data).digest()
 
 
-def finite(tensors: Mapping[str, Any], path: Path) -> dict[str, Lazy]:
-    """Return tensors that raise ConversionError, with the names of their file and of the tensor,
-    where one is read that holds NaN or an infinite number.
+def finite(tensors: Mapping[str, Any], path: Path | None = None) -> dict[str, Lazy]:
+    """Return tensors that raise ConversionError, with the names of their file, if it is given, and
+    of the tensor, where one is read that holds NaN or an infinite number.
     """
+    file = f"{path}: " if path else ""
 
     def check(name: str, tensor: Any) -> np.ndarray:
         content = np.asarray(tensor)
         if not is_finite(content):
             raise engine.ConversionError(
-                f"{path}: {name} holds numbers that are not finite (NaN or infinite), as a damaged "
+                f"{file}{name} holds numbers that are not finite (NaN or infinite), as a damaged "
                 "copy or a run that diverged leaves them; take another file"
             )
         return content

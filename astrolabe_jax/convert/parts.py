@@ -169,13 +169,16 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     return best
 
 
+NO_NET = (
+    "it is a LoRA, not a whole net; give the base here and the LoRA where one is asked for, or "
+    "merge the two first (convert merge BASE LORA --to FILE)"
+)
+
+
 def refuse_lora(tensors: Mapping[str, Any]) -> None:
     """Raise ConversionError for the tensors of a LoRA, where those of a whole net belong."""
     if any(".lora_" in name for name in tensors):
-        raise engine.ConversionError(
-            "it is a LoRA, not a whole net; give the base here and the LoRA where one is asked "
-            "for, or merge the two first (convert merge BASE LORA --to FILE)"
-        )
+        raise engine.ConversionError(NO_NET)
 
 
 def check_size(config: Any, measured: Mapping[str, Any]) -> None:
@@ -203,12 +206,8 @@ def check_net(part: str, tensors: Mapping[str, Any], config: Any) -> None:
 
     Names and shapes tell; nothing is read.
     """
-    spec = PARTS[part]
-    tensors = spec.prepare(tensors)
-    form = nets.format_of(spec, tensors)
-    if part == "transformer":
-        check_size(config, nets.measure(spec, form, tensors))
-    nets.checked(spec, config, form, tensors)
+    tensors, form = _prepared(part, tensors, config)
+    nets.checked(PARTS[part], config, form, tensors)
 
 
 def load_net(
@@ -228,14 +227,23 @@ def load_net(
     Raises:
       ConversionError: listing every missing, unused and misshapen tensor.
     """
-    spec = PARTS[part]
+    tensors, form = _prepared(part, tensors, config)
+    net = shapes(part, config)
+    table = nets.rules(PARTS[part], config, form)
+    return net._replace(
+        params=engine.load(table, tensors, net.params, functools.partial(place, part))
+    )
+
+
+def _prepared(part: str, tensors: Mapping[str, Any], config: Any) -> tuple[Mapping[str, Any], str]:
+    """Return the tensors of a part as its table takes them, and their format.
+
+    Raises ConversionError for a LoRA, and for a transformer of another size.
+    """
     refuse_lora(tensors)
+    spec = PARTS[part]
     tensors = spec.prepare(tensors)
     form = nets.format_of(spec, tensors)
     if part == "transformer":
         check_size(config, nets.measure(spec, form, tensors))
-    net = shapes(part, config)
-    table = nets.rules(spec, config, form)
-    return net._replace(
-        params=engine.load(table, tensors, net.params, functools.partial(place, part))
-    )
+    return tensors, form

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from astrolabe_jax import sharding
-from astrolabe_jax.config_checks import error_prefix
+from astrolabe_jax.config_checks import error_prefix, validate_scoring
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
@@ -103,6 +103,7 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
         with error_prefix("--golden"):
             new = golden and holders["record"].value and not golden.exists()
             recorded = _read_golden(golden) if golden and not new else {}
+        validate_scoring(config, jax.device_count())
         registry.validate(config.rewards)
         registry.reach(config.rewards)
         registry.check_prompt(list(config.rewards), prompt)

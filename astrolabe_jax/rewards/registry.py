@@ -86,6 +86,7 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax.config import LOAD, WEIGHT
 from astrolabe_jax.rewards import directory
+from astrolabe_jax.runtime.files import local_directory
 
 
 class Setting(NamedTuple):
@@ -337,7 +338,7 @@ def directory_faults(settings: Mapping[str, Any]) -> Iterator[str]:
         path = options(value).get("path")
         if name in TABLE and TABLE[name].net and isinstance(path, str) and path:
             try:
-                directory.check(Path(path), _imported(name, TABLE[name].net))
+                directory.check(local_directory(path), _imported(name, TABLE[name].net))
             except (ValueError, OSError) as error:
                 yield f"config.rewards.{name}: {error}"
 
@@ -412,7 +413,7 @@ def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:
 def _planned_params(name: str, settings: Mapping[str, Any], mesh: Any) -> Any:
     """Return the shapes of a reward's weights; None if it has none on the mesh."""
     if net := _line(name, settings[name]).net:
-        path = Path(options(settings[name])["path"])
+        path = local_directory(options(settings[name])["path"])
         return directory.planned(path, _imported(name, net), mesh)
 
 

@@ -38,7 +38,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ from PIL import Image
 
 from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
-from astrolabe_jax.runtime.files import parse_json
+from astrolabe_jax.runtime.files import local_directory, parse_json
 from astrolabe_jax.runtime.progress import counted, warn
 
 FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
@@ -208,7 +207,7 @@ def load_unified(names: tuple[str, ...], setting: Setting, options: UnifiedRewar
 
     Raises ValueError or OSError for another template.
     """
-    template = read_template(Path(options.template), UNIFIEDREWARD_TEXT)
+    template = read_template(local_directory(options.template), UNIFIEDREWARD_TEXT)
 
     def question(frame: np.ndarray, prompt: str) -> dict[str, float]:
         picture = Image.fromarray(frame).resize(UNIFIEDREWARD_SIZE, Image.Resampling.BICUBIC)

@@ -212,6 +212,8 @@ def read_given(
     return given._replace(name=f"--{flag} {path}")
 
 
+# No picture has such latents, whose deviation is about 1.
+_LARGEST_LATENT = 1000
 _EXPECTED = {
     "image": "one picture file (.png, .jpg, .webp, ...)",
     "video": VIDEO,
@@ -251,6 +253,11 @@ def _read_latents(path: Path, layout: Layout, size: tuple[int, int, int]) -> Giv
         latents = values.astype(np.float32)
     if not np.isfinite(latents).all():
         raise ValueError(f"{path} holds numbers that are not finite")
+    if (largest := np.abs(latents).max(initial=0)) > _LARGEST_LATENT:
+        raise ValueError(
+            f"{path} holds numbers up to {largest:.3g}; expected latents that the VAE has "
+            "normalised, mostly within 5 of 0"
+        )
     if not len(values) or layout.whole(len(values)) != len(values):
         raise ValueError(
             f"{path} has {counted(len(values), 'frame')}; expected whole blocks of {layout.block}"

@@ -404,6 +404,42 @@ def test_a_broken_adapter_is_named(base, tmp_path):
         assert f"config.lora.init: {path} " in refusal(config, tmp_path / "a")
 
 
+def test_a_tilde_is_the_home_directory(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_peft(prepare(runs.small_config(base), tmp_path / "run").adapter, tmp_path / "lora", 2, 2.0)
+    (tmp_path / "list.txt").write_bytes(GOOD * 8)
+    shutil.copytree(base, tmp_path / "base")
+    named = {"lora.init": "~/lora", "prompts.train": "~/list.txt", "prompts.test": "~/list.txt"}
+    config = runs.small_config("~/base", **named)
+    checked = check(config, tmp_path / "new")
+    assert checked.adapter and set(checked.prompts["train"]) == {GOOD.decode().strip()}
+    for row in preflight.file_rows(config):
+        assert f" {tmp_path}/" in row and row.endswith("MiB")
+
+
+def test_an_adapter_is_no_transformer(base, tmp_path, capsys):
+    adapter = prepare(runs.small_config(base), tmp_path / "run").adapter
+    path = save_peft(adapter, tmp_path / "lora", 2, 2.0)
+    for given in (path, path.parent):
+        config = runs.small_config(base, transformer=str(given))
+        with pytest.raises((ValueError, OSError)) as error:
+            preflight.tell(config, str(tmp_path / "new"))
+        assert str(error.value).startswith(
+            f"config.transformer: {given}: it is a LoRA, not a whole net; give the base here"
+        )
+    assert f"{path.parent}: not what is needed" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_named(base, tmp_path):
+    directory = shutil.copytree(base, tmp_path / "base")
+    path = directory / "vae.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] * float("nan")}, path)
+    message = refusal(runs.small_config(directory), tmp_path / "run")
+    assert f"{path}: {name} holds numbers that are not finite" in message
+
+
 def test_a_base_whose_parts_do_not_fit_is_named(base, tmp_path):
     directory = shutil.copytree(base, tmp_path / "base")
     content = json.loads((directory / "config.json").read_text())

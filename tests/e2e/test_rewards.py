@@ -258,8 +258,9 @@ def test_two_processes_score_as_one(base, directory, tmp_path, environment):
 def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, capsys, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
     monkeypatch.setattr(self_check.media, "read_video", lambda path, fps, size: pixels)
+    monkeypatch.setenv("HOME", str(directory.parent))
     holders = {
-        "config": config(base, directory),
+        "config": config(base, f"~/{directory.name}"),
         "video": "a.mp4",
         "prompt": "a red circle moving left on a blue background",
         "golden": str(tmp_path / "golden.json"),
@@ -285,6 +286,11 @@ def test_the_self_check_scores_a_video_and_compares(directory, base, tmp_path, c
         run(record=False, prompt="a red circle moving right on a blue background")
     assert error.value.code == 1
     assert "has no score of these weights, frames and prompt" in capsys.readouterr().out
+    slow = config(base, directory)
+    slow.video.fps = 0
+    with pytest.raises(SystemExit):
+        run(config=slow)
+    assert "config.video.fps is 0; expected at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(golden="")
     assert "--record takes --golden, the file to record in" in capsys.readouterr().err

@@ -288,6 +288,15 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     save_file(tensors, merged)
     with pytest.raises(SystemExit) as ended:
         ask(base, tmp_path / "c", {"transformer": str(merged)}, prompt=RED)
+    assert ended.value.code == 2 and not list((tmp_path / "c").rglob("*.mp4"))
+    assert (
+        f"config.transformer: {merged}: head.head.bias holds numbers that are not finite"
+        in capsys.readouterr().err
+    )
+    tensors["head.head.bias"][:] = 1e38
+    save_file(tensors, merged)
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path / "c", {"transformer": str(merged)}, prompt=RED)
     assert ended.value.code == 1 and not list((tmp_path / "c").rglob("*.mp4"))
     assert re.search(
         "error: the latents of video 00000 are not finite .*a red circle", capsys.readouterr().err
@@ -467,6 +476,7 @@ NPY = npy(np.zeros((2, 4, 2, 2), np.float32))
         ),
         ("latents", np.full((1, 4, 2, 2), np.nan), "not finite"),
         ("latents", np.full((1, 4, 2, 2), 1e300), "not finite"),
+        ("latents", np.full((2, 4, 2, 2), -1e30), r"up to 1e\+30; expected latents that the VAE"),
         ("latents", np.zeros((2, 4, 2, 2), int), "holds int64 .*; expected floats"),
         ("latents", np.zeros((3, 4, 2, 2)), "has 3 frames; expected whole blocks of 2"),
         ("latents", np.zeros((0, 4, 2, 2)), "has 0 frames"),

@@ -16,7 +16,6 @@ See docs/rewards.md, Aesthetic.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from astrolabe_jax.rewards.clip.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.rewards.clip.weights import AESTHETIC, HPSV2
 from astrolabe_jax.rewards.frames import check_counts, map_frames, top_mean
 from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.runtime.files import local_directory
 
 _PROMPTS = 8  # of a call, or the next multiple of the devices
 
@@ -63,7 +63,7 @@ def load_hpsv2(names: Sequence[str], setting: Setting, options: CLIPOptions) -> 
     Raises:
       ValueError, OSError: naming the file or the option at fault.
     """
-    path = Path(options.path)
+    path = local_directory(options.path)
     graphdef, params, config = directory.read(
         path,
         HPSV2,
@@ -114,7 +114,7 @@ def load_hpsv2(names: Sequence[str], setting: Setting, options: CLIPOptions) -> 
 
 def load_aesthetic(names: Sequence[str], setting: Setting, options: AestheticOptions) -> Scorer:
     """Return the scorer of a reward directory, as `load_hpsv2` does."""
-    path = Path(options.path)
+    path = local_directory(options.path)
     graphdef, params, _ = directory.read(
         path,
         AESTHETIC,

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from astrolabe_jax.rewards.flow.net import STRIDE, SeaRaft, block_means
 from astrolabe_jax.rewards.flow.weights import SEA_RAFT
 from astrolabe_jax.rewards.frames import check_counts, map_frames
 from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.runtime.files import local_directory
 
 DYNAMIC = "dynamic_degree"
 SMOOTH = "motion_smoothness"
@@ -65,7 +65,7 @@ def load(names: Sequence[str], setting: Setting, options: FlowOptions) -> Scorer
     Raises:
       ValueError, OSError: naming the file or the option at fault.
     """
-    path = Path(options.path)
+    path = local_directory(options.path)
     graphdef, params, _ = directory.read(
         path,
         SEA_RAFT,

@@ -9,7 +9,6 @@ state. See docs/rewards.md, HPSv3.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from astrolabe_jax.rewards.frames import check_counts, top_mean
 from astrolabe_jax.rewards.qwen2_vl import chat, patches, scoring
 from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3
 from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.runtime.files import local_directory
 
 NAME = "hpsv3"
 
@@ -45,7 +45,7 @@ def load(names: tuple[str, ...], setting: Setting, options: HPSv3Options) -> Sco
       ValueError, OSError: naming the option or the file at fault.
     """
     del names  # it has one
-    path = Path(options.path)
+    path = local_directory(options.path)
     net = directory.read(path, HPSV3, setting.mesh, options.dtype)
     talk = chat.load(path, chat.HPSV3_TOKENS, chat.IMAGE, net.config.vocab_size)
 

@@ -27,6 +27,7 @@ from astrolabe_jax.rewards.qwen2_vl import chat, patches, scoring
 from astrolabe_jax.rewards.qwen2_vl.chat import VIDEOALIGN_ASPECTS as ASPECTS
 from astrolabe_jax.rewards.qwen2_vl.weights import VIDEOALIGN
 from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.runtime.files import local_directory
 
 OVERALL = "videoalign"
 # What each reward is the mean of.
@@ -89,7 +90,7 @@ def load(names: tuple[str, ...], setting: Setting, options: VideoAlignOptions) -
     """
     if not 0 < setting.fps < math.inf:
         raise ValueError(f"fps is {setting.fps}; expected a positive number")
-    path = Path(options.path)
+    path = local_directory(options.path)
     net = directory.read(path, VIDEOALIGN, setting.mesh, options.dtype)
     talk = chat.load(path, chat.VIDEOALIGN_TOKENS, chat.VIDEO, net.config.vocab_size)
     facts = _facts(path)
