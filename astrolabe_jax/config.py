@@ -430,7 +430,9 @@ FIELDS: dict[str, Field] = {
     "mesh.data": Field(
         -1, "Devices along the batch. -1: all that mesh.fsdp leaves.", POSITIVE_OR_MINUS_ONE
     ),
-    "mesh.fsdp": Field(1, "Devices that the parameters are split over.", at_least(1)),
+    "mesh.fsdp": Field(
+        1, "Devices that parameters are split over: nets, adapters, moments.", at_least(1)
+    ),
     "mesh.samples_per_device": Field(
         -1,
         "Videos that a device works on at once; larger batches are cut into pieces, with equal "

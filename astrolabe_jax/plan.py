@@ -124,7 +124,7 @@ def programs(run: Run) -> Iterator[Program]:
     embeddings = jax.eval_shape(embed, *arguments)
     outputs = {"text encoder": (embeddings, (tokens.shape[0], *prompt))}
     yield Program(embed, arguments, outputs)
-    adapter = sharding.replicate(run.mesh, run.adapter)
+    adapter = sharding.shard_params(run.mesh, run.adapter)
     videos = piece(config, config.sampler.batch, run.mesh.size)
     prefix = None
     state = None

@@ -27,6 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import astrolabe_jax
+from astrolabe_jax import sharding
 from astrolabe_jax.arithmetic import piece, repeats, rounds, samples
 from astrolabe_jax.config import flatten, reward_weights
 from astrolabe_jax.models.layers import merge
@@ -220,10 +221,12 @@ def memory(run: Run) -> dict[str, int]:
     rewards = {"rewards": run.reward_runner.weights} if run.reward_runner.weights else {}
     nets = _on_one_device([base.transformer.params, base.vae.params])
     encoder = _on_one_device(base.text.params)
+    shapes = jax.eval_shape(lambda: run.adapter)
+    adapter = _on_one_device(sharding.shard_params(run.mesh, shapes))
     on_each_device = rewards | {
         "base": nets if encoder_on_host(config) else nets + encoder,
-        "four policies": 4 * bytes_of(run.adapter),
-        "optimizer": 2 * bytes_of(run.adapter),
+        "four policies": 4 * adapter,
+        "optimizer": 2 * adapter,
     }
     if encoder_on_host(config):
         # it is there before an epoch's arrays are; but streams that go on stay

@@ -1,10 +1,12 @@
 """One mesh, one table of rules: where every array of a run lives. Computation follows the data.
 
-The batch is split over all devices, so that each runs its own samples; what is large and frozen is
-split over the `fsdp` axis besides, and gathered layer by layer where it is used (transformer and
-text encoder; the VAE is small and replicated). All placing functions take host arrays that are
-equal on every process, and each process uploads only the parts of its own devices; of a
-ShapeDtypeStruct they make one with a sharding.
+The batch is split over all devices, so that each runs its own samples; what is large is split over
+the `fsdp` axis besides, and gathered layer by layer where it is used: transformer and text encoder,
+adapters, and with these every policy, gradient and moment. The VAE is small and replicated.
+
+All placing functions take host arrays that are equal on every process, and each process uploads
+only the parts of its own devices; of a ShapeDtypeStruct they make one with a sharding, and of a
+traced array one that the compiler places so.
 """
 
 import contextlib
@@ -29,11 +31,12 @@ AnyMesh = Mesh | AbstractMesh  # of devices that are there, or only planned
 AXES = ("data", "fsdp")
 _AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 FSDP = "fsdp"
-HOST_MEMORY = "pinned_host"  # a memory kind of JAX
+HOST_MEMORY = "pinned_host"  # memory kinds of JAX
+DEVICE_MEMORY = "device"
 
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all
-# others, which are vectors and small tables, and the adapters, which are trained, are replicated.
-SPLIT_PARAMS = re.compile(r"\['kernel'\]$|(?<!\['position_bias'\])\['embedding'\]$")
+# others, which are vectors and small tables, are replicated. a and b are those of adapters.
+SPLIT_PARAMS = re.compile(r"\['(kernel|a|b)'\]$|(?<!\['position_bias'\])\['embedding'\]$")
 
 
 def make_mesh(config: ConfigDict, devices=None) -> Mesh:
@@ -102,8 +105,7 @@ def param_sharding(mesh: AnyMesh, path: str, shape: tuple[int, ...]) -> NamedSha
 
 
 def shard_params(mesh: AnyMesh, params: Any) -> Any:
-    """Place frozen parameters by `param_sharding`."""
-
+    """Place parameters, or a state that has several trees of them, by `param_sharding`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _place(
             leaf, param_sharding(mesh, jax.tree_util.keystr(path), leaf.shape)
@@ -223,6 +225,13 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
+def copied_to(memory: str, tree: Any) -> Any:
+    """Return copies in HOST_MEMORY or DEVICE_MEMORY, in parts like those of the arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(memory)), tree
+    )
+
+
 def moved_to_host(tree: Any) -> Any:
     """Return arrays in the memory of the host, from which `on_devices` brings them back.
 
@@ -232,7 +241,7 @@ def moved_to_host(tree: Any) -> Any:
     def move(leaf):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+        moved = copied_to(HOST_MEMORY, leaf)
         leaf.delete()
         return moved
 
@@ -247,7 +256,7 @@ def on_devices(tree: Any) -> Iterator[Any]:
         isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == HOST_MEMORY for leaf in leaves
     ]
     copies = [
-        jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if moved else leaf
+        copied_to(DEVICE_MEMORY, leaf) if moved else leaf
         for leaf, moved in zip(leaves, away, strict=True)
     ]
     try:
@@ -259,6 +268,8 @@ def on_devices(tree: Any) -> Iterator[Any]:
 
 
 def _place(leaf, sharding):
+    if isinstance(leaf, Tracer):
+        return jax.lax.with_sharding_constraint(leaf, sharding)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -351,12 +351,15 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         summary = multihost.on_primary(lambda: _finished(run)) if state.epoch == count else None
         while state.epoch < count:
             # An update takes the memory of the state that it begins with.
-            spare = None if saved == state.epoch else jax.tree.map(np.array, state.train)
+            spare = None
+            if saved != state.epoch:
+                spare = sharding.copied_to(sharding.HOST_MEMORY, state.train)
             try:
                 after, record = epoch(run, state, step, progress)
                 metrics.add(record)
             except (preemption.Stopped, *REFUSED):
-                state = state._replace(train=spare and sharding.replicate(run.mesh, spare))
+                kept = spare and sharding.copied_to(sharding.DEVICE_MEMORY, spare)
+                state = state._replace(train=kept)
                 raise
             state = after
             evaluations = sum(_due(run, number) for number in range(state.epoch, count + 1))
@@ -512,7 +515,9 @@ def _evaluate_if_due(
     """
     if not _due(run, number) or number in _evaluations(metrics):
         return
-    adapter = _evaluated_policy(run, train) if train else sharding.replicate(run.mesh, run.adapter)
+    adapter = (
+        _evaluated_policy(run, train) if train else sharding.shard_params(run.mesh, run.adapter)
+    )
     with progress.within("evaluation"):
         result, frames = evaluate.evaluate(
             run, adapter, progress, f"evaluation after epoch {number}: batch"

@@ -210,7 +210,7 @@ def make_optimizer(config: ConfigDict, learning_rate: Any = None) -> optax.Gradi
 
 def init_state(config: ConfigDict, adapter: dict, mesh: sharding.AnyMesh) -> TrainState:
     """Return the state before the first epoch, on the mesh. Every policy has its own buffers."""
-    return sharding.replicate(mesh, first_state(config, jax.tree.map(np.asarray, adapter)))
+    return sharding.shard_params(mesh, first_state(config, jax.tree.map(np.asarray, adapter)))
 
 
 def first_state(config: ConfigDict, adapter: dict) -> TrainState:
@@ -257,17 +257,19 @@ class TrainStep:
         self.mesh = mesh
         self._scalars = scalars_of(config)
         objective = Objective(config, training_forward(config, graphdef, layout))
-        whole = sharding.replicated(mesh)
-        self._zeros = jax.jit(
-            partial(optax.tree.zeros_like, dtype=jnp.float32), out_shardings=whole
-        )
-        self.accumulate = jax.jit(
-            partial(_accumulate, objective), donate_argnums=0, out_shardings=whole
-        )
-        self.finish = jax.jit(partial(_finish, config), donate_argnums=0, out_shardings=whole)
+
+        def jitted(function):
+            def placed(*arguments):
+                params, values = function(*arguments)
+                return sharding.shard_params(mesh, params), sharding.replicate(mesh, values)
+
+            return jax.jit(placed, donate_argnums=0)
+
+        self.accumulate = jitted(partial(_accumulate, objective))
+        self.finish = jitted(partial(_finish, config))
 
     def __call__(self, state: TrainState, params, text, batch: StepBatch, parts=None, taken=True):
-        grads = self._zeros(state.current)
+        grads = _zeros(state.current)
         terms = []
         for i in range(batch.r.shape[0]):
             of_parts = []
@@ -278,6 +280,12 @@ class TrainStep:
                 of_parts.append(jax.block_until_ready(new))
             terms.append(reduce(partial(jax.tree.map, jnp.add), of_parts))
         return self.finish(state, self._scalars, grads, terms, taken)
+
+
+@jax.jit
+def _zeros(params):
+    """Return float32 zeros of the shape of parameters, placed as these."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
 
 
 class PartArrays(NamedTuple):

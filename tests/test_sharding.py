@@ -93,6 +93,20 @@ def test_replicas_may_be_donated():
         np.testing.assert_array_equal(source, 0)
 
 
+def test_a_copy_on_the_host_outlives_its_array():
+    source = np.arange(64.0).reshape(8, 8)
+    params = sharding.shard_params(mesh_of(fsdp=4), {"kernel": source, "bias": source[0]})
+    kept = sharding.copied_to(sharding.HOST_MEMORY, params)
+    spoil = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    jax.block_until_ready(spoil(params))
+    for _ in range(2):
+        back = sharding.copied_to(sharding.DEVICE_MEMORY, kept)
+        assert back["kernel"].addressable_shards[0].data.shape == (8, 2)
+        np.testing.assert_array_equal(back["kernel"], source)
+        np.testing.assert_array_equal(back["bias"], source[0])
+        jax.block_until_ready(spoil(back))
+
+
 def test_split_parameters_are_gathered_only_on_the_mesh():
     mesh = mesh_of(fsdp=4)
     kernel = sharding.shard_params(mesh, {"kernel": np.arange(32.0).reshape(8, 4)})["kernel"]

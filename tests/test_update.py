@@ -6,6 +6,7 @@ Its agreement with the published optimizer step is an entry of the golden runner
 import copy
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,32 @@ def run_step(config, batch=None, mesh=ONE, state=None):
         return compiled(config.to_json(), mesh)(state, params, make_samples().text, batch)
 
 
+def test_layers_are_gathered_one_at_a_time():
+    """No device ever holds a whole stack of kernels or of adapters."""
+    config = make_config(mesh__data=1, mesh__fsdp=8)
+    mesh = sharding.make_mesh(config.mesh)
+    samples = make_samples()
+    batch = sharding.shard_batch(mesh, make_batch(samples), axis=1)
+    state = make_state(config, mesh)
+    part = update.PartArrays(np.int32(0), None, None, None, update.scalars_of(config))
+    params = sharding.shard_params(mesh, tiny.model()[1])
+    with jax.set_mesh(mesh):
+        step = compiled(config.to_json(), mesh)
+        program = step.accumulate.lower(state.current, state, params, samples.text, batch, part)
+        text = program.compile().as_text()
+    gathered = {
+        tuple(map(int, sizes.split(",")))
+        for sizes in re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", text)
+    }
+    split = [
+        leaf.shape
+        for leaf in jax.tree.leaves((state.current, params))
+        if not leaf.is_fully_replicated and leaf.ndim == 3
+    ]
+    assert {(1, *shape[1:]) for shape in split} <= gathered
+    assert not gathered & set(split)
+
+
 @functools.cache
 def whole_batch_step():
     """The step that the others are compared with: all samples in one microbatch, on one device."""
@@ -72,7 +99,13 @@ def test_eight_devices_take_the_same_step(data, fsdp):
     config = make_config(mesh__data=data, mesh__fsdp=fsdp)
     mesh = sharding.make_mesh(config.mesh)
     state, metrics = run_step(config, mesh=mesh)
-    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        place = sharding.param_sharding(mesh, name, leaf.shape)
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim), name
+    on_each = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    in_all = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert on_each == pytest.approx(in_all / fsdp, rel=1e-3)
     assert_same_step((state, metrics), whole_batch_step())
 
 

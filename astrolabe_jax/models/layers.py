@@ -105,7 +105,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + row(self.bias, x)
         if lora is not None:
-            y = y + (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+            a, b = (gathered(lora[half].astype(x.dtype)) for half in ("a", "b"))
+            y = y + (x @ a) @ b
         return y
 
 
