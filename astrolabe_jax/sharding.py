@@ -12,7 +12,7 @@ traced array one that the compiler places so.
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -209,6 +209,43 @@ def each_device(function: Callable) -> Callable:
         return split(*arrays)
 
     return run
+
+
+def take(pieces: Sequence[jax.Array], index: jax.Array, axis: int = 0) -> jax.Array:
+    """Return the samples `index` of pieces that follow each other, split over all devices.
+
+    Under a mesh the parts of the devices go round in a ring, and each device keeps what it is to
+    have: none ever holds more than two parts. Indexing would put all samples on every device.
+
+    Args:
+      pieces: [B, ...] each, equally many samples, split as `by_sample` does.
+      index: of the samples, with those of a device along `axis`, which the devices divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.concatenate(pieces)[index]
+    share = pieces[0].shape[0] // mesh.size
+    split = P(*[None] * axis, AXES)
+
+    def taken(wanted, *parts):
+        own = jnp.concatenate(parts)
+        piece, place = jnp.divmod(wanted, share * mesh.size)
+        device, row = jnp.divmod(place, share)
+        row = piece * share + row
+
+        def turn(step, carried):
+            part, found = carried
+            here = device == (jax.lax.axis_index(AXES) + step) % mesh.size
+            here = here.reshape(*here.shape, *[1] * (part.ndim - 1))
+            found = jnp.where(here, part[row], found)
+            ring = [(i, (i - 1) % mesh.size) for i in range(mesh.size)]
+            return jax.lax.ppermute(part, AXES, ring), found
+
+        found = jnp.zeros((*wanted.shape, *own.shape[1:]), own.dtype)
+        return jax.lax.fori_loop(0, mesh.size, turn, (own, found))[1]
+
+    specs = (split, *[P(AXES)] * len(pieces))
+    return jax.shard_map(taken, in_specs=specs, out_specs=split, check_vma=False)(index, *pieces)
 
 
 def to_host(tree: Any) -> Any:

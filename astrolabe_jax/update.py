@@ -532,7 +532,7 @@ def _step_batch(samples: Samples, order, t, kl_weight, turn: int) -> StepBatch:
 def _gather(latents, key, order, turn):
     """Return the latents and this pass's noise keys of the samples `order` [m, B]."""
     key = jax.vmap(lambda key: jax.random.fold_in(key, turn))(key)
-    return sharding.by_sample(latents[order], axis=1), sharding.by_sample(key[order], axis=1)
+    return sharding.take([latents], order, axis=1), sharding.by_sample(key[order], axis=1)
 
 
 def _checked(metrics: dict, order: np.ndarray, place: str) -> dict[str, float]:

@@ -3,6 +3,7 @@ value.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_split_parameters_are_gathered_only_on_the_mesh():
     )
     assert on_mesh(kernel).is_fully_replicated and not off_mesh(kernel).is_fully_replicated
     np.testing.assert_array_equal(on_mesh(kernel), np.arange(32.0).reshape(8, 4))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_samples_change_devices_without_being_gathered(data, fsdp, axis):
+    mesh = mesh_of(data, fsdp)
+    whole = np.random.default_rng(0).normal(size=(3, 16, 5, 2)).astype(np.float32)
+    pieces = [sharding.shard_batch(mesh, piece) for piece in whole]
+    index = np.random.default_rng(1).integers(0, 48, (*[3] * axis, 24))
+    expected = whole.reshape(48, 5, 2)[index]
+    np.testing.assert_array_equal(sharding.take(whole, index, axis), expected)
+    with jax.set_mesh(mesh):
+        program = jax.jit(sharding.take, static_argnums=2).lower(pieces, index, axis).compile()
+        got = program(pieces, index)
+    np.testing.assert_array_equal(got, expected)
+    assert got.sharding.is_equivalent_to(sharding.batch_sharding(mesh, axis), got.ndim)
+    assert not re.search("all-gather|all-reduce|all-to-all", program.as_text())
 
 
 def test_activations_stay_whole_samples_on_the_mesh():

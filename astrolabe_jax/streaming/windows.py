@@ -647,4 +647,4 @@ def _divided(saved, count: int, copies: int):
 @jax.jit
 def _chosen(pieces, places):
     """Return latents at these places of all pieces, samples split over all devices."""
-    return sharding.by_sample(jnp.concatenate(pieces)[places].astype(jnp.float32))
+    return sharding.take(pieces, places).astype(jnp.float32)
