@@ -34,6 +34,8 @@ FSDP = "fsdp"
 HOST_MEMORY = "pinned_host"  # memory kinds of JAX
 DEVICE_MEMORY = "device"
 
+_MOST_GATHERED = 256 * 2**20  # bytes that `to_host` puts on every device at once
+
 # Parameters whose path matches are split over `fsdp`, each along its longest axis that divides; all
 # others, which are vectors and small tables, are replicated. a and b are those of adapters.
 SPLIT_PARAMS = re.compile(r"\['(kernel|a|b)'\]$|(?<!\['position_bias'\])\['embedding'\]$")
@@ -249,7 +251,11 @@ def take(pieces: Sequence[jax.Array], index: jax.Array, axis: int = 0) -> jax.Ar
 
 
 def to_host(tree: Any) -> Any:
-    """Return the whole arrays as numpy on every process, wherever their parts live."""
+    """Return the whole arrays as numpy on every process, wherever their parts live.
+
+    What several processes share goes through the devices a few frames at a time: these have no room
+    for an array of all.
+    """
 
     def fetch(leaf):
         spread = (
@@ -257,7 +263,14 @@ def to_host(tree: Any) -> Any:
             and not leaf.is_fully_addressable
             and not leaf.is_fully_replicated
         )
-        return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
+        if not spread:
+            return np.asarray(leaf)
+        if leaf.nbytes <= _MOST_GATHERED or leaf.ndim == 1:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        step = max(leaf.shape[1] * _MOST_GATHERED // leaf.nbytes, 1)
+        parts = (leaf[:, begin : begin + step] for begin in range(0, leaf.shape[1], step))
+        gathered = [multihost_utils.process_allgather(part, tiled=True) for part in parts]
+        return np.concatenate(gathered, axis=1)
 
     return jax.tree.map(fetch, tree)
 

@@ -173,6 +173,8 @@ TWO_PROCESSES = """
 
     got, bits = sharding.to_host(use(batch, params, sharding.replicate(mesh, np.float32(2))))
     np.testing.assert_array_equal(got, 3 * x)
+    sharding._MOST_GATHERED = 64  # bytes: two columns of three
+    np.testing.assert_array_equal(sharding.to_host(batch["x"]), x)
     np.testing.assert_array_equal(bits, jax.vmap(jax.random.bits)(keys))
 """
 
