@@ -1,15 +1,17 @@
 """What a run would hold and do, from shapes alone: no weights, no prompts, no accelerator.
 
-    python -m astrolabe_jax.plan --config=configs/self_forcing.py:hpsv3 [--devices=8]
-    [--config.FIELD=VALUE ...]
+    python -m astrolabe_jax.plan --config=configs/self_forcing.py:hpsv3 [--on=h100:8 --price=2.5]
+    [--devices=8] [--config.FIELD=VALUE ...]
 
 The config is validated for so many devices. Every program of an epoch is traced with arrays that
 have shapes but no content, on a mesh of devices that need not exist, and the shapes that come out
-are checked. The memory is that of the opening summary: without activations.
+are checked. The memory is that of the opening summary: without activations. With --on these are
+counted, too, for one device's share of the work (estimate.py).
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +22,22 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from astrolabe_jax import encode, minibatches, report, sharding, update
+from astrolabe_jax import encode, estimate, minibatches, report, sharding, update
 from astrolabe_jax.arithmetic import piece, repeats, rounds, samples, shares_prefix, window_starts
+from astrolabe_jax.config import flatten
 from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.convert.parts import PARTS, SIZES
+from astrolabe_jax.cost import Cost, calls
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.geometry import geometry_of, numerics
 from astrolabe_jax.models.lora import adapter_shapes
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.run import Run, timeline_of
-from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime import backend, cli
+from astrolabe_jax.runtime.progress import counted
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
     Array,
@@ -53,7 +58,48 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
     Raises:
       ValueError, OSError: as run.prepare does.
     """
-    validate(config, rewards.TABLE, devices, jax.default_backend())
+    validate(config, rewards.TABLE, devices, backend.current())
+    return _abstract(config, devices)
+
+
+def on_one_device(run: Run) -> Run:
+    """Return a run on one device that works on what each device of `run` works on at once.
+
+    Its epoch is no longer than that takes: the videos of one prompt, or of those whose past a
+    device holds together.
+    """
+    config = run.config.copy_and_resolve_references()
+    devices = run.mesh.size
+    sampled, trained = (
+        piece(config, batch, devices) // devices
+        for batch in (config.sampler.batch, config.optimizer.microbatch)
+    )
+    streams = config.streaming.prompts_per_device
+    copies = max(streams * devices // config.prompts.prompts_per_epoch, 1)
+    shared = shares_prefix(config)
+    videos = config.prompts.samples_per_prompt // copies if shared else math.lcm(sampled, trained)
+    config.update_from_flattened_dict(
+        {
+            "mesh.data": 1,
+            "mesh.fsdp": 1,
+            "mesh.samples_per_device": -1,
+            "prompts.repeated": 1,
+            "prompts.prompts_per_epoch": streams if shared else 1,
+            "prompts.samples_per_prompt": videos,
+            "sampler.batch": sampled,
+            "optimizer.microbatch": trained,
+            "optimizer.steps_per_pass": 1,
+            "model.attention": "auto",
+            # these change where arrays lie, not what is computed
+            "prompts.encoder": "auto",
+            "scoring.weights": "device",
+        }
+    )
+    return _abstract(config, 1)
+
+
+def _abstract(config: ConfigDict, devices: int) -> Run:
+    """Do what `abstract_run` does, for a config that was validated."""
     chosen = numerics(config)
     if config.model.size:
         parts = {
@@ -356,38 +402,172 @@ def _held_bytes(config: ConfigDict, held: Sequence[str]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if not held or name in held}
 
 
-def main(recipe: flags.FlagHolder, devices: flags.FlagHolder) -> None:
+def estimated(run: Run, device: estimate.Device) -> estimate.Estimate:
+    """Return what an epoch of `run` holds and takes on such devices."""
+    with backend.planned(device.backend):
+        held = report.memory(run)
+        one = on_one_device(run)
+    split = estimate.split_shapes(run)
+    # settings of how arrays are placed and of other devices have the same programs
+    key = (one.config.to_json_best_effort(), *sorted(split.items()))
+    if key not in _COUNTED:
+        _COUNTED[key] = list(_counted(one, split))
+    return estimate.of(run, one, _COUNTED[key], device, held)
+
+
+_COUNTED: dict[tuple, list[tuple[str, str, Cost]]] = {}
+
+
+def _counted(one: Run, split: Mapping[tuple[int, ...], int]) -> Iterator[tuple[str, str, Cost]]:
+    """Yield stage, name and cost of each call of a program of one device."""
+    jax.clear_caches()  # what was traced for the devices that are here would be taken
+    # a fused attention kernel that can be traced anywhere stands for those of all accelerators
+    with (
+        backend.planned("tpu"),
+        jax.default_matmul_precision("float32"),
+        jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh),
+    ):
+        for program in programs(one):
+            stage = next(iter(program.outputs))
+            traced = jax.make_jaxpr(program.function)(*program.arguments)
+            for name, cost in calls(traced, split):
+                yield stage, name, cost
+
+
+# Settings that take less memory, in the order in which they are tried: what costs no time first.
+SMALLER = (
+    {"prompts.encoder": "host"},
+    {"mesh.fsdp": -1},  # of all devices
+    {"scoring.weights": "host"},
+    {"mesh.samples_per_device": 1},
+    {"video.decode_chunk": 1},
+    {"model.remat": True},
+)
+
+
+def fitting(
+    config: ConfigDict, device: estimate.Device, count: int
+) -> tuple[dict[str, Any], estimate.Estimate]:
+    """Return the settings with which a run fits on such devices, and its estimate with them.
+
+    Settings of SMALLER are added until it fits; those without which it fits, too, are left out.
+    Where none suffices, all of them come back.
+
+    Raises ValueError as `abstract_run` does.
+    """
+
+    def tried(settings: Mapping[str, Any]) -> estimate.Estimate:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(dict(settings))
+        return estimated(planned_on(changed, device, count), device)
+
+    chosen: dict[str, Any] = {}
+    found = tried(chosen)
+    current = flatten(config)
+    for step in SMALLER:
+        ((field, value),) = step.items()
+        value = count if value == -1 else value
+        if found.fits or current[field] == value:
+            continue
+        chosen[field] = value
+        found = tried(chosen)
+    for field in list(chosen) if found.fits else ():
+        fewer = {name: value for name, value in chosen.items() if name != field}
+        without = tried(fewer)
+        if without.fits:
+            chosen = fewer
+            found = without
+    return chosen, found
+
+
+def planned_on(config: ConfigDict, device: estimate.Device, count: int) -> Run:
+    """Return `abstract_run` on such devices."""
+    with backend.planned(device.backend):
+        return abstract_run(config, count)
+
+
+def verdict(config: ConfigDict, on: str, price: float) -> Iterator[str]:
+    """Yield lines that say whether a run fits on devices such as `h100:8`, and what it takes.
+
+    price: of a device and hour; 0: unknown.
+    """
+    kind, device, count = estimate.parse(on)
+    settings, found = fitting(config, device, count)
+    least = found if not settings else estimated(planned_on(config, device, count), device)
+    phase = max(least.peaks, key=lambda name: least.peaks[name])
+    yield (
+        f"  on         {count} x {kind}: {'fits' if least.fits else 'does not fit'}, at most "
+        f"{least.peak / 2**30:,.1f} of {device.memory / 2**30:,.1f} GiB on a device, in the {phase}"
+    )
+    if settings and found.fits:
+        flags_ = " ".join(f"--config.{field}={value}" for field, value in settings.items())
+        yield f"             fits with {flags_}: {found.peak / 2**30:,.1f} GiB"
+    elif settings:
+        yield (
+            f"             with all that takes less memory it holds {found.peak / 2**30:,.1f} GiB; "
+            "take more devices, or larger ones"
+        )
+    phases = ", ".join(
+        f"{name} {part.seconds:,.0f} s ({part.operations / 1e15:,.1f} PFLOP, peak "
+        f"{found.peaks[name] / 2**30:,.1f} GiB)"
+        for name, part in found.phases.items()
+    )
+    yield f"             an epoch without rewards: {phases}"
+    hours = config.train.epochs * found.seconds / 3600
+    cost = f", {hours * count * price:,.0f} at {price:g} an hour" if price else ""
+    yield (
+        f"             {counted(config.train.epochs, 'epoch')} without rewards and evaluations: "
+        f"{hours:,.1f} h, {hours * count:,.0f} device-hours{cost}"
+    )
+
+
+def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     """Print the opening summary of the run and what was traced; status 2 if it cannot be."""
     cli.set_up()
-    config = recipe.value
+    config = holders["config"].value
+    on = holders["on"].value
+    devices = holders["devices"].value
     try:
-        with naming_memory(config):
-            run = abstract_run(config, devices.value or planned_devices(config))
-        rows = report.describe(run, f"{run.mesh.size}, planned")
+        if on and devices:
+            raise ValueError(f"--on={on} says how many devices; leave --devices out")
+        if on:
+            _, device, devices = estimate.parse(on)
+        kind = device.backend if on else backend.current()
+        with naming_memory(config), backend.planned(kind):
+            run = abstract_run(config, devices or planned_devices(config))
+            rows = report.describe(run, f"{run.mesh.size}, planned")
         print(
             "\n".join([report.titled(f"plan of {config.name}", rows), *report.warnings(run)]),
             flush=True,
         )
         with naming_memory(config):
-            traced = trace(run)
-        for name, out in traced.items():
-            print(f"  traced the {name}: {out.dtype} {list(out.shape)}", flush=True)
-        if config.streaming.window and config.streaming.mode == "progressive":
-            size = report.bytes_of(
-                windows.stream_shapes(run, config.streaming.window, progressive=True)
-            )
-            print(
-                f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more",
-                flush=True,
-            )
+            for line in verdict(config, on, holders["price"].value) if on else _traced(run):
+                print(line, flush=True)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
 
 
+def _traced(run: Run) -> Iterator[str]:
+    """Yield a line for each program that was traced, and for what else is told of a run."""
+    for name, out in trace(run).items():
+        yield f"  traced the {name}: {out.dtype} {list(out.shape)}"
+    config = run.config
+    if config.streaming.window and config.streaming.mode == "progressive":
+        shapes = windows.stream_shapes(run, config.streaming.window, progressive=True)
+        size = report.bytes_of(shapes)
+        yield f"  a checkpoint with streams in the middle takes {size / 2**20:,.0f} MiB more"
+
+
 if __name__ == "__main__":
-    given = (
-        cli.define(),
-        flags.DEFINE_integer("devices", None, "of the run; by default the recipe's", lower_bound=1),
-    )
+    given = {
+        "config": cli.define(),
+        "devices": flags.DEFINE_integer(
+            "devices", None, "of the run; by default the recipe's", lower_bound=1
+        ),
+        "on": flags.DEFINE_string(
+            "on", "", f"devices to run on, as h100:8 or v5e:4x4: {', '.join(estimate.DEVICES)}"
+        ),
+        "price": flags.DEFINE_float("price", 0.0, "of a device and hour", lower_bound=0.0),
+    }
     flags.mark_flag_as_required("config")
-    app.run(lambda _: main(*given), flags_parser=cli.parse)
+    app.run(lambda _: main(given), flags_parser=cli.parse)

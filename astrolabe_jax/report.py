@@ -214,7 +214,7 @@ def memory(run: Run) -> dict[str, int]:
         "frames": batch * pixel_frames * config.video.height * config.video.width * 3,
     }
     if streaming.window:
-        caches, decoders = _streams(run)
+        caches, decoders = streams_held(run)
         split_over_devices["cache"] = _cache_bytes(run, caches, run.layout.capacity)
         split_over_devices["decoder"] = _decoder_bytes(run, decoders)
     own_share = {name: size // run.mesh.size for name, size in split_over_devices.items()}
@@ -246,7 +246,7 @@ def _on_one_device(params: Any) -> int:
     )
 
 
-def _streams(run: Run) -> tuple[int, int]:
+def streams_held(run: Run) -> tuple[int, int]:
     """Return how many streams' keys, and how many streams' decoder states, are held at once.
 
     They are those of an epoch's prefixes, and of what forks from them, where windows are trained.

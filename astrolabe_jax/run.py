@@ -17,7 +17,7 @@ from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.preflight import check
 from astrolabe_jax.rewards import panel, registry
 from astrolabe_jax.rollout import Sampler
-from astrolabe_jax.runtime import files, multihost
+from astrolabe_jax.runtime import backend, files, multihost
 from astrolabe_jax.streaming import scenes
 from astrolabe_jax.types import Policy, RngStream, Timeline
 
@@ -171,7 +171,7 @@ def _place(
 def encoder_on_host(config: ConfigDict) -> bool:
     """Return whether the text encoder is on the devices only while it encodes."""
     place = config.prompts.encoder
-    return place == "host" or (place == "auto" and jax.default_backend() != "cpu")
+    return place == "host" or (place == "auto" and backend.current() != "cpu")
 
 
 def timeline_of(run: Run, prompt: str, frames: int) -> Timeline:

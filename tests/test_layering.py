@@ -22,7 +22,7 @@ SOURCES = {
 # allowed.
 LAYERS = {
     "ground": ("types", "config", "config_checks", "arithmetic", "runtime", "__init__"),
-    "time and place": ("schedule", "sharding"),
+    "time and place": ("schedule", "sharding", "cost"),
     "models": ("models",),
     "convert": ("convert",),
     "stages": (
@@ -42,7 +42,7 @@ LAYERS = {
     "driver": ("streaming", "streaming.streams"),
     "run": ("geometry", "preflight", "run"),
     "collector": ("streaming.windows", "report"),
-    "evaluation": ("evaluate",),
+    "evaluation": ("evaluate", "estimate"),
     "conductor": ("train",),
     "entry": ("main", "plan", "sample", "convert.__main__", "rewards.__main__"),
 }

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import plan, report, sharding, train
+from astrolabe_jax import estimate, plan, report, sharding, train
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.preemption import Stopped
@@ -170,15 +170,81 @@ def test_the_program_plans_without_files():
 
 def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
     config = runs.small_config(base, **runs.PROGRESSIVE)
-    plan.main(*(types.SimpleNamespace(value=value) for value in (config, 2)))
+    run_main(config=config, devices=2)
     assert re.search(
         "a checkpoint with streams in the middle takes \\d+ MiB more", capsys.readouterr().out
     )
 
 
+def run_main(**given):
+    values = {"config": None, "devices": None, "on": "", "price": 0.0} | given
+    plan.main({name: types.SimpleNamespace(value=value) for name, value in values.items()})
+
+
+def test_it_says_whether_a_run_fits_and_what_it_takes(base, capsys, monkeypatch):
+    config = runs.small_config(base, **{"mesh.samples_per_device": 4})
+    run_main(config=config, on="h100:2", price=3.0)
+    told = capsys.readouterr().out
+    assert "2 x h100: fits, at most 0.0 of 79.2 GiB on a device" in told
+    assert re.search(r"an epoch without rewards: encode .* rollout .* decode .* update", told)
+    assert re.search(r"4 epochs without rewards and evaluations: 0\.0 h, .* at 3 an hour", told)
+    device = estimate.DEVICES["h100"]
+    with_less, found = plan.fitting(config, device, 2)
+    assert not with_less and found.fits
+    small = device._replace(memory=0.99 * found.peak)
+    settings, smaller = plan.fitting(config, small, 2)
+    assert settings and smaller.fits and smaller.peak < small.memory
+    for field in settings:  # each of them is needed
+        fewer = {name: value for name, value in settings.items() if name != field}
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fewer)
+        assert not plan.estimated(plan.planned_on(changed, small, 2), small).fits
+    monkeypatch.setitem(estimate.DEVICES, "h100", small)
+    run_main(config=config, on="h100:2")
+    flags = " ".join(f"--config.{field}={value}" for field, value in settings.items())
+    assert "does not fit, at most 0.0 of 0.0 GiB" in (told := capsys.readouterr().out)
+    assert f"fits with {flags}: " in told
+    monkeypatch.setitem(estimate.DEVICES, "h100", device._replace(memory=1.0))
+    run_main(config=config, on="h100:2")
+    assert "take more devices, or larger ones" in capsys.readouterr().out
+
+
+def test_more_devices_share_an_epoch(base):
+    """Each does the same at once, less often."""
+    device = estimate.DEVICES["v5p"]
+    config = runs.small_config(base, **{"mesh.samples_per_device": 1})
+    one, four = (plan.estimated(plan.planned_on(config, device, count), device) for count in (1, 4))
+    for name in ("rollout", "decode", "update"):
+        assert four.phases[name].held == one.phases[name].held
+        assert four.phases[name].seconds == pytest.approx(one.phases[name].seconds / 4)
+    whole = plan.estimated(plan.planned_on(runs.small_config(base), device, 1), device)
+    assert whole.phases["update"].held > one.phases["update"].held
+    assert whole.phases["update"].operations == pytest.approx(one.phases["update"].operations)
+
+
+def test_what_is_estimated_of_windows_grows_with_their_past(base):
+    device = estimate.DEVICES["h200"]
+    takes = []
+    for start in (2, 4):
+        settings = runs.WINDOWS | {"streaming.selection": "choices", "streaming.starts": (start,)}
+        settings |= {"video.frames": 1 + 4 * 7, "prompts.prompts_per_epoch": 1}
+        config = runs.small_config(base, **settings | {"prompts.samples_per_prompt": 8})
+        takes.append(plan.estimated(plan.planned_on(config, device, 1), device).phases)
+    assert takes[1]["past"].operations == pytest.approx(2 * takes[0]["past"].operations)
+    assert takes[1]["rollout"].operations == takes[0]["rollout"].operations
+
+
+@pytest.mark.parametrize("on", ["h100", "h100:0", "b200:8", "v5e:4x", "h100:-1", ":8", "h100:8,"])
+def test_devices_that_are_not_known_are_refused(base, capsys, on):
+    with pytest.raises(SystemExit) as end:
+        run_main(config=runs.small_config(base), on=on)
+    assert end.value.code == 2
+    assert f"error: --on is {on!r}; expected a kind and how many" in capsys.readouterr().err
+
+
 def refusal(config, devices, capsys):
     with pytest.raises(SystemExit) as end:
-        plan.main(*(types.SimpleNamespace(value=value) for value in (config, devices)))
+        run_main(config=config, devices=devices)
     assert end.value.code == 2
     return capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from astrolabe_jax.config_checks import validate
 from astrolabe_jax.convert import base as bases
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
+from astrolabe_jax.runtime import backend
 from configs import (
     causal_forcing,
     krea14b,
@@ -510,14 +511,14 @@ def test_every_recipe_is_planned(family, argument):
     ],
     ids=str,
 )
-def test_every_program_lowers_for_a_tpu(monkeypatch, family, argument):
+def test_every_program_lowers_for_a_tpu(family, argument):
     """Attention is its Pallas kernel there, in the rollout and in the update's backward pass."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     jax.clear_caches()  # what was traced for a CPU would be taken
     config = RECIPES[family].get_config(argument)
     run = plan.abstract_run(config, plan.planned_devices(config))
     kernels = {}
     with (
+        backend.planned("tpu"),
         jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh),
         jax.default_matmul_precision("float32"),
     ):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from astrolabe_jax import sharding
+from astrolabe_jax.models.chunks import in_chunks
+from astrolabe_jax.runtime import backend as devices
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 # Bytes of float32 scores that `xla` holds of one call on a device; enough for a demo's whole
@@ -60,7 +62,7 @@ def choose_backend(backend: str, q: jax.Array, mask) -> str:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     width = q.shape[-1]
     if backend == "auto" and mask is None:
-        device = jax.default_backend()
+        device = devices.current()
         for_cudnn = device == "gpu" and half and width % 8 == 0 and width <= 128
         return "cudnn" if for_cudnn else "splash" if device == "tpu" else "xla"
     if backend == "auto":
@@ -87,21 +89,11 @@ def _xla(q, k, v, mask, length, causal: bool) -> jax.Array:
     batch, rows, heads, _ = q.shape
     keys = k.shape[1]
     row_bytes = 4 * sharding.per_device(batch) * heads * keys
-    chunks = -(-rows * row_bytes // max(_MOST_SCORES, row_bytes))
-    size = -(-rows // chunks)
     seen = _visible(rows, keys, mask, length, causal)
-    if chunks == 1:
-        return _dense(q, k, v, seen)
-    fill = chunks * size - rows
-    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
-    q = jnp.moveaxis(q.reshape(batch, chunks, size, *q.shape[2:]), 1, 0)
     if seen is None or seen.shape[0] == 1:
-        y = jax.lax.map(jax.checkpoint(lambda q: _dense(q, k, v, seen)), q)
-    else:
-        seen = jnp.pad(seen, ((0, fill), (0, 0))).reshape(chunks, size, keys)
-        y = jax.lax.map(jax.checkpoint(lambda pair: _dense(pair[0], k, v, pair[1])), (q, seen))
-    y = jnp.moveaxis(y, 0, 1)
-    return y.reshape(batch, chunks * size, *y.shape[3:])[:, :rows]
+        return in_chunks(lambda q: _dense(q, k, v, seen), q, row_bytes, _MOST_SCORES)
+    both = (q, seen[None])
+    return in_chunks(lambda q, seen: _dense(q, k, v, seen[0]), both, row_bytes, _MOST_SCORES)
 
 
 def _visible(rows: int, keys: int, mask, length, causal: bool):

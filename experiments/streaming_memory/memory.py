@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ from astrolabe_jax.arithmetic import piece
 from astrolabe_jax.decode import decode_chunk
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.run import Run
-from astrolabe_jax.runtime import cli
+from astrolabe_jax.runtime import backend, cli
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import Place, PrefixContext
 from configs import longlive, moving_shapes_long
@@ -160,11 +159,11 @@ def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
         if target == "h200":
             importlib.import_module("jax_plugins.xla_cuda13")  # registers the platform
             config = (Path(__file__).parent / "h200.txtpb").read_text()
-            backend = "gpu"
+            kind = "gpu"
             given = {"platform": "cuda", "topology_name": "", "target_config": config}
             given["topology"] = "1x1x1"
         else:
-            backend = "tpu"
+            kind = "tpu"
             given = {"platform": "tpu", "topology_name": target}
         devices = topologies.get_topology_desc(**given).devices[:count]
     except (ImportError, RuntimeError, ValueError) as error:
@@ -172,7 +171,7 @@ def compiling_for(target: str, count: int = 1) -> Iterator[list[Any]]:
             f"--target={target}: {error}; expected here, h200 (with jax[cuda13]) or the topology "
             "of a TPU such as v5e:2x2 (with libtpu)"
         ) from None
-    with mock.patch.object(jax, "default_backend", lambda: backend):
+    with backend.planned(kind):
         yield devices
 
 

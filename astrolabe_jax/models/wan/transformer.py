@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.models.attention import attention
+from astrolabe_jax.models.chunks import in_chunks
 from astrolabe_jax.models.layers import XAVIER, LayerNorm, Linear, RMSNorm, layer_norm, stacked
 from astrolabe_jax.models.wan import cache as kv
 from astrolabe_jax.models.wan.attention import (
@@ -28,6 +29,11 @@ from astrolabe_jax.models.wan.attention import (
 )
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.rope import rope_table, rotate, sinusoid
+from astrolabe_jax.sharding import per_device
+
+# Bytes that a device holds between the two linears of a feed-forward: those of a block of a rollout
+# at 480x832, and an eighth of a window's, whose gradient would hold them five times.
+_MOST_HIDDEN = 128 * 2**20
 
 
 class Past(NamedTuple):
@@ -123,7 +129,13 @@ class TransformerBlock(nnx.Module):
         y = attention(q, *text, backend=self.config.attention)
         x = x + self.cross_attn.output(y, lora["cross_attn"])
         b = _per_frame(layer_norm(x, self.config.eps), shift2, scale2)
-        return x + _gate(self.ffn(b, lora["ffn"]), gate2), kept
+        y = in_chunks(
+            lambda b: self.ffn(b, lora["ffn"]),
+            b,
+            per_device(b.shape[0]) * self.config.ffn_dim * b.dtype.itemsize,
+            _MOST_HIDDEN,
+        )
+        return x + _gate(y, gate2), kept
 
 
 class Head(nnx.Module):

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from astrolabe_jax.models.attention import attention
+from astrolabe_jax.runtime import backend
 
 # The encoder's or the decoder's memory between two chunks of a video; see the module docstring.
 VaeState = tuple[jax.Array, ...]
@@ -223,7 +224,7 @@ class VideoConv(nnx.Module):
         Nothing is padded in time, where the caller has put the past in front. In space the size
         stays.
         """
-        if jax.default_backend() == "cpu":
+        if backend.current() == "cpu":
             return self._add_bias(_conv3d_of_shifts(x, self._kernel(), stride))
         kernel = self._kernel()
         pads = [((size - 1) // 2, (size - 1) // 2) for size in kernel.shape[1:3]]
