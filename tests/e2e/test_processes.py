@@ -100,12 +100,20 @@ def assert_one_set_of_files(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        SAVING,
+        # adapters and moments lie in parts on both, and a copy of them on the hosts
+        {"mesh.fsdp": 4, "train.checkpoint_every": 4},
+    ],
+)
 def test_a_signal_to_one_of_two_processes_stops_both_and_one_process_goes_on(
-    straight, base, tmp_path, environment
+    straight, base, tmp_path, environment, changes
 ):
     config, whole, _ = straight
     workdir = tmp_path / "run"
-    arguments = [*runs.flags(base, **SAVING), f"--workdir={workdir}"]
+    arguments = [*runs.flags(base, **changes), f"--workdir={workdir}"]
     ends = [
         finish(process)
         for process in both(
