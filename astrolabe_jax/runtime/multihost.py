@@ -194,7 +194,7 @@ def exit_together() -> Iterator[None]:
 def _end(status: Any, grace: float = 0.0) -> NoReturn:
     """End this process without what Python does at its end; process 0 gives twice the grace."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
             stream.flush()
     time.sleep(2 * grace if grace and _is_primary() else grace)
     os._exit(status if isinstance(status, int) else int(status is not None))

@@ -182,6 +182,13 @@ def test_lines_go_where_they_are_asked_to_go(capsys):
     assert capsys.readouterr() == ("one\n", "two\n")
 
 
+def test_a_program_outlives_a_reward_that_closes_its_output(monkeypatch):
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stdout", closed)
+    log("nobody reads this")
+
+
 def test_a_program_outlives_whoever_reads_its_lines():
     reader, writer = os.pipe()
     os.close(reader)
