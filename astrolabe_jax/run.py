@@ -76,7 +76,8 @@ def prepare(config: ConfigDict, workdir: Path | str) -> Run:
         processes, if on one.
     """
     with error_prefix("workdir"):
-        directory = multihost.on_all(lambda: files.local_directory(workdir))
+        # absolute, as a reward may change the current directory
+        directory = multihost.on_all(lambda: files.local_directory(workdir).absolute())
     run = multihost.on_all(lambda: _read(config, directory))
     multihost.refuse_differences(run.fingerprint | {"workdir": str(workdir)})
     holder = multihost.on_primary(lambda: checkpoint.claim(run.workdir, run.fingerprint))

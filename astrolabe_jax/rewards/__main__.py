@@ -27,7 +27,7 @@ from astrolabe_jax.config_checks import error_prefix, validate_scoring
 from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
-from astrolabe_jax.runtime import cli, media
+from astrolabe_jax.runtime import cli, media, multihost
 from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
 from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
@@ -41,10 +41,10 @@ def peak_bytes() -> int:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def timed(loaded: registry.Loaded, frames: np.ndarray, prompt: str) -> tuple[Scores, float]:
-    """Return the scores of one video, and the seconds that they take."""
+def timed(runner: RewardRunner, frames: np.ndarray, prompt: str) -> tuple[Scores, float]:
+    """Return the scores of one video, and the seconds that they take; raise RewardError."""
     began = time.monotonic()
-    scores = registry.score(loaded, frames[None], [prompt], [0])
+    scores = runner.score_async(frames[None], [prompt])()
     return scores, time.monotonic() - began
 
 
@@ -125,7 +125,8 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     try:
         with naming_memory(config, ("rewards",)):
             for group in groups:
-                found |= _print_scores(group, frames, prompt)
+                runner = RewardRunner([group], timeout=config.scoring.timeout)
+                found |= _print_scores(group, runner, frames, prompt)
     except registry.RewardError as error:
         cli.fail(error, 1)
     if golden and holders["record"].value:
@@ -147,17 +148,17 @@ def _read_golden(path: Path) -> dict[str, Any]:
 
 
 def _print_scores(
-    group: registry.Loaded, frames: np.ndarray, prompt: str
+    group: registry.Loaded, runner: RewardRunner, frames: np.ndarray, prompt: str
 ) -> dict[str, tuple[str, float]]:
     """Print what one call scores and takes; return {golden_key: (reward, score)}.
 
     Raises RewardError.
     """
-    _, first = timed(group, frames, prompt)
-    scores, again = timed(group, frames, prompt)
+    _, first = timed(runner, frames, prompt)
+    scores, again = timed(runner, frames, prompt)
     print(
         f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights "
-        f"{RewardRunner([group]).weights / MIB:,.0f} MiB, peak {peak_bytes() / MIB:,.0f}"
+        f"{runner.weights / MIB:,.0f} MiB, peak {peak_bytes() / MIB:,.0f}"
     )
     for name, values in scores.items():
         print(f"  {name:32} {values[0]:.6f}")
@@ -179,4 +180,9 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("config")
-    app.run(lambda _: main(flag_holders), flags_parser=cli.parse)
+
+    def run(_: list[str]) -> None:
+        with multihost.exit_together():  # also beside a reward that hangs
+            main(flag_holders)
+
+    app.run(run, flags_parser=cli.parse)

@@ -459,11 +459,11 @@ def _call(
     """Return what a scorer returns, on the host; RewardError for whatever it raises."""
     names = loaded.names
     subject = f"reward{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
-    if isinstance(frames, np.ndarray):  # which other rewards see, too
+    if isinstance(frames, np.ndarray):  # which other rewards see, as they do the prompts
         frames = frames.view()
         frames.flags.writeable = False
     try:
-        returned = loaded.scorer.score(loaded.scorer.params, frames, prompts)
+        returned = loaded.scorer.score(loaded.scorer.params, frames, list(prompts))
         if not isinstance(returned, Mapping):
             returned = {names[0]: returned}
         return jax.device_get(

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from astrolabe_jax.rewards.registry import SampleError, Scorer, Setting
+from astrolabe_jax.rewards.registry import LARGEST_SCORE, SampleError, Scorer, Setting
 from astrolabe_jax.rewards.templates import PublishedText, read_template
 from astrolabe_jax.runtime.files import local_directory, parse_json
 from astrolabe_jax.runtime.progress import counted, warn
@@ -62,6 +62,7 @@ UNIFIEDREWARD_TEXT = PublishedText(
 UNIFIEDREWARD_SIZE = (512, 512)  # of the frames that it sees
 _FINAL_SCORE = re.compile(r"Final Score:\s*([1-5](?:\.\d+)?)")
 
+MOST_SECONDS = 86_400  # that a server may be silent
 # Asks a server once: the scores of a video or a part of it, or an error.
 Question = Callable[[], dict[str, float]]
 
@@ -95,21 +96,24 @@ class RequestOptions:
         parts = urllib.parse.urlsplit(self.url)
         if "@" in parts.netloc:
             raise ValueError("url holds a name or password; expected them in key_variable")
-        if parts.scheme not in ("http", "https") or not (self.url.isascii() and parts.hostname):
+        plain = self.url.isascii() and self.url.isprintable() and " " not in self.url
+        if parts.scheme not in ("http", "https") or not (plain and parts.hostname):
             raise ValueError(f"url is {self.url!r}; expected http://... or https://...")
         parts.port  # noqa: B018  (raises ValueError for one that cannot be)
-        if self.timeout <= 0 or self.retries < 0:
+        if not 0 < self.timeout <= MOST_SECONDS:
             raise ValueError(
-                f"timeout is {self.timeout} and retries {self.retries}; expected a positive number "
-                "and at least 0"
+                f"timeout is {self.timeout}; expected a positive number, at most {MOST_SECONDS}"
             )
+        if self.retries < 0:
+            raise ValueError(f"retries is {self.retries}; expected at least 0")
         if self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}; expected at least 1")
-        if not math.isfinite(self.fallback or 0) or not 0 <= self.fallback_share <= 1:
+        if not abs(self.fallback or 0.0) < LARGEST_SCORE:
             raise ValueError(
-                f"fallback is {self.fallback} and fallback_share {self.fallback_share}; expected a "
-                "finite score and a share in [0, 1]"
+                f"fallback is {self.fallback}; expected a score, a number below {LARGEST_SCORE:g}"
             )
+        if not 0 <= self.fallback_share <= 1:
+            raise ValueError(f"fallback_share is {self.fallback_share}; expected one in [0, 1]")
         if self.key_variable and self.key_variable not in os.environ:
             raise OSError(
                 f"key_variable is {self.key_variable!r}, which is not set in the environment"

@@ -497,6 +497,15 @@ def test_a_reward_cannot_change_what_others_see():
         rewards.score(loaded, frames, ["a cat"], [0])
     assert frames.all()
 
+    def reverse(params, frames, prompts):
+        prompts.reverse()
+        return np.zeros(len(frames))
+
+    prompts = ["a cat", "a dog"]
+    loaded = rewards.Loaded(("a",), rewards.Scorer(reverse))
+    rewards.score(loaded, frames.repeat(2, axis=0), prompts, [0, 1])
+    assert prompts == ["a cat", "a dog"]
+
 
 @pytest.mark.parametrize(
     ("act", "message"),

@@ -1,6 +1,7 @@
 """`python -m astrolabe_jax.rewards` scores a file as training scored its frames."""
 
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,3 +107,16 @@ def test_scores_are_recorded_in_a_new_folder_and_where_that_fails_it_is_one_line
         check(tmp_path / "a.mp4", {"golden": str(golden), "record": True})
     told = capsys.readouterr().err
     assert ended.value.code == 1 and told.startswith(f"error: --golden: {golden} cannot be written")
+
+
+def test_a_reward_that_hangs_is_named(tmp_path, capsys, monkeypatch):
+    hang = threading.Event()
+    score = rewards.Scorer(lambda params, frames, prompts: hang.wait())
+    loaded = [rewards.Loaded(("mine",), score)]
+    monkeypatch.setattr(program.registry, "load", lambda rewards, setting: loaded)
+    write_mp4(tmp_path / "a.mp4", np.zeros((9, 48, 48, 3), np.uint8), 16)
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path / "a.mp4", **{"scoring.timeout": 0.2})
+    hang.set()
+    assert ended.value.code == 1
+    assert "'mine' did not answer within 0.2 s for sample 0" in capsys.readouterr().err
