@@ -38,6 +38,7 @@ def main(_: list[str]) -> None:
 
         with preemption.listening() as check:
             try:
+                multihost.refuse_differences({"--check": CHECK.value})
                 with plan.naming_memory(CONFIG.value):
                     if CHECK.value:
                         return preflight.tell(CONFIG.value, WORKDIR.value)

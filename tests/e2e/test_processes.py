@@ -150,6 +150,15 @@ def test_what_one_process_cannot_read_ends_both(base, tmp_path, environment):
     assert "Traceback" not in errors + message and not (tmp_path / "run").exists()
 
 
+def test_one_process_cannot_check_while_the_other_runs(base, tmp_path, environment):
+    arguments = [*runs.flags(base), f"--workdir={tmp_path / 'run'}"]
+    first, second = map(finish, both(environment, arguments, extra=((), ["--check"])))
+    told = "--check is True here and False in process 0; start all processes alike"
+    assert (first[0], second[0]) == (2, 2)
+    assert f"error: process 1: {told}" in first[2] and f"error: {told}" in second[2]
+    assert not (tmp_path / "run").exists()
+
+
 def error_lines(errors):
     """The lines without those that say what is waited for."""
     return [line for line in errors.splitlines() if "s at most" not in line]
