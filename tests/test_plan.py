@@ -313,3 +313,11 @@ def test_too_little_memory_is_one_line_with_what_helps(work):
     assert re.search(r"a device holds, in MiB and besides activations, \w+ \d+, ", told[0])
     helps = re.findall(r"config\.([\w.]+)=", told[0])
     assert helps[0] == "mesh.samples_per_device" and "model.param_dtype" in helps
+
+
+def test_a_file_of_flags_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "flags").write_bytes(b"\xff\xfe")
+    for given in (tmp_path / "none", tmp_path / "flags", tmp_path):
+        ended = program(f"--flagfile={given}")
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith("error: --flagfile: ")

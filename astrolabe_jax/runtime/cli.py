@@ -62,15 +62,18 @@ def define() -> flags.FlagHolder:
     """Define --config and return its holder, whose value is the config.
 
     A recipe's config has its fields locked (config.get_config), all but `rewards`, which takes new
-    names.
+    names. A --flagfile that cannot be read, which ml_collections looks into here, ends the program.
     """
-    return config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "recipe, for example configs/moving_shapes.py",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    try:
+        return config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "recipe, for example configs/moving_shapes.py",
+            lock_config=False,
+            accept_new_attributes=True,
+        )
+    except (flags.Error, ValueError) as error:
+        fail(f"--flagfile: {str(error).removeprefix('ERROR:: ')}; expected a text file of flags", 2)
 
 
 def parse(argv: list[str], positional: bool = False) -> list[str]:
