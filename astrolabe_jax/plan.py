@@ -435,14 +435,14 @@ def _counted(one: Run, split: Mapping[tuple[int, ...], int]) -> Iterator[tuple[s
 
 
 # Settings that take less memory, in the order in which they are tried: what costs no time first.
-SMALLER = (
-    {"prompts.encoder": "host"},
-    {"mesh.fsdp": -1},  # of all devices
-    {"scoring.weights": "host"},
-    {"mesh.samples_per_device": 1},
-    {"video.decode_chunk": 1},
-    {"model.remat": True},
-)
+SMALLER = {
+    "prompts.encoder": "host",
+    "mesh.fsdp": -1,  # all devices
+    "scoring.weights": "host",
+    "mesh.samples_per_device": 1,
+    "video.decode_chunk": 1,
+    "model.remat": True,
+}
 
 
 def fitting(
@@ -450,8 +450,8 @@ def fitting(
 ) -> tuple[dict[str, Any], estimate.Estimate]:
     """Return the settings with which a run fits on such devices, and its estimate with them.
 
-    Settings of SMALLER are added until it fits; those without which it fits, too, are left out.
-    Where none suffices, all of them come back.
+    Settings of SMALLER, but for those that this config cannot have, are added until it fits; those
+    without which it fits, too, are left out. Where none suffices, all of them come back.
 
     Raises ValueError as `abstract_run` does.
     """
@@ -464,13 +464,13 @@ def fitting(
     chosen: dict[str, Any] = {}
     found = tried(chosen)
     current = flatten(config)
-    for step in SMALLER:
-        ((field, value),) = step.items()
+    for field, value in SMALLER.items():
         value = count if value == -1 else value
         if found.fits or current[field] == value:
             continue
-        chosen[field] = value
-        found = tried(chosen)
+        with contextlib.suppress(ValueError):  # such as fsdp beside a given mesh.data
+            found = tried(chosen | {field: value})
+            chosen[field] = value
     for field in list(chosen) if found.fits else ():
         fewer = {name: value for name, value in chosen.items() if name != field}
         without = tried(fewer)
@@ -512,7 +512,8 @@ def verdict(config: ConfigDict, on: str, price: float) -> Iterator[str]:
         f"{found.peaks[name] / 2**30:,.1f} GiB)"
         for name, part in found.phases.items()
     )
-    yield f"             an epoch without rewards: {phases}"
+    so = " so" * bool(settings)
+    yield f"             an epoch{so}, without rewards: {phases}"
     hours = config.train.epochs * found.seconds / 3600
     cost = f", {hours * count * price:,.0f} at {price:g} an hour" if price else ""
     yield (

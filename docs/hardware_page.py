@@ -39,12 +39,13 @@ python -m astrolabe_jax.plan --config=configs/longlive.py:streaming --on=h100:8 
 ```
 
 says, without any file or accelerator and in seconds, whether a run fits on such devices, what each
-phase of an epoch holds and takes, the fewest settings with which it fits where it does not, and
-what the run costs. Kinds: a100 (80 GB), h100, h200, v5e, v5p, v6e; `v5e:4x4` are 16 chips.
+phase of an epoch holds and takes, settings with which it fits where it does not, none of them in
+vain, and what the run costs without its rewards. Kinds: a100 (80 GB), h100, h200, v5e, v5p, v6e;
+`v5e:4x4` are 16 chips.
 
 Every program of an epoch is traced on one device's share, and its jaxpr counted (`cost.py`):
 products, convolutions, bytes read and written, and the most bytes that live at once, where chains
-of elementwise operations are fused into what consumes them. Compilers hold a fifth more than that.
+of elementwise operations are fused into what consumes them. Compilers hold about a fifth more.
 Products run at a half, convolutions at a quarter of the peak for bfloat16, memory at 0.8 of its
 bandwidth. Traffic between devices, evaluations and checkpoints are not counted, and of rewards only
 the memory: HPSv3 alone can take as long as all the rest.

@@ -186,7 +186,7 @@ def test_it_says_whether_a_run_fits_and_what_it_takes(base, capsys, monkeypatch)
     run_main(config=config, on="h100:2", price=3.0)
     told = capsys.readouterr().out
     assert "2 x h100: fits, at most 0.0 of 79.2 GiB on a device" in told
-    assert re.search(r"an epoch without rewards: encode .* rollout .* decode .* update", told)
+    assert re.search(r"an epoch, without rewards: encode .* rollout .* decode .* update", told)
     assert re.search(r"4 epochs without rewards and evaluations: 0\.0 h, .* at 3 an hour", told)
     device = estimate.DEVICES["h100"]
     with_less, found = plan.fitting(config, device, 2)
@@ -203,7 +203,11 @@ def test_it_says_whether_a_run_fits_and_what_it_takes(base, capsys, monkeypatch)
     run_main(config=config, on="h100:2")
     flags = " ".join(f"--config.{field}={value}" for field, value in settings.items())
     assert "does not fit, at most 0.0 of 0.0 GiB" in (told := capsys.readouterr().out)
-    assert f"fits with {flags}: " in told
+    assert f"fits with {flags}: " in told and "an epoch so, without rewards: " in told
+    tiny = device._replace(memory=1.0)
+    everything, _ = plan.fitting(config, tiny, 2)
+    config.mesh.data = 2  # beside which there is no fsdp
+    assert everything.keys() - plan.fitting(config, tiny, 2)[0].keys() == {"mesh.fsdp"}
     monkeypatch.setitem(estimate.DEVICES, "h100", device._replace(memory=1.0))
     run_main(config=config, on="h100:2")
     assert "take more devices, or larger ones" in capsys.readouterr().out
