@@ -54,8 +54,8 @@ class Mp4Writer:
     """A video that can be watched while it is made: H.264, yuv420p, which every player shows.
 
     Same frames, same bytes. Frames go into NAME.partial.mp4, in fragments of about two seconds;
-    `close` makes it the plain file NAME.mp4. Left without `close`, or by an exception, NAME.mp4 is
-    not there.
+    `finish` makes it a plain file, and `close` gives it its name, NAME.mp4. Left without `close`,
+    or by an exception, NAME.mp4 is not there.
     """
 
     def __init__(self, path: Path, fps: int):
@@ -65,6 +65,7 @@ class Mp4Writer:
         # both from the first frames on
         self._container: Any = None
         self._stream: Any = None
+        self._finished = False
 
     def __enter__(self) -> "Mp4Writer":
         return self
@@ -100,13 +101,13 @@ class Mp4Writer:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 self._container.mux(self._stream.encode(picture))
 
-    def close(self) -> None:
-        """End the video and put it in place whole."""
+    def finish(self) -> int:
+        """End the video, which has its partial name until `close`, and return its bytes."""
         with writing(self._path):
             self._container.mux(self._stream.encode())
             self._container.close()
         with (
-            atomic(self._path) as file,
+            atomic(self._partial) as file,
             av.open(self._partial) as source,
             av.open(file, "w", format="mp4") as target,
         ):
@@ -115,7 +116,14 @@ class Mp4Writer:
                 if packet.dts is not None:  # the last one only says that there are no more
                     packet.stream = stream
                     target.mux(packet)
-        self._partial.unlink()
+        self._finished = True
+        return self._partial.stat().st_size
+
+    def close(self) -> None:
+        """Put the video in its place, whole."""
+        if not self._finished:
+            self.finish()
+        self._partial.replace(self._path)
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:

@@ -85,6 +85,7 @@ def prepare(options: Mapping[str, Any]) -> tuple[runs.Run, np.ndarray | None, li
         change = _blaming_lora(lora.leaf_changer(changes, sizes["transformer"]))
         adapter = (change, lora.fingerprint(path))
     directory = files.local_directory(options["output_dir"])
+    videos.check_places(directory, [request.name for request in requests])
     if not options["overwrite"]:
         settings = videos.settings(config, adapter, given)
         keys = {request.name: videos.settings_key(settings, request) for request in requests}

@@ -36,6 +36,7 @@ from astrolabe_jax.types import PromptBatch, RngStream, Scores, VideoBatch
 # Sections of the config that a video depends on; of `sampler` all but the batch.
 CONTENT = ("seed", "model.", "sampler.", "video.", "scenes.")
 NO_CONTENT = ("sampler.batch", "model.remat", "video.decode_chunk")
+RESULTS = "results.jsonl"
 VIDEOS = "videos"  # folder of the results
 LOCK = "results.lock"  # held by the process that writes there
 _NAME = re.compile(r"\d{5,}(-\d+)?")  # Request.name
@@ -127,16 +128,15 @@ def make_videos(
     requests: Sequence[Request],
     size: int,
     add: Callable[[int], None],
-) -> list[dict]:
+    keep: Callable[[dict[str, dict]], None],
+) -> None:
     """Make the videos of `requests`, which differ in their prompts alone, at once.
 
     Args:
       given: latents [T0, C, H, W] that begin every video, if any.
       size: videos that the programs are compiled for, at least as many.
       add: called with every few frames that are handed to the encoders.
-
-    Returns:
-      their rows of results.jsonl.
+      keep: called with their rows of results.jsonl by name, before the videos take their places.
 
     Raises:
       FloatingPointError: naming the prompt, for latents that are not finite.
@@ -165,10 +165,11 @@ def make_videos(
                     scene_frames.clear()
             add(part.frames.shape[0] * part.frames.shape[1])
         list(encoding)
-    return [
-        _row(run, request, path, {place: _of_video(found, i) for place, found in scores.items()})
-        for i, (request, path) in enumerate(zip(requests, paths, strict=True))
-    ]
+        rows = {}
+        for i, (request, path, writer) in enumerate(zip(requests, paths, writers, strict=True)):
+            of_video = {place: _of_video(found, i) for place, found in scores.items()}
+            rows[request.name] = _row(run, request, path, writer.finish(), of_video)
+        keep(rows)
 
 
 def _of_video(scores: Scores, i: int) -> dict[str, float]:
@@ -275,8 +276,8 @@ def batch_size(run: runs.Run, videos: int) -> int:
     return min(limits) * devices
 
 
-def _row(run: runs.Run, request: Request, path: Path, scores: dict) -> dict[str, Any]:
-    """Return a line of results.jsonl."""
+def _row(run: runs.Run, request: Request, path: Path, size: int, scores: dict) -> dict[str, Any]:
+    """Return a line of results.jsonl about a video of `size` bytes that will be at `path`."""
     begin = 0
     shown = []
     for number, shot in enumerate(request.shots):
@@ -311,7 +312,7 @@ def _row(run: runs.Run, request: Request, path: Path, scores: dict) -> dict[str,
         "video_path": str(path),
         "settings": settings_key(without_weights, request),
         "key": key_of(run, request),
-        "bytes": path.stat().st_size,
+        "bytes": size,
     }
 
 
@@ -346,20 +347,33 @@ def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None
       field: of a row of results.jsonl that tells them apart.
       asked: what the rows of this command have there, by the names of the videos.
     """
-    results = directory / "results.jsonl"
-    rows = {str(row.get("sample_id")): row for row in read_jsonl(results)}
-    others = [
+    rows = _rows(directory)
+    others = {
         name
         for name, row in rows.items()
         if name not in asked or row.get(field, asked[name]) != asked[name]
-    ]
-    # rows are written before the first video is, so these are not ours
-    if not results.exists():
-        others = sorted(path.stem for path in (directory / VIDEOS).glob("*.mp4"))
+    }
+    # a row is written before its video has its name, so a video without one is not ours
+    others |= _names(directory) - rows.keys()
     if others:
         raise ValueError(
             f"{directory} holds {counted(len(others), 'video')} of another command, "
-            f"{others[0][:60]}.mp4 first; give another --output_dir, or --overwrite to replace them"
+            f"{min(others)[:60]}.mp4 first; give another --output_dir, or --overwrite to replace "
+            "them"
+        )
+
+
+def check_places(directory: Path, names: Iterable[str]) -> None:
+    """Raise ValueError for what is no file where one is to be written, before anything is made."""
+    videos = directory / VIDEOS
+    places = [directory / RESULTS, *(videos / f"{name}.mp4" for name in names)]
+    wrong = [path for path in places if path.is_dir()]
+    wrong += [videos] if videos.exists() and not videos.is_dir() else []
+    if wrong:
+        there, expected = ("file", "directory") if wrong[0] == videos else ("directory", "file")
+        raise ValueError(
+            f"{wrong[0]} is a {there}, in place of a {expected} of the results; move it away, or "
+            "give another --output_dir"
         )
 
 
@@ -373,7 +387,7 @@ def sample(
     directory = run.workdir
     videos = directory / VIDEOS
     keys = {request.name: key_of(run, request) for request in requests}
-    before = {row.get("sample_id"): row for row in read_jsonl(directory / "results.jsonl")}
+    before = _rows(directory)
     rows = {
         name: before[name]
         for name, key in keys.items()
@@ -381,39 +395,48 @@ def sample(
         if _is_whole(videos / f"{name}.mp4", before[name].get("bytes"))
     }
     left = [request for request in requests if request.name not in rows]
-    for name in before.keys() - keys.keys():  # of another command, whose rows go, too
-        if isinstance(name, str) and _NAME.fullmatch(name):
-            (videos / f"{name}.mp4").unlink(missing_ok=True)
     if rows:
         log(f"{len(rows)} of {counted(len(requests), 'video')} made before")
-    others = [request.name for request in left if (videos / f"{request.name}.mp4").exists()]
-    if others:
-        replaced = counted(len(others), "video is", "videos are")
-        log(f"{replaced} replaced in {videos}, {others[0]}.mp4 first")
-    _write_rows(directory, rows)  # so that no row tells of a video that is replaced
+    gone = sorted(_names(directory) - rows.keys())
+    for name in gone:
+        (videos / f"{name}.mp4").unlink()
+    if gone:
+        log(f"{counted(len(gone), 'video')} removed from {videos}, {gone[0]}.mp4 first")
+
+    def keep(made: dict[str, dict]) -> None:
+        rows.update(made)
+        lines = [json.dumps(rows[name], allow_nan=False) + "\n" for name in sorted(rows)]
+        write_atomic(directory / RESULTS, "".join(lines).encode())
+
+    keep({})  # no row tells of a video that went
     add = Progress(check=check).counter(
         counted(len(left), "video"), sum(request.frames for request in left), "frames"
     )
     for batch, size in _batches(run, left):
-        rows |= {row["sample_id"]: row for row in make_videos(run, given, batch, size, add)}
-        _write_rows(directory, rows)
+        make_videos(run, given, batch, size, add, keep)
     if run.reward_runner.names:
         means = _means([row["scores"] for row in rows.values()])
         write_atomic(
             directory / "average_scores.json",
             json.dumps(means, indent=1, allow_nan=False).encode(),
         )
-    log(f"  {videos}, {directory / 'results.jsonl'}")
+    log(f"  {videos}, {directory / RESULTS}")
+
+
+def _rows(directory: Path) -> dict[str, dict]:
+    """Return the rows of the results by the names of their videos."""
+    return {str(row.get("sample_id")): row for row in read_jsonl(directory / RESULTS)}
+
+
+def _names(directory: Path) -> set[str]:
+    """Return the names of the videos that are there, of this command or of another."""
+    stems = {path.stem for path in (directory / VIDEOS).glob("*.mp4") if not path.is_dir()}
+    return {stem for stem in stems if _NAME.fullmatch(stem)}
 
 
 def _is_whole(path: Path, size: int | None) -> bool:
     """Return whether a video is there with the bytes that it was written with."""
     return path.is_file() and path.stat().st_size == size
-
-
-def _write_rows(directory: Path, rows: dict[str, dict]) -> None:
-    lines = [json.dumps(rows[name], allow_nan=False) + "\n" for name in sorted(rows)]
-    write_atomic(directory / "results.jsonl", "".join(lines).encode())
 
 
 def _batches(run: runs.Run, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:

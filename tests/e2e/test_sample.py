@@ -22,7 +22,7 @@ from astrolabe_jax.convert import commands
 from astrolabe_jax.convert.lora import save_peft
 from astrolabe_jax.geometry import layout_of, open_base, rules_of
 from astrolabe_jax.models.lora import adapter_shapes
-from astrolabe_jax.runtime import files, preemption
+from astrolabe_jax.runtime import files, media, preemption
 from astrolabe_jax.runtime.media import read_video, write_mp4, write_png
 from astrolabe_jax.sample import __main__ as program
 from astrolabe_jax.sample import requests, videos
@@ -227,13 +227,49 @@ def test_the_results_of_another_command_are_kept(
     )
 
 
-def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys):
+@pytest.mark.parametrize("results", [None, b"", b"half a li"])
+def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys, results):
+    """No row tells of them: there are none, or the rows are lost."""
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/00000.mp4").write_bytes(b"holidays")
+    if results is not None:
+        (tmp_path / "results.jsonl").write_bytes(results)
     with pytest.raises(SystemExit):
         ask(base, tmp_path, prompt=RED)
     assert "holds 1 video of another command, 00000.mp4 first" in capsys.readouterr().err
     assert (tmp_path / "videos/00000.mp4").read_bytes() == b"holidays"
+
+
+def test_a_row_is_there_before_its_video(base, tmp_path, monkeypatch):
+    """So a program that is killed between the two goes on: no video lacks its row."""
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(media.Mp4Writer, "close", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(base, tmp_path, prompt=RED)
+    (row,) = rows_of(tmp_path)
+    assert not Path(row["video_path"]).exists()
+    assert ask(base, tmp_path, prompt=RED) == [row]
+    assert Path(row["video_path"]).stat().st_size == row["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("videos/00000.mp4", "directory"), ("results.jsonl", "directory"), ("videos", "file")],
+)
+def test_what_stands_in_the_place_of_a_result_is_named(base, tmp_path, capsys, place, kind):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    if kind == "directory":
+        (tmp_path / place).mkdir()
+    else:
+        (tmp_path / place).write_text("")
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path, prompt=RED, overwrite=True)
+    assert ended.value.code == 2
+    assert f"error: {tmp_path / place} is a {kind}, in place of a " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["load", "make_videos"])
@@ -282,7 +318,7 @@ def test_an_adapter_is_merged(base, tmp_path, capsys):
     assert whole["key"] != adapted["key"]
     save_peft(adapter, tmp_path / "lora", 2, 0.5)  # a weaker one
     (weaker,) = ask(base, tmp_path / "b", prompt=RED, lora=str(tmp_path / "lora"), overwrite=True)
-    assert weaker["key"] != adapted["key"] and "1 video is replaced" in capsys.readouterr().out
+    assert weaker["key"] != adapted["key"] and "1 video removed from" in capsys.readouterr().out
     tensors = load_file(merged)
     tensors["head.head.bias"][:] = np.nan
     save_file(tensors, merged)
