@@ -173,10 +173,12 @@ def exit_together() -> Iterator[None]:
     several = jax.distributed.is_initialized
     try:
         yield
+        roll_call.leave()
     except BaseException as error:
+        roll_call.leave()
         if not several() and not _works_apart():
             raise
-        if several() and isinstance(error, jax.errors.JaxRuntimeError):
+        if several() and _is_of_others(error):
             print(
                 f"error: process {jax.process_index()} cannot go on; has another process ended? "
                 f"{str(error).splitlines()[0]}",
@@ -189,6 +191,14 @@ def exit_together() -> Iterator[None]:
         if several():
             jax.distributed.shutdown()  # waits for the others
         _end(0)
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Return whether JAX raises an error in a computation where another process is gone.
+
+    It is a ValueError of Gloo's, on CPUs, where a program is not waited for but called.
+    """
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def _end(status: Any, grace: float = 0.0) -> NoReturn:
@@ -216,15 +226,23 @@ def first_nonempty(text: str) -> str:
     if jax.process_count() == 1:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(content)))
+    sizes = _gathered(np.int32(len(content)))
     if not sizes.any():
         return ""
     # Filled up to a power of two: few lengths mean few compiled programs.
     padded = np.zeros(1 << max(int(sizes.max()) - 1, 1).bit_length(), np.uint8)
     padded[: len(content)] = content
-    rows = multihost_utils.process_allgather(padded)
+    rows = _gathered(padded)
     first = int(np.argmax(sizes > 0))
     return rows[first, : sizes[first]].tobytes().decode()
+
+
+def _gathered(array: Any) -> np.ndarray:
+    """Return the arrays of all processes, [processes, ...]; JaxRuntimeError if one is gone."""
+    try:
+        return multihost_utils.process_allgather(array)
+    except ValueError as error:  # so that nobody takes it for a fault of the user's
+        raise jax.errors.JaxRuntimeError(str(error)) from None
 
 
 def on_all(action: Callable[[], Any]) -> Any:

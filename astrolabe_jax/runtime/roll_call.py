@@ -2,8 +2,9 @@
 
 Process 0 listens at the coordinator's port. Every process, process 0 too, connects, tells in one
 line of JSON its number and how many it expects, and reads lines until one says that all are there,
-or what is wrong. Then the port is free for JAX. The connections stay until all have found their
-devices: JAX waits in vain for a process that has none.
+or what is wrong. Then the port is free for JAX. The connections stay: JAX waits in vain for a process
+that has no devices, and when process 0 is killed it aborts the others with a dump, which end before
+with a line if they hear of it first.
 """
 
 import contextlib
@@ -25,13 +26,17 @@ _ANSWER = 15.0
 _REPORT = 30.0
 _LONGEST = 4096  # bytes of a line
 
+_LEAVING = threading.Event()
+_KEPT: list[socket.socket] = []  # process 0's ends, which the system closes when it is gone
+
 
 @contextlib.contextmanager
 def meet(coordinator: str, count: int, index: int, limit: float) -> Iterator[None]:
     """Wait until all processes of a run have met at the coordinator's address.
 
     Says what it waits for. What is done inside, the others wait for: this process ends, with one
-    line and status 2, if another one ends in there. Args as of multihost.join.
+    line and status 2, if another one ends in there. Later it ends, with one line and status 1, if
+    process 0 does, until `leave` is called. Args as of multihost.join.
 
     Raises:
       ValueError: naming what is wrong with the address or the processes, or who has not come.
@@ -58,10 +63,21 @@ def meet(coordinator: str, count: int, index: int, limit: float) -> Iterator[Non
         if fault:
             _say(f"error: {me} cannot start: {fault}")
             os._exit(2)
+        if index > 0 and _has_ended(connection) and not _LEAVING.is_set():
+            _say(
+                f"error: {me} cannot go on: process 0 at {coordinator} has ended; see what it has "
+                "printed, and start all again"
+            )
+            os._exit(1)
 
     threading.Thread(target=end_with_others, daemon=True).start()
     yield
     _send(connection, {"ready": index})
+
+
+def leave() -> None:
+    """Let process 0 end before this process does, from now on."""
+    _LEAVING.set()
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -181,6 +197,7 @@ def _serve(server: socket.socket, count: int, limit: float) -> None:
                 fault = f"{name} has ended; see what it has printed"
     for connection, _ in present.values():
         _send(connection, {"fault": fault})
+        _KEPT.append(connection)
 
 
 def _take_in(
@@ -223,6 +240,13 @@ def _has_left(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Wait until the other end is closed, which says no more; return True."""
+    with contextlib.suppress(OSError):
+        connection.recv(1)
+    return True
 
 
 def _say(text: str) -> None:

@@ -54,6 +54,19 @@ def one_fails(me):
         return multihost.on_primary(lambda: "nobody hears this")
 
 
+def killed(me, by=1):
+    """Process `by` is killed while the other waits for it in a computation, again and again."""
+    with multihost.exit_together():
+        for i in range(1000):
+            multihost.first_nonempty(f"{me}")
+            if me == by and i == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_killed(me):
+    killed(me, 0)
+
+
 def scores(me):
     """Those of a reward that gives another number each time, and what it was asked and raised."""
     # after joining: no array may exist before it

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -96,6 +97,23 @@ def test_an_error_on_one_ends_the_other():
         and "Traceback" not in errors
     )
     assert time.monotonic() - start < 25
+
+
+def test_process_0_ends_in_a_line_when_another_is_killed():
+    (status, _, errors), (other, _, _) = both("killed")
+    assert (status, other) == (1, -9) and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: process 0 cannot go on; has another process")
+
+
+def test_another_ends_in_a_line_when_process_0_is_killed():
+    """JAX, which aborts with a dump, may hear of it first on a busy machine."""
+    for _ in range(6):
+        (other, _, _), (status, _, errors) = both("first_killed")
+        assert other == -9 and status in (1, -6)
+        if status == 1:
+            break
+    assert "Traceback" not in errors
+    assert re.search(r"error: process 1 of 2 .* cannot go on: process 0 at .* has ended", errors)
 
 
 def test_one_process_asks_nobody():
