@@ -149,7 +149,8 @@ def trace(run: Run) -> dict[str, Array]:
       ValueError: if its shape is not the one that the next stage expects.
     """
     with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
-        outputs = [output for program in programs(run) for output in program.outputs.items()]
+        traced = programs(run, EQUAL_PIECES)
+        outputs = [output for program in traced for output in program.outputs.items()]
     for name, (output, expected) in outputs:
         if output.shape != expected:
             raise ValueError(
@@ -159,8 +160,11 @@ def trace(run: Run) -> dict[str, Array]:
     return {name: output for name, (output, _) in outputs}
 
 
-def programs(run: Run) -> Iterator[Program]:
-    """Yield every program of an epoch; to be called under the run's mesh."""
+def programs(run: Run, pieces: int | None = None) -> Iterator[Program]:
+    """Yield every program of an epoch; to be called under the run's mesh.
+
+    Of the pieces of an optimizer step, which are alike, only so many are taken; None: all.
+    """
     config = run.config
     text = run.base.text
     tokens = _shape(encode.call_size(run.mesh), text.config.text_len, dtype=jnp.int32)
@@ -186,7 +190,7 @@ def programs(run: Run) -> Iterator[Program]:
             after = after._replace(decoder=after.decoder if windows.decodes(run) else None)
             state = jax.eval_shape(lambda past: streams.fork(past, videos // count), after)
     yield _blocks(run, adapter, prompt, videos, state)[0]
-    yield _step(run, adapter, prompt, prefix)
+    yield _step(run, adapter, prompt, prefix, pieces)
 
 
 def _blocks(
@@ -258,7 +262,11 @@ def _prefix_shapes(run: Run, state: StreamState) -> PrefixContext | None:
 
 
 def _step(
-    run: Run, adapter: dict, prompt: tuple[int, ...], prefix: PrefixContext | None
+    run: Run,
+    adapter: dict,
+    prompt: tuple[int, ...],
+    prefix: PrefixContext | None,
+    pieces: int | None,
 ) -> Program:
     """Return an optimizer step; ValueError if it changes the shapes of the state."""
     config = run.config
@@ -271,11 +279,12 @@ def _step(
     def take(state, params, texts, batch, prefix):
         return step(state, params, texts, batch, lambda *_: [LossPart(frames, 0, prefix)])
 
+    batch = _step_batch(run, pieces)
     arguments = (
         state,
         run.base.transformer.params,
         _shape(config.prompts.prompts_per_epoch // repeats(config), *prompt),
-        _step_batch(run),
+        batch,
         prefix,
     )
     after, metrics = jax.eval_shape(take, *arguments)
@@ -285,16 +294,17 @@ def _step(
         raise ValueError(
             "train step: the state changes its shapes or dtypes; this is a fault of the program"
         )
-    expected = (samples(config) // config.optimizer.steps_per_pass,)
+    expected = (math.prod(batch.r.shape),)
     return Program(take, arguments, {"train step": (metrics["sample_loss"], expected)})
 
 
-def _step_batch(run: Run) -> update.StepBatch:
-    """Return the shapes of the samples of the first optimizer step."""
+def _step_batch(run: Run, pieces: int | None) -> update.StepBatch:
+    """Return the shapes of the samples of the first optimizer step, of so many of its pieces."""
     plan = minibatches.plan_pass(
         run.config, 0, 0, np.ones(samples(run.config), bool), run.mesh.size
     )
-    shape = minibatches.cut(run.config, plan, run.mesh.size).order.shape[1:]
+    order = minibatches.cut(run.config, plan, run.mesh.size).order
+    shape = order[0, :pieces].shape
     frames = run.window if shares_prefix(run.config) else run.latent_shape[0]
     return update.StepBatch(
         latents=_shape(*shape, frames, *run.latent_shape[1:]),
@@ -322,6 +332,7 @@ def planned_devices(config: ConfigDict) -> int:
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
+EQUAL_PIECES = 2  # that are traced of an optimizer step: a first one, and one that adds to it
 # What the errors of a device, of the host and of what reads files say where memory ends.
 _SHORTAGES = ("resource_exhausted", "out of memory", "unable to allocate", "bad_alloc")
 TRAINING = ()  # all that report.memory counts

@@ -2,9 +2,9 @@
 
 Process 0 listens at the coordinator's port. Every process, process 0 too, connects, tells in one
 line of JSON its number and how many it expects, and reads lines until one says that all are there,
-or what is wrong. Then the port is free for JAX. The connections stay: JAX waits in vain for a process
-that has no devices, and when process 0 is killed it aborts the others with a dump, which end before
-with a line if they hear of it first.
+or what is wrong. Then the port is free for JAX. The connections stay: JAX waits in vain for a
+process that has no devices. When process 0 is killed JAX aborts the others with a dump; a line is
+there before, and the end with it, if they hear of it first.
 """
 
 import contextlib
