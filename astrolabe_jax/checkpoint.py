@@ -27,7 +27,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ import orbax.checkpoint as ocp
 
 from astrolabe_jax.config import renamed
 from astrolabe_jax.runtime import files, multihost
+from astrolabe_jax.runtime.progress import quiet_orbax
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
@@ -482,7 +482,7 @@ def _load(
 
 def _read_part(path: Path, part: str, how: Any) -> Any:
     """Read EPOCH/PART, on each process alone. Raises _Damaged or OSError."""
-    with _reading(path), _quiet(), _manager(path.parent, keep=None, alone=True) as manager:
+    with _reading(path), quiet_orbax(), _manager(path.parent, keep=None, alone=True) as manager:
         return manager.restore(int(path.name), args=ocp.args.Composite(**{part: how}))[part]
 
 
@@ -516,24 +516,16 @@ def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: in
     path = directory / str(snapshot.epoch)
     try:
         multihost.on_primary(lambda: directory.mkdir(parents=True, exist_ok=True))
-        with _quiet(), _manager(directory, keep, clean=True) as manager:
+        with quiet_orbax(), _manager(directory, keep, clean=True) as manager:
             manager.save(snapshot.epoch, args=arguments)
     except (OSError, ValueError) as error:
-        code = _system_error(error)
+        code = files.system_error(error)
         if not code:
             raise
         raise SaveError(path, os.strerror(code)) from error
     return multihost.on_primary(
         lambda: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     )
-
-
-def _system_error(error: OSError | ValueError) -> int | None:
-    """Return the number of the system's error; tensorstore has it in the text of a ValueError."""
-    if isinstance(error, OSError):
-        return error.errno
-    match = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(match[1]) if match else None
 
 
 def _shapes(state: Any) -> dict[str, str]:
@@ -614,20 +606,3 @@ def _manager(
             multiprocessing_options=processes,
         ),
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax from printing tracebacks of what it raises.
-
-    After an error it stays silenced: its threads go on writing.
-    """
-    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    yield
-    sys.unraisablehook = hook
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)

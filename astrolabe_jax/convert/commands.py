@@ -63,8 +63,7 @@ def import_(
         load_tokenizer(directory / layout.tokenizer)
     leaves = [nets.stacks(net, dtype) for net in opened]
     written = [to / net.spec.name for net in opened]
-    _make(to)
-    with _removing(*written):
+    with _making(to, *written):
         for net, stacks, directory in zip(opened, leaves, written, strict=True):
             name = net.spec.name
             size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
@@ -139,8 +138,7 @@ def export_lora(path: Path, to: Path, form: str, policy: str = "") -> list[Path]
         adapter, scale = lora.open_lora(path)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
-    _make(to.parent)
-    with _removing(to):
+    with _making(to.parent, to):
         whole = int(alpha) if float(alpha).is_integer() else alpha
         return [lora.SAVERS[form](adapter, to, rank, whole)]
 
@@ -156,24 +154,28 @@ def _check_file(to: Path) -> None:
         raise ValueError(f"--to is {to}; expected a name that ends in .safetensors")
 
 
-def _make(directory: Path) -> None:
-    """Make a directory; raise OSError, which says what to do, where that cannot be."""
+@contextlib.contextmanager
+def _making(directory: Path, *written: Path) -> Iterator[None]:
+    """Make a directory for what is written inside.
+
+    On an error or Ctrl-C inside, what was `written` there is removed, and the folders that were
+    made. Raises OSError, which says what to do, where a directory cannot be made.
+    """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             f"--to: no directory {directory} can be made ({error.strerror}); give another --to"
         ) from None
-
-
-@contextlib.contextmanager
-def _removing(*paths: Path) -> Iterator[None]:
-    """Remove files and directories that were begun inside, on an error or Ctrl-C."""
     try:
         yield
     except BaseException:
-        for path in paths:
+        for path in written:
             shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else has written there
+            for folder in new:
+                folder.rmdir()
         raise
 
 
@@ -186,8 +188,8 @@ def _write(to: Path, net: nets.NetCheckpoint, tensors: Mapping[str, Lazy], form:
     original = nets.source_shapes(net.spec, net.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
-    _make(to.parent)
-    write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
+    with _making(to.parent):
+        write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
     return [to]
 
 

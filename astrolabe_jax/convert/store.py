@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import glob
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from astrolabe_jax.convert.engine import Stack, flatten, nested
-from astrolabe_jax.runtime.files import WriteError, listed, read_json
+from astrolabe_jax.runtime.files import WriteError, listed, read_json, system_error, writing
+from astrolabe_jax.runtime.progress import quiet_orbax
 
 METADATA = "_METADATA"  # of Orbax; an import that was stopped has none under its final name
 CHUNK = 16 << 20  # bytes that are written at once
@@ -112,14 +112,15 @@ def save(
     begun = directory.absolute().with_name(f"{directory.name}.partial.{os.getpid()}")
     try:
         # In a thread, so that Orbax comes to its end also where Ctrl-C is raised in this one.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with quiet_orbax(), concurrent.futures.ThreadPoolExecutor(1) as pool:
             saved = pool.submit(_save, begun, stacks, writer)
             try:
                 saved.result()
             except BaseException as error:
                 writer.fault = writer.fault or error
-        if writer.fault:
-            raise _refused(directory, writer.fault)
+            with writing(directory):
+                if writer.fault:
+                    raise _refused(directory, writer.fault)
         os.rename(begun, directory)
     finally:
         for left in begun.parent.glob(f"{glob.escape(begun.name)}*"):
@@ -130,8 +131,8 @@ def _refused(directory: Path, fault: BaseException) -> BaseException:
     """Return a WriteError in place of an error of tensorstore for what the system refused, such as
     a full disk; any other fault as it is.
     """
-    refused = re.search(r": ([^:]+) \[os_error_code", str(fault))
-    return WriteError(directory, refused[1]) if refused else fault
+    code = None if isinstance(fault, OSError) else system_error(fault)
+    return WriteError(directory, os.strerror(code)) if code else fault
 
 
 def _save(directory: Path, stacks: Mapping[tuple, Stack], writer: _StackHandler) -> None:

@@ -136,6 +136,14 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(path, os.strerror(error.errno)) from error
 
 
+def system_error(error: BaseException) -> int | None:
+    """Return the number of the system's error; tensorstore has it in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """Give a file beside `path` to write to, which takes its place at the end.

@@ -71,6 +71,23 @@ def show_warnings() -> None:
     warnings.showwarning = lambda message, *_: logging.warning("%s", message)
 
 
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from printing tracebacks of what it raises.
+
+    After an error it stays silenced: its threads go on writing.
+    """
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = hook
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
 class Compilation:
     """Measures how long this process has compiled, on any thread, and says so while it does.
 

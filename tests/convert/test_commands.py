@@ -4,6 +4,8 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,9 +25,15 @@ from astrolabe_jax.update import TrainState
 from tests import tiny_base
 from tests.adapters import to_peft
 from tests.convert import torch_files
+from tests.e2e.disks import small_disk
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
+IMPORT_WHEN_TOLD = """
+from astrolabe_jax.convert.__main__ import main
+input()
+main()
+"""
 
 
 def run(capsys, *arguments):
@@ -430,7 +438,7 @@ def test_numbers_that_are_not_finite_are_not_imported(capsys, base, tmp_path, dt
     status, out, err = run(capsys, "import", broken, "--to", tmp_path / "to")
     assert (status, out) == (2, "")
     assert f"error: {path}: norm.weight holds numbers that are not finite" in err
-    assert not list((tmp_path / "to").iterdir())
+    assert not (tmp_path / "to").exists()
     path = broken / "transformer.safetensors"
     tensors = {name: np.array(tensor) for name, tensor in read_safetensors(path).items()}
     tensors["head.modulation"][:] = np.nan
@@ -448,11 +456,30 @@ def test_an_import_without_room_is_one_line_and_leaves_nothing(capsys, base, tmp
         status, out, err = run(capsys, "import", base, "--to", tmp_path / "x")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert (status, out) == (2, "") and not list((tmp_path / "x").iterdir())
+    assert (status, out) == (2, "") and not (tmp_path / "x").exists()
     assert err == (
         f"error: {tmp_path}/x/transformer cannot be written: File too large; make room for it, "
         "then run the same command again\n"
     )
+
+
+@pytest.mark.parametrize("room", [0, 300_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(base, tmp_path, room):
+    """Which Orbax notices in one of its threads, and would print."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        to = disk.path / "new" / "x"
+        command = [sys.executable, "-c", IMPORT_WHEN_TOLD, "import", str(base), "--to", str(to)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ) as process:
+            disk.fill(process, room)
+            _, err = process.communicate("\n")
+        assert process.returncode == 2 and not to.parent.exists()
+    assert re.fullmatch(
+        rf"error: {to}/\w+ cannot be written: (No space left on device|File too large); make room "
+        "for it, then run the same command again\n",
+        re.sub(r"^\w+: .* MB/s\n", "", err),
+    ), err
 
 
 def test_a_damaged_store_is_named(capsys, base, tmp_path):
