@@ -44,6 +44,7 @@ from astrolabe_jax.runtime.progress import quiet_orbax
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
+_RECORD = "run.json"  # whose the directory is
 _LOCK = "run.lock"
 # What a kill may leave of the files that a run writes: FILE.partial.PROCESS, or of a video.
 _HALF_WRITTEN = re.compile(
@@ -145,7 +146,7 @@ def _record_of(workdir: Path) -> Fingerprint | None:
 
     Raises ValueError for a spoilt one, and for files of somebody else.
     """
-    record = workdir / "run.json"
+    record = workdir / _RECORD
     if record.exists():
         try:
             return files.read_json(record)
@@ -203,7 +204,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> str:
         for path in workdir.glob(pattern):
             if _HALF_WRITTEN.fullmatch(path.relative_to(workdir).as_posix()):
                 path.unlink()
-    files.write_atomic(workdir / "run.json", json.dumps(fingerprint, indent=1).encode())
+    files.write_atomic(workdir / _RECORD, json.dumps(fingerprint, indent=1).encode())
     return holder
 
 
@@ -224,6 +225,18 @@ def check_shared(workdir: Path, holder: str) -> None:
                 "see: give a --workdir on a shared file system, by its absolute path"
             )
         time.sleep(0.2 * (seen != holder))
+
+
+def check_there(workdir: Path) -> None:
+    """Raise OSError if a directory that was claimed is not there any more.
+
+    Else what is written next would make another one in its place.
+    """
+    if not (workdir / _RECORD).is_file():
+        raise OSError(
+            f"{workdir / _RECORD} has gone while the run went on: its workdir was moved, removed "
+            "or emptied; put it back, and run the same command again"
+        )
 
 
 def release(workdir: Path) -> None:
@@ -468,6 +481,8 @@ def _load(
     with _reading(path):
         if record.pop("digest") != _digest(record):
             raise ValueError("its progress does not give its digest")
+        if record.get("epoch", int(path.name)) != int(path.name):
+            raise ValueError(f"it is of epoch {record['epoch']}, under another name")
         saved = record["identity"]
         shapes = record["shapes"]
     refuse_differences(saved, fingerprint, f"{what} is of another run")
@@ -505,6 +520,7 @@ def _put_aside(path: Path) -> str:
 def _write(directory: Path, snapshot: Snapshot, record: dict[str, Any], keep: int) -> int:
     """Save `snapshot` as EPOCH with `record` in its progress; return the bytes on the disk."""
     record = record | {
+        "epoch": snapshot.epoch,
         "progress": snapshot.progress,
         "shapes": _shapes(snapshot.state),
         "checksum": int(checksum(snapshot.state)),

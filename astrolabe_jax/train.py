@@ -102,9 +102,8 @@ def epoch(
         **figures,
         "seconds": progress.take(),
     }
-    multihost.on_primary(
-        lambda: report.write_scores(run.workdir, number + 1, score_table(segment, rewards, result))
-    )
+    table = score_table(segment, rewards, result)
+    _write(run, lambda: report.write_scores(run.workdir, number + 1, table))
     return RunState(number + 1, train, risk, reset, dict(progress.seconds), following), record
 
 
@@ -141,6 +140,7 @@ def collect_or_restore(
         run, old, videos, start, state.streams, progress, f"epoch {state.epoch + 1}: sampling"
     )
     if run.config.train.save_samples:
+        _write(run, lambda: None)
         with progress.phase("save samples"):
             scores = {name: values.tolist() for name, values in segment.scores.items()}
             sampled = checkpoint.Snapshot(state.epoch, windows.segment_arrays(run, segment), scores)
@@ -380,6 +380,7 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         raise  # the other processes wait in what this one could not save
     except (RewardError, OSError):
         # what comes before the update, such as a reward server, leaves the state whole
+        _write(run, lambda: None)
         try:
             if _save_the_last(run, state, saved, progress) != saved:
                 log(f"saved after epoch {state.epoch} of {count}; run the same command to go on")
@@ -410,6 +411,7 @@ def _save(run: Run, state: RunState, progress: Progress) -> int:
         "seconds": progress.seconds,
     }
     arrays = checkpoint_arrays(state.train, windows.merge_streams(run, state.streams))
+    _write(run, lambda: None)
     size = checkpoint.save(
         run.workdir,
         checkpoint.Snapshot(state.epoch, arrays, record),
@@ -523,11 +525,8 @@ def _evaluate_if_due(
             run, adapter, progress, f"evaluation after epoch {number}: batch"
         )
     heading = {0: "before", run.config.train.epochs: "after"}.get(number, f"epoch_{number:06}")
-    multihost.on_primary(
-        lambda: report.write_samples(
-            run.workdir / "samples" / heading, frames, run.config.video.fps
-        )
-    )
+    directory = run.workdir / "samples" / heading
+    _write(run, lambda: report.write_samples(directory, frames, run.config.video.fps))
     _add_evaluation(metrics, "evaluation", number, result)
     name = heading if heading in ("before", "after") else f"after epoch {number}"
     log(report.evaluation_line(f"evaluation {name}", result))
@@ -549,7 +548,7 @@ def _write_results(
         )
         report.write_curves(run.workdir, metrics.records)
 
-    multihost.on_primary(write)
+    _write(run, write)
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -561,6 +560,19 @@ def _finished(run: Run) -> dict[str, Any] | None:
     return summary if summary.get("epochs") == run.config.train.epochs else None
 
 
+def _write(run: Run, action: Callable[[], Any]) -> Any:
+    """Do what writes into the workdir on process 0, and return its result on all.
+
+    Raises OSError if the workdir is not there any more.
+    """
+
+    def write() -> Any:
+        checkpoint.check_there(run.workdir)
+        return action()
+
+    return multihost.on_primary(write)
+
+
 def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> dict[str, Any]:
     """Write everything that is made at the end: return the summary."""
     held = _evaluations(metrics)
@@ -568,6 +580,6 @@ def _finish(run: Run, state: RunState, metrics: Metrics, progress: Progress) -> 
     after = {"after": held[state.epoch]}
     _write_results(run, state.train, metrics, after)
     everything = {"before": held[0]} | after | ({"ceiling": real[0]} if real else {})
-    return multihost.on_primary(
-        lambda: report.write_summary(run.workdir, run.config, everything, progress.seconds)
+    return _write(
+        run, lambda: report.write_summary(run.workdir, run.config, everything, progress.seconds)
     )

@@ -176,6 +176,13 @@ def test_a_damaged_newest_checkpoint_falls_back_and_never_gives_wrong_values(
     assert fallbacks >= 6
 
 
+def test_a_copy_of_a_checkpoint_is_not_believed_by_its_name(two_checkpoints, tmp_path, caplog):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "run")
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "7")
+    assert checkpoint.restore(workdir, lambda epoch: make_state(0), FINGERPRINT).epoch == 2
+    assert "checkpoints/7 is damaged (ValueError: it is of epoch 1, under another" in caplog.text
+
+
 def test_a_damaged_epoch_is_saved_again_and_may_be_damaged_again(two_checkpoints, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two_checkpoints, workdir)

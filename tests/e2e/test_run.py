@@ -359,6 +359,21 @@ def test_a_number_that_is_not_finite_is_refused_with_its_sample(base, tmp_path, 
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("stage", ["collect", "encode_videos"])
+def test_a_workdir_that_goes_away_is_named_and_not_made_anew(base, tmp_path, monkeypatch, stage):
+    function = getattr(windows, stage)
+
+    def moving(run, *arguments):
+        run.workdir.rename(tmp_path / "moved")
+        return function(run, *arguments)
+
+    monkeypatch.setattr(windows, stage, moving)
+    changes = {"train.save_samples": stage == "encode_videos", "train.checkpoint_every": 1}
+    with pytest.raises(OSError, match=f"{tmp_path}/run/run.json has gone while the run went on: "):
+        runs.start(runs.small_config(base, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_refused_with_its_sample_and_the_checkpoint_stays(
     straight, base, tmp_path, monkeypatch
