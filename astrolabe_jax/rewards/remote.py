@@ -255,7 +255,8 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
     try:
         with _OPENER.open(_request(options, body), timeout=options.timeout) as answer:
             text = _text(answer, options)
-            if answer.length and not answer.read(1):
+            longer = answer.read(1)
+            if answer.length and not longer:
                 raise Away(f"an answer that ends {answer.length} bytes early")
     except urllib.error.HTTPError as error:
         if error.code != 429 and error.code < 500:
@@ -265,6 +266,11 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
         raise
     except (OSError, http.client.HTTPException) as error:
         raise Away(str(error) or type(error).__name__) from None
+    if longer:
+        raise OSError(
+            f"{options.shown} answers with more than {ANSWER_LIMIT:,} bytes; expected the scores "
+            "alone"
+        )
     try:
         return parse_json(text)
     except ValueError as error:

@@ -150,6 +150,12 @@ def test_what_may_pass_is_tried_again(status):
         (200, {"scores": {"taste": [0.5]}}, "expected .* with numbers for taste", 1),
         (200, {"scores": {"taste": 10**400}}, "does not answer in JSON: a number of 401", 1),
         (200, b"[" * 100_000, "/score does not answer in JSON", 1),
+        (
+            200,
+            {"scores": {"taste": 0.5}, "why": "x" * remote.ANSWER_LIMIT},
+            "/score answers with more than 1,048,576 bytes; expected the scores alone",
+            1,
+        ),
     ],
 )
 def test_a_failure_names_reward_sample_and_server(status, content, message, asked):
