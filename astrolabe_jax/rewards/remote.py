@@ -290,9 +290,14 @@ def _request(options: RequestOptions, body: dict[str, Any] | None) -> urllib.req
 
 def _text(answer: Any, options: RequestOptions) -> str:
     """Return what a server has written, up to ANSWER_LIMIT bytes, with *** in place of the key."""
-    text = answer.read(ANSWER_LIMIT).decode(errors="replace")
-    for key in {options.key, json.dumps(options.key)[1:-1]} - {""}:
-        text = text.replace(key, "***")
+    return _keyless(answer.read(ANSWER_LIMIT).decode(errors="replace"), options)
+
+
+def _keyless(text: str, options: RequestOptions) -> str:
+    """Return a text of a server with *** in place of the key, as JSON and URLs write it, too."""
+    key = options.key
+    for written in {key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")} - {""}:
+        text = text.replace(written, "***")
     return text
 
 
@@ -311,9 +316,12 @@ def _refusal(options: RequestOptions, error: urllib.error.HTTPError) -> OSError:
         return OSError(f"{options.shown} refuses the request with {_reason(options, error)}")
     there = urllib.parse.urljoin(options.target, error.headers["Location"] or "")
     parts = urllib.parse.urlsplit(there)
+    # neither a name and password, nor a query, which may hold a secret
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    printable = urllib.parse.quote(_keyless(shown, options), safe=":/%[]*~")
     return OSError(
-        f"{options.shown} redirects to {parts.scheme}://{parts.hostname}, which is not followed: "
-        "videos and keys go to the url alone; set url to the server that answers"
+        f"{options.shown} redirects to {printable[:QUOTED]}, which is not followed: videos and "
+        "keys go to the url alone; set url to the server that answers"
     )
 
 

@@ -263,16 +263,30 @@ def test_no_redirect_is_followed(monkeypatch, status):
         location = {"Location": f"{other.url}/score?sesame"}
         with serving(lambda number, body: (status, b"", location)) as server:
             with pytest.raises(
-                rewards.SampleError, match="/score redirects to http://127.0.0.1, .*not followed"
+                rewards.SampleError, match=f"/score redirects to {other.url}/score, .*not followed"
             ) as caught:
                 scorer(server, key_variable="TASTE_KEY").score(None, FRAMES[:1], PROMPTS[:1])
         assert len(server.asked) == 1 and not other.asked and "sesame" not in str(caught.value)
 
 
-def test_a_redirect_within_a_server_is_told_with_its_host():
-    with serving(lambda number, body: (302, b"", {"Location": "/other"})) as server:
-        with pytest.raises(rewards.SampleError, match="redirects to http://127.0.0.1, which is"):
-            scorer(server).score(None, FRAMES[:1], PROMPTS[:1])
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("/other", "{url}/other"),
+        ("https://me:secret@host:8/a/sesame?secret#secret", "https://host:8/a/***"),
+        ("//host/a%20b\u00e9\x1b[2J", "http://host/a%20b%C3%A9%1B[2J"),
+    ],
+)
+def test_a_redirect_is_told_with_host_port_and_path_and_without_secrets(
+    monkeypatch, location, told
+):
+    monkeypatch.setenv("TASTE_KEY", "sesame")
+    with serving(lambda number, body: (302, b"", {"Location": location})) as server:
+        with pytest.raises(rewards.SampleError) as caught:
+            scorer(server, key_variable="TASTE_KEY").score(None, FRAMES[:1], PROMPTS[:1])
+    told = told.format(url=server.url)
+    assert f"/score redirects to {told}, which is not followed: " in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_fallback_stands_for_a_video_that_cannot_be_had_and_is_told(capsys):
@@ -331,7 +345,7 @@ def test_a_key_that_no_header_can_hold_is_refused_untold(monkeypatch, key):
         (404, None),
         (501, None),
         (401, "refuses the request with status 401"),
-        (301, "redirects to https://elsewhere, which is not followed"),
+        (301, "redirects to https://elsewhere/score, which is not followed"),
     ],
 )
 def test_a_server_is_asked_before_anything_is_loaded_whether_it_is_there(status, message):
