@@ -255,6 +255,7 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
     try:
         with _OPENER.open(_request(options, body), timeout=options.timeout) as answer:
             text = _text(answer, options)
+            beginning = _beginning(text, answer, options)
             longer = answer.read(1)
             if answer.length and not longer:
                 raise Away(f"an answer that ends {answer.length} bytes early")
@@ -274,7 +275,10 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise OSError(f"{options.shown} does not answer in JSON: {error}") from None
+        raise OSError(
+            f"{options.shown} does not answer in JSON: {error}; it answers {beginning}; look at "
+            "the server, or set url to another"
+        ) from None
 
 
 def _request(options: RequestOptions, body: dict[str, Any] | None) -> urllib.request.Request:
@@ -301,13 +305,21 @@ def _keyless(text: str, options: RequestOptions) -> str:
     return text
 
 
+def _beginning(text: str, answer: Any, options: RequestOptions) -> str:
+    """Return how messages quote the text of an answer, or what it is if it is none."""
+    encoding = answer.headers["Content-Encoding"] or "identity"
+    if encoding.strip().lower() != "identity":
+        return f"bytes in Content-Encoding {_keyless(encoding, options)[:QUOTED]!r}, not plain text"
+    return repr(text[:QUOTED]) if text.strip() else "nothing"
+
+
 def _reason(options: RequestOptions, error: urllib.error.HTTPError) -> str:
     """Return the status of an answer and the beginning of its text."""
     try:
-        text = _text(error, options)
+        shown = _beginning(_text(error, options), error, options)
     except (OSError, http.client.HTTPException):
-        text = ""
-    return f"status {error.code}: {text[:QUOTED]!r}"
+        shown = "nothing"
+    return f"status {error.code}: {shown}"
 
 
 def _refusal(options: RequestOptions, error: urllib.error.HTTPError) -> OSError:

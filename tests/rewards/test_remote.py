@@ -4,10 +4,12 @@ import base64
 import collections
 import contextlib
 import email.utils
+import gzip
 import http.server
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,6 +26,7 @@ from astrolabe_jax.rewards import remote
 SETTING = rewards.Setting(None, 16.0)
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 6, 3), np.uint8)
 PROMPTS = ["a cat", "a dog", "a cow"]
+ENCODED = "bytes in Content-Encoding {!r}, not plain text"
 
 
 @contextlib.contextmanager
@@ -167,6 +170,30 @@ def test_a_failure_names_reward_sample_and_server(status, content, message, aske
         ):
             rewards.score(loaded, FRAMES[:1], PROMPTS[:1], [7])
         assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "told"),
+    [
+        (b"<html>\n<b>\x1b[2J sesame " + b"x" * 200, {}, r"'<html>\n<b>\x1b[2J *** xxx"),
+        (b"", {}, "nothing"),
+        (b"\n", {}, "nothing"),
+        (gzip.compress(b"{}", mtime=0), {"Content-Encoding": "gzip"}, ENCODED.format("gzip")),
+        (b"", {"Content-Encoding": "br sesame"}, ENCODED.format("br ***")),
+        (b"busy", {"Content-Encoding": "identity"}, "'busy'"),
+    ],
+)
+def test_what_came_in_place_of_json_is_told(monkeypatch, content, headers, told):
+    monkeypatch.setenv("TASTE_KEY", "sesame")
+    for status, expected in (
+        (200, f"/score does not answer in JSON: Expecting value: .*; it answers {re.escape(told)}"),
+        (400, f"/score refuses the request with status 400: {re.escape(told)}"),
+    ):
+        with serving(lambda number, body, status=status: (status, content, headers)) as server:
+            with pytest.raises(rewards.SampleError, match=expected) as caught:
+                scorer(server, key_variable="TASTE_KEY").score(None, FRAMES[:1], PROMPTS[:1])
+        text = str(caught.value)
+        assert "sesame" not in text and text.isprintable() and text.count("x") <= remote.QUOTED
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e400"])
