@@ -266,7 +266,10 @@ def ask(options: RequestOptions, body: dict[str, Any]) -> Any:
     except Away:
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise Away(str(error) or type(error).__name__) from None
+        told = str(error) or type(error).__name__
+        if isinstance(error, http.client.BadStatusLine) and not isinstance(error, OSError):
+            told = f"what is not HTTP: {_keyless(told, options)[:QUOTED]!r}"
+        raise Away(told) from None
     if longer:
         raise OSError(
             f"{options.shown} answers with more than {ANSWER_LIMIT:,} bytes; expected the scores "

@@ -227,6 +227,22 @@ def test_a_server_that_is_silent_or_away_is_told_apart_from_none():
         remote.load(("taste",), SETTING, options).score(None, FRAMES[:1], PROMPTS[:1])
 
 
+def test_a_server_that_does_not_speak_http_is_told_in_one_line():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(b"SSH-2.0-taste\x1b\r\n")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(rewards.SampleError) as caught:
+            scorer(server, retries=0).score(None, FRAMES[:1], PROMPTS[:1])
+        server.shutdown()
+    told = r"after 1 try, the last one with what is not HTTP: 'SSH-2.0-taste\x1b\r\n'"
+    assert str(caught.value) == f"{server.url}/score cannot be had {told}"
+
+
 def test_an_answer_that_ends_early_is_asked_for_again():
     def answer(number, body):
         status, content = brightness(number, body)
