@@ -51,6 +51,7 @@ from astrolabe_jax.runtime.progress import counted, warn
 FIRST_PAUSE = 0.5  # seconds before the second round of questions; each lasts twice as long
 LONGEST_PAUSE = 30.0
 LONGEST_WAIT = 600.0  # seconds that a server may ask for (Retry-After)
+TOLD_WAIT = 5.0  # seconds; a longer wait is logged
 FALLBACK_SPAN = 64  # last videos of which a share may have the fallback
 ANSWER_LIMIT = 1 << 20  # bytes that are read of an answer
 QUOTED = 200  # characters of an answer in an error
@@ -455,7 +456,10 @@ def _answers(questions: Sequence[Question], options: RequestOptions) -> list[Any
             pause = min(FIRST_PAUSE * 2 ** min(tries, 16) / 2, LONGEST_PAUSE)
             # runs that failed together do not come back together
             asked_for = max(error.wait for error in away)
-            time.sleep(max(pause * random.uniform(1, 2), asked_for))
+            wait = max(pause * random.uniform(1, 2), asked_for)
+            if wait > TOLD_WAIT:
+                warn(f"{options.shown} is asked again in {wait:.0f} s, after {away[-1]}")
+            time.sleep(wait)
     return answers
 
 

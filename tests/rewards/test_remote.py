@@ -298,6 +298,18 @@ def test_a_server_says_when_to_come_again_and_else_pauses_grow_and_differ(
         assert all(least <= pause <= most for pause in pauses)
 
 
+@pytest.mark.parametrize("seconds", [5, 70])
+def test_a_long_wait_is_told_with_server_and_seconds(monkeypatch, capsys, seconds):
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    header = {"Retry-After": str(seconds)}
+    with serving(
+        lambda number, body: brightness(number, body) if number else (503, b"busy", header)
+    ) as server:
+        scorer(server).score(None, FRAMES[:1], PROMPTS[:1])
+    told = f"warning: {server.url}/score is asked again in 70 s, after status 503: 'busy'\n"
+    assert capsys.readouterr().out == (told if seconds == 70 else "")
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed(monkeypatch, status):
     """It would take the key to another host, and a GET would have no video."""
