@@ -96,7 +96,7 @@ def _check(config: ConfigDict, workdir: Path, faults: Faults) -> Checked | None:
     for line in registry.directory_faults(config.rewards):
         faults.found.append(ValueError(line))
     if rewards_fit:
-        faults.attempt(registry.reach, config.rewards)
+        faults.found.extend(registry.reach_faults(config.rewards))
     opened = faults.attempt(open_base, config) if sensible else None
     checked = opened and _check_model(config, *opened, faults)
     told = ("config.rewards", "config.base") if sensible else ("config.rewards",)

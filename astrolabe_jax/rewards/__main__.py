@@ -25,6 +25,7 @@ from absl import app, flags
 from astrolabe_jax import sharding
 from astrolabe_jax.config_checks import error_prefix, validate_scoring
 from astrolabe_jax.plan import naming_memory
+from astrolabe_jax.preflight import Faults
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import cli, media, multihost
@@ -105,7 +106,9 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
             recorded = _read_golden(golden) if golden and not new else {}
         validate_scoring(config, jax.device_count())
         registry.validate(config.rewards)
-        registry.reach(config.rewards)
+        faults = Faults()
+        faults.found.extend(registry.reach_faults(config.rewards))
+        faults.refuse()
         registry.check_prompt(list(config.rewards), prompt)
         # as training gives them to the rewards
         size = (config.video.width, config.video.height)

@@ -209,19 +209,20 @@ def validate(settings: Mapping[str, Any]) -> None:
         _check_options(name, _given(name, value), fields)
 
 
-def reach(settings: Mapping[str, Any]) -> None:
+def reach_faults(settings: Mapping[str, Any]) -> Iterator[ValueError | OSError]:
     """Ask whether what rewards need from elsewhere, such as servers, is there.
 
-    Nothing is loaded. Only process 0 asks, as only it will score with them.
-
-    Raises:
-      ValueError, OSError: naming the reward, and what is not there.
+    Yields an error for each call of which it is not, naming the reward. Nothing is loaded. Only
+    process 0 asks, as only it will score with them.
     """
     for names in _groups(settings) if jax.process_index() == 0 else []:
-        with _error_prefix(names[0]):
-            chosen = _options(names[0], settings[names[0]])
-            if hasattr(chosen, "reach"):
-                chosen.reach()
+        try:
+            with _error_prefix(names[0]):
+                chosen = _options(names[0], settings[names[0]])
+                if hasattr(chosen, "reach"):
+                    chosen.reach()
+        except (ValueError, OSError) as error:
+            yield error
 
 
 def _line(name: str, value: Any) -> Reward:

@@ -15,6 +15,7 @@ from astrolabe_jax.config_checks import error_prefix
 from astrolabe_jax.geometry import latent_length
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.models.wan.vae import VaeConfig
+from astrolabe_jax.preflight import Faults
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.runtime.files import local_file
 from astrolabe_jax.runtime.media import VIDEO, read_picture, read_video
@@ -85,9 +86,10 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         raise ValueError("give either --prompt or --prompt_file")
     if options["score"]:
         rewards.validate(config.rewards)
-        for line in rewards.directory_faults(config.rewards):
-            raise ValueError(line)
-        rewards.reach(config.rewards)
+        faults = Faults()
+        faults.found.extend(map(ValueError, rewards.directory_faults(config.rewards)))
+        faults.found.extend(rewards.reach_faults(config.rewards))
+        faults.refuse()
     source, texts = _texts(config, options)
     prompts.check(
         source,

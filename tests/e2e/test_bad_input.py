@@ -227,6 +227,18 @@ def test_all_faults_are_listed_before_anything_is_loaded(base, tmp_path, monkeyp
     assert message.count("config.base") == 1 and "config.prompts.test: no no/test.txt" in message
 
 
+def test_all_servers_that_are_away_are_listed(base, tmp_path):
+    config = runs.small_config(base, **{"prompts.train": "no/train.txt"})
+    for name in ("taste", "smell"):
+        load = "astrolabe_jax.rewards.remote:load"
+        config.rewards[name] = {"weight": 1.0, "load": load, "url": f"http://127.0.0.1:1/{name}"}
+    message = refusal(config, tmp_path / "run")
+    assert message.startswith("3 things are wrong:\n  ") and "no/train.txt" in message
+    for name in ("taste", "smell"):
+        away = f"\n  config.rewards.{name}: http://127.0.0.1:1/{name} cannot be reached"
+        assert away in message
+
+
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
 def test_weights_that_do_not_fit_are_refused_by_their_headers(base, tmp_path, monkeypatch, part):
     monkeypatch.setattr(run, "load_base", None)

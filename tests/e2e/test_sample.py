@@ -34,6 +34,13 @@ RED, GREEN = (
     "a green square moving up on a white background",
 )
 # 5 pixel frames, 2 latent ones; a block is one latent frame, a quarter of a second.
+AWAY = {
+    f"rewards.{name}": {
+        "load": "astrolabe_jax.rewards.remote:load",
+        "url": f"http://127.0.0.1:1/{name}",
+    }
+    for name in ("smell", "taste")
+}
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
@@ -452,6 +459,11 @@ def test_switched_prompts(base, tmp_path):
         ({}, {"prompt": RED, "image": "nowhere.png"}, "--image: no file nowhere.png"),
         ({"mesh.data": 3}, {"prompt": RED}, "config.mesh has data 3"),
         ({"base": "nowhere"}, {"prompt": RED}, "config.base: base 'nowhere'"),
+        (
+            AWAY,
+            {"prompt": RED, "score": True},
+            "2 things are wrong:\n  config.rewards.smell: .*\n  config.rewards.taste: .* reached",
+        ),
         (
             {"scenes.transition": "melt"},
             {"prompt": RED},

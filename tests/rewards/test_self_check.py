@@ -50,6 +50,20 @@ def test_a_video_scores_as_its_frames_did_in_training(tmp_path, capsys):
         assert found and abs(float(found[1]) - scores[name][0]) < 0.03
 
 
+def test_all_servers_that_are_away_are_listed(tmp_path, capsys):
+    load = "astrolabe_jax.rewards.remote:load"
+    changes = {
+        f"rewards.{name}": {"load": load, "url": f"http://127.0.0.1:1/{name}"}
+        for name in ("smell", "taste")
+    }
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path / "a.mp4", **changes)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and first == "error: 2 things are wrong:"
+    for name, line in zip(("smell", "taste"), lines, strict=True):
+        assert line.startswith(f"  config.rewards.{name}: http://127.0.0.1:1/{name} cannot be rea")
+
+
 def test_what_is_no_video_is_one_line(tmp_path, capsys):
     for content, message in (
         (b"no video", "a.mp4 cannot be read as a video"),
