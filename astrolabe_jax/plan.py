@@ -357,13 +357,19 @@ def naming_memory(config: ConfigDict, held: Sequence[str] = TRAINING) -> Iterato
 
 
 def _shortage(error: BaseException | None) -> str:
-    """Return the first line of the error, or of one behind it, that tells of too little memory."""
+    """Return the first line of the error, or of one behind it, that tells of too little memory.
+
+    What a reward has raised is told as the reward's error, which names it and its line.
+    """
+    named = ""
     while error is not None:
         text = str(error) or type(error).__name__
+        if isinstance(error, rewards.RewardError):
+            named = text
         on_disk = "error writing" in text.lower()  # tensorstore calls a full disk so, too
         short = any(word in text.lower() for word in _SHORTAGES) and not on_disk
         if isinstance(error, MemoryError) or short:
-            return text.splitlines()[0][:200]
+            return named or text.splitlines()[0][:200]
         error = error.__cause__ or error.__context__
     return ""
 

@@ -135,6 +135,7 @@ class RewardError(ValueError):
 
 
 LARGEST_SCORE = 1e30  # sums over an epoch stay finite in float32
+_LONGEST = 300  # characters of an error in a message, so that its place stands behind it
 # Where code is that no user wrote: Python's own, and packages that are installed.
 _PYTHON = sysconfig.get_path("stdlib")
 _PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
@@ -272,7 +273,7 @@ def _options(name: str, value: Any) -> Any:
 def _error_prefix(name: str) -> Iterator[None]:
     """Put the reward in front of the message of an error of its options or files.
 
-    Whatever else its code raises becomes a ValueError that tells where.
+    Whatever else its code raises becomes a RewardError that tells where.
     """
     try:
         yield
@@ -280,7 +281,7 @@ def _error_prefix(name: str) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"config.rewards.{name}: {error}") from error
     except (Exception, SystemExit) as error:  # a loader is anybody's code
-        raise ValueError(f"config.rewards.{name}: {_described(error)}") from error
+        raise RewardError(f"config.rewards.{name}: {_described(error)}") from error
 
 
 def _options_class(name: str, load: Callable) -> Any:
@@ -502,16 +503,16 @@ def _described(error: BaseException) -> str:
     own = [call for call in calls if not call.filename.startswith((_PYTHON, *_PACKAGES))]
     packaged = [call for call in calls if call.filename.startswith(_PACKAGES)]
     place = "".join(f" ({call.filename}:{call.lineno})" for call in (own or packaged)[-1:])
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}{place}"
 
 
 def _imported(name: str, target: str) -> Any:
-    """Return what "module:name" names; ValueError, naming the reward, if it cannot be imported."""
+    """Return what "module:name" names; RewardError, naming the reward, if that cannot be."""
     try:
         return pkgutil.resolve_name(target)
     except (Exception, SystemExit) as error:  # a reward is anybody's code
         reason = _described(error)
-        raise ValueError(f"reward {name!r}: cannot import {target!r}: {reason}") from error
+        raise RewardError(f"reward {name!r}: cannot import {target!r}: {reason}") from error
 
 
 def _checked(name: str, values: Any, prompts: Sequence[str], numbers: Sequence[int]) -> np.ndarray:

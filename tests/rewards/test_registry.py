@@ -387,6 +387,8 @@ def leave(frames, prompts):
     sys.exit(3)  # leave
 def lines(frames, prompts):
     raise RuntimeError("one\\n  two")  # lines
+def long(frames, prompts):
+    raise RuntimeError("x" * 9999)  # long
 def load(names, setting):
     return {}["weights"]  # load
 """
@@ -427,6 +429,7 @@ def outside(tmp_path, monkeypatch):
         ("python", "JSONDecodeError: .*"),
         ("leave", "SystemExit: 3"),
         ("lines", "RuntimeError: one two"),
+        ("long", "RuntimeError: x{300}"),
     ],
 )
 def test_whatever_a_reward_raises_names_it_and_the_line_of_its_user(outside, function, message):

@@ -123,6 +123,28 @@ def test_scores_are_recorded_in_a_new_folder_and_where_that_fails_it_is_one_line
     assert ended.value.code == 1 and told.startswith(f"error: --golden: {golden} cannot be written")
 
 
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("score(frames, prompts)", "reward 'mine' failed on sample 0: MemoryError: "),
+        ("load(names, setting)", "config.rewards.mine: MemoryError: "),
+    ],
+)
+def test_a_reward_that_has_too_little_memory_is_named_with_its_line(
+    tmp_path, capsys, monkeypatch, signature, message
+):
+    function = signature.partition("(")[0]
+    module = f"hungry_{function}"
+    (tmp_path / f"{module}.py").write_text(f"def {signature}:\n    return bytearray(1 << 62)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_mp4(tmp_path / "a.mp4", np.zeros((9, 48, 48, 3), np.uint8), 16)
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path / "a.mp4", **{"rewards.mine": {"load": f"{module}:{function}"}})
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.startswith(f"error: out of memory: {message}")
+    assert f"({tmp_path / module}.py:2); a device holds" in told
+
+
 def test_a_reward_that_hangs_is_named(tmp_path, capsys, monkeypatch):
     hang = threading.Event()
     score = rewards.Scorer(lambda params, frames, prompts: hang.wait())
