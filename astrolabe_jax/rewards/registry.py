@@ -75,6 +75,8 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -539,6 +541,11 @@ def _checked(name: str, values: Any, prompts: Sequence[str], numbers: Sequence[i
     )
 
 
+def _is_real(value: Any) -> bool:
+    """Return whether an object is a real number, such as a Fraction; True is none."""
+    return isinstance(value, Real | Decimal) and not isinstance(value, bool)
+
+
 _NO_NUMBERS = {"c": "complex numbers", "b": "True and False", "U": "text", "S": "text"}
 
 
@@ -548,6 +555,8 @@ def _as_array(values: Any) -> tuple[np.ndarray, str]:
         return np.array(None), "None (does it end in a return?)"
     try:
         array = np.asarray(values)
+        if array.dtype == object and all(map(_is_real, array.flat)):
+            array = array.astype(np.float64)
     except Exception:  # rows of unequal lengths, or whatever an array of others raises
         return np.array(None), f"a {type(values).__name__} that is no array of numbers"
     if array.dtype == object and not array.ndim:

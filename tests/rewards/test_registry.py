@@ -3,6 +3,8 @@ import re
 import subprocess
 import sys
 import types
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -186,6 +188,10 @@ def test_a_scorer_imports_nothing_of_the_others(scorer):
         (None, r"'bad' returned None \(does it end in a return\?\); expected real"),
         ({"bad": None}, "'bad' returned None"),
         ([0.5, None, 1.0], "'bad' returned list of NoneType, float; expected"),
+        ([Decimal(1), None, 1.0], "'bad' returned list of Decimal, NoneType, float; expected"),
+        ([Decimal(1), True, 1.0], "'bad' returned list of Decimal, bool, float; expected"),
+        ([Decimal(1), Decimal("nan"), 1.0], "'bad' is nan for sample 1 "),
+        ([1, 10**400, 1], "'bad' returned a list that is no array of numbers; expected"),
         ([[1.0], [2.0, 3.0], [4.0]], "'bad' returned a list that is no array of numbers; expected"),
         ((x for x in range(3)), "'bad' returned a generator; expected"),
         ({1.0, 2.0, 3.0}, "'bad' returned a set; expected"),
@@ -220,6 +226,8 @@ def test_scores_that_are_no_scores_are_refused(add, recwarn, returned, message):
         np.array([1, 2, 3], ">f8"),
         jnp.array([1, 2, 3], jnp.bfloat16),
         {"fine": [1, 2, 3], 7: "not asked for"},
+        [Decimal(1), Fraction(2), 3],
+        np.array([1, np.float32(2), 3.0], object),
     ],
 )
 def test_real_numbers_of_any_kind_are_scores(add, returned):
