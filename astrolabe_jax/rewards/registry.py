@@ -535,9 +535,10 @@ def _checked(name: str, values: Any, prompts: Sequence[str], numbers: Sequence[i
         return scores.astype(np.float32)
     index = int(bad[0])
     others = f" and for {len(bad) - 1} more" if len(bad) > 1 else ""
+    expected = f"number below {LARGEST_SCORE:g}" if np.isfinite(scores[index]) else "finite number"
     raise RewardError(
         f"reward {name!r} is {scores[index]} for sample {numbers[index]} (prompt "
-        f"{prompts[index]!r}){others}; expected a number below {LARGEST_SCORE:g}"
+        f"{prompts[index]!r}){others}; expected a {expected}"
     )
 
 

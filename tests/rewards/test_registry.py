@@ -198,8 +198,11 @@ def test_a_scorer_imports_nothing_of_the_others(scorer):
         (np.array(["2026-01-01"] * 3, "datetime64"), "datetime64"),
         ([1.0, 1e300, 3.0], r"'bad' is 1e\+300 for sample 1 .*; expected a number below 1e\+30"),
         ({}, "'bad': its scorer returned only an empty mapping"),
-        ([1.0, np.nan, 3.0], r"'bad' is nan for sample 1 \(prompt 'a dog'\)"),
-        ([1.0, -np.inf, np.inf], r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more"),
+        ([1.0, np.nan, 3.0], r"is nan for sample 1 \(prompt 'a dog'\); expected a finite number$"),
+        (
+            [1.0, -np.inf, np.inf],
+            r"'bad' is -inf for sample 1 \(prompt 'a dog'\) and for 1 more; expected a finite num",
+        ),
         (
             {"bad": [1, 2, 3], "bad/part": [1, 2, np.nan]},
             r"'bad/part' is nan for sample 2 \(prompt 'a cow'\)",
