@@ -478,7 +478,7 @@ def _call(
             f"{subject} failed on sample {numbers[error.row]} (prompt {prompts[error.row]!r}): "
             f"{error}"
         ) from error
-    except (Exception, SystemExit) as error:  # a reward is anybody's code
+    except BaseException as error:  # a reward is anybody's code; Ctrl-C is of another thread
         raise RewardError(
             f"{subject} failed on {samples_named(numbers)}: {_described(error)}"
         ) from error

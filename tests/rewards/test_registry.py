@@ -384,7 +384,7 @@ def test_a_reward_without_options_refuses_them():
 
 # A user's files, and for each fault the line that is at fault.
 OUTSIDE = """
-import helper, json, sys
+import asyncio, helper, json, sys
 import numpy as np
 def key(frames, prompts):
     return {}[prompts[0]]  # key
@@ -398,6 +398,10 @@ def leave(frames, prompts):
     sys.exit(3)  # leave
 def lines(frames, prompts):
     raise RuntimeError("one\\n  two")  # lines
+def interrupt(frames, prompts):
+    raise KeyboardInterrupt("enough")  # interrupt
+def cancel(frames, prompts):
+    raise asyncio.CancelledError  # cancel
 def long(frames, prompts):
     raise RuntimeError("x" * 9999)  # long
 def load(names, setting):
@@ -439,6 +443,8 @@ def outside(tmp_path, monkeypatch):
         ("installed", "ValueError: need at least one array to stack"),
         ("python", "JSONDecodeError: .*"),
         ("leave", "SystemExit: 3"),
+        ("interrupt", "KeyboardInterrupt: enough"),
+        ("cancel", "CancelledError: "),
         ("lines", "RuntimeError: one two"),
         ("long", "RuntimeError: x{300}"),
     ],
