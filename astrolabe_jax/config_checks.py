@@ -72,12 +72,17 @@ def validate_sampling(config: ConfigDict, devices: int, backend: str) -> None:
 
 
 def validate_scoring(config: ConfigDict, devices: int) -> None:
-    """Check a config for scoring alone, but for its rewards (registry.validate).
+    """Check a config for scoring alone, but for what rewards there are (registry.validate).
 
     Arguments and errors are those of validate().
     """
     at_fault = dict(_field_faults(config))
-    _refuse(*at_fault.values(), *_each((_mesh_faults,), _without(config, at_fault), devices))
+    sound = _without(config, at_fault)
+    _refuse(
+        *at_fault.values(),
+        *_weight_faults(config),
+        *_each((_mesh_faults,), sound, devices),
+    )
 
 
 def _refuse(*faults: str) -> None:
@@ -196,27 +201,32 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
             f"1.0 ({known})",
         )
     )
-    for name, weight in weights.items():
+    for name in weights:
         options = config.rewards[name] if isinstance(config.rewards[name], ConfigDict) else {}
-        option = f".{WEIGHT}" if WEIGHT in options else ""
         yield from _broken(
             (
                 name not in reward_names and LOAD not in options,
                 f"config.rewards.{name}: unknown reward; expected one of {known}, or the function "
                 f"of another, config.rewards.{name}.{LOAD}=module:name",
-            ),
-            (
-                not _is_weight(weight),
-                f"config.rewards.{name}{option} is {weight!r}; expected a finite weight",
-            ),
+            )
         )
+    yield from _weight_faults(config)
     if weights and all(map(_is_weight, weights.values())) and sum(weights.values()) == 0:
         summands = ", ".join(f"{name}={weight}" for name, weight in weights.items())
         yield f"config.rewards has a total weight of 0 ({summands}); raise a weight"
 
 
+def _weight_faults(config: ConfigDict) -> Iterator[str]:
+    """Yield the weights that are no finite numbers; the command line may give any literal."""
+    for name, weight in reward_weights(config).items():
+        value = config.rewards[name]
+        option = f".{WEIGHT}" if isinstance(value, ConfigDict) and WEIGHT in value else ""
+        if not _is_weight(weight):
+            yield f"config.rewards.{name}{option} is {weight!r}; expected a finite weight"
+
+
 def _is_weight(weight: Any) -> bool:
-    """Return whether a weight is a finite number; the command line may give any literal."""
+    """Return whether a weight is a finite number."""
     return isinstance(weight, int | float) and not isinstance(weight, bool) and not _bound(weight)
 
 

@@ -64,6 +64,19 @@ def test_all_servers_that_are_away_are_listed(tmp_path, capsys):
         assert line.startswith(f"  config.rewards.{name}: http://127.0.0.1:1/{name} cannot be rea")
 
 
+@pytest.mark.parametrize("weight", ["abc", float("nan")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys, weight):
+    value = {"weight": weight, "path": "a"}
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path / "a.mp4", **{"rewards.hpsv2": weight, "rewards.hpsv3": value})
+    told = (
+        f"  config.rewards.hpsv2 is {weight!r}; expected a finite weight\n"
+        f"  config.rewards.hpsv3.weight is {weight!r}; expected a finite weight\n"
+    )
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: the config does not make sense:\n{told}"
+
+
 def test_what_is_no_video_is_one_line(tmp_path, capsys):
     for content, message in (
         (b"no video", "a.mp4 cannot be read as a video"),
