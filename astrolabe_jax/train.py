@@ -382,8 +382,9 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
         # what comes before the update, such as a reward server, leaves the state whole
         _write(run, lambda: None)
         try:
-            if _save_the_last(run, state, saved, progress) != saved:
-                log(f"saved after epoch {state.epoch} of {count}; run the same command to go on")
+            saved = _save_the_last(run, state, saved, progress)
+            if saved:
+                log(f"saved after epoch {saved} of {count}; run the same command to go on")
         except REFUSED as error:
             log(f"the state after epoch {state.epoch} could not be saved either: {error}")
         raise

@@ -145,7 +145,7 @@ def test_a_reward_that_is_away_loses_no_epoch(straight, base, tmp_path, monkeypa
 
     def failing(*given):
         calls.append(None)
-        if len(calls) == 5:  # the evaluation before, and an epoch each
+        if len(calls) in (5, 8):  # the evaluation before, and an epoch each; the last evaluation
             raise rewards.RewardError("reward 'shapes_vq' failed on sample 3: no route to host")
         return score(*given)
 
@@ -162,6 +162,9 @@ def test_a_reward_that_is_away_loses_no_epoch(straight, base, tmp_path, monkeypa
         patched.setattr(Metrics, "add", full)
         runs.start(runs.small_config(base, **changes), tmp_path / "run")
     assert runs.resumed(prepare(runs.small_config(base, **changes), tmp_path / "run")).epoch == 3
+    with pytest.raises(train.REFUSED, match="no route to host"):
+        runs.start(runs.small_config(base, **changes), tmp_path / "run")
+    assert "saved after epoch 4 of 4; run the same command to go on" in capsys.readouterr().out
     runs.start(runs.small_config(base, **changes), tmp_path / "run")
     runs.assert_same_run(whole, workdir, tmp_path / "run")
 
