@@ -125,6 +125,9 @@ _BEYOND_LORA = (
     "target_parameters",
     "alora_invocation_tokens",
 )
+# Fields of a PEFT config that are true or false.
+_SWITCHES = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out")
+_ALPHA = "a number between -1e9 and 1e9"
 # Initialisations that leave the weights of the base as they are. Others (PiSSA, OLoRA, CorDA,
 # LoftQ, LoRA-GA) take their part out of it, so that B A is no change of the published base.
 _PLAIN_STARTS = (True, False, None, "default", "gaussian", "eva", "orthogonal", "mica")
@@ -132,6 +135,11 @@ _PLAIN_STARTS = (True, False, None, "default", "gaussian", "eva", "orthogonal", 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
     """Refuse a PEFT config of another method, or without rank and alpha."""
+    for field in _SWITCHES:
+        if not isinstance(config.get(field), bool | None):
+            raise ValueError(
+                f"{path}: {field} is {config[field]!r:.40}; expected true or false, without quotes"
+            )
     odd = {key: config[key] for key in _BEYOND_LORA if config.get(key)}
     if config.get("bias", "none") != "none":
         odd["bias"] = config["bias"]
@@ -154,13 +162,14 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             "path_initial_model_for_weight_conversion=...), or merge_and_unload and give the "
             "result as config.transformer"
         )
-    rank = config.get("r")
     # The types are compared, as True would pass for a whole number.
-    if type(rank) is not int or rank < 1 or _number(config.get("lora_alpha")) is None:
-        raise ValueError(
-            f"{path} has r {rank!r:.40} and lora_alpha {config.get('lora_alpha')!r:.40}; expected "
-            "the rank, a whole number, and a number"
-        )
+    for field, fits, expected in (
+        ("r", type(config.get("r")) is int and config["r"] >= 1, "the rank, a whole number"),
+        ("lora_alpha", _number(config.get("lora_alpha")) is not None, _ALPHA),
+    ):
+        if not fits:
+            state = f"{field} is {config[field]!r:.40}" if field in config else f"no {field}"
+            raise ValueError(f"{path}: {state}; expected {expected}")
 
 
 def _number(value: Any) -> float | None:
@@ -421,11 +430,13 @@ def _scales(
 def _stored_alpha(stored: Mapping[str, Lazy], name: str) -> float:
     """Return the alpha of a module; other programs store it as a number or a vector of one."""
     content = np.asarray(stored[name]).reshape(-1)
-    alpha = _number(float(content[0])) if content.size == 1 else None
-    if alpha is None:
+    if content.size != 1:
         raise ConversionError(
             f"{name} has shape {list(stored[name].shape)}; expected one finite number"
         )
+    alpha = _number(float(content[0]))
+    if alpha is None:
+        raise ConversionError(f"{name} is {content[0]:g}; expected {_ALPHA}")
     return alpha
 
 
@@ -435,7 +446,7 @@ def _header_alpha(content: str) -> float:
     except ValueError:
         alpha = None
     if alpha is None:
-        raise ConversionError(f"alpha is {content!r:.40} in its header; expected a number")
+        raise ConversionError(f"alpha is {content!r:.40} in its header; expected {_ALPHA}")
     return alpha
 
 
@@ -456,7 +467,7 @@ def _config_scale(files: LoraFiles, module: str, rank: int) -> float:
     number = _number(alpha)
     if number is None:
         raise ConversionError(
-            f"{files.config_path} has alpha_pattern {alpha!r:.40}; expected a number"
+            f"{files.config_path} has alpha_pattern {alpha!r:.40}; expected {_ALPHA}"
         )
     return number / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

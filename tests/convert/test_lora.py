@@ -110,9 +110,14 @@ def test_variants_of_lora_are_refused(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"r": None}, "adapter_config.json has r None and lora_alpha 3; expected the rank"),
-        ({"r": 0}, "adapter_config.json has r 0"),
-        ({"lora_alpha": "3"}, "adapter_config.json has r 3 and lora_alpha '3'"),
+        ({"r": None}, "adapter_config.json: no r; expected the rank, a whole number$"),
+        ({"r": 0}, "adapter_config.json: r is 0; expected the rank"),
+        ({"r": 2.0}, "adapter_config.json: r is 2.0; expected the rank"),
+        ({"lora_alpha": "3"}, "adapter_config.json: lora_alpha is '3'; expected a number between"),
+        ({"lora_alpha": 1e30}, "adapter_config.json: lora_alpha is 1e.30; expected a number betw"),
+        ({"lora_alpha": None}, "adapter_config.json: no lora_alpha; expected a number between"),
+        ({"use_rslora": "false"}, "adapter_config.json: use_rslora is 'false'; expected true or f"),
+        ({"fan_in_fan_out": 1}, "adapter_config.json: fan_in_fan_out is 1; expected true or false"),
     ],
 )
 def test_a_config_without_a_scale_is_named(adapter, tmp_path, change, expected):

@@ -306,7 +306,10 @@ def test_another_rank_or_net_is_refused(tmp_path, adapter):
     ("change", "expected"),
     [
         ({"transformer.use_dora": True}, "not a plain LoRA adapter: .*use_dora"),
-        ({"transformer.lora_alpha": None}, "has r 2 and lora_alpha None"),
+        (
+            {"transformer.lora_alpha": None},
+            f"{lora.DIFFUSERS_WEIGHTS}: lora_alpha is None; expected a number",
+        ),
         ({"transformer.r": 4}, "attn1.to_[a-z]+ has rank 2; expected rank 4, as pytorch_lora"),
     ],
 )
