@@ -193,7 +193,9 @@ def open_lora(
     halves = [half for pair in lora.pairs.values() for half in (pair.down, pair.up)]
     scales = {pair.scale for pair in lora.pairs.values()}
     folded = len(scales) > 1
-    own = np.float32 if folded else jnp.result_type(*{half.dtype for half in halves})
+    # float64 is stored by no adapter tree, and JAX would warn of it
+    dtypes = {np.dtype(np.float32) if h.dtype == np.float64 else h.dtype for h in halves}
+    own = np.float32 if folded else jnp.result_type(*dtypes)
     dtype = np.dtype(dtype or own)
     layers = net.num_layers if net else 1 + max(map(layer_of, lora.pairs))
     sizes = linear_sizes(net) if net else _linear_sizes(lora)

@@ -321,6 +321,19 @@ def test_what_does_not_fit_a_tree_is_refused_with_the_way_out(tmp_path, capsys, 
     assert error.startswith("error: ") and len(error) < 700 and not (tmp_path / "to").exists()
 
 
+@pytest.mark.filterwarnings("error")
+def test_float64_is_read_as_float32_without_a_warning(tmp_path):
+    writer, path = made(attention_alone, tmp_path)
+    writer.tensors = {name: tensor.astype(np.float64) for name, tensor in writer.tensors.items()}
+    (tmp_path / "wide").mkdir()
+    (adapter, _), (wide, _) = (
+        lora.load_lora(file, NET) for file in (path, writer.write(tmp_path / "wide"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, adapter, wide)
+    opened, _ = lora.open_lora(tmp_path / "wide" / path.name, NET)
+    assert opened["self_attn.q"]["a"].dtype == np.float32
+
+
 def test_bfloat16_is_rounded_once(base, tmp_path):
     writer, path = made(several_ranks, tmp_path)
     change = lora.leaf_changer(lora.read_changes(path, NET), NET)
@@ -380,6 +393,14 @@ RELATIVES = {
         "blocks.0.self_attn.q.alpha": (2,),
     },
 }
+
+
+def test_an_alpha_that_is_too_large_is_told(tmp_path):
+    writer, path = made(underscores, tmp_path)
+    name = next(name for name in writer.tensors if name.endswith("alpha"))
+    writer.tensors[name] = np.array(1e30, np.float32)
+    with pytest.raises(engine.ConversionError, match=f"{name} is 1e.30; expected a number betw"):
+        lora.load_lora(writer.write(tmp_path), NET)
 
 
 @pytest.mark.parametrize("expected", RELATIVES)
