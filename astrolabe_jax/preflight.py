@@ -1,6 +1,7 @@
 """Check everything that can be before weights are loaded: all faults in one list."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -396,10 +397,21 @@ def _given_adapter(config: ConfigDict, net: Any) -> dict | None:
     if not lora.init:
         return None
     adapter, scale = load_lora(lora.init, net, lora.rank, jnp.dtype(lora.dtype))
-    if scale != lora.alpha / lora.rank:
+    if scale <= 0:
+        advice = (
+            f"merge it into the base first (convert merge BASE {lora.init} --to FILE), and train "
+            "on that (config.transformer)"
+            if scale
+            else "it changes nothing, so leave config.lora.init out, or give another adapter"
+        )
+        raise ValueError(
+            f"{lora.init} has alpha / rank {scale:g}; expected a positive one, as that of "
+            f"config.lora: {advice}"
+        )
+    if not math.isclose(scale, lora.alpha / lora.rank):
         raise ValueError(
             f"{lora.init} has alpha / rank {scale:g}, config.lora.alpha / rank is "
-            f"{lora.alpha / lora.rank:g}; set config.lora.alpha to {scale * lora.rank:g}"
+            f"{lora.alpha / lora.rank:g}; set config.lora.alpha to {scale * lora.rank!r}"
         )
     return adapter
 

@@ -406,6 +406,20 @@ def test_another_adapter(base, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        (0.0, "lora has alpha / rank 0; expected a positive one, .*leave config.lora.init out"),
+        (-4.0, "lora has alpha / rank -2; .*convert merge BASE .*lora --to FILE"),
+        (4.1234567, "set config.lora.alpha to 4.1234567$"),
+    ],
+)
+def test_what_would_do_for_an_adapter_of_another_strength(base, tmp_path, alpha, expected):
+    save_peft(tiny.adapter(), tmp_path / "lora", 2, alpha)
+    config = runs.small_config(base, **{"lora.init": str(tmp_path / "lora")})
+    assert re.search(f"config.lora.init: .*{expected}", refusal(config, tmp_path / "run"))
+
+
 def test_a_broken_adapter_is_named(base, tmp_path):
     run = prepare(runs.small_config(base), tmp_path / "run")
     config = runs.small_config(base, **{"lora.init": str(tmp_path / "lora")})
