@@ -19,7 +19,7 @@ JOIN: tuple[Any, ...] = (
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where that is not known"),
     flags.DEFINE_integer("processes", None, "how many there are, with --coordinator"),
     flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator"),
-    flags.DEFINE_float("join_timeout", 300.0, "seconds in which all must have come", lower_bound=0),
+    flags.DEFINE_float("join_timeout", 300.0, "seconds in which all must have come"),
 )
 
 

@@ -36,6 +36,7 @@ _GRACE = 1.0
 _APART = "apart"  # name of the threads of `start_apart`
 # Seconds that JAX may take to join processes that have met.
 _LEAST_WAIT = 60
+_LONGEST_WAIT = 1_000_000  # seconds that --join_timeout may be
 _PACKAGE = Path(__file__).parents[1]
 # Packages that compute, or hold the code that does.
 _LIBRARIES = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax-checkpoint")
@@ -67,7 +68,7 @@ def join(
       coordinator: HOST:PORT of process 0, at which the others find it.
       count: the number of processes.
       index: the number of this process, from 0.
-      limit: seconds in which all must have come.
+      limit: seconds in which all must have come, at most _LONGEST_WAIT.
 
     Raises:
       ValueError: if flags are missing or wrong, naming them, if the others are not found, or if
@@ -77,6 +78,12 @@ def join(
     flags = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [flag for flag, value in flags.items() if value is None]
     alone = not distributed and len(missing) == len(flags)
+    if count is not None and count < 1:
+        raise ValueError(f"--processes is {count}; expected how many there are, at least 1")
+    if not 0 <= limit <= _LONGEST_WAIT:  # nor nan
+        raise ValueError(
+            f"--join_timeout is {limit:g}; expected seconds, from 0 to {_LONGEST_WAIT:,}"
+        )
     if 0 < len(missing) < len(flags):
         raise ValueError(
             f"{', '.join(missing)} missing; several processes take {', '.join(flags)}, all of them"

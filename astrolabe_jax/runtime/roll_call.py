@@ -10,6 +10,7 @@ there before, and the end with it, if they hear of it first.
 import contextlib
 import json
 import os
+import re
 import select
 import socket
 import sys
@@ -82,14 +83,15 @@ def leave() -> None:
 
 def _address(coordinator: str) -> tuple[str, int]:
     """Return host and port; IPv6 addresses stand in brackets."""
-    host, _, port = coordinator.rpartition(":")
+    name, _, port = coordinator.rpartition(":")
+    host = name.removeprefix("[").removesuffix("]")
     known = port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16
-    if not host or not known:
+    if not host or not known or re.search(r"[\s/@\[\]]", host):
         raise ValueError(
             f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, with a port from "
             "1 to 65535, for example 10.0.0.1:1234"
         )
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
 
 
 def _listen(coordinator: str, port: int, me: str) -> socket.socket:

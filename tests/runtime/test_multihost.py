@@ -135,18 +135,41 @@ def test_one_process_asks_nobody():
         ((False, None, 2, 0), "--coordinator missing"),
         ((False, "here:1", 2, 2), "--process is 2; expected a number from 0 to --processes - 1, 1"),
         ((False, "here:1", 2, -1), "--process is -1"),
+        ((False, "here:1", 0, 0), "--processes is 0; expected how many there are, at least 1"),
+        ((False, None, -2, None), "--processes is -2; expected how many there are, at least 1"),
+        *(
+            (
+                (False, None, None, None, float(limit)),
+                f"--join_timeout is {limit}; expected seconds, from 0 to 1,000,000",
+            )
+            for limit in ("nan", "inf", "-1", "1e+07")
+        ),
     ],
 )
 def test_wrong_flags_are_named(arguments, expected):
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
         multihost.join(*arguments)
 
 
 @pytest.mark.parametrize(
-    "coordinator", ["", "here", "here:", ":1234", "here:99999", "here:0", "a:b"]
+    "coordinator",
+    [
+        "",
+        "here",
+        "here:",
+        ":1234",
+        "[]:1234",
+        "here:99999",
+        "here:0",
+        "a:b",
+        "http://here:1234",
+        "me@here:1234",
+        "a b:1234",
+    ],
 )
 def test_an_address_without_host_or_port_is_named(coordinator):
-    with pytest.raises(ValueError, match=f"--coordinator is '{coordinator}'; expected HOST:PORT"):
+    expected = re.escape(f"--coordinator is '{coordinator}'; expected HOST:PORT")
+    with pytest.raises(ValueError, match=expected):
         multihost.join(False, coordinator, 2, 1)
 
 
