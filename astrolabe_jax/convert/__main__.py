@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -202,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exit with status 2 and one message for what cannot be done."""
+    cli.refuse_joining(sys.argv[1:] if argv is None else argv)
     arguments = vars(parser().parse_args(argv))
     jax.config.update("jax_platforms", "cpu")  # shapes alone are traced: no accelerator is taken
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

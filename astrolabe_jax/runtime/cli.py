@@ -50,6 +50,9 @@ _TYPES = {
     "ConfigDict": "a section, whose fields are set one by one",
 }
 
+# Flags of astrolabe_jax.main alone, by which several processes meet.
+_JOINING = ("distributed", "coordinator", "processes", "process", "join_timeout")
+
 # Settings of JAX that change the numbers, of a run that goes on too.
 _FIXED = {
     "jax_default_prng_impl": "threefry2x32",
@@ -82,19 +85,10 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
     Whatever is wrong with a recipe or its fields ends the program with one message and status 2, as
     does what is no flag, unless it may be `positional`.
     """
+    refuse_joining(argv)
     given = dict(_given(argv))
     for flag, value in given.items():
-        section, _, field = flag.partition(".")
-        if flag == "config":
-            _find_recipe(Path(value.partition(":")[0]))
-        elif section == "config" and (new := config.renamed(field)):
-            fail(f"config.{field} is now config.{new}", 2)
-        elif section == "config" and field and not _exists(field):
-            fail(f"unknown config field {_unknown_field(field)}", 2)
-        elif _is_empty(flag, value):
-            fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
-        elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
-            fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
+        _check_flag(flag, value)
     loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
     if loose and "config" not in given and not positional:
         fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
@@ -113,6 +107,44 @@ def parse(argv: list[str], positional: bool = False) -> list[str]:
     if len(left) > 1 and not positional:
         fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
     return left
+
+
+def _check_flag(flag: str, value: str) -> None:
+    """End the program if it has no such flag, or one that takes no such value."""
+    section, _, field = flag.partition(".")
+    name, colon, rest = field.partition(":")
+    if flag == "config":
+        if not value or value.startswith("-"):
+            fail("--config has no value; expected a recipe, such as configs/moving_shapes.py", 2)
+        _find_recipe(Path(value.partition(":")[0]))
+    elif section == "config" and colon and _exists(name):
+        fail(f"--{flag}: a value stands behind =; expected --config.{name}={rest}", 2)
+    elif section == "config" and (new := config.renamed(field)):
+        fail(f"config.{field} is now config.{new}", 2)
+    elif section == "config" and field and not _exists(field):
+        fail(f"unknown config field {_unknown_field(field)}", 2)
+    elif section == "config" and field in config.SECTIONS and field != "rewards":
+        first = next(known for known in config.FIELDS if known.startswith(f"{field}."))
+        fail(
+            f"config.{field} is {value or 'empty'}; expected {_TYPES['ConfigDict']}, such as "
+            f"--config.{first}",
+            2,
+        )
+    elif _is_empty(flag, value):
+        fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
+    elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
+        fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
+
+
+def refuse_joining(argv: list[str]) -> None:
+    """End a program of one process that was started as one of several."""
+    for flag, _ in _given(argv):
+        if flag in _JOINING and flag not in flags.FLAGS:
+            fail(
+                f"--{flag} is of astrolabe_jax.main; this program runs in one process: leave it "
+                "out",
+                2,
+            )
 
 
 def _find_recipe(path: Path) -> None:
@@ -310,7 +342,7 @@ def _refuse_holes(recipe: ConfigDict) -> None:
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
     """Yield name and value of each flag, written --NAME=VALUE or --NAME VALUE."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         if argument == "--":
             return
         if argument.startswith("-"):

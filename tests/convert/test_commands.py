@@ -344,6 +344,12 @@ def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, ar
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
+def test_a_command_is_one_process(capsys):
+    status, _, err = run(capsys, "inspect", "x", "--process=2")
+    assert status == 2
+    assert err.startswith("error: --process is of astrolabe_jax.main; this program runs in one pr")
+
+
 def test_the_number_of_heads_may_be_given(capsys, base, tmp_path):
     write_safetensors(
         tmp_path / "a.safetensors", read_safetensors(base / "transformer.safetensors")

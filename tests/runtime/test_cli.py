@@ -94,6 +94,12 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
         (["configs/self_forcing.py:ta"], "is given as --config=configs/self_forcing.py:ta"),
         (["--config", "configs/longlve.py"], "no recipe configs/longlve.py; did you mean configs/"),
         (["--config.trian.epochs=1"], "did you mean config.train.epochs?"),
+        (["--config.seed:1"], "--config.seed:1: a value stands behind =; expected --config.seed=1"),
+        (["--config"], "--config has no value; expected a recipe, such as configs/moving_"),
+        (["--config="], "--config has no value; expected a recipe, such as configs/moving_"),
+        (["--config", "--config.seed=1"], "--config has no value; expected a recipe, such as"),
+        (["--coordinator=a:1"], "--coordinator is of astrolabe_jax.main; this program runs in one"),
+        (["--distributed"], "--distributed is of astrolabe_jax.main; this program runs in one"),
         (["--config=longlive:gardo"], "did you mean configs/longlive.py? there are configs/causal"),
     ],
 )
@@ -195,8 +201,10 @@ def test_a_recipe_that_gives_no_config_is_named(
         (["--config.sampler.steps=(1,"], "config.sampler.steps is (1,; expected a tuple"),
         (
             ["--config.train={'epochs': 3}"],
-            "config.train.eval_every is missing; a recipe begins with astrolabe_jax.config.",
+            "config.train is {'epochs': 3}; expected a section, whose fields are set one by one, "
+            "such as --config.train.epochs",
         ),
+        (["--config.loss="], "config.loss is empty; expected a section, whose fields are set"),
     ],
 )
 def test_a_value_that_a_field_cannot_have_is_named(
@@ -205,6 +213,16 @@ def test_a_value_that_a_field_cannot_have_is_named(
     every = [f"--config={ROOT / 'configs' / 'moving_shapes.py'}", *arguments]
     monkeypatch.setattr(sys, "argv", ["program", *every])
     assert refusal(capsys, every).startswith(expected)
+
+
+def test_a_recipe_that_replaces_a_section_lacks_its_fields(config_flag, capsys, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from astrolabe_jax import config\ndef get_config():\n    c = config.get_config()\n"
+        "    c.train = type(c)({'epochs': 3})\n    return c\n"
+    )
+    said = refusal(capsys, [f"--config={path}"])
+    assert said.startswith("config.train.eval_every is missing; a recipe begins with astrolabe_")
 
 
 @pytest.mark.parametrize("value", ["33.0", "1e2", "many"])
