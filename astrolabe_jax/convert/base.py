@@ -30,6 +30,7 @@ from astrolabe_jax.convert.parts import (
     PlaceLeaf,
     described,
     load_net,
+    refuse_other,
     shapes,
 )
 from astrolabe_jax.convert.parts import check_net as check_tensors
@@ -334,6 +335,7 @@ def check_net(part: str, path: Path, config: Any) -> None:
     """
     try:
         if path.is_dir():
+            refuse_other(part, path.name)
             store.tree(store.open_leaves(path), shapes(part, config).params)
         else:
             check_tensors(part, read_weights(path), config)
@@ -356,6 +358,7 @@ def read_net(part: str, path: Path, config: Any, place: PlaceLeaf) -> Net:
     try:
         if not path.is_dir():
             return load_net(part, finite(read_weights(path)), config, place)
+        refuse_other(part, path.name)
         net = shapes(part, config)
         expected = engine.flatten(net.params)
         stored = store.tree(finite(store.open_leaves(path)), net.params)
@@ -372,9 +375,11 @@ def weights_of(base: str | Path, part: str) -> Path:
     """Return where the weights of a part are.
 
     `base` is a base, or a file of weights or a store, which is returned as it is. Raises
-    FileNotFoundError, which says what is expected.
+    FileNotFoundError, which says what is expected, and ValueError for a tokenizer.
     """
     path = place_of(base)
+    if path.name in TOKENIZERS and path.is_file():
+        raise ValueError(f"{path} is a tokenizer; expected a file of weights of a {part}")
     if path.is_file() or store.is_store(path):
         return path
     layout = layout_of(path)

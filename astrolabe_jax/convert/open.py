@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 
 from astrolabe_jax.convert import base, engine, nets, parts, store
-from astrolabe_jax.convert.engine import ConversionError
 from astrolabe_jax.convert.nets import NetCheckpoint
 from astrolabe_jax.convert.weights import open_weights
 from astrolabe_jax.models.lora import TARGETS
@@ -41,17 +40,12 @@ def open_part(
     with nets.naming_files(path):
         parts.refuse_lora(tensors)
         found, form = parts.recognise(tensors)
-        _refuse_other(part, found)
+        parts.refuse_other(part, found)
         part = found
         spec = parts.PARTS[part]
         tensors = spec.prepare(tensors)
         config = config_of(part, form, tensors, config_beside(path, part), num_heads)
         return nets.checked(spec, config, form, nets.finite(tensors, path))
-
-
-def _refuse_other(part: str, found: str) -> None:
-    if part and found in parts.PARTS and found != part:
-        raise ConversionError(f"it is a {found}; expected a {part}")
 
 
 def _open_store(path: Path, part: str) -> NetCheckpoint:
@@ -63,7 +57,7 @@ def _open_store(path: Path, part: str) -> NetCheckpoint:
         )
     spec = parts.PARTS[part]
     with nets.naming_files(path):
-        _refuse_other(part, path.name)
+        parts.refuse_other(part, path.name)
     with nets.naming_files(config_file):
         config = nets.make_config(spec, content[part])
     with nets.naming_files(path):

@@ -1,5 +1,6 @@
 """The three nets of a base, and what other programs call their sizes."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -148,11 +149,16 @@ def described(part: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return sizes
 
 
+class UnknownError(ValueError):
+    """Names of tensors are those of no part."""
+
+
 def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     """Return (part, format) whose names these are.
 
     Raises:
-      ValueError: if less than half of the names are those of one part.
+      ConversionError: if they are those of a LoRA.
+      UnknownError: if less than half of the names are those of one part.
     """
     refuse_lora(tensors)
     counts = {
@@ -162,7 +168,7 @@ def recognise(tensors: Mapping[str, Any]) -> tuple[str, str]:
     }
     best = max(counts, key=lambda key: counts[key])
     if counts[best] < len(tensors) / 2:
-        raise ValueError(
+        raise UnknownError(
             f"the names are those of no model known here ({', '.join(PARTS)}; reward models are "
             f"for convert reward); it holds {', '.join(list(tensors)[:4])}"
         )
@@ -179,6 +185,17 @@ def refuse_lora(tensors: Mapping[str, Any]) -> None:
     """Raise ConversionError for the tensors of a LoRA, where those of a whole net belong."""
     if any(".lora_" in name for name in tensors):
         raise engine.ConversionError(NO_NET)
+
+
+def refuse_other(part: str, found: str) -> None:
+    """Raise ConversionError for one part in place of another; a part that is not known may be
+    any.
+    """
+    if part and found in PARTS and found != part:
+        raise engine.ConversionError(
+            f"it is a {found.replace('_', ' ')}; expected a {part.replace('_', ' ')}: give a file "
+            "of that"
+        )
 
 
 def check_size(config: Any, measured: Mapping[str, Any]) -> None:
@@ -238,9 +255,10 @@ def load_net(
 def _prepared(part: str, tensors: Mapping[str, Any], config: Any) -> tuple[Mapping[str, Any], str]:
     """Return the tensors of a part as its table takes them, and their format.
 
-    Raises ConversionError for a LoRA, and for a transformer of another size.
+    Raises ConversionError for a LoRA, another part, and a transformer of another size.
     """
-    refuse_lora(tensors)
+    with contextlib.suppress(UnknownError):
+        refuse_other(part, recognise(tensors)[0])
     spec = PARTS[part]
     tensors = spec.prepare(tensors)
     form = nets.format_of(spec, tensors)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax.convert.base import configs, load_base
+from astrolabe_jax.convert import commands
+from astrolabe_jax.convert.base import check_net, configs, load_base, weights_of
 from astrolabe_jax.convert.engine import ConversionError
 from experiments.moving_shapes_base.bases import save_base
 from tests.tiny_base import write_tiny_base
@@ -160,6 +161,30 @@ def test_a_size_that_makes_no_sense_is_named(directory, part, field, value, expe
         ValueError, match=f"(?s)config.json.*{part}.*{field} is .*expected {expected}"
     ):
         configs(str(directory), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "text_encoder.safetensors",
+            "text_encoder.safetensors: it is a text encoder; expected a t",
+        ),
+        ("vae.safetensors", "vae.safetensors: it is a vae; expected a transformer: give a file of"),
+        ("tokenizer.json", "tokenizer.json is a tokenizer; expected a file of weights of a transf"),
+        ("imported/vae", "imported/vae: it is a vae; expected a transformer"),
+    ],
+)
+def test_another_part_is_named(directory, name, expected):
+    """By its header alone, as by its content."""
+    net = configs(str(directory), **FLOAT32)["transformer"]
+    if name.startswith("imported"):
+        commands.import_(directory / "vae.safetensors", directory / "imported")
+    given = str(directory / name)
+    with pytest.raises(ValueError, match=expected):
+        check_net("transformer", weights_of(given, "transformer"), net)
+    with pytest.raises(ValueError, match=expected):
+        load_base(str(directory), transformer=given, **FLOAT32)
 
 
 def test_a_transformer_may_take_longer_prompts_than_the_encoder_gives(directory):
