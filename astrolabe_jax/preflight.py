@@ -1,5 +1,6 @@
 """Check everything that can be before weights are loaded: all faults in one list."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -142,19 +143,20 @@ def _check_model(
 def tell(config: ConfigDict, workdir: str) -> None:
     """Print the files of a run, and that nothing is wrong; raise what `check` does.
 
-    Of the files that are missing only the number is in the error.
+    Of the files that are missing only the number is in the error, unless one has a name close to
+    another.
     """
     log("\n".join([f"files of {config.name}:", *file_rows(config)]))
     missing = {
         (field, str(path))
         for field, path, size in _needed_files(config)
-        if size is None and not path.exists()
+        if size is None and not path.exists() and not str(path).startswith("~")
     }
 
     def is_told(error: Exception) -> bool:
-        return any(
-            str(error).startswith(field.partition(",")[0]) and path in str(error)
-            for field, path in missing
+        told = str(error)
+        return "did you mean" not in told and any(
+            told.startswith(field.partition(",")[0]) and path in told for field, path in missing
         )
 
     def refuse() -> None:
@@ -207,6 +209,8 @@ def _needed_files(config: ConfigDict) -> Iterator[tuple[str, Path, int | None]]:
             size = sum(file.stat().st_size for file in bases.files_of(path))
         except (OSError, ValueError):
             path = Path(given)
+            with contextlib.suppress(ValueError):
+                path = bases.place_of(given)
             size = None
         yield f"{field}, {part}", path, size
     named = {

@@ -11,6 +11,7 @@ Weights may have any of the formats, nestings and prefixes of published files (p
 weights.py): vae.pth may be Wan2.1_VAE.pth, transformer.pt may be self_forcing_dmd.pt.
 """
 
+import difflib
 import hashlib
 import logging
 import re
@@ -114,8 +115,10 @@ def _locate(base: str) -> tuple[Path, BaseLayout]:
     directory = place_of(base)
     layout = layout_of(directory)
     if layout is None:
+        close = difflib.get_close_matches(base, SHIPPED, 1)
+        question = f" (did you mean the shipped {close[0]}?)" if close else ""
         raise FileNotFoundError(
-            f"base {base!r}: {what_is_at(directory)}; "
+            f"base {base!r}: {what_is_at(directory)}{question}; "
             f"expected a shipped base ({', '.join(SHIPPED)}) or a directory with {marks()}"
         )
     return directory, layout

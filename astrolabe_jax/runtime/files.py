@@ -268,7 +268,7 @@ def local_directory(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{text}: {error}; expected a directory") from None
+        raise ValueError(f"{text}: {str(error).rstrip('.')}; expected a directory") from None
 
 
 def local_file(text: str | Path, what: str) -> Path:

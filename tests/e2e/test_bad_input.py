@@ -549,6 +549,29 @@ def test_workdirs_and_checkpoints_of_others(straight, base, tmp_path):
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config.seed"] == 5
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "row"),
+    [
+        ("moving_shape", ".did you mean the shipped moving_shapes..; expected a shipped base", "m"),
+        ("~/", "base '~/': {home} is a directory that holds notes; expected a shipped", "not what"),
+        ("~nobody-here/x", "~nobody-here/x: Could not determine home directory; expected", "miss"),
+    ],
+)
+def test_what_is_no_base_is_told_with_what_was_meant(
+    tmp_path, monkeypatch, capsys, given, expected, row
+):
+    """By --check, too, whose list of files does not tell it."""
+    (tmp_path / "home" / "notes").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = runs.small_config(given)
+    for refuse in (preflight.check, preflight.tell):
+        with pytest.raises((ValueError, OSError)) as error:
+            refuse(config, tmp_path / "run")
+        told = str(error.value)
+        assert re.search(f"^config.base: .*{expected.format(home=tmp_path / 'home')}", told), told
+    assert f": {row}" in capsys.readouterr().out
+
+
 def test_unwritable_and_foreign_directories(base, tmp_path):
     (tmp_path / "file").write_text("")
     config = runs.small_config(base)
