@@ -91,6 +91,15 @@ MAY_DIFFER_OPTION = re.compile(
     r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|\w+_per_batch)"
 )
 
+_ABSENT = "(none)"  # in place of an entry that is missing
+# Entries of a fingerprint that are hashes, which tell a reader nothing: what they are hashes of.
+_HASHED = {
+    "base": "the base model of config.base or config.transformer",
+    "lora.init": "the adapter in config.lora.init",
+    "prompts.train": "the list of config.prompts.train",
+    "prompts.test": "the list of config.prompts.test",
+}
+
 
 class SaveError(files.WriteError):
     """A checkpoint could not be written; other processes may still wait for their part of it."""
@@ -260,16 +269,27 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
             "`python -m astrolabe_jax.convert export-lora` writes:"
         )
         raise ValueError("\n  ".join([opening, *older]))
-    absent = "(none)"
     differing = [
-        f"{name}: {saved.get(name, absent)!r} there, {current.get(name, absent)!r} now"
+        _difference(name, saved, current)
         for name in sorted({*saved, *current} - MAY_DIFFER)
-        if saved.get(name, absent) != current.get(name, absent)
+        if saved.get(name, _ABSENT) != current.get(name, _ABSENT)
         and not MAY_DIFFER_OPTION.fullmatch(name)
     ]
     if differing:
         opening = f"{complaint}; give another --workdir, or the same settings as there:"
         raise ValueError("\n  ".join([opening, *differing]))
+
+
+def _difference(name: str, saved: Fingerprint, current: Fingerprint) -> str:
+    """Return a line that says how an entry differs."""
+    if name not in _HASHED:
+        there, now = (entries.get(name, _ABSENT) for entries in (saved, current))
+        return f"{name}: {there!r} there, {now!r} now"
+    if name not in saved:
+        return f"{name}: {_HASHED[name]} is given, and the run began without one"
+    if name not in current:
+        return f"{name}: {_HASHED[name]} is not given, and the run began with one"
+    return f"{name}: {_HASHED[name]} differs from the one that the run began with"
 
 
 def save(workdir: Path, snapshot: Snapshot, fingerprint: Fingerprint, keep: int) -> int:

@@ -267,7 +267,11 @@ def test_nothing_whole_is_refused(two_checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"base": "other"}, "base: 'abc' there, 'other' now"),
+        ({"base": "other"}, "base: the base model of config.base or .* differs from the one that"),
+        (
+            {"lora.init": "other"},
+            "lora.init: the adapter in config.lora.init is given, and the run began without one",
+        ),
         ({"config.seed": 1}, "config.seed: 0 there, 1 now"),
         ({"config.new": 1}, "config.new: '\\(none\\)' there, 1 now"),
     ],
@@ -342,7 +346,7 @@ def test_a_run_may_go_further(two_checkpoints, tmp_path):
 
 
 def test_files_may_move_as_long_as_their_content_stays(tmp_path):
-    there = {"base": "abc", "prompts.train": "def", "prompts.test": "ghi"}
+    there = {"base": "abc", "prompts.train": "def", "prompts.test": "ghi", "lora.init": "jkl"}
     paths = {
         "config.base": "bases/a",
         "config.prompts.train": "a.txt",
@@ -353,10 +357,15 @@ def test_files_may_move_as_long_as_their_content_stays(tmp_path):
         tmp_path / "run", there | {field: f"/elsewhere/{path}" for field, path in paths.items()}
     )
     for name in there:
-        with pytest.raises(
-            ValueError, match=f"(?s)belongs to another run.*{name}: .* there, 'other' now"
-        ):
+        told = f"(?s)belongs to another run.*{name}: the [^:]*config.{name}.* differs from the one"
+        with pytest.raises(ValueError, match=told):
             checkpoint.claim(tmp_path / "run", there | paths | {name: "other"})
+    told = "lora.init: the adapter in config.lora.init is not given, and the run began with one"
+    with pytest.raises(ValueError, match=told):
+        checkpoint.claim(
+            tmp_path / "run",
+            {name: content for name, content in there.items() if name != "lora.init"} | paths,
+        )
 
 
 @pytest.mark.parametrize("content", ["", '{"base": "ab', "[1]", "\udcff"])
