@@ -23,11 +23,11 @@ CUT_FRAMES = (45, 46, 47)
 
 # Possessive where a text could repeat what matches: no text takes longer than its length.
 _PUBLISHED_TAG = re.compile(r"\[(\d++(?:\.\d*+)?)\s*+s(#?)\]")
-_TAG = re.compile(r"(?<!\\)" + _PUBLISHED_TAG.pattern)
+_TAG = re.compile(r"(?<!\\)\[(\d++(?:\.\d*+)?|\.\d++)\s*+s(#?)\]")
 # A number of seconds in brackets, however it is written: [5s], [5 sec], [.5S #], [2,5s], [5m], [5],
-# and one that is not closed. [16:9] is none.
+# [inf s], and one that is not closed. [16:9] is none.
 _LOOKS_LIKE_A_TAG = re.compile(
-    r"(?<!\\)\[\s*+(?:[-+~]?(?:[\d.]++|\d[\d.,:/e+~-]*+(?=\s*+[sm]))"
+    r"(?<!\\)\[\s*+(?:[-+~]?(?:[\d.]++|(?:\d[\d.,:/e+~-]*+|nan|inf(?:inity)?)(?=\s*+[sm]))"
     r"\s*+(?:s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?|s)?)?\s*+#?|#)\s*+(?:\]|(?=\||$))",
     re.IGNORECASE,
 )

@@ -35,6 +35,8 @@ def test_durations_and_cuts():
         Scene("a dog", 10.0, 13, True),
         Scene("a  bird", 2.5, 3, False),
     ]
+    assert [scene.seconds for scene in parse("a[.5s] | b[5.s]", 3, 16, 4)] == [0.5, 5.0]
+    assert is_plain("a [nan] [info] [inf man]")
     assert parse("a | b", 1, 16, 4)[0] == Scene("a", 10.5, 42, False)  # of blocks of any size
     assert parse("a #1 fan [at work] [16:9] | b", 3, 16, 4)[0] == Scene(
         "a #1 fan [at work] [16:9]", 10.5, 14, False
@@ -57,7 +59,10 @@ def test_published_strings_are_read_as_published():
         ("a[5s]||b", 7, "", "is a scene without a prompt"),
         ("a [5S] | b", 3, "[5S]", "is no duration"),
         ("a | b [ 5s ]", 7, "[ 5s ]", "is no duration"),
-        ("a | b[.5s]", 6, "[.5s]", "is no duration"),
+        ("a | b[.s]", 6, "[.s]", "is no duration"),
+        ("a | b[nan s]", 6, "[nan s]", "is no duration"),
+        ("a[infs]", 2, "[infs]", "is no duration"),
+        ("a[-Infinity sec]", 2, "[-Infinity sec]", "is no duration"),
         ("a | b[-5s]", 6, "[-5s]", "is no duration"),
         ("a[5s #] | b", 2, "[5s #]", "is no duration"),
         ("a[5sec] | b", 2, "[5sec]", "is no duration"),
