@@ -8,6 +8,7 @@ import functools
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def import_(
         load_tokenizer(directory / layout.tokenizer)
     leaves = [nets.stacks(net, dtype) for net in opened]
     written = [to / net.spec.name for net in opened]
-    with _making(to, *written):
+    with _making(to, to, *written):
         for net, stacks, directory in zip(opened, leaves, written, strict=True):
             name = net.spec.name
             size = sum(piece.nbytes for stack in stacks.values() for piece in stack.pieces)
@@ -138,7 +139,7 @@ def export_lora(path: Path, to: Path, form: str, policy: str = "") -> list[Path]
         adapter, scale = lora.open_lora(path)
         rank = next(iter(adapter.values()))["a"].shape[-1]
         alpha = scale * rank
-    with _making(to.parent, to):
+    with _making(to.parent, to, to):
         whole = int(alpha) if float(alpha).is_integer() else alpha
         return [lora.SAVERS[form](adapter, to, rank, whole)]
 
@@ -155,11 +156,11 @@ def _check_file(to: Path) -> None:
 
 
 @contextlib.contextmanager
-def _making(directory: Path, *written: Path) -> Iterator[None]:
-    """Make a directory for what is written inside.
+def _making(directory: Path, to: Path, *written: Path) -> Iterator[None]:
+    """Make a directory for what is written inside, of which the user knows `to`.
 
     On an error or Ctrl-C inside, what was `written` there is removed, and the folders that were
-    made. Raises OSError, which says what to do, where a directory cannot be made.
+    made. Raises OSError, which says what to do, where a directory cannot be made or takes no files.
     """
     new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
@@ -169,6 +170,13 @@ def _making(directory: Path, *written: Path) -> Iterator[None]:
             f"--to: no directory {directory} can be made ({error.strerror}); give another --to"
         ) from None
     try:
+        try:
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OSError(
+                f"--to: {to} cannot be written ({directory} takes no files: {error.strerror}); "
+                "give another --to"
+            ) from None
         yield
     except BaseException:
         for path in written:
@@ -188,7 +196,7 @@ def _write(to: Path, net: nets.NetCheckpoint, tensors: Mapping[str, Lazy], form:
     original = nets.source_shapes(net.spec, net.config)
     renamed = {name: tensors[plain] for name, plain in zip(names, original, strict=True)}
     size = sum(tensor.nbytes for tensor in renamed.values())
-    with _making(to.parent):
+    with _making(to.parent, to):
         write_safetensors(to, renamed, progress=byte_counter(net.spec.name, size))
     return [to]
 

@@ -325,6 +325,15 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
             ["merge", "{tmp}/lora.safetensors", "{base}", "--to", "{tmp}/m.safetensors"],
             "lora.safetensors: it is a LoRA, not a whole net; give the base here and the LoRA",
         ),
+        (
+            ["export", "{imported}", "--to", "/proc/a.safetensors", "--part", "vae"],
+            "--to: /proc/a.safetensors cannot be written ./proc takes no files: .*; give another",
+        ),
+        (
+            ["export-lora", "{tmp}/ours.safetensors", "--to", "/proc/a"],
+            "--to: /proc/a cannot be written ./proc takes no files: .*; give another --to",
+        ),
+        (["import", "{imported}/vae", "--to", "/proc"], "--to: /proc cannot be written"),
         ([], "required: command"),
     ],
 )
@@ -334,6 +343,8 @@ def test_what_cannot_be_done_is_one_message(capsys, base, imported, tmp_path, ar
     write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
     halves = {"a.lora_A.weight": np.ones((1, 3)), "a.lora_B.weight": np.ones((3, 1))}
     write_safetensors(tmp_path / "lora.safetensors", halves)
+    ours = {name.replace("a.", "blocks.0.ffn.0.", 1): half for name, half in halves.items()}
+    write_safetensors(tmp_path / "ours.safetensors", ours, {"lora_alpha": "1"})
     (tmp_path / "wan").mkdir()
     (tmp_path / "wan" / "config.json").write_text('{"_class_name": "WanModel", "dim": 24}')
     before = sorted(tmp_path.rglob("*"))
