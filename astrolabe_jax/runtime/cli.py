@@ -22,6 +22,7 @@ from astrolabe_jax.runtime import multihost, progress
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
+_HELPED = 1  # status with which absl ends a program that was asked for --help
 # Whatever config_flags raises for a field that does not exist or for a value that it does not take.
 ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 # What a message may have.
@@ -80,33 +81,55 @@ def define() -> flags.FlagHolder:
 
 
 def parse(argv: list[str], positional: bool = False) -> list[str]:
-    """Return what the flags leave of `argv`, as absl's flags_parser.
+    """Return what the flags leave of `argv`, as absl's flags_parser, of any program.
 
     Whatever is wrong with a recipe or its fields ends the program with one message and status 2, as
-    does what is no flag, unless it may be `positional`.
+    does what is no flag, unless it may be `positional`. --help ends it with status 0.
     """
     refuse_joining(argv)
     given = dict(_given(argv))
     for flag, value in given.items():
-        _check_flag(flag, value)
-    loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
-    if loose and "config" not in given and not positional:
-        fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
+        if _is_empty(flag, value):
+            fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
+    if "config" in flags.FLAGS:
+        for flag, value in given.items():
+            _check_flag(flag, value)
+        loose = [value for value in argv[1:] if value.partition(":")[0].endswith(".py")]
+        if loose and "config" not in given and not positional:
+            fail(f"unexpected argument {loose[0]!r}; a recipe is given as --config={loose[0]}", 2)
+        left = _with_recipe(argv)
+    else:
+        left = _read(argv)
+    if len(left) > 1 and not positional:
+        fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
+    return left
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """Return what the flags leave of `argv`, with a recipe among them."""
     recipe = flags.FLAGS["config"]
     read = recipe.parser.parse
     recipe.parser.parse = lambda argument: _with_rewards_of_flags(_read_recipe(argument), argv)
     try:
-        left = flags.FLAGS(argv)
-    except ERRORS as error:
-        fail(message(error), 2)
+        left = _read(argv)
     finally:
         recipe.parser.parse = read
     if isinstance(recipe.value, ConfigDict):
         _take_rewards_out(recipe.value.get("rewards"))
         _refuse_holes(recipe.value)
-    if len(left) > 1 and not positional:
-        fail(f"unexpected argument {left[1]!r}; flags start with --", 2)
     return left
+
+
+def _read(argv: list[str]) -> list[str]:
+    """Return what the flags leave of `argv`; end the program for what is wrong, and after --help,
+    which is nothing wrong.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except ERRORS as error:
+        fail(message(error), 2)
+    except SystemExit as ended:
+        sys.exit(0 if ended.code == _HELPED else ended.code)
 
 
 def _check_flag(flag: str, value: str) -> None:
@@ -130,8 +153,6 @@ def _check_flag(flag: str, value: str) -> None:
             f"--config.{first}",
             2,
         )
-    elif _is_empty(flag, value):
-        fail(f"--{flag} is empty; expected: {flags.FLAGS[flag].help}", 2)
     elif section != "config" and (field or flag) in config.FIELDS and flag not in flags.FLAGS:
         fail(f"unknown flag --{flag}: did you mean --config.{field or flag}?", 2)
 

@@ -37,6 +37,7 @@ from astrolabe_jax.convert.nets import make_config, sizes_of
 from astrolabe_jax.decode import decode_video
 from astrolabe_jax.models.wan.config import Layout
 from astrolabe_jax.rollout import Sampler
+from astrolabe_jax.runtime import cli
 from astrolabe_jax.schedule import Schedule, warp
 from astrolabe_jax.streaming import streams
 from astrolabe_jax.streaming.scenes import Rules, Scene, shots
@@ -189,7 +190,6 @@ def main(argv: list[str]) -> None:
         itself = [
             "-m",
             "experiments.full_size.run",
-            *argv[1:],
             f"--directory={directory}",
             f"--dtype={values.dtype}",
         ]
@@ -218,4 +218,4 @@ flags.DEFINE_list("steps", ["1000", "750", "500", "250"], "denoising steps")
 flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "compute dtype")
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

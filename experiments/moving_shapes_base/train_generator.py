@@ -25,6 +25,7 @@ from astrolabe_jax.models.tokenizer import load_tokenizer, tokenize
 from astrolabe_jax.models.umt5 import UMT5Config
 from astrolabe_jax.models.wan.config import Layout, WanConfig
 from astrolabe_jax.models.wan.vae import Vae
+from astrolabe_jax.runtime import cli
 from astrolabe_jax.worlds.moving_shapes import render, vocabulary
 from experiments.moving_shapes_base import common, train_vae
 from experiments.moving_shapes_base.bases import random_base, save_base
@@ -322,4 +323,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

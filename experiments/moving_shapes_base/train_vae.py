@@ -17,6 +17,7 @@ from flax import nnx
 
 from astrolabe_jax.models import layers
 from astrolabe_jax.models.wan.vae import Vae, VaeConfig
+from astrolabe_jax.runtime import cli
 from experiments.moving_shapes_base import common
 
 DIRECTORY = flags.DEFINE_string(
@@ -163,4 +164,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

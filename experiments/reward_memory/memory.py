@@ -63,8 +63,9 @@ def main(argv: list[str]) -> None:
     """Print a line for each reward."""
     values = flags.FLAGS
     if values.run and values.target != "here":
-        raise app.UsageError(
-            f"--run runs on the devices that are here, not on {values.target}; give --target=here"
+        cli.fail(
+            f"--run runs on the devices that are here, not on {values.target}; give --target=here",
+            2,
         )
     for reward in values.rewards:
         try:
@@ -94,4 +95,4 @@ flags.register_validator(
 )
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

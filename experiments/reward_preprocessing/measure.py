@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from astrolabe_jax.rewards import images
 from astrolabe_jax.rewards.qwen2_vl import patches
+from astrolabe_jax.runtime import cli
 
 HEIGHT, WIDTH = 480, 832
 SIZE = patches.smart_resize(HEIGHT, WIDTH)
@@ -103,4 +104,4 @@ flags.DEFINE_integer("repeats", 3, "how often each way is timed", lower_bound=1)
 flags.DEFINE_multi_integer("chunk", [1, 4, 9], "frames at a time; once for each", lower_bound=1)
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

@@ -164,4 +164,4 @@ flags.DEFINE_integer(
 flags.DEFINE_string("base", "moving_shapes", "name of a shipped base, or its directory")
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

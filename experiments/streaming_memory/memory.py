@@ -372,8 +372,8 @@ def main(argv: list[str]) -> None:
     """Print a line for each cell and program, in GiB; in MiB for the shipped model."""
     values = flags.FLAGS
     if values.run and values.target != "here":
-        raise app.UsageError(
-            f"--run runs on the device that is here, not on {values.target}; give --target=here"
+        cli.fail(
+            f"--run runs on the device that is here, not on {values.target}; give --target=here", 2
         )
     try:
         if values.stored:
@@ -422,4 +422,4 @@ if __name__ == "__main__":
         lambda names: set(names) <= set(PROGRAMS),
         f"expected some of {', '.join(PROGRAMS)}",
     )
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

@@ -142,10 +142,11 @@ def ran(program: str, *arguments: str, **environment: str) -> tuple[int, str, st
         ("memory", "--attention=none", "config.model.attention is 'none'"),
         ("cost", "--base=none", "config.base"),
         ("cost", "--start=-1", "non-negative integer"),
+        ("cost", "stray", "error: unexpected argument 'stray'; flags start with --"),
     ],
 )
 def test_flags_that_cannot_be_met_are_refused_in_a_line(program, flag, fault):
     status, _, errors = ran(program, flag)
-    assert status
+    assert status == 2
     assert fault in errors
     assert "Traceback" not in errors

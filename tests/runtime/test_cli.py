@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from astrolabe_jax.config import get_config
@@ -104,7 +104,7 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
     ],
 )
 def test_a_mistake_on_the_command_line_is_told_what_was_meant(
-    arguments, expected, capsys, monkeypatch
+    arguments, expected, capsys, monkeypatch, config_flag
 ):
     """Each is refused before a recipe is loaded."""
     monkeypatch.chdir(ROOT)
@@ -237,6 +237,42 @@ def test_an_empty_text_is_refused_by_its_flag(config_flag, capsys):
     flags.DEFINE_string("note", "", "any text", flag_values=flags.FLAGS)
     assert refusal(capsys, ["--note=", "--lora="]) == "--lora is empty; expected: an adapter"
     assert refusal(capsys, ["--lora", ""]) == "--lora is empty; expected: an adapter"
+
+
+@pytest.mark.parametrize("takes_recipe", [True, False])
+def test_help_is_no_fault(request, monkeypatch, capsys, takes_recipe):
+    if takes_recipe:
+        request.getfixturevalue("config_flag")
+    else:
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    flags.DEFINE_flag(app.HelpFlag(), flag_values=flags.FLAGS)
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(["program", "--help"])
+    assert ended.value.code == 0 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["stray"], "unexpected argument 'stray'; flags start with --"),
+        (["--seed=1"], "Unknown command line flag 'seed'"),
+        (["--directory="], "--directory is empty; expected: where files go"),
+        (["--frames=a"], "--frames is a; expected a whole number"),
+    ],
+)
+def test_a_program_without_a_recipe_tells_its_faults_alike(
+    monkeypatch, capsys, arguments, expected
+):
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    flags.DEFINE_integer("frames", 0, "pixel frames", flag_values=flags.FLAGS)
+    flags.DEFINE_string("directory", None, "where files go", flag_values=flags.FLAGS)
+    assert refusal(capsys, arguments) == expected
+
+
+def test_every_program_reads_its_flags_so():
+    for path in [*ROOT.glob("experiments/**/*.py"), *ROOT.glob("astrolabe_jax/**/*.py")]:
+        source = path.read_text()
+        assert source.count("app.run(") == source.count("flags_parser="), path
 
 
 def test_all_warnings_look_alike(tmp_path):
