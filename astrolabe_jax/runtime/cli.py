@@ -287,7 +287,9 @@ def _question(field: str) -> str:
     for name in config.FIELDS:
         lasts.setdefault(name.rpartition(".")[2], []).append(name)
     last = field.rpartition(".")[2]
-    close = difflib.get_close_matches(field, config.FIELDS, 1, 0.8)
+    joined = f".{field.replace('.', '_')}"  # eval.every is train.eval_every
+    close = [name for name in config.FIELDS if name.endswith(joined)] if "." in field else []
+    close = close or difflib.get_close_matches(field, config.FIELDS, 1, 0.8)
     if "." not in field:
         close = close or difflib.get_close_matches(field, config.SECTIONS, 1, 0.75)
     alike = difflib.get_close_matches(last, lasts, 1, 0.8)

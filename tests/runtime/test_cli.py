@@ -93,6 +93,7 @@ def test_a_recipe_with_an_unknown_field_is_told_the_name_that_there_is(recipe, e
         (["--seed=1"], "unknown flag --seed: did you mean --config.seed?"),
         (["configs/self_forcing.py:ta"], "is given as --config=configs/self_forcing.py:ta"),
         (["--config", "configs/longlve.py"], "no recipe configs/longlve.py; did you mean configs/"),
+        (["--config.eval.every=1"], "did you mean config.train.eval_every?"),
         (["--config.trian.epochs=1"], "did you mean config.train.epochs?"),
         (["--config.seed:1"], "--config.seed:1: a value stands behind =; expected --config.seed=1"),
         (["--config"], "--config has no value; expected a recipe, such as configs/moving_"),
