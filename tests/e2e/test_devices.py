@@ -111,7 +111,15 @@ def test_an_epoch_is_the_same_on_other_devices_and_in_pieces(
         for name in ("transformer", "text", "vae")
     }
     assert whole == {"transformer": fsdp == 1, "text": fsdp == 1, "vae": True}
-    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(epoch.state))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), epoch.state)
+    for leaf, placed in zip(
+        jax.tree.leaves(epoch.state),
+        jax.tree.leaves(sharding.shard_params(mesh, shapes)),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(placed.sharding, leaf.ndim)
+    split = [leaf for leaf in jax.tree.leaves(epoch.state) if not leaf.is_fully_replicated]
+    assert bool(split) == (fsdp > 1)
 
     want = on_one_device
     np.testing.assert_allclose(epoch.latents, want.latents, atol=2e-5)
