@@ -1,7 +1,5 @@
 """Train: python -m astrolabe_jax.main --config=configs/moving_shapes.py --workdir=runs/demo"""
 
-from typing import Any
-
 from absl import app, flags
 
 from astrolabe_jax.runtime import cli, multihost, preemption
@@ -12,15 +10,7 @@ WORKDIR = flags.DEFINE_string(
 )
 CHECK = flags.DEFINE_bool("check", False, "print its files, and what is wrong or missing, and end")
 flags.mark_flag_as_required("config")
-
-# Several processes: on a TPU pod or a cluster that JAX knows the first, elsewhere the next three.
-JOIN: tuple[Any, ...] = (
-    flags.DEFINE_bool("distributed", False, "join the others of this TPU pod or cluster"),
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where that is not known"),
-    flags.DEFINE_integer("processes", None, "how many there are, with --coordinator"),
-    flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator"),
-    flags.DEFINE_float("join_timeout", 300.0, "seconds in which all must have come"),
-)
+JOIN = cli.define_joining()
 
 
 def main(_: list[str]) -> None:

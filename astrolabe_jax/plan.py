@@ -59,7 +59,7 @@ def abstract_run(config: ConfigDict, devices: int) -> Run:
       ValueError, OSError: as run.prepare does.
     """
     validate(config, rewards.TABLE, devices, backend.current())
-    return _abstract(config, devices)
+    return shapes_of(config, sharding.abstract_mesh(config.mesh, devices))
 
 
 def on_one_device(run: Run) -> Run:
@@ -95,11 +95,11 @@ def on_one_device(run: Run) -> Run:
             "scoring.weights": "device",
         }
     )
-    return _abstract(config, 1)
+    return shapes_of(config, sharding.abstract_mesh(config.mesh, 1))
 
 
-def _abstract(config: ConfigDict, devices: int) -> Run:
-    """Do what `abstract_run` does, for a config that was validated."""
+def shapes_of(config: ConfigDict, mesh: sharding.AnyMesh) -> Run:
+    """Do what `abstract_run` does, for a config that was validated, on any mesh."""
     chosen = numerics(config)
     if config.model.size:
         parts = {
@@ -109,7 +109,6 @@ def _abstract(config: ConfigDict, devices: int) -> Run:
     else:
         parts = bases.configs(config.base, **chosen)
     layout, sampler, latent_shape = geometry_of(config, parts)
-    mesh = sharding.abstract_mesh(config.mesh, devices)
     nets = {name: bases.shapes(name, sizes) for name, sizes in parts.items()}
     for name, net in nets.items():
         place = sharding.replicate if name == "vae" else sharding.shard_params
@@ -426,21 +425,27 @@ def estimated(run: Run, device: estimate.Device) -> estimate.Estimate:
         one = on_one_device(run)
     split = estimate.split_shapes(run)
     # settings of how arrays are placed and of other devices have the same programs
-    key = (one.config.to_json_best_effort(), *sorted(split.items()))
+    kind = "cpu" if device.backend == "cpu" else "tpu"
+    key = (kind, one.config.to_json_best_effort(), *sorted(split.items()))
     if key not in _COUNTED:
-        _COUNTED[key] = list(_counted(one, split))
+        _COUNTED[key] = list(_counted(one, split, kind))
     return estimate.of(run, one, _COUNTED[key], device, held)
 
 
 _COUNTED: dict[tuple, list[tuple[str, str, Cost]]] = {}
 
 
-def _counted(one: Run, split: Mapping[tuple[int, ...], int]) -> Iterator[tuple[str, str, Cost]]:
-    """Yield stage, name and cost of each call of a program of one device."""
+def _counted(
+    one: Run, split: Mapping[tuple[int, ...], int], kind: str
+) -> Iterator[tuple[str, str, Cost]]:
+    """Yield stage, name and cost of each call of a program of one device.
+
+    kind: cpu, or tpu, whose fused attention can be traced anywhere, and stands for that of all
+      accelerators.
+    """
     jax.clear_caches()  # what was traced for the devices that are here would be taken
-    # a fused attention kernel that can be traced anywhere stands for those of all accelerators
     with (
-        backend.planned("tpu"),
+        backend.planned(kind),
         jax.default_matmul_precision("float32"),
         jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh),
     ):

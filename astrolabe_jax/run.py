@@ -90,7 +90,7 @@ def _read(config: ConfigDict, workdir: Path) -> Run:
     checked = check(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     base = load_base(config, mesh)
-    adapter = checked.adapter or _fresh_adapter(config, base.transformer.config)
+    adapter = checked.adapter or fresh_adapter(config, base.transformer.config)
     reward_runner = load_rewards(config, mesh)
     return Run(
         config,
@@ -184,7 +184,7 @@ def timeline_of(run: Run, prompt: str, frames: int) -> Timeline:
     return scenes.timeline_of(read(prompt), frames, run.layout, rules_of(run.config))
 
 
-def _fresh_adapter(config: ConfigDict, net: Any) -> dict:
+def fresh_adapter(config: ConfigDict, net: Any) -> dict:
     """Return the adapter that every policy starts from where none is given."""
     key = jax.random.fold_in(jax.random.key(config.seed), RngStream.ADAPTER)
     adapter = init_adapter(net, config.lora.rank, key, jnp.dtype(config.lora.dtype))

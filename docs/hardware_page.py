@@ -62,6 +62,19 @@ How near this comes, LongLive streaming, one video at a time:
 Of seconds two were measured, on one H100 and of an earlier version: the update 3.57 (counted 4.2)
 and decoding a block 0.055 (0.055). On other devices the shares of the peak are taken over.
 
+## Measure
+
+```bash
+python -m astrolabe_jax.bench --config=configs/longlive.py:streaming --json=figures.json
+```
+
+measures a recipe on the devices that are here, in one process or several, without weights or
+prompts: a block after the cache is full and the first one, frames a second of the transformer
+alone, with the VAE and from the first block on; the phases of the smallest epoch that has the
+recipe's pieces, with the share of the rate that products of large matrices reach there; each reward
+whose weights are there; a checkpoint; the most memory. Everything runs twice, the first time
+compiles. From that follow the seconds of a whole epoch.
+
 ## Recipes
 
 GiB at most on a device, minutes of an epoch without rewards, and, where it needs them, the settings

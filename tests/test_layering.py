@@ -44,7 +44,7 @@ LAYERS = {
     "collector": ("streaming.windows", "report"),
     "evaluation": ("evaluate", "estimate"),
     "conductor": ("train",),
-    "entry": ("main", "plan", "sample", "convert.__main__", "rewards.__main__"),
+    "entry": ("main", "plan", "bench", "sample", "convert.__main__", "rewards.__main__"),
 }
 ORDER = list(LAYERS)
 # modules of these layers may import each other

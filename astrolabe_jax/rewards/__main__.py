@@ -11,7 +11,6 @@ differs by more than --tolerance.
 
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -28,18 +27,12 @@ from astrolabe_jax.plan import naming_memory
 from astrolabe_jax.preflight import Faults
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
-from astrolabe_jax.runtime import cli, media, multihost
+from astrolabe_jax.runtime import backend, cli, media, multihost
 from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
 from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
 
 MIB = 2**20
-
-
-def peak_bytes() -> int:
-    """Return the most bytes that were in use so far, of a device if it tells, or of the process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def timed(runner: RewardRunner, frames: np.ndarray, prompt: str) -> tuple[Scores, float]:
@@ -161,7 +154,7 @@ def _print_scores(
     scores, again = timed(runner, frames, prompt)
     print(
         f"{' + '.join(group.names)}: {first:.2f} s, then {again:.2f} s; weights "
-        f"{runner.weights / MIB:,.0f} MiB, peak {peak_bytes() / MIB:,.0f}"
+        f"{runner.weights / MIB:,.0f} MiB, peak {backend.peak_bytes() / MIB:,.0f}"
     )
     for name, values in scores.items():
         print(f"  {name:32} {values[0]:.6f}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import resource
 from collections.abc import Iterator
 
 import jax
@@ -25,3 +26,9 @@ def planned(kind: str) -> Iterator[None]:
         yield
     finally:
         _PLANNED.reset(before)
+
+
+def peak_bytes() -> int:
+    """Return the most bytes that were in use so far, of a device if it tells, or of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

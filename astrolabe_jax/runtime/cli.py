@@ -80,6 +80,21 @@ def define() -> flags.FlagHolder:
         fail(f"--flagfile: {str(error).removeprefix('ERROR:: ')}; expected a text file of flags", 2)
 
 
+def define_joining() -> tuple[flags.FlagHolder, ...]:
+    """Define the flags by which several processes meet, and return their holders.
+
+    They are the arguments of multihost.join. On a TPU pod or a cluster that JAX knows the first is
+    enough, elsewhere it takes the next three.
+    """
+    return (
+        flags.DEFINE_bool("distributed", False, "join the others of this TPU pod or cluster"),
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where that is not known"),
+        flags.DEFINE_integer("processes", None, "how many there are, with --coordinator"),
+        flags.DEFINE_integer("process", None, "which one this is, from 0, with --coordinator"),
+        flags.DEFINE_float("join_timeout", 300.0, "seconds in which all must have come"),
+    )
+
+
 def parse(argv: list[str], positional: bool = False) -> list[str]:
     """Return what the flags leave of `argv`, as absl's flags_parser, of any program.
 
