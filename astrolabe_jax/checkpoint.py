@@ -91,6 +91,7 @@ MAY_DIFFER_OPTION = re.compile(
     r"config\.rewards\.\w+\.(path|template|url|timeout|retries|concurrency|key_variable|\w+_per_batch)"
 )
 
+_WEIGHT = re.compile(r"^(config\.rewards\.\w+)\.weight$")
 _ABSENT = "(none)"  # in place of an entry that is missing
 # Entries of a fingerprint that are hashes, which tell a reader nothing: what they are hashes of.
 _HASHED = {
@@ -129,6 +130,7 @@ def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
         ) from None
     saved = _record_of(workdir)
     if saved and fingerprint:
+        saved, fingerprint = (_one_form(entries) for entries in (saved, fingerprint))
         saved = {
             name: value
             for name, value in saved.items()
@@ -259,6 +261,7 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     Entries of MAY_DIFFER may differ. A fingerprint of an older version is refused by the names that
     its fields have today (docs/checkpoints.md, Old checkpoints). `complaint` opens the message.
     """
+    saved, current = (_one_form(entries) for entries in (saved, current))
     today = {name: renamed(name.removeprefix("config.")) for name in saved}
     older = [f"{name} is config.{new} now" for name, new in today.items() if new]
     if older:
@@ -278,6 +281,11 @@ def refuse_differences(saved: Fingerprint, current: Fingerprint, complaint: str)
     if differing:
         opening = f"{complaint}; give another --workdir, or the same settings as there:"
         raise ValueError("\n  ".join([opening, *differing]))
+
+
+def _one_form(fingerprint: Fingerprint) -> Fingerprint:
+    """Return a fingerprint in which a reward's weight has one name, however it was given."""
+    return {_WEIGHT.sub(r"\1", name): value for name, value in fingerprint.items()}
 
 
 def _difference(name: str, saved: Fingerprint, current: Fingerprint) -> str:

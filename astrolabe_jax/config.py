@@ -56,6 +56,7 @@ def _are_timesteps(steps: Sequence[Any]) -> bool:
     )
 
 
+MOST_VIDEOS = 1_000_000  # of an epoch, and of an evaluation: their list is in memory
 POSITIVE = Constraint("a positive number", lambda value: 0 < value < math.inf)
 BELOW_ONE = Constraint("a number in [0, 1)", lambda value: 0 <= value < 1)
 POSITIVE_OR_MINUS_ONE = Constraint("at least 1, or -1", lambda value: value == -1 or value >= 1)
@@ -150,7 +151,7 @@ FIELDS: dict[str, Field] = {
     "video.frames": Field(33, "Pixel frames of a video, 1 modulo 4.", at_least(1)),
     "video.height": Field(48, "Height of a video in pixels.", at_least(1)),
     "video.width": Field(48, "Width of a video in pixels.", at_least(1)),
-    "video.fps": Field(16, "Frames a second of the files in samples/.", at_least(1)),
+    "video.fps": Field(16, "Frames a second of the files in samples/.", between(1, 1000)),
     "video.decode_chunk": Field(
         1,
         "Latent frames that are decoded at once. More is faster on large accelerators only.",
@@ -250,8 +251,10 @@ FIELDS: dict[str, Field] = {
         "Latent frames at which the prompts of a line of a .jsonl change, where the line has none.",
         FRAMES,
     ),
-    "prompts.prompts_per_epoch": Field(6, "Prompts of an epoch, G.", at_least(1)),
-    "prompts.samples_per_prompt": Field(8, "Videos of a prompt in an epoch, K.", at_least(1)),
+    "prompts.prompts_per_epoch": Field(6, "Prompts of an epoch, G.", between(1, MOST_VIDEOS)),
+    "prompts.samples_per_prompt": Field(
+        8, "Videos of a prompt in an epoch, K.", between(1, MOST_VIDEOS)
+    ),
     "prompts.repeated": Field(
         1,
         "Sampling batches that ask for the same prompts: an epoch has G / repeated different ones, "
@@ -301,7 +304,11 @@ FIELDS: dict[str, Field] = {
         "A smaller std counts as this; dividing by it would make advantages of the rewards' noise.",
         at_least(0),
     ),
-    "advantages.clip": Field(5.0, "Advantages are clipped to this size, A_max.", POSITIVE),
+    "advantages.clip": Field(
+        5.0,
+        "Advantages are clipped to this size, A_max.",
+        Constraint("a positive number, at most 1e6", lambda value: 0 < value <= 1e6),
+    ),
     "advantages.standardise": Field(False, "Rewards are divided by their std over the epoch."),
     "loss.kind": Field(
         "astrolabe",
@@ -367,7 +374,7 @@ FIELDS: dict[str, Field] = {
     "kl.reset_epochs": Field(
         15, "The reference is reset after more epochs than this.", at_least(1)
     ),
-    "lora.rank": Field(16, "Rank of the adapters.", at_least(1)),
+    "lora.rank": Field(16, "Rank of the adapters.", between(1, 2**14)),
     "lora.alpha": Field(16.0, "The adapters' output is multiplied by alpha / rank.", POSITIVE),
     "lora.dtype": Field("float32", "Type of the adapters' master weights.", DTYPE),
     "lora.init": Field(
@@ -412,7 +419,7 @@ FIELDS: dict[str, Field] = {
         "An epoch's samples and scores are saved before they are learnt from: a killed run repeats "
         "at most the phase it was in. Needs train.checkpoint_every 1.",
     ),
-    "eval.videos": Field(96, "Held-out videos of an evaluation.", at_least(2)),
+    "eval.videos": Field(96, "Held-out videos of an evaluation.", between(2, MOST_VIDEOS)),
     "eval.frames": Field(
         0,
         "Pixel frames of a held-out video where windows are trained. 0: video.frames.",

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from astrolabe_jax.arithmetic import piece, repeats, rounds, samples
-from astrolabe_jax.config import FIELDS, LOAD, WEIGHT, flatten, reward_weights
+from astrolabe_jax.config import FIELDS, LOAD, POSITIVE, WEIGHT, flatten, reward_weights
 
 # What devices hold of numbers: int32, and float32 whose smallest are not rounded to 0.
 _MOST_INT = 2**31 - 1
@@ -104,6 +104,8 @@ def _field_faults(config: ConfigDict) -> Iterator[tuple[str, str]]:
         bound = _bound(value)
         if bound or (field.constraint and not field.constraint.allows(value)):
             expected = field.constraint.expected if field.constraint else ""
+            if field.constraint is POSITIVE:
+                bound = bound.removeprefix("0 or ")
             told = [expected, bound if "at most" not in expected else ""]
             yield name, f"config.{name} is {value!r}; expected {', '.join(filter(None, told))}"
 

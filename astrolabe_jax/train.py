@@ -23,7 +23,7 @@ from astrolabe_jax.rewards.registry import RewardError
 from astrolabe_jax.run import Run
 from astrolabe_jax.runtime import files, multihost, preemption
 from astrolabe_jax.runtime.metrics import Metrics
-from astrolabe_jax.runtime.progress import Progress, log, warn
+from astrolabe_jax.runtime.progress import Progress, counted, log, warn
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
     Evaluation,
@@ -342,6 +342,11 @@ def train(run: Run, state: RunState, check: Callable[[], None]) -> dict[str, Any
     metrics = Metrics(run.workdir, state.epoch, functools.partial(_still_holds, run, state.epoch))
     step = TrainStep(run.config, run.base.transformer.graphdef, run.layout, run.mesh)
     try:
+        if metrics.dropped and not state.epoch:
+            log(
+                f"no checkpoint is in {run.workdir}: it begins anew, and makes "
+                f"{counted(metrics.dropped, 'epoch')} once more"
+            )
         if state.epoch:
             log(f"going on after epoch {state.epoch} of {count}")
             _say_what_is_lost(run, state.epoch, metrics)

@@ -560,8 +560,18 @@ def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path
     if may:
         checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
     else:
-        with pytest.raises(ValueError, match=f"belongs to another run.*\n  {name}: 1 there, 2 now"):
+        told = name.removesuffix(".weight")  # which is that of a reward without options, too
+        with pytest.raises(ValueError, match=f"belongs to another run.*\n  {told}: 1 there, 2 now"):
             checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
+
+
+def test_a_weight_is_the_same_as_a_number_and_as_an_option(tmp_path):
+    alone = FINGERPRINT | {"config.rewards.a": 1.0}
+    option = FINGERPRINT | {"config.rewards.a.weight": 1.0}
+    checkpoint.claim(tmp_path, alone)
+    checkpoint.check_workdir(tmp_path, option)
+    checkpoint.claim(tmp_path, option)
+    checkpoint.check_workdir(tmp_path, alone)
 
 
 def test_a_refused_write_names_the_checkpoint_and_leaves_the_one_before(tmp_path, loud_again):

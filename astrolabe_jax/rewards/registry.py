@@ -399,7 +399,14 @@ def _scorer(names: tuple[str, ...], value: Any, setting: Setting) -> Scorer:
     loader = _imported(names[0], line.load)
     with _error_prefix(names[0]):
         chosen = _options(names[0], value)
-        return loader(names, setting) if chosen is None else loader(names, setting, chosen)
+        made = loader(names, setting) if chosen is None else loader(names, setting, chosen)
+        if not isinstance(made, Scorer):
+            what = "nothing" if made is None else f"a {type(made).__name__}"
+            raise ValueError(
+                f"its loader returned {what}; expected a Scorer (from "
+                "astrolabe_jax.rewards.registry), which holds the function that scores"
+            )
+        return made
 
 
 def planned(settings: Mapping[str, Any], mesh: Any) -> tuple[Loaded, ...]:

@@ -74,6 +74,7 @@ _UNFINISHED = (".aria2", ".part", ".crdownload", ".incomplete", ".download")
 # Errors of a file that is written, never of one that is read: a full disk, a quota, a limit, a file
 # system that has become read-only.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_TOO_MANY = os.strerror(errno.EMFILE)  # open files
 
 
 # Held by this process until it ends; all locks of a file end when one of its descriptors is closed.
@@ -84,8 +85,9 @@ class WriteError(OSError):
     """A file could not be written; the message names it and the next step."""
 
     def __init__(self, path: Path, reason: object):
+        step = "raise its limit (ulimit -n)" if reason == _TOO_MANY else "make room for it"
         super().__init__(
-            f"{path} cannot be written: {reason}; make room for it, then run the same command again"
+            f"{path} cannot be written: {reason}; {step}, then run the same command again"
         )
 
 
@@ -257,7 +259,8 @@ def _not_finite(text: str) -> NoReturn:
 def local_directory(text: str | Path) -> Path:
     """Return the directory that a user names; `~` stands for the home directory.
 
-    Raises ValueError for an address, such as that of a bucket.
+    Raises ValueError for an address, such as that of a bucket, and for a name that is no UTF-8,
+    which Orbax cannot write.
     """
     scheme, colon, _ = str(text).partition("://")
     if colon:
@@ -265,10 +268,24 @@ def local_directory(text: str | Path) -> Path:
             f"{text}: {scheme}:// is not supported; expected a directory of a file system (a "
             "bucket can be mounted as one)"
         )
+    if fault := _not_utf8(str(text)):
+        raise ValueError(fault)
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{text}: {str(error).rstrip('.')}; expected a directory") from None
+
+
+def _not_utf8(text: str) -> str:
+    """Return what to tell of a name that Python could not read in this locale; "" for others."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return (
+            f"{ascii(text)} is not text in UTF-8; rename it, or, if the locale is at fault, set "
+            "PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+        )
+    return ""
 
 
 def local_file(text: str | Path, what: str) -> Path:

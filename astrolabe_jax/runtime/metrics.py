@@ -28,6 +28,7 @@ class Metrics:
 
     Attributes:
       records: in the order in which they were added; each has `kind` and `epoch`.
+      dropped: how many records of epochs were there that are not kept.
     """
 
     def __init__(self, workdir: Path, epoch: int, keep: Callable[[dict], bool]):
@@ -38,14 +39,18 @@ class Metrics:
         self._path = workdir / "metrics.jsonl"
         self._events_path = workdir / "tensorboard"
         self._events: EventsWriter | None = None  # on process 0
-        self.records: list[dict] = multihost.on_primary(lambda: self._open(epoch, keep))
+        self.records: list[dict]
+        self.dropped: int
+        self.records, self.dropped = multihost.on_primary(lambda: self._open(epoch, keep))
 
-    def _open(self, epoch: int, keep: Callable[[dict], bool]) -> list[dict]:
-        records = [
+    def _open(self, epoch: int, keep: Callable[[dict], bool]) -> tuple[list[dict], int]:
+        there = [
             record
             for record in read_jsonl(self._path)
-            if (type(record.get("kind")), type(record.get("epoch"))) == (str, int) and keep(record)
+            if (type(record.get("kind")), type(record.get("epoch"))) == (str, int)
         ]
+        records = list(filter(keep, there))
+        dropped = sum(record["kind"] == "epoch" and not keep(record) for record in there)
         write_atomic(self._path, "".join(_line(record) for record in records).encode())
         with writing(self._events_path):
             self._events_path.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,7 @@ class Metrics:
                 _Event(wall_time=time.time(), step=epoch + 1, session_log=start)
             )
             self._events.flush()
-        return records
+        return records, dropped
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record.

@@ -32,11 +32,11 @@ def log(text: str, file: TextIO | None = None) -> None:
     """Print a line on process 0 alone, to standard output by default.
 
     It is flushed, so that it appears at once also through a pipe. Where nobody reads it any more, a
-    closed pipe or terminal, or where its disk is full, or where a reward has closed it, the program
-    goes on without it.
+    closed pipe or terminal, or where its disk is full, or where it was closed before the program
+    began, or by a reward, the program goes on without it.
     """
     stream = file or sys.stdout
-    if jax.process_index() != 0 or stream.closed:
+    if jax.process_index() != 0 or stream is None or stream.closed:
         return
     try:
         print(text, file=stream, flush=True)

@@ -155,6 +155,22 @@ def test_lost_metrics_are_named_and_what_can_be_measured_again_is(straight, base
     ]
 
 
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(straight, base, tmp_path, capsys):
+    _, workdir, _ = straight
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="stop"):
+        patch.setattr(train.evaluate, "evaluate", stop)
+        runs.start(runs.small_config(base), copy)
+    told = f"no checkpoint is in {copy}: it begins anew, and makes 4 epochs once more"
+    assert told in capsys.readouterr().out
+
+
+def stop(*_):
+    raise OSError("stop")
+
+
 def test_spoilt_reports_are_made_again(straight, base, tmp_path):
     """A summary that is no JSON, a line of metrics that is no record, and strips that were thrown
     away.

@@ -472,6 +472,16 @@ def test_whatever_a_loader_or_an_import_raises_names_the_line_of_its_user(outsid
 
 
 @pytest.mark.parametrize(
+    ("made", "what"), [("None", "nothing"), ("print", "a builtin"), ("{}", "a dict")]
+)
+def test_a_loader_that_returns_no_scorer_is_named(outside, made, what):
+    outside.write(broken=f"def load(names, setting): return {made}")
+    setting = rewards.Setting(None, 16.0)
+    with pytest.raises(ValueError, match=f"rewards.mine: its loader returned {what}.*; expected a"):
+        rewards.load({"mine": {"load": "broken:load"}}, setting)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (

@@ -283,6 +283,13 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
     assert "cannot be locked ([Errno 37] No locks available): use it in one run" in caplog.text
 
 
+def test_what_a_refused_write_asks_for_fits_the_reason():
+    assert "make room for it" in str(files.WriteError(Path("a"), os.strerror(errno.ENOSPC)))
+    assert "raise its limit (ulimit -n)" in str(
+        files.WriteError(Path("a"), os.strerror(errno.EMFILE))
+    )
+
+
 def test_directories_are_those_of_this_machine(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert files.local_directory("~/runs/demo") == Path("/home/me/runs/demo")
@@ -290,5 +297,9 @@ def test_directories_are_those_of_this_machine(monkeypatch):
     for text in ("gs://bucket/run", "s3://bucket", "file:///tmp/run", "wandb://a"):
         with pytest.raises(ValueError, match=f"{text}: {text.partition(':')[0]}:// is not support"):
             files.local_directory(text)
+    with pytest.raises(
+        ValueError, match=r"'b.udcff' is not text in UTF-8; rename it, or, .*UTF8=1"
+    ):
+        files.local_directory(os.fsdecode(b"b\xff"))
     with pytest.raises(ValueError, match="~nobody.at.all/run: .*; expected a directory"):
         files.local_directory("~nobody.at.all/run")

@@ -187,6 +187,8 @@ def test_a_program_outlives_a_reward_that_closes_its_output(monkeypatch):
         pass
     monkeypatch.setattr(sys, "stdout", closed)
     log("nobody reads this")
+    monkeypatch.setattr(sys, "stdout", None)  # closed before the program began
+    log("nor this")
 
 
 def test_a_program_outlives_whoever_reads_its_lines():
