@@ -9,7 +9,6 @@ compiles, the second one counts. Several processes start it as they start astrol
 """
 
 import functools
-import json
 import math
 import shutil
 import statistics
@@ -35,7 +34,7 @@ from astrolabe_jax.decode import decode_video
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import backend, cli, multihost
-from astrolabe_jax.runtime.files import write_atomic
+from astrolabe_jax.runtime.files import new_file, write_json
 from astrolabe_jax.runtime.progress import Progress, clock, compilation, counted, log
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import PromptBatch, RngStream, TrainState, VideoBatch
@@ -415,7 +414,10 @@ def main(holders: Mapping[str, flags.FlagHolder], joining: tuple[flags.FlagHolde
     """Print the figures; status 2 for a recipe that cannot be, 1 for a reward that fails."""
     cli.set_up(lambda: multihost.join(*(flag.value for flag in joining)))
     config = holders["config"].value
+    path = None
     try:
+        if text := holders["json"].value:
+            path = multihost.on_all(lambda: new_file(text, "--json"))
         with plan.naming_memory(config):
             figures = measure(config, holders["directory"].value)
     except registry.RewardError as error:
@@ -423,12 +425,8 @@ def main(holders: Mapping[str, flags.FlagHolder], joining: tuple[flags.FlagHolde
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
     log(report.titled(f"bench of {figures['name']}", dict(rows(figures))))
-    if path := holders["json"].value:
-        multihost.on_primary(
-            lambda: write_atomic(
-                Path(path).expanduser(), json.dumps(figures, indent=1).encode() + b"\n"
-            )
-        )
+    if path:
+        multihost.on_primary(lambda: write_json(path, figures))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> str:
         for path in workdir.glob(pattern):
             if _HALF_WRITTEN.fullmatch(path.relative_to(workdir).as_posix()):
                 path.unlink()
-    files.write_atomic(workdir / _RECORD, json.dumps(fingerprint, indent=1).encode())
+    files.write_json(workdir / _RECORD, dict(fingerprint))
     return holder
 
 

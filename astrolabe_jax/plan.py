@@ -37,6 +37,7 @@ from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.run import Run, timeline_of
 from astrolabe_jax.runtime import backend, cli
+from astrolabe_jax.runtime.files import new_file, write_json
 from astrolabe_jax.runtime.progress import counted
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import (
@@ -331,6 +332,7 @@ def planned_devices(config: ConfigDict) -> int:
     return jax.device_count() if limit == -1 else max(config.sampler.batch // limit, 1)
 
 
+GIB = 2**30
 EQUAL_PIECES = 2  # that are traced of an optimizer step: a first one, and one that adds to it
 # What the errors of a device, of the host and of what reads files say where memory ends.
 _SHORTAGES = ("resource_exhausted", "out of memory", "unable to allocate", "bad_alloc")
@@ -508,39 +510,71 @@ def planned_on(config: ConfigDict, device: estimate.Device, count: int) -> Run:
         return abstract_run(config, count)
 
 
-def verdict(config: ConfigDict, on: str, price: float) -> Iterator[str]:
-    """Yield lines that say whether a run fits on devices such as `h100:8`, and what it takes.
+def verdict(config: ConfigDict, on: str, price: float) -> dict[str, Any]:
+    """Return whether a run fits on devices such as `h100:8`, and what it takes; JSON can hold it.
 
     price: of a device and hour; 0: unknown.
     """
     kind, device, count = estimate.parse(on)
     settings, found = fitting(config, device, count)
-    least = found if not settings else estimated(planned_on(config, device, count), device)
-    phase = max(least.peaks, key=lambda name: least.peaks[name])
+    plain = found if not settings else estimated(planned_on(config, device, count), device)
+    hours = config.train.epochs * found.seconds / 3600
+    return {
+        "name": config.name,
+        "kind": kind,
+        "devices": count,
+        "memory_bytes": device.memory,
+        "fits": plain.fits,
+        "peak_bytes": plain.peak,
+        "peak_phase": max(plain.peaks, key=lambda name: plain.peaks[name]),
+        "settings": settings,  # with which it fits, or all that take less memory
+        "fits_with_settings": found.fits,
+        "peak_bytes_with_settings": found.peak,
+        # of an epoch with these settings, without rewards
+        "phases": {
+            name: {
+                "seconds": phase.seconds,
+                "operations": phase.operations,
+                "peak_bytes": found.peaks[name],
+            }
+            for name, phase in found.phases.items()
+        },
+        "epochs": config.train.epochs,
+        "hours": hours,
+        "device_hours": hours * count,
+        "price": price,
+        "cost": hours * count * price,
+    }
+
+
+def told(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines about a verdict."""
     yield (
-        f"  on         {count} x {kind}: {'fits' if least.fits else 'does not fit'}, at most "
-        f"{least.peak / 2**30:,.1f} of {device.memory / 2**30:,.1f} GiB on a device, in the {phase}"
+        f"  on         {found['devices']} x {found['kind']}: "
+        f"{'fits' if found['fits'] else 'does not fit'}, at most {found['peak_bytes'] / GIB:,.1f} "
+        f"of {found['memory_bytes'] / GIB:,.1f} GiB on a device, in the {found['peak_phase']}"
     )
-    if settings and found.fits:
-        flags_ = " ".join(f"--config.{field}={value}" for field, value in settings.items())
-        yield f"             fits with {flags_}: {found.peak / 2**30:,.1f} GiB"
-    elif settings:
+    peak = f"{found['peak_bytes_with_settings'] / GIB:,.1f} GiB"
+    if found["settings"] and found["fits_with_settings"]:
+        flags_ = " ".join(f"--config.{name}={value}" for name, value in found["settings"].items())
+        yield f"             fits with {flags_}: {peak}"
+    elif found["settings"]:
         yield (
-            f"             with all that takes less memory it holds {found.peak / 2**30:,.1f} GiB; "
-            "take more devices, or larger ones"
+            f"             with all that takes less memory it holds {peak}; take more devices, or "
+            "larger ones"
         )
     phases = ", ".join(
-        f"{name} {part.seconds:,.0f} s ({part.operations / 1e15:,.1f} PFLOP, peak "
-        f"{found.peaks[name] / 2**30:,.1f} GiB)"
-        for name, part in found.phases.items()
+        f"{name} {phase['seconds']:,.0f} s ({phase['operations'] / 1e15:,.1f} PFLOP, peak "
+        f"{phase['peak_bytes'] / GIB:,.1f} GiB)"
+        for name, phase in found["phases"].items()
     )
-    so = " so" * bool(settings)
+    so = " so" * bool(found["settings"])
     yield f"             an epoch{so}, without rewards: {phases}"
-    hours = config.train.epochs * found.seconds / 3600
-    cost = f", {hours * count * price:,.0f} at {price:g} an hour" if price else ""
+    price = found["price"]
+    cost = f", {found['cost']:,.0f} at {price:g} an hour" if price else ""
     yield (
-        f"             {counted(config.train.epochs, 'epoch')} without rewards and evaluations: "
-        f"{hours:,.1f} h, {hours * count:,.0f} device-hours{cost}"
+        f"             {counted(found['epochs'], 'epoch')} without rewards and evaluations: "
+        f"{found['hours']:,.1f} h, {found['device_hours']:,.0f} device-hours{cost}"
     )
 
 
@@ -550,9 +584,17 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
     config = holders["config"].value
     on = holders["on"].value
     devices = holders["devices"].value
+    text = holders["json"].value
+    price = holders["price"].value
     try:
         if on and devices:
             raise ValueError(f"--on={on} says how many devices; leave --devices out")
+        if (text or price) and not on:
+            flag = "--json" if text else "--price"
+            raise ValueError(f"{flag} is about --on; give devices, such as --on=h100:8")
+        if not math.isfinite(price):
+            raise ValueError(f"--price is {price}; expected that of a device and hour, a number")
+        path = new_file(text, "--json") if text else None
         if on:
             _, device, devices = estimate.parse(on)
         kind = device.backend if on else backend.current()
@@ -564,8 +606,11 @@ def main(holders: Mapping[str, flags.FlagHolder]) -> None:
             flush=True,
         )
         with naming_memory(config):
-            for line in verdict(config, on, holders["price"].value) if on else _traced(run):
+            found = verdict(config, on, price) if on else {}
+            for line in told(found) if on else _traced(run):
                 print(line, flush=True)
+        if path:
+            write_json(path, found)
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
 
@@ -590,6 +635,7 @@ if __name__ == "__main__":
         "on": flags.DEFINE_string(
             "on", "", f"devices to run on, as h100:8 or v5e:4x4: {', '.join(estimate.DEVICES)}"
         ),
+        "json": flags.DEFINE_string("json", None, "file to write the verdict of --on to"),
         "price": flags.DEFINE_float("price", 0.0, "of a device and hour", lower_bound=0.0),
     }
     flags.mark_flag_as_required("config")

@@ -15,7 +15,6 @@ the working directory that are written here:
 
 import importlib.metadata
 import itertools
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from astrolabe_jax.models.lora import parameter_count
 from astrolabe_jax.models.wan.cache import empty_cache
 from astrolabe_jax.run import Run, encoder_on_host
 from astrolabe_jax.runtime import media
-from astrolabe_jax.runtime.files import write_atomic, writing
+from astrolabe_jax.runtime.files import write_atomic, write_json, writing
 from astrolabe_jax.runtime.progress import counted, rewards_of
 from astrolabe_jax.types import Evaluation, PromptBatch
 
@@ -443,7 +442,7 @@ def write_summary(
         "devices": [device.device_kind for device in jax.devices()],
         "config": flatten(config),
     }
-    write_atomic(workdir / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    write_json(workdir / "summary.json", summary)
     return summary
 
 

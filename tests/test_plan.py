@@ -1,5 +1,6 @@
 """plan.py describes the run that run.py would make, without its files."""
 
+import json
 import os
 import re
 import subprocess
@@ -177,14 +178,16 @@ def test_the_size_of_streams_in_checkpoints_is_printed(base, capsys):
 
 
 def run_main(**given):
-    values = {"config": None, "devices": None, "on": "", "price": 0.0} | given
+    values = {"config": None, "devices": None, "on": "", "price": 0.0, "json": None} | given
     plan.main({name: types.SimpleNamespace(value=value) for name, value in values.items()})
 
 
-def test_it_says_whether_a_run_fits_and_what_it_takes(base, capsys, monkeypatch):
+def test_it_says_whether_a_run_fits_and_what_it_takes(base, tmp_path, capsys, monkeypatch):
     config = runs.small_config(base, **{"mesh.samples_per_device": 4})
-    run_main(config=config, on="h100:2", price=3.0)
+    run_main(config=config, on="h100:2", price=3.0, json=str(tmp_path / "a.json"))
     told = capsys.readouterr().out
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert list(plan.told(written)) == told.splitlines()[-3:] and written["cost"] > 0
     assert "2 x h100: fits, at most 0.0 of 79.2 GiB on a device" in told
     assert re.search(r"an epoch, without rewards: encode .* rollout .* decode .* update", told)
     assert re.search(r"4 epochs without rewards and evaluations: 0\.0 h, .* at 3 an hour", told)
@@ -325,3 +328,20 @@ def test_a_file_of_flags_that_cannot_be_read_is_one_line(tmp_path):
         ended = program(f"--flagfile={given}")
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1
         assert ended.stderr.startswith("error: --flagfile: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"json": "a.json"}, "--json is about --on; give devices, such as --on=h100:8"),
+        ({"price": 2.0}, "--price is about --on; give devices, such as --on=h100:8"),
+        ({"price": float("nan"), "on": "h100:2"}, "--price is nan; expected that of a device"),
+        ({"json": "gone/a.json", "on": "h100:2"}, "--json: gone/a.json cannot be written .No such"),
+        ({"json": ".", "on": "h100:2"}, "--json: . is a directory; expected the name of a file"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_first(base, capsys, monkeypatch, given, expected):
+    monkeypatch.setattr(plan, "abstract_run", None)
+    with pytest.raises(SystemExit) as end:
+        run_main(config=runs.small_config(base), **given)
+    assert end.value.code == 2 and re.search(expected, capsys.readouterr().err)

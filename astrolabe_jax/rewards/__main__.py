@@ -28,7 +28,7 @@ from astrolabe_jax.preflight import Faults
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import backend, cli, media, multihost
-from astrolabe_jax.runtime.files import local_file, read_json, write_atomic
+from astrolabe_jax.runtime.files import local_file, read_json, write_json
 from astrolabe_jax.runtime.progress import compilation, counted
 from astrolabe_jax.types import Scores
 
@@ -53,7 +53,7 @@ def record(path: Path, recorded: dict, scores: Mapping[str, tuple[str, float]]) 
     """Add scores, {golden_key: (reward, score)}, to a file and what is recorded there."""
     recorded |= {key: {"reward": name, "score": score} for key, (name, score) in scores.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(recorded, indent=2) + "\n").encode())
+    write_json(path, recorded)
     print(f"recorded {counted(len(scores), 'score')} in {path}")
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -167,6 +168,28 @@ def write_atomic(path: Path, payload: bytes) -> None:
     """Write a file such that no reader sees half of it, as `atomic` does."""
     with atomic(path) as file:
         file.write(payload)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what JSON can hold, its numbers all finite, as `write_atomic` does."""
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def new_file(text: str, flag: str) -> Path:
+    """Return the file that a user wants to be written, before the work that it is about.
+
+    Raises ValueError or OSError, naming the flag, if it cannot be.
+    """
+    path = local_directory(text)
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag}: {path} is a directory; expected the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(
+            f"{flag}: {path} cannot be written ({error.strerror}); give another"
+        ) from None
+    return path
 
 
 def listed(opening: str, faults: Sequence[str]) -> str:

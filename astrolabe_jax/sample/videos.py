@@ -26,7 +26,7 @@ from astrolabe_jax.convert.parts import PlaceLeaf
 from astrolabe_jax.decode import decode_video, encode_video
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.rewards.panel import RewardRunner
-from astrolabe_jax.runtime.files import read_jsonl, write_atomic
+from astrolabe_jax.runtime.files import read_jsonl, write_atomic, write_json
 from astrolabe_jax.runtime.media import Mp4Writer
 from astrolabe_jax.runtime.progress import Progress, counted, log
 from astrolabe_jax.sample.requests import GivenFrames, Request
@@ -416,10 +416,7 @@ def sample(
         make_videos(run, given, batch, size, add, keep)
     if run.reward_runner.names:
         means = _means([row["scores"] for row in rows.values()])
-        write_atomic(
-            directory / "average_scores.json",
-            json.dumps(means, indent=1, allow_nan=False).encode(),
-        )
+        write_json(directory / "average_scores.json", means)
     log(f"  {videos}, {directory / RESULTS}")
 
 

@@ -71,7 +71,7 @@ def test_all_stages_are_measured(base, tmp_path, capsys, changes, phases):
     found = json.loads(json.dumps(bench.measure(config, str(tmp_path))))
     assert found["devices"] == 8 and found["epoch"].keys() == phases
     for figure in found["epoch"].values():
-        assert figure["seconds"] > 0 and figure["times"] >= 1 and 0 < figure["share_of_rate"] < 1
+        assert figure["seconds"] > 0 and figure["times"] > 0 and 0 < figure["share_of_rate"] < 1
     block = found["block"]
     later = block["later"]["transformer"] + block["later"]["vae"]
     rates = block["frames_per_second"]
@@ -115,7 +115,8 @@ def test_a_recipe_that_cannot_be_is_refused(base, capsys):
     config = runs.small_config(base, **{"sampler.batch": 7})
     alone = tuple(map(holder, (False, None, None, None, 300.0)))
     with pytest.raises(SystemExit) as ended:
-        bench.main({"config": holder(config), "directory": holder(None)}, alone)
+        given = {"config": config, "directory": None, "json": None}
+        bench.main({name: holder(value) for name, value in given.items()}, alone)
     assert ended.value.code == 2 and "config.sampler.batch is 7" in capsys.readouterr().err
 
 
