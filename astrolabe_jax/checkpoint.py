@@ -119,15 +119,13 @@ def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
 
     Nothing stays that is written. `fingerprint` may lack the hashes of weights.
     """
-    there = workdir
     try:
         there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(
-            f"workdir {workdir} cannot be written ({there} takes no files): {error.strerror}; give "
-            "another --workdir"
+            f"workdir {workdir} cannot be looked at: {error.strerror}; give another --workdir"
         ) from None
+    files.check_takes_files(there, f"workdir {workdir}", "another --workdir")
     saved = _record_of(workdir)
     if saved and fingerprint:
         saved, fingerprint = (_one_form(entries) for entries in (saved, fingerprint))

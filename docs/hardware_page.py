@@ -14,13 +14,26 @@ from astrolabe_jax import estimate, plan
 PAGE = Path(__file__).with_name("hardware.md")
 RECIPES = (
     "self_forcing:hpsv3",
+    "self_forcing:paper",
     "causal_forcing:framewise",
     "longlive:hpsv3",
     "longlive:streaming",
     "longlive:paper",
     "krea14b:hpsv3",
+    "krea14b:paper",
 )
-DEVICES = ("h100:1", "h100:8", "h200:1", "h200:8", "v5e:4x4", "v6e:4x4", "v5p:2x2x2")
+DEVICES = (
+    "h100:1",
+    "h100:4",
+    "h100:8",
+    "h200:1",
+    "h200:4",
+    "h200:8",
+    "v5e:4x4",
+    "v6e:4x4",
+    "v5p:2x2x2",
+    "v5p:2x2x4",
+)
 SHORT = {
     "mesh.samples_per_device": "1 a device",
     "mesh.fsdp": "fsdp",

@@ -336,7 +336,10 @@ def test_a_file_of_flags_that_cannot_be_read_is_one_line(tmp_path):
         ({"json": "a.json"}, "--json is about --on; give devices, such as --on=h100:8"),
         ({"price": 2.0}, "--price is about --on; give devices, such as --on=h100:8"),
         ({"price": float("nan"), "on": "h100:2"}, "--price is nan; expected that of a device"),
-        ({"json": "gone/a.json", "on": "h100:2"}, "--json: gone/a.json cannot be written .No such"),
+        (
+            {"json": "gone/a.json", "on": "h100:2"},
+            "--json: gone/a.json cannot be written .gone takes no files.: No such",
+        ),
         ({"json": ".", "on": "h100:2"}, "--json: . is a directory; expected the name of a file"),
     ],
 )

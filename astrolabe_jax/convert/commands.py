@@ -8,7 +8,6 @@ import functools
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +15,13 @@ from astrolabe_jax.convert import base, lora, nets, parts, store
 from astrolabe_jax.convert.open import POLICIES, find_checkpoint, open_part, open_policy
 from astrolabe_jax.convert.weights import suffix_of
 from astrolabe_jax.models.tokenizer import load_tokenizer
-from astrolabe_jax.runtime.files import Lazy, read_json, write_atomic, write_safetensors
+from astrolabe_jax.runtime.files import (
+    Lazy,
+    check_takes_files,
+    read_json,
+    write_atomic,
+    write_safetensors,
+)
 from astrolabe_jax.runtime.progress import Progress, log
 
 
@@ -170,13 +175,7 @@ def _making(directory: Path, to: Path, *written: Path) -> Iterator[None]:
             f"--to: no directory {directory} can be made ({error.strerror}); give another --to"
         ) from None
     try:
-        try:
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise OSError(
-                f"--to: {to} cannot be written ({directory} takes no files: {error.strerror}); "
-                "give another --to"
-            ) from None
+        check_takes_files(directory, f"--to: {to}", "another --to")
         yield
     except BaseException:
         for path in written:

@@ -175,6 +175,22 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
+def check_takes_files(folder: Path, what: str, other: str) -> None:
+    """Raise OSError if nothing can be written into a folder; nothing stays.
+
+    Args:
+      folder: that exists.
+      what: the user wants to be written there.
+      other: what to give in its place.
+    """
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"{what} cannot be written ({folder} takes no files): {error.strerror}; give {other}"
+        ) from None
+
+
 def new_file(text: str, flag: str) -> Path:
     """Return the file that a user wants to be written, before the work that it is about.
 
@@ -183,12 +199,7 @@ def new_file(text: str, flag: str) -> Path:
     path = local_directory(text)
     if path.is_dir():
         raise IsADirectoryError(f"{flag}: {path} is a directory; expected the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(
-            f"{flag}: {path} cannot be written ({error.strerror}); give another"
-        ) from None
+    check_takes_files(path.parent, f"{flag}: {path}", "another")
     return path
 
 

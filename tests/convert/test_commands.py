@@ -327,11 +327,11 @@ def test_an_entry_may_be_chosen(capsys, base, tmp_path):
         ),
         (
             ["export", "{imported}", "--to", "/proc/a.safetensors", "--part", "vae"],
-            "--to: /proc/a.safetensors cannot be written ./proc takes no files: .*; give another",
+            "--to: /proc/a.safetensors cannot be written ./proc takes no files.: .*; give another",
         ),
         (
             ["export-lora", "{tmp}/ours.safetensors", "--to", "/proc/a"],
-            "--to: /proc/a cannot be written ./proc takes no files: .*; give another --to",
+            "--to: /proc/a cannot be written ./proc takes no files.: .*; give another --to",
         ),
         (["import", "{imported}/vae", "--to", "/proc"], "--to: /proc cannot be written"),
         ([], "required: command"),
