@@ -197,8 +197,10 @@ def claim(workdir: Path, fingerprint: Fingerprint) -> str:
         tempfile.TemporaryFile(dir=workdir).close()
         saved = _record_of(workdir)
     except OSError as error:
+        there = isinstance(error, FileExistsError)  # a link to nothing
+        reason = files.what_is_at(workdir) if there else error.strerror
         raise OSError(
-            f"workdir {workdir} cannot be written ({error.strerror}); give another --workdir"
+            f"workdir {workdir} cannot be written ({reason}); give another --workdir"
         ) from None
     if saved is not None:
         refuse_differences(saved, fingerprint, f"workdir {workdir} belongs to another run")

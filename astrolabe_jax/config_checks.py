@@ -213,9 +213,9 @@ def _reward_faults(config: ConfigDict, reward_names: Collection[str]) -> Iterato
             )
         )
     yield from _weight_faults(config)
-    if weights and all(map(_is_weight, weights.values())) and sum(weights.values()) == 0:
+    if weights and not any(weights.values()):
         summands = ", ".join(f"{name}={weight}" for name, weight in weights.items())
-        yield f"config.rewards has a total weight of 0 ({summands}); raise a weight"
+        yield f"config.rewards has no weight but 0 ({summands}); raise one"
 
 
 def _weight_faults(config: ConfigDict) -> Iterator[str]:

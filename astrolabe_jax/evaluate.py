@@ -8,7 +8,7 @@ from astrolabe_jax import advantages, decode, prompts
 from astrolabe_jax.arithmetic import clip_length, eval_frames, piece
 from astrolabe_jax.config import reward_weights
 from astrolabe_jax.run import Run, timeline_of
-from astrolabe_jax.runtime.progress import Progress
+from astrolabe_jax.runtime.progress import Progress, warn
 from astrolabe_jax.streaming import windows
 from astrolabe_jax.types import Evaluation, PromptBatch, RngStream, Timeline
 
@@ -41,7 +41,7 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
     """Return the scores of real videos of the held-out prompts after a round trip through the VAE.
 
     A policy that imitates real videos perfectly would score this: its decoder can draw no better.
-    None where there are no real videos.
+    None where there are no real videos, or they have another size than those of the run.
     """
     world = prompts.world_of(run.config.prompts.test)
     if world is None or not run.config.eval.ceiling:
@@ -58,6 +58,11 @@ def ceiling(run: Run, progress: Progress) -> Evaluation | None:
                 for j, timeline in enumerate(timelines)
             ]
         )
+        size_asked = (run.config.video.height, run.config.video.width)
+        if real.shape[2:4] != size_asked:
+            sizes = ["x".join(map(str, sides)) for sides in (real.shape[2:4], size_asked)]
+            warn(f"real videos are {sizes[0]}, those of the run {sizes[1]}: there is no ceiling")
+            return None
         waiting.append(_score_real(run, timelines, real, first, progress))
     return _evaluation(run, waiting)
 

@@ -100,8 +100,8 @@ def test_every_published_list_of_steps_is_valid(steps):
             "config.scoring.overlap is 'all' with mesh.fsdp 2",
         ),
         (
-            {"rewards.shapes_vq": -2.0},
-            "config.rewards has a total weight of 0 .*shapes_vq=-2.0.*; raise a weight",
+            {"rewards.shapes_vq": 0.0, "rewards.shapes_mq": 0, "rewards.shapes_ta": 0.0},
+            "config.rewards has no weight but 0 .*shapes_vq=0.0.*; raise one",
         ),
         (
             {"sampler.batch": 13},

@@ -88,6 +88,7 @@ from ml_collections import ConfigDict
 
 from astrolabe_jax.config import LOAD, WEIGHT
 from astrolabe_jax.rewards import directory
+from astrolabe_jax.runtime import backend
 from astrolabe_jax.runtime.files import local_directory
 
 
@@ -278,12 +279,25 @@ def _error_prefix(name: str) -> Iterator[None]:
     Whatever else its code raises becomes a RewardError that tells where.
     """
     try:
-        yield
+        with _refusing_settings("its code"):
+            yield
     except (ValueError, OSError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"config.rewards.{name}: {error}") from error
     except (Exception, SystemExit) as error:  # a loader is anybody's code
         raise RewardError(f"config.rewards.{name}: {_described(error)}") from error
+
+
+@contextlib.contextmanager
+def _refusing_settings(what: str) -> Iterator[None]:
+    """Raise ValueError if settings of JAX are changed within, with which others would compute."""
+    with backend.settings_kept() as changed:
+        yield
+    if changed:
+        raise ValueError(
+            f"{what} changes {', '.join(changed)} for the whole program, whose numbers depend on "
+            "it; expected a setting within a block, such as with jax.enable_x64(True)"
+        )
 
 
 def _options_class(name: str, load: Callable) -> Any:
@@ -404,7 +418,7 @@ def _scorer(names: tuple[str, ...], value: Any, setting: Setting) -> Scorer:
             what = "nothing" if made is None else f"a {type(made).__name__}"
             raise ValueError(
                 f"its loader returned {what}; expected a Scorer (from "
-                "astrolabe_jax.rewards.registry), which holds the function that scores"
+                "astrolabe_jax.rewards.registry), with a function of (params, frames, prompts)"
             )
         return made
 
@@ -474,7 +488,8 @@ def _call(
         frames = frames.view()
         frames.flags.writeable = False
     try:
-        returned = loaded.scorer.score(loaded.scorer.params, frames, list(prompts))
+        with _refusing_settings("it"):
+            returned = loaded.scorer.score(loaded.scorer.params, frames, list(prompts))
         if not isinstance(returned, Mapping):
             returned = {names[0]: returned}
         return jax.device_get(
@@ -512,13 +527,18 @@ def _described(error: BaseException) -> str:
     own = [call for call in calls if not call.filename.startswith((_PYTHON, *_PACKAGES))]
     packaged = [call for call in calls if call.filename.startswith(_PACKAGES)]
     place = "".join(f" ({call.filename}:{call.lineno})" for call in (own or packaged)[-1:])
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}{place}"
+    try:
+        text = " ".join(str(error).split())[:_LONGEST]
+    except Exception:
+        text = "it cannot be written as text"
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def _imported(name: str, target: str) -> Any:
     """Return what "module:name" names; RewardError, naming the reward, if that cannot be."""
     try:
-        return pkgutil.resolve_name(target)
+        with _refusing_settings(f"its module {target!r}"):
+            return pkgutil.resolve_name(target)
     except (Exception, SystemExit) as error:  # a reward is anybody's code
         reason = _described(error)
         raise RewardError(f"reward {name!r}: cannot import {target!r}: {reason}") from error

@@ -8,6 +8,29 @@ from collections.abc import Iterator
 import jax
 
 _PLANNED: contextvars.ContextVar[str] = contextvars.ContextVar("planned", default="")
+# Settings of JAX that change the numbers, of a run that goes on too.
+FIXED = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_enable_x64": False,
+}
+PRECISION = "jax_default_matmul_precision"
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[list[str]]:
+    """Set back what is changed within of the settings that change the numbers; give their names,
+    which are there afterwards.
+    """
+    before = {name: getattr(jax.config, name) for name in (*FIXED, PRECISION)}
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for name, value in before.items():
+            if getattr(jax.config, name) != value:
+                changed.append(name)
+                jax.config.update(name, value)
 
 
 def current() -> str:

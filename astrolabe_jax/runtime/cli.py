@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from astrolabe_jax import config
-from astrolabe_jax.runtime import multihost, progress
+from astrolabe_jax.runtime import backend, multihost, progress
 
 flags.disclaim_key_flags()  # they are those of the program that calls `define`
 
@@ -53,13 +53,6 @@ _TYPES = {
 
 # Flags of astrolabe_jax.main alone, by which several processes meet.
 _JOINING = ("distributed", "coordinator", "processes", "process", "join_timeout")
-
-# Settings of JAX that change the numbers, of a run that goes on too.
-_FIXED = {
-    "jax_default_prng_impl": "threefry2x32",
-    "jax_threefry_partitionable": True,
-    "jax_enable_x64": False,
-}
 
 
 def define() -> flags.FlagHolder:
@@ -412,7 +405,7 @@ def set_up(join: Callable[[], None] = multihost.find_devices) -> None:
     jax.config.update(
         "jax_default_matmul_precision", os.environ.get("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     )
-    for name, value in _FIXED.items():
+    for name, value in backend.FIXED.items():
         if getattr(jax.config, name) != value:
             logging.warning("%s is not used: it would change the numbers", name.upper())
         jax.config.update(name, value)

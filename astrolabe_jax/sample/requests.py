@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from astrolabe_jax import prompts
+from astrolabe_jax.config import MOST_VIDEOS
 from astrolabe_jax.config_checks import error_prefix
 from astrolabe_jax.geometry import latent_length
 from astrolabe_jax.models.wan.config import Layout
@@ -99,6 +100,9 @@ def read_requests(config: ConfigDict, options: Mapping[str, Any], limits: Limits
         limits.max_tokens,
         rewards.prompt_check(config.rewards if options["score"] else ()),
     )
+    asked = len(texts) * options["candidates"]
+    if asked > MOST_VIDEOS:
+        raise ValueError(f"{asked:,} videos are asked for; expected at most {MOST_VIDEOS:,}")
     requests = []
     for index, text in enumerate(texts):
         place = prompts.place(source, index + 1)

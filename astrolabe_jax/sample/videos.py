@@ -349,17 +349,18 @@ def refuse_others(directory: Path, field: str, asked: Mapping[str, str]) -> None
     """
     rows = _rows(directory)
     others = {
-        name
+        name: "of another command"
         for name, row in rows.items()
         if name not in asked or row.get(field, asked[name]) != asked[name]
     }
-    # a row is written before its video has its name, so a video without one is not ours
-    others |= _names(directory) - rows.keys()
+    # a row is written before its video has its name, so one without a row is not ours, or lost it
+    lost = f"without a line in {RESULTS}"
+    others |= dict.fromkeys(_names(directory) - rows.keys(), lost)
     if others:
+        first = min(others)
         raise ValueError(
-            f"{directory} holds {counted(len(others), 'video')} of another command, "
-            f"{min(others)[:60]}.mp4 first; give another --output_dir, or --overwrite to replace "
-            "them"
+            f"{directory} holds {counted(len(others), 'video')} {others[first]}, {first[:60]}.mp4 "
+            "first; give another --output_dir, or --overwrite to replace them"
         )
 
 

@@ -175,7 +175,10 @@ def test_a_reward_that_takes_any_prompt_does_not_mind_those_of_others(base, tmp_
             {"sampler.steps": (1000, 500.5)},
             "config.sampler: denoising step 500.5 is not a whole number",
         ),
-        ({"rewards.shapes_vq": -2.0}, "config.rewards has a total weight of 0"),
+        (
+            {"rewards.shapes_vq": 0.0, "rewards.shapes_mq": 0.0, "rewards.shapes_ta": 0.0},
+            "config.rewards has no weight but 0",
+        ),
         (
             {
                 "prompts.prompts_per_epoch": 8,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from astrolabe_jax import report, train
+from astrolabe_jax import evaluate, report, train
 from astrolabe_jax.convert import commands
 from astrolabe_jax.rewards import registry as rewards
 from astrolabe_jax.run import prepare
@@ -203,6 +203,13 @@ def test_only_lost_records_are_named(straight, base, tmp_path, capsys):
     )
 
 
+def test_there_is_no_ceiling_for_videos_of_another_size_than_the_real_ones(base, tmp_path, capsys):
+    run = runs.prepared(runs.small_config(base, **{"eval.ceiling": True}), tmp_path / "run")
+    assert evaluate.ceiling(run, runs.quiet()) is None
+    told = "real videos are 48x48, those of the run 16x16: there is no ceiling"
+    assert told in capsys.readouterr().out
+
+
 def test_an_evaluation_in_between_leaves_all_that_the_last_one_does(base, tmp_path):
     """Videos, sheet, curves and adapter of epoch 1 are there when the run is stopped in epoch 2."""
     config = runs.small_config(base, **{"train.eval_every": 1, "train.epochs": 2})
@@ -312,6 +319,7 @@ def test_the_published_behaviour_runs(base, tmp_path):
         "kl.reset_epochs": 1,
     }
     changes |= {"sampler.batch": 8, "prompts.prompts_per_epoch": 4, "eval.ceiling": True}
+    changes |= {"video.height": 48, "video.width": 48}  # those of real videos
     config = runs.small_config(
         base, "reference", **changes, **{"train.epochs": 3, "train.checkpoint_every": 1}
     )

@@ -243,7 +243,9 @@ def test_videos_of_somebody_else_are_kept(base, tmp_path, capsys, results):
         (tmp_path / "results.jsonl").write_bytes(results)
     with pytest.raises(SystemExit):
         ask(base, tmp_path, prompt=RED)
-    assert "holds 1 video of another command, 00000.mp4 first" in capsys.readouterr().err
+    assert (
+        "holds 1 video without a line in results.jsonl, 00000.mp4 first" in capsys.readouterr().err
+    )
     assert (tmp_path / "videos/00000.mp4").read_bytes() == b"holidays"
 
 
@@ -277,6 +279,13 @@ def test_what_stands_in_the_place_of_a_result_is_named(base, tmp_path, capsys, p
         ask(base, tmp_path, prompt=RED, overwrite=True)
     assert ended.value.code == 2
     assert f"error: {tmp_path / place} is a {kind}, in place of a " in capsys.readouterr().err
+
+
+def test_more_videos_than_any_disk_holds_are_refused_at_once(base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        ask(base, tmp_path, prompt=RED, candidates=10**8)
+    assert ended.value.code == 2
+    assert "100,000,000 videos are asked for; expected at most 1,000,000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["load", "make_videos"])

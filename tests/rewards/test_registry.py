@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -469,6 +470,53 @@ def test_whatever_a_loader_or_an_import_raises_names_the_line_of_its_user(outsid
         with pytest.raises(ValueError, match=f"cannot import 'broken:score': {message}") as raised:
             rewards.validate({"mine": {"load": "broken:score"}})
         assert outside.place("import") is None or outside.place("import") in str(raised.value)
+
+
+CHANGING = """
+import jax
+from astrolabe_jax.rewards.registry import Scorer
+
+def change():
+    jax.config.update("jax_enable_x64", True)
+
+def score(frames, prompts):
+    change()
+    return [0.0] * len(prompts)
+
+def load(names, setting):
+    change()
+    return Scorer(score)
+"""
+
+
+def test_an_error_that_cannot_be_written_is_named(outside):
+    outside.write(
+        broken="""
+class Silent(Exception):
+    def __str__(self):
+        raise KeyError
+
+def score(frames, prompts):
+    raise Silent
+"""
+    )
+    (loaded,) = rewards.load({"mine": {"load": "broken:score"}}, rewards.Setting(None, 16.0))
+    with pytest.raises(rewards.RewardError, match=r"samples 0 to 2: Silent: .*broken.py:7\)"):
+        rewards.score(loaded, FRAMES, PROMPTS, range(3))
+
+
+def test_a_reward_that_changes_how_all_compute_is_named_and_undone(outside):
+    outside.write(broken=CHANGING, worse=f"{CHANGING}\nchange()")
+    told = "changes jax_enable_x64 for the whole program.*with jax.enable_x64"
+    setting = rewards.Setting(None, 16.0)
+    (loaded,) = rewards.load({"mine": {"load": "broken:score"}}, setting)
+    with pytest.raises(rewards.RewardError, match=f"'mine' failed on samples .*: it {told}"):
+        rewards.score(loaded, FRAMES, PROMPTS, range(3))
+    with pytest.raises(ValueError, match=f"config.rewards.mine: its code {told}"):
+        rewards.load({"mine": {"load": "broken:load"}}, setting)
+    with pytest.raises(ValueError, match=f"reward 'mine': .* its module 'worse:score' {told}"):
+        rewards.validate({"mine": {"load": "worse:score"}})
+    assert not jax.config.jax_enable_x64
 
 
 @pytest.mark.parametrize(
