@@ -25,6 +25,8 @@ PRODUCTS = 0.5
 CONVOLUTIONS = 0.25
 BANDWIDTH = 0.8
 COMPILED = 1.2
+# of products of rewards: HPSv3 on one H100, whose batches are small and of many lengths
+REWARDS = 0.14
 
 
 class Device(NamedTuple):
@@ -61,6 +63,7 @@ class Estimate(NamedTuple):
     device: Device
     peaks: dict[str, float]  # bytes on the device at most, by phase
     phases: dict[str, Phase]
+    rewards: dict[str, Phase]  # by the names that one call computes; those that can be counted
 
     @property
     def peak(self) -> float:
@@ -82,6 +85,7 @@ def of(
     run: Run,
     one: Run,
     costs: Iterable[tuple[str, str, Cost]],
+    rewards: Iterable[tuple[str, Cost, float]],
     device: Device,
     arrays: Mapping[str, int],
 ) -> Estimate:
@@ -90,16 +94,34 @@ def of(
     Args:
       one: what one of the devices works on at once (plan.on_one_device).
       costs: stage, name and cost of each call of its programs.
+      rewards: names, the cost of a call, and calls of a video, of each program of a reward.
       arrays: bytes that a device holds, by name (report.memory).
     """
     phases = _phases(run, one, costs, device)
+    scoring = _rewards(run, rewards, device)
     in_update = _in_update(run)
     peaks = {}
-    for name, phase in phases.items():
+    for name, phase in (phases | scoring).items():
         shares = in_update if name == "update" else {}
         held = sum(size * shares.get(row, 1.0) for row, size in arrays.items())
         peaks[name] = held + COMPILED * phase.held
-    return Estimate(device, peaks, phases)
+    return Estimate(device, peaks, phases, scoring)
+
+
+def _rewards(
+    run: Run, rewards: Iterable[tuple[str, Cost, float]], device: Device
+) -> dict[str, Phase]:
+    """Return what the rewards of an epoch take on each device, by their names."""
+    found: dict[str, Phase] = {}
+    for names, taken, calls in rewards:
+        times = calls * samples(run.config) / run.mesh.size
+        before = found.get(names, Phase(0.0, 0.0, 0.0))
+        found[names] = Phase(
+            max(before.held, taken.held),
+            before.operations + times * (taken.products + taken.convolutions),
+            before.seconds + times * seconds(taken, device, REWARDS),
+        )
+    return found
 
 
 def _in_update(run: Run) -> dict[str, float]:
@@ -134,9 +156,9 @@ def parse(text: str) -> tuple[str, Device, int]:
     return match[1], DEVICES[match[1]], count
 
 
-def seconds(taken: Cost, device: Device) -> float:
-    """Return how long a program runs on a device."""
-    computing = taken.products / PRODUCTS + taken.convolutions / CONVOLUTIONS
+def seconds(taken: Cost, device: Device, products: float = PRODUCTS) -> float:
+    """Return how long a program runs on a device, whose products reach a share of the peak."""
+    computing = taken.products / products + taken.convolutions / CONVOLUTIONS
     return max(computing / device.speed, taken.moved / (BANDWIDTH * device.bandwidth))
 
 

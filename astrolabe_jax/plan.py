@@ -430,11 +430,13 @@ def estimated(run: Run, device: estimate.Device) -> estimate.Estimate:
     kind = "cpu" if device.backend == "cpu" else "tpu"
     key = (kind, one.config.to_json_best_effort(), *sorted(split.items()))
     if key not in _COUNTED:
-        _COUNTED[key] = list(_counted(one, split, kind))
-    return estimate.of(run, one, _COUNTED[key], device, held)
+        _COUNTED[key] = list(_counted(one, split, kind)), list(_counted_rewards(one, kind))
+    costs, rewards_ = _COUNTED[key]
+    return estimate.of(run, one, costs, rewards_, device, held)
 
 
-_COUNTED: dict[tuple, list[tuple[str, str, Cost]]] = {}
+# costs of an epoch's programs, and of rewards
+_COUNTED: dict[tuple, tuple[list[tuple[str, str, Cost]], list[tuple[str, Cost, float]]]] = {}
 
 
 def _counted(
@@ -456,6 +458,37 @@ def _counted(
             traced = jax.make_jaxpr(program.function)(*program.arguments)
             for name, cost in calls(traced, split):
                 yield stage, name, cost
+
+
+def _counted_rewards(one: Run, kind: str) -> Iterator[tuple[str, Cost, float]]:
+    """Yield names, the cost of a call, and the calls of a video, for each program of a reward.
+
+    Rewards that are no part of this package, or compute on the host, are left out.
+    """
+    video = one.config.video
+    frames, clips = _scored(one)
+    clip = rewards.Clip(frames, video.height, video.width, video.fps)
+    with (
+        backend.planned(kind),
+        jax.default_matmul_precision("float32"),
+        jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh),
+    ):
+        for names, params, work in rewards.works(one.config.rewards, clip, one.mesh):
+            traced = jax.make_jaxpr(jax.jit(work.function))(params, *work.arguments)
+            for _, cost in calls(traced):
+                yield " + ".join(names), cost, clips * work.calls
+
+
+def _scored(run: Run) -> tuple[int, float]:
+    """Return the frames that a reward is given at once, and how often of a video of an epoch."""
+    streaming = run.config.streaming
+    if not streaming.window:
+        return run.config.video.frames, 1.0
+    stride = run.base.vae.config.temporal_stride
+    before = float(np.mean(run.starts)) if streaming.reward == "full" else 0.0
+    length = before + streaming.window
+    at_once = streaming.score_frames or length
+    return round(stride * at_once), length / at_once
 
 
 # Settings that take less memory, in the order in which they are tried: what costs no time first.
@@ -518,7 +551,8 @@ def verdict(config: ConfigDict, on: str, price: float) -> dict[str, Any]:
     kind, device, count = estimate.parse(on)
     settings, found = fitting(config, device, count)
     plain = found if not settings else estimated(planned_on(config, device, count), device)
-    hours = config.train.epochs * found.seconds / 3600
+    scoring = sum(phase.seconds for phase in found.rewards.values())
+    hours = config.train.epochs * (found.seconds + scoring) / 3600
     return {
         "name": config.name,
         "kind": kind,
@@ -539,6 +573,10 @@ def verdict(config: ConfigDict, on: str, price: float) -> dict[str, Any]:
             }
             for name, phase in found.phases.items()
         },
+        "rewards": {name: {"seconds": phase.seconds} for name, phase in found.rewards.items()},
+        "rewards_not_counted": sorted(
+            set(config.rewards) - {name for names in found.rewards for name in names.split(" + ")}
+        ),
         "epochs": config.train.epochs,
         "hours": hours,
         "device_hours": hours * count,
@@ -570,10 +608,14 @@ def told(found: Mapping[str, Any]) -> Iterator[str]:
     )
     so = " so" * bool(found["settings"])
     yield f"             an epoch{so}, without rewards: {phases}"
+    counted_ = [f"{name} {taken['seconds']:,.0f} s" for name, taken in found["rewards"].items()]
+    without = found["rewards_not_counted"]
+    uncounted = [f"not counted: {', '.join(without)}"] if without else []
+    yield f"             rewards of an epoch: {', '.join(counted_ + uncounted)}"
     price = found["price"]
     cost = f", {found['cost']:,.0f} at {price:g} an hour" if price else ""
     yield (
-        f"             {counted(found['epochs'], 'epoch')} without rewards and evaluations: "
+        f"             {counted(found['epochs'], 'epoch')} without evaluations: "
         f"{found['hours']:,.1f} h, {found['device_hours']:,.0f} device-hours{cost}"
     )
 

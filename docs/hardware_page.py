@@ -53,15 +53,16 @@ python -m astrolabe_jax.plan --config=configs/longlive.py:streaming --on=h100:8 
 
 says, without any file or accelerator and in seconds, whether a run fits on such devices, what each
 phase of an epoch holds and takes, settings with which it fits where it does not, none of them in
-vain, and what the run costs without its rewards. Kinds: a100 (80 GB), h100, h200, v5e, v5p, v6e;
+vain, and what the run costs. Kinds: a100 (80 GB), h100, h200, v5e, v5p, v6e;
 `v5e:4x4` are 16 chips.
 
 Every program of an epoch is traced on one device's share, and its jaxpr counted (`cost.py`):
 products, convolutions, bytes read and written, and the most bytes that live at once, where chains
 of elementwise operations are fused into what consumes them. Compilers hold about a fifth more.
 Products run at a half, convolutions at a quarter of the peak for bfloat16, memory at 0.8 of its
-bandwidth. Traffic between devices, evaluations and checkpoints are not counted, and of rewards only
-the memory: HPSv3 alone can take as long as all the rest.
+bandwidth. Products of rewards run at 0.14 of the peak, as HPSv3's did on one H100; HPSv3 alone can
+take as long as all the rest. Traffic between devices, evaluations and checkpoints are not counted,
+nor rewards that are remote, of your own, or computed on the host.
 
 How near this comes, LongLive streaming, one video at a time:
 
@@ -72,8 +73,9 @@ How near this comes, LongLive streaming, one video at a time:
 | a block | v5e, v5p | 0.90, 1.15 | 0.96 |
 | decoding a block | v5p | 3.06 | 2.5 |
 
-Of seconds two were measured, on one H100 and of an earlier version: the update 3.57 (counted 4.2)
-and decoding a block 0.055 (0.055). On other devices the shares of the peak are taken over.
+Of seconds three were measured, on one H100 and of an earlier version: the update 3.57 (counted
+4.2), decoding a block 0.055 (0.055) and HPSv3 of 81 frames 8.7 (8.5). On other devices the shares
+of the peak are taken over.
 
 ## Measure
 

@@ -11,11 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from astrolabe_jax import estimate, plan, report, sharding, train
+from astrolabe_jax import cost, estimate, plan, report, sharding, train
+from astrolabe_jax.arithmetic import samples
+from astrolabe_jax.config import get_config
 from astrolabe_jax.decode import decode_video
+from astrolabe_jax.rewards import registry
 from astrolabe_jax.run import prepare
 from astrolabe_jax.runtime.preemption import Stopped
 from astrolabe_jax.streaming import streams, windows
+from configs import self_forcing
 from tests.e2e import runs
 from tests.tiny_base import write_tiny_base
 
@@ -187,10 +191,11 @@ def test_it_says_whether_a_run_fits_and_what_it_takes(base, tmp_path, capsys, mo
     run_main(config=config, on="h100:2", price=3.0, json=str(tmp_path / "a.json"))
     told = capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())
-    assert list(plan.told(written)) == told.splitlines()[-3:] and written["cost"] > 0
+    assert list(plan.told(written)) == told.splitlines()[-4:] and written["cost"] > 0
+    assert "rewards of an epoch: not counted: shapes_mq, shapes_ta, shapes_vq" in told
     assert "2 x h100: fits, at most 0.0 of 79.2 GiB on a device" in told
     assert re.search(r"an epoch, without rewards: encode .* rollout .* decode .* update", told)
-    assert re.search(r"4 epochs without rewards and evaluations: 0\.0 h, .* at 3 an hour", told)
+    assert re.search(r"4 epochs without evaluations: 0\.0 h, .* at 3 an hour", told)
     device = estimate.DEVICES["h100"]
     with_less, found = plan.fitting(config, device, 2)
     assert not with_less and found.fits
@@ -239,6 +244,41 @@ def test_what_is_estimated_of_windows_grows_with_their_past(base):
         takes.append(plan.estimated(plan.planned_on(config, device, 1), device).phases)
     assert takes[1]["past"].operations == pytest.approx(2 * takes[0]["past"].operations)
     assert takes[1]["rollout"].operations == takes[0]["rollout"].operations
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "pictures"),
+    [
+        ("hpsv3", 81 / 4, (4, 1, 480, 832, 3)),
+        ("videoalign_mq", 1, (1, 10, 480, 832, 3)),
+        ("hpsv2", 81 / 32, (32, 480, 832, 3)),
+        ("aesthetic", 11 / 32, (32, 480, 832, 3)),
+        ("dynamic_degree", 80 / 8, (8, 480, 832, 3)),
+    ],
+)
+def test_rewards_are_counted_at_the_published_sizes_without_their_files(name, calls, pictures):
+    clip = registry.Clip(81, 480, 832, 16.0)
+    mesh = sharding.abstract_mesh(get_config().mesh, 1)
+    ((names, params, work),) = registry.works({name: {"path": "absent"}}, clip, mesh)
+    assert names == (name,) and work.calls == pytest.approx(calls)
+    assert work.arguments[0].shape == pictures
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.make_jaxpr(jax.jit(work.function))(params, *work.arguments)
+    ((_, taken),) = cost.calls(traced)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # a multiplication and an addition for each weight and token; convolutions have more
+    assert taken.products + taken.convolutions > 2 * weights * pictures[0]
+
+
+def test_rewards_take_as_long_as_measured():
+    """HPSv3 takes 8.7 s of a video of 81 frames on one H100."""
+    config = self_forcing.get_config("hpsv3")
+    device = estimate.DEVICES["h100"]
+    found = plan.estimated(plan.planned_on(config, device, 1), device)
+    each = found.rewards["hpsv3"].seconds / samples(config)
+    assert each == pytest.approx(8.7, rel=0.15)
+    eight = plan.estimated(plan.planned_on(config, device, 8), device)
+    assert eight.rewards["hpsv3"].seconds == pytest.approx(found.rewards["hpsv3"].seconds / 8)
 
 
 @pytest.mark.parametrize("on", ["h100", "h100:0", "b200:8", "v5e:4x", "h100:-1", ":8", "h100:8,"])

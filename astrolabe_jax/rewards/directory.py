@@ -150,15 +150,26 @@ def _require_store(path: Path) -> None:
         raise FileNotFoundError(f"no whole Orbax store {path}; convert the reward again")
 
 
-def planned(directory: Path, spec: NetSpec, mesh: Any) -> Any:
-    """Return the shapes of the parameters that `read` would place on a mesh.
+def planned(directory: Path, spec: NetSpec, mesh: Any, dtype: str = DTYPES[0]) -> Net:
+    """Return the net that `read` would, with shapes in place of its parameters.
 
     The devices of the mesh need not exist. Without a directory, sizes are those of the published
     files.
     """
     path = directory / CONFIG
-    config = _read_config(path, spec, DTYPES[0]) if path.exists() else spec.published
-    return sharding.shard_params(mesh, nets.shapes(spec, config).params)
+    there = path.exists()
+    config = (
+        _read_config(path, spec, dtype)
+        if there
+        else nets.make_config(
+            spec,
+            nets.sizes_of(spec.published),
+            dtype=dtype,
+            param_dtype=spec.published.param_dtype,
+        )
+    )
+    net = nets.shapes(spec, config)
+    return net._replace(params=sharding.shard_params(mesh, net.params))
 
 
 def _read_config(path: Path, spec: NetSpec, dtype: str) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
+from astrolabe_jax.models import layers
+from astrolabe_jax.rewards.registry import Clip, Work
 
 
 def check_counts(**counts: int) -> None:
@@ -73,6 +75,26 @@ def map_frames(
         return jnp.concatenate(parts)[: batch * count].reshape(batch, count, *parts[0].shape[1:])
 
     return jax.tree.map(joined, *results)
+
+
+def work(
+    function: Callable,
+    graphdef: Any,
+    clip: Clip,
+    times: int,
+    per_call: int,
+    following: int = 1,
+) -> Work:
+    """Return what `map_frames` computes of `times` frames of a video, on one device.
+
+    function: (net, *pictures), before it is bound to a net.
+    """
+    picture = jax.ShapeDtypeStruct((per_call, clip.height, clip.width, 3), np.uint8)
+
+    def run(params: Any, *pictures: jax.Array) -> Any:
+        return function(layers.merge(graphdef, params), *pictures)
+
+    return Work(run, (picture,) * following, times / per_call)
 
 
 def _taken(frames: Any, videos: np.ndarray, times: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -58,7 +58,8 @@ whether what they need from elsewhere is there; it raises OSError if not.
 
 Keep net, tensor names and scorers of a model in one folder, as rewards/clip does. A line's `net`
 names the NetSpec of the directory that its option `path` gives, so that `plan` knows how large the
-weights are before they are there. See docs/rewards.md, A reward of your own.
+weights are before they are there, and `work` what is computed of a video, so that `plan` counts it.
+See docs/rewards.md, A reward of your own.
 
 A program of your own in any language can score, too: see remote.py.
 
@@ -116,6 +117,25 @@ class Reward(NamedTuple):
     check: str = ""  # (prompt) -> None, or ValueError for a prompt that cannot be scored
     load: str = ""  # (names, setting, options) -> Scorer, for any other reward
     net: str = ""  # the NetSpec of the reward directory that the option `path` names
+    # (names, net, clip, options) -> the Work of a video, so that `plan` counts it
+    work: str = ""
+
+
+class Clip(NamedTuple):
+    """What a reward is given of a video."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+class Work(NamedTuple):
+    """A program of a reward, for some frames at once."""
+
+    function: Callable  # (params, *arguments)
+    arguments: tuple  # of shapes
+    calls: float  # for a video
 
 
 class Loaded(NamedTuple):
@@ -153,6 +173,7 @@ TABLE = {
         load=f"{_REWARDS}.qwen2_vl.hpsv3:load",
         check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
         net=f"{_REWARDS}.qwen2_vl.weights:HPSV3",
+        work=f"{_REWARDS}.qwen2_vl.hpsv3:work",
     ),
     **dict.fromkeys(
         ("videoalign_vq", "videoalign_mq", "videoalign_ta", "videoalign"),
@@ -160,20 +181,27 @@ TABLE = {
             load=f"{_REWARDS}.qwen2_vl.videoalign:load",
             check=f"{_REWARDS}.qwen2_vl.chat:check_prompt",
             net=f"{_REWARDS}.qwen2_vl.weights:VIDEOALIGN",
+            work=f"{_REWARDS}.qwen2_vl.videoalign:work",
         ),
     ),
     "hpsv2": Reward(
         load=f"{_REWARDS}.clip.scorers:load_hpsv2",
         check=f"{_REWARDS}.clip.tokenizer:check_prompt",
         net=f"{_REWARDS}.clip.weights:HPSV2",
+        work=f"{_REWARDS}.clip.scorers:work_hpsv2",
     ),
     "aesthetic": Reward(
         load=f"{_REWARDS}.clip.scorers:load_aesthetic",
         net=f"{_REWARDS}.clip.weights:AESTHETIC",
+        work=f"{_REWARDS}.clip.scorers:work_aesthetic",
     ),
     **dict.fromkeys(
         ("dynamic_degree", "motion_smoothness"),
-        Reward(load=f"{_REWARDS}.flow.scorers:load", net=f"{_REWARDS}.flow.weights:SEA_RAFT"),
+        Reward(
+            load=f"{_REWARDS}.flow.scorers:load",
+            net=f"{_REWARDS}.flow.weights:SEA_RAFT",
+            work=f"{_REWARDS}.flow.scorers:work",
+        ),
     ),
     "unifiedreward": Reward(load=f"{_REWARDS}.remote:load_unified"),
 }
@@ -439,7 +467,27 @@ def _planned_params(name: str, settings: Mapping[str, Any], mesh: Any) -> Any:
     """Return the shapes of a reward's weights; None if it has none on the mesh."""
     if net := _line(name, settings[name]).net:
         path = local_directory(options(settings[name])["path"])
-        return directory.planned(path, _imported(name, net), mesh)
+        return directory.planned(path, _imported(name, net), mesh).params
+
+
+def works(
+    settings: Mapping[str, Any], clip: Clip, mesh: Any
+) -> Iterator[tuple[tuple[str, ...], Any, Work]]:
+    """Yield the names of rewards, the shapes of their weights, and what they compute of a video.
+
+    Weights need not be there, nor the devices of the mesh. Rewards that have no `work` are left
+    out, such as remote ones.
+    """
+    for names in _groups(settings):
+        line = _line(names[0], settings[names[0]])
+        if not line.work:
+            continue
+        chosen = _options(names[0], settings[names[0]])
+        spec = _imported(names[0], line.net)
+        dtype = getattr(chosen, "dtype", directory.DTYPES[0])
+        net = directory.planned(local_directory(chosen.path), spec, mesh, dtype)
+        for work in _imported(names[0], line.work)(names, net, clip, chosen):
+            yield names, net.params, work
 
 
 def _refuse_to_score(*_) -> None:

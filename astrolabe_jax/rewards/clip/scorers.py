@@ -15,7 +15,7 @@ See docs/rewards.md, Aesthetic.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.rewards import directory, images
 from astrolabe_jax.rewards.clip import net as clip
 from astrolabe_jax.rewards.clip.tokenizer import load_tokenizer, token_ids
 from astrolabe_jax.rewards.clip.weights import AESTHETIC, HPSV2
-from astrolabe_jax.rewards.frames import check_counts, map_frames, top_mean
-from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.rewards.frames import check_counts, map_frames, top_mean, work
+from astrolabe_jax.rewards.registry import Clip, Scorer, Setting, Work
 from astrolabe_jax.runtime.files import local_directory
 
 _PROMPTS = 8  # of a call, or the next multiple of the devices
@@ -55,6 +56,23 @@ class AestheticOptions(CLIPOptions):
     """Options of config.rewards.aesthetic."""
 
     frame_stride: int = 8
+
+
+def work_hpsv2(names: Any, net: Net, clip_: Clip, options: CLIPOptions) -> Iterator[Work]:
+    """Yield what HPSv2.1 computes of the frames of a video; its prompt is little beside them."""
+    del names
+    yield _work(_image_features, net, clip_, options)
+
+
+def work_aesthetic(names: Any, net: Net, clip_: Clip, options: CLIPOptions) -> Iterator[Work]:
+    """Yield what the aesthetic predictor computes of a video."""
+    del names
+    yield _work(_scores, net, clip_, options)
+
+
+def _work(function: Callable, net: Net, clip_: Clip, options: CLIPOptions) -> Work:
+    count = len(range(0, clip_.frames, options.frame_stride))
+    return work(function, net.graphdef, clip_, count, options.frames_per_batch)
 
 
 def load_hpsv2(names: Sequence[str], setting: Setting, options: CLIPOptions) -> Scorer:

@@ -10,19 +10,20 @@ docs/rewards.md, Dynamic degree.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
-from astrolabe_jax.rewards import directory
+from astrolabe_jax.rewards import directory, frames
 from astrolabe_jax.rewards.flow.net import STRIDE, SeaRaft, block_means
 from astrolabe_jax.rewards.flow.weights import SEA_RAFT
 from astrolabe_jax.rewards.frames import check_counts, map_frames
-from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.rewards.registry import Clip, Scorer, Setting, Work
 from astrolabe_jax.runtime.files import local_directory
 
 DYNAMIC = "dynamic_degree"
@@ -57,6 +58,13 @@ class Motion(NamedTuple):
     top_clipped: jax.Array  # [...]
     mean_clipped: jax.Array  # [...], over all pixels
     field: jax.Array  # [..., h/8, w/8, 2], means of 8 x 8 pixels, in units of 8 pixels
+
+
+def work(names: Any, net: Net, clip: Clip, options: FlowOptions) -> Iterator[Work]:
+    """Yield what the rewards compute of the pairs of frames of a video."""
+    del names
+    pairs = max(clip.frames - 1, 0)
+    yield frames.work(_motion, net.graphdef, clip, pairs, options.pairs_per_batch, following=2)
 
 
 def load(names: Sequence[str], setting: Setting, options: FlowOptions) -> Scorer:

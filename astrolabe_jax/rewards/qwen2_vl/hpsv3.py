@@ -8,19 +8,21 @@ state. See docs/rewards.md, HPSv3.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.rewards import directory
 from astrolabe_jax.rewards.frames import check_counts, top_mean
 from astrolabe_jax.rewards.qwen2_vl import chat, patches, scoring
 from astrolabe_jax.rewards.qwen2_vl.weights import HPSV3
-from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.rewards.registry import Clip, Scorer, Setting, Work
 from astrolabe_jax.runtime.files import local_directory
 
 NAME = "hpsv3"
+_TEXT = 708  # tokens of the instruction and a long prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,15 @@ class HPSv3Options:
 
     def __post_init__(self):
         check_counts(frame_stride=self.frame_stride, frames_per_batch=self.frames_per_batch)
+
+
+def work(names: Any, net: Net, clip: Clip, options: HPSv3Options) -> Iterator[Work]:
+    """Yield what the reward computes of a video."""
+    del names
+    size = patches.smart_resize(clip.height, clip.width)
+    count = len(range(0, clip.frames, options.frame_stride))
+    asked = scoring.Asked(count, (1, clip.height, clip.width), _TEXT, 1)
+    yield scoring.work(net, patches.Preparation(size, "pil"), asked, options.frames_per_batch)
 
 
 def load(names: tuple[str, ...], setting: Setting, options: HPSv3Options) -> Scorer:

@@ -6,6 +6,7 @@ sample gets does not depend on the others.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from astrolabe_jax import sharding
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.models import layers
 from astrolabe_jax.rewards.qwen2_vl import patches
 from astrolabe_jax.rewards.qwen2_vl.chat import Chat, Question, ask
 from astrolabe_jax.rewards.qwen2_vl.patches import Preparation
-from astrolabe_jax.rewards.registry import SampleError
+from astrolabe_jax.rewards.registry import SampleError, Work
 
 
 class QuestionBatch(NamedTuple):
@@ -27,6 +29,15 @@ class QuestionBatch(NamedTuple):
     frames: np.ndarray  # [B, time, height, width, 3] uint8
     questions: Sequence[Question]
     times: np.ndarray  # [S, T] int, the frames of a choice
+
+
+class Asked(NamedTuple):
+    """The questions about a video, from their sizes."""
+
+    questions: int
+    shape: tuple[int, int, int]  # frames of a question, height, width
+    text: int  # tokens of the instruction and a long prompt
+    outputs: int  # tokens that are read
 
 
 def questions_of(chat: Chat, prompts: Sequence[str], grid: tuple[int, int, int]) -> list[Question]:
@@ -101,10 +112,36 @@ def _outputs(
     frames: uint8 [N, T, height, width, 3]. ids [N, L] and where [N, n]: the questions.
     """
 
-    def run(params, frames, ids, where):
-        rows = patches.prepared(sharding.by_sample(frames), preparation, devices=mesh.size)
-        grid = patches.grid_of(frames.shape[1], *preparation.size)
-        return layers.merge(graphdef, params)(sharding.by_sample(rows), grid, ids, where)
-
+    run = functools.partial(_forward, graphdef, preparation, mesh.size)
     outputs = sharding.on_mesh(mesh, run)(params, frames, ids, where)
     return jax.lax.with_sharding_constraint(outputs, sharding.replicated(mesh))
+
+
+def _forward(
+    graphdef: Any,
+    preparation: Preparation,
+    devices: int,
+    params: dict,
+    frames: jax.Array,
+    ids: jax.Array,
+    where: jax.Array,
+) -> jax.Array:
+    rows = patches.prepared(sharding.by_sample(frames), preparation, devices=devices)
+    grid = patches.grid_of(frames.shape[1], *preparation.size)
+    return layers.merge(graphdef, params)(sharding.by_sample(rows), grid, ids, where)
+
+
+def work(net: Net, preparation: Preparation, asked: Asked, per_call: int) -> Work:
+    """Return what `evaluate` computes of the questions about a video, on one device."""
+    frames, height, width = asked.shape
+    grid = patches.grid_of(frames, *preparation.size)
+    tokens = asked.text + math.prod(grid) // 4
+    return Work(
+        functools.partial(_forward, net.graphdef, preparation, 1),
+        (
+            jax.ShapeDtypeStruct((per_call, frames, height, width, 3), np.uint8),
+            jax.ShapeDtypeStruct((per_call, tokens), np.int32),
+            jax.ShapeDtypeStruct((per_call, asked.outputs), np.int32),
+        ),
+        asked.questions / per_call,
+    )

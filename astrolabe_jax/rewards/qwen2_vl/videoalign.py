@@ -15,18 +15,19 @@ the coloured video gets for all three (in the original repository of the model, 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from astrolabe_jax.convert.nets import Net
 from astrolabe_jax.rewards import directory
 from astrolabe_jax.rewards.frames import check_counts
 from astrolabe_jax.rewards.qwen2_vl import chat, patches, scoring
 from astrolabe_jax.rewards.qwen2_vl.chat import VIDEOALIGN_ASPECTS as ASPECTS
 from astrolabe_jax.rewards.qwen2_vl.weights import VIDEOALIGN
-from astrolabe_jax.rewards.registry import Scorer, Setting
+from astrolabe_jax.rewards.registry import Clip, Scorer, Setting, Work
 from astrolabe_jax.runtime.files import local_directory
 
 OVERALL = "videoalign"
@@ -35,6 +36,8 @@ NAMES = {f"videoalign_{aspect.lower()}": (aspect,) for aspect in ASPECTS} | {OVE
 _MOTION = "MQ"
 _PUBLISHED_FRAMES = 10
 _PUBLISHED_SIZE = (336, 588)
+_PUBLISHED_FACTS = {"fps": 2.0, "max_frame_pixels": 336 * 588}
+_TEXT = 980  # tokens of the instruction and a long prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,21 @@ def select(
         max_pixels=math.floor(facts["max_frame_pixels"]),
     )
     return patches.frame_indices(length, count), size
+
+
+def work(names: Sequence[str], net: Net, clip: Clip, options: VideoAlignOptions) -> Iterator[Work]:
+    """Yield what the rewards compute of a video, with the published facts."""
+    shape = (clip.frames, clip.height, clip.width)
+    times, size = select(shape, clip.fps, options.published, _PUBLISHED_FACTS)
+    asked = scoring.Asked(1, (len(times), clip.height, clip.width), _TEXT, len(ASPECTS))
+    passes = {
+        part == _MOTION and not (options.published and name == OVERALL)
+        for name in names
+        for part in NAMES[name]
+    }
+    for gray in sorted(passes):
+        preparation = patches.Preparation(size, "torch", gray)
+        yield scoring.work(net, preparation, asked, options.videos_per_batch)
 
 
 def load(names: tuple[str, ...], setting: Setting, options: VideoAlignOptions) -> Scorer:

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as theirs
 
 from astrolabe_jax.models import layers
 from astrolabe_jax.rewards import convert as conversions
-from astrolabe_jax.rewards import images
+from astrolabe_jax.rewards import images, registry
 from astrolabe_jax.rewards.qwen2_vl import chat, hpsv3, patches, scoring, videoalign
 from astrolabe_jax.rewards.qwen2_vl.hpsv3 import HPSv3Options
 from astrolabe_jax.rewards.qwen2_vl.videoalign import VideoAlignOptions
@@ -325,3 +325,38 @@ def test_a_damaged_directory_is_named(directories, load_videoalign, tmp_path):
             load_videoalign(MQ)
     finally:
         path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        ((hpsv3.NAME,), {"frame_stride": 2, "frames_per_batch": 2}),
+        ((VQ, MQ), {"videos_per_batch": 1}),
+        ((TA,), {"published": True}),
+    ],
+)
+def test_what_a_plan_counts_is_what_a_scorer_runs(directories, monkeypatch, names, options):
+    """All calls of a video, with pictures and outputs of the same shapes."""
+    called = []
+    outputs = scoring._outputs
+
+    def recorded(graphdef, params, frames, ids, where, **rest):
+        called.append((frames.shape, where.shape, rest["preparation"]))
+        return outputs(graphdef, params, frames, ids, where, **rest)
+
+    kind = HPSV3.name if names[0] == hpsv3.NAME else VIDEOALIGN.name
+    setting = {"path": str(directories[kind]), "dtype": "float32"} | options
+    frames = videos(1, 12, 48, 80)
+    settings = {name: setting for name in names}
+    works = list(registry.works(settings, registry.Clip(12, 48, 80, 16.0), ONE))
+    monkeypatch.setattr(scoring, "_outputs", recorded)
+    for loaded in registry.load(settings, Setting(ONE, 16.0)):
+        scores(loaded.scorer, frames, PROMPTS[:1])
+    assert sum(work.calls for _, _, work in works) == len(called)
+    each = len(called) // len(works)
+    for (_, params, work), seen in zip(works, called[::each], strict=True):
+        pictures, where, preparation = seen
+        given, _, read = work.arguments
+        assert (given.shape, read.shape) == (pictures, where)
+        assert work.function.args[1] == preparation
+        assert jax.eval_shape(work.function, params, *work.arguments).shape[0] == where[0]
