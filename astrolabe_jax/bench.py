@@ -34,7 +34,7 @@ from astrolabe_jax.decode import decode_video
 from astrolabe_jax.rewards import registry
 from astrolabe_jax.rewards.panel import RewardRunner
 from astrolabe_jax.runtime import backend, cli, multihost
-from astrolabe_jax.runtime.files import new_file, write_json
+from astrolabe_jax.runtime.files import check_takes_files, new_file, write_json
 from astrolabe_jax.runtime.progress import Progress, clock, compilation, counted, log
 from astrolabe_jax.streaming import streams, windows
 from astrolabe_jax.types import PromptBatch, RngStream, TrainState, VideoBatch
@@ -258,7 +258,10 @@ def measure_epoch(
 def measure_rewards(
     config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what each call of rewards takes on a piece of videos, and why others are left out."""
+    """Return what each call of rewards takes on a piece of videos, and why others are left out.
+
+    What is wrong with a reward does not end it: the other figures are there by then.
+    """
     left_out = []
     there = {}
     for name, value in config.rewards.items():
@@ -270,15 +273,28 @@ def measure_rewards(
     shape = (count, config.video.frames, config.video.height, config.video.width, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     figures = {}
-    for group in registry.load(there, registry.Setting(mesh, config.video.fps)) if there else ():
+    setting = registry.Setting(mesh, config.video.fps)
+    try:
+        groups = multihost.on_all(lambda: registry.load(there, setting)) if there else ()
+    except (ValueError, OSError) as error:
+        return figures, [*left_out, str(error)]
+    for group in groups:
         runner = RewardRunner([group], place=config.scoring.weights, timeout=config.scoring.timeout)
         what = " + ".join(group.names)
-        _, timed = twice(what, lambda runner=runner: runner.score_async(frames, [PROMPT] * count)())
+
+        def score(runner: RewardRunner = runner) -> Any:
+            return runner.score_async(frames, [PROMPT] * count)()
+
+        try:
+            _, timed = twice(what, score)
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
+            continue
         figures[what] = {"videos": count, "weights": runner.weights, **timed._asdict()}
     return figures, left_out
 
 
-def measure_checkpoint(state: TrainState, directory: str | None) -> dict[str, float]:
+def measure_checkpoint(state: TrainState, directory: Path) -> dict[str, float]:
     """Return the bytes of a checkpoint, and the seconds to save and to restore it."""
     log("measuring a checkpoint")
     place = Path(multihost.on_primary(lambda: tempfile.mkdtemp(dir=directory)))
@@ -293,7 +309,7 @@ def measure_checkpoint(state: TrainState, directory: str | None) -> dict[str, fl
         multihost.on_primary(lambda: shutil.rmtree(place, ignore_errors=True))
 
 
-def measure(config: ConfigDict, directory: str | None) -> dict[str, Any]:
+def measure(config: ConfigDict, directory: Path) -> dict[str, Any]:
     """Return all figures about a recipe, which JSON can hold.
 
     Raises ValueError and OSError before anything is compiled.
@@ -411,22 +427,23 @@ def rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def main(holders: Mapping[str, flags.FlagHolder], joining: tuple[flags.FlagHolder, ...]) -> None:
-    """Print the figures; status 2 for a recipe that cannot be, 1 for a reward that fails."""
+    """Print the figures; status 2 for a recipe that cannot be, or a file that is not written."""
     cli.set_up(lambda: multihost.join(*(flag.value for flag in joining)))
     config = holders["config"].value
     path = None
+    directory = Path(holders["directory"].value or tempfile.gettempdir())
     try:
         if text := holders["json"].value:
             path = multihost.on_all(lambda: new_file(text, "--json"))
+        told = f"--directory: {directory}"
+        multihost.on_all(lambda: check_takes_files(directory, told, "another --directory"))
         with plan.naming_memory(config):
-            figures = measure(config, holders["directory"].value)
-    except registry.RewardError as error:
-        cli.fail(error, 1)
+            figures = measure(config, directory)
+        log(report.titled(f"bench of {figures['name']}", dict(rows(figures))))
+        if path:
+            multihost.on_primary(lambda: write_json(path, figures))
     except (ValueError, OSError) as error:
         cli.fail(error, 2)
-    log(report.titled(f"bench of {figures['name']}", dict(rows(figures))))
-    if path:
-        multihost.on_primary(lambda: write_json(path, figures))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_all_stages_are_measured(base, tmp_path, capsys, changes, phases):
     config = runs.small_config(base, **changes)
     with config.unlocked():
         config.rewards.hpsv3 = {"weight": 1.0, "path": str(tmp_path / "absent")}
-    found = json.loads(json.dumps(bench.measure(config, str(tmp_path))))
+    found = json.loads(json.dumps(bench.measure(config, tmp_path)))
     assert found["devices"] == 8 and found["epoch"].keys() == set(phases)
     for figure in found["epoch"].values():
         assert figure["seconds"] > 0 and figure["times"] > 0 and 0 < figure["share_of_rate"] < 1
@@ -108,16 +108,47 @@ def test_the_second_time_counts(base, monkeypatch):
     assert numbers == [0, 1] and seconds.keys() == {"rollout", "update"}
 
 
-def test_a_recipe_that_cannot_be_is_refused(base, capsys):
+@pytest.mark.parametrize(
+    ("changes", "given", "expected"),
+    [
+        ({"sampler.batch": 7}, {}, "config.sampler.batch is 7"),
+        (
+            {},
+            {"directory": "gone"},
+            "--directory: gone cannot be written .gone takes no files",
+        ),
+        ({}, {"json": "gone/a.json"}, "--json: gone/a.json cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    base, capsys, monkeypatch, changes, given, expected
+):
     def holder(value):
         return types.SimpleNamespace(value=value)
 
-    config = runs.small_config(base, **{"sampler.batch": 7})
+    monkeypatch.setattr(bench, "_random", None)
+    values = {"config": runs.small_config(base, **changes), "directory": None, "json": None}
     alone = tuple(map(holder, (False, None, None, None, 300.0)))
     with pytest.raises(SystemExit) as ended:
-        given = {"config": config, "directory": None, "json": None}
-        bench.main({name: holder(value) for name, value in given.items()}, alone)
-    assert ended.value.code == 2 and "config.sampler.batch is 7" in capsys.readouterr().err
+        bench.main({name: holder(value) for name, value in (values | given).items()}, alone)
+    assert ended.value.code == 2 and re.search(expected, capsys.readouterr().err)
+
+
+def fails(frames, prompts):
+    raise ValueError("no taste")
+
+
+def test_a_reward_that_fails_is_left_out(base):
+    config = runs.small_config(base)
+    with config.unlocked():
+        config.rewards.mine = {"weight": 1.0, "load": "tests.e2e.test_bench:fails"}
+    mesh = sharding.make_mesh(config.mesh)
+    figures, left_out = bench.measure_rewards(config, mesh)
+    assert list(figures) == ["shapes_mq + shapes_ta + shapes_vq"]
+    assert (
+        len(left_out) == 1
+        and "reward 'mine' failed on samples 0 to 7: ValueError: no taste" in (left_out[0])
+    )
 
 
 @pytest.mark.slow
