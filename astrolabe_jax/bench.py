@@ -404,7 +404,7 @@ def rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "frames/s",
         f"{rates['transformer']:.1f} of the transformer alone, {rates['with_vae']:.1f} with the "
-        f"VAE, {rates['end_to_end']:.1f} from the first block on",
+        f"VAE, {rates['end_to_end']:.1f} from the first block on; all videos together",
     )
     for phase, figure in figures["epoch"].items():
         share = figure["share_of_rate"]

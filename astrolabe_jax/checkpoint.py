@@ -44,6 +44,7 @@ from astrolabe_jax.runtime.progress import quiet_orbax
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples_in_flight"
+_FOLDERS = (CHECKPOINTS, SAMPLES, "samples", "lora", "scores", "tensorboard")
 _RECORD = "run.json"  # whose the directory is
 _LOCK = "run.lock"
 # What a kill may leave of the files that a run writes: FILE.partial.PROCESS, or of a video.
@@ -125,7 +126,9 @@ def check_workdir(workdir: Path, fingerprint: Fingerprint) -> None:
         raise OSError(
             f"workdir {workdir} cannot be looked at: {error.strerror}; give another --workdir"
         ) from None
-    files.check_takes_files(there, f"workdir {workdir}", "another --workdir")
+    # what another user began may be there, but not take files
+    for folder in (there, *(workdir / name for name in _FOLDERS if (workdir / name).is_dir())):
+        files.check_takes_files(folder, f"workdir {workdir}", "another --workdir")
     saved = _record_of(workdir)
     if saved and fingerprint:
         saved, fingerprint = (_one_form(entries) for entries in (saved, fingerprint))

@@ -26,9 +26,10 @@ install_import_hook([f"astrolabe_jax.{stage}" for stage in STAGES], "beartype.be
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A shell starts what runs in the background with SIGINT ignored, and tests' programs would inherit
-# that.
+# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP, and tests'
+# programs would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

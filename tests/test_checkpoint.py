@@ -7,6 +7,7 @@ import logging
 import resource
 import shutil
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -563,6 +564,24 @@ def test_options_that_say_where_and_how_a_reward_is_computed_may_differ(tmp_path
         told = name.removesuffix(".weight")  # which is that of a reward without options, too
         with pytest.raises(ValueError, match=f"belongs to another run.*\n  {told}: 1 there, 2 now"):
             checkpoint.claim(tmp_path, FINGERPRINT | {name: 2})
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "lora", "scores", "tensorboard"])
+def test_a_folder_of_another_user_is_named_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    checkpoint.claim(tmp_path, FINGERPRINT)
+    (tmp_path / name).mkdir()
+    checkpoint.check_workdir(tmp_path, FINGERPRINT)
+    made = tempfile.TemporaryFile
+
+    def denied(dir):
+        if dir == tmp_path / name:
+            raise PermissionError(13, "Permission denied")
+        return made(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    told = f"workdir {tmp_path} cannot be written .{tmp_path / name} takes no files.: Permission"
+    with pytest.raises(OSError, match=told):
+        checkpoint.check_workdir(tmp_path, FINGERPRINT)
 
 
 def test_a_weight_is_the_same_as_a_number_and_as_an_option(tmp_path):
