@@ -64,7 +64,11 @@ def meet(coordinator: str, count: int, index: int, limit: float) -> Iterator[Non
         if fault:
             _say(f"error: {me} cannot start: {fault}")
             os._exit(2)
-        if index > 0 and _has_ended(connection) and not _LEAVING.is_set():
+        if index == 0:
+            return
+        with contextlib.suppress(OSError):
+            connection.recv(1)  # nothing more is said: it waits for the end of process 0
+        if not _LEAVING.is_set():
             _say(
                 f"error: {me} cannot go on: process 0 at {coordinator} has ended; see what it has "
                 "printed, and start all again"
@@ -242,13 +246,6 @@ def _has_left(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def _has_ended(connection: socket.socket) -> bool:
-    """Wait until the other end is closed, which says no more; return True."""
-    with contextlib.suppress(OSError):
-        connection.recv(1)
-    return True
 
 
 def _say(text: str) -> None:
